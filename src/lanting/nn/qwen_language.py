@@ -1,9 +1,9 @@
 """The Qwen2.5 language model: the pre-norm causal decoder whose states Qwen-Image listens to.
 
-Right padding needs no mask: causal attention never looks to the right, so nothing after a prompt can reach it.
+Right padding needs no mask: causal attention never looks to the right, so nothing after a prompt reaches it.
 That leaves one attention for everything, "the queries are the last T of S keys", and the key/value cache is a
-plain list of tensors, so a constant prefix is run once and expanded to a batch. (Rejected: padding masks and a
-cache class, which cost the fast kernel and the gradient through the prefix.)
+plain list of tensors, so a constant prefix is run once and expanded to a batch. (Rejected: padding masks and
+a cache class, which cost the fast kernel and the gradient through the prefix.)
 
 Source: Qwen2.5-VL technical report; equal to transformers' Qwen2_5_VLTextModel, with the same tensor names.
 """
@@ -22,7 +22,7 @@ Cache = list[tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True, slots=True)
 class LanguageConfig:
-    """Numbers of the decoder. `mrope_section` splits the head_dim / 2 frequencies into time, height, width."""
+    """Numbers of the decoder; `mrope_section` splits head_dim / 2 frequencies into time, height, width."""
 
     vocab_size: int = 152064
     hidden_size: int = 3584
@@ -41,8 +41,11 @@ class LanguageConfig:
 
     @classmethod
     def from_dict(cls, json: Mapping[str, Any]) -> "LanguageConfig":
-        """Read the text part of a config.json: the flat old layout or a `text_config`, with `rope_scaling` or the
-        newer `rope_parameters`. Raises ValueError when the rotary sections don't fill half a head."""
+        """Read the text part of a config.json: the flat old layout or a `text_config`.
+
+        The rotary numbers may stand in `rope_scaling` or in the newer `rope_parameters`. Raises ValueError
+        when their sections don't fill half a head.
+        """
         rope = {**(json.get("rope_scaling") or {}), **(json.get("rope_parameters") or {})}
         known = {name: json[name] for name in cls.__dataclass_fields__ if json.get(name) is not None}
         known["rope_theta"] = rope.get("rope_theta", json.get("rope_theta", 1e6))
@@ -102,7 +105,7 @@ class Attend(nn.Module):
 def rotary(positions: Tensor, config: LanguageConfig) -> tuple[Tensor, Tensor]:
     """Cosines and sines (B, 1, T, head_dim), fp32, of positions (3, B, T) on the time, height and width axes.
 
-    The first section of the frequencies turns with time, the second with height, the third with width (M-RoPE).
+    The first section of frequencies turns with time, the second with height, the third with width (M-RoPE).
     For text the three positions are equal, and this is ordinary RoPE.
     """
     half = config.head_dim // 2
@@ -181,8 +184,8 @@ class QwenLanguageModel(nn.Module):
         """Run ids (B, T) or embeddings (B, T, D) after what `cache` holds.
 
         `positions` (3, B or 1, T) are needed only when the sequence holds pictures. Returns the states after
-        the final norm (B, T, D) and the grown cache; the cache given is left as it was. States at right-padded
-        positions mean nothing, and nothing else depends on them.
+        the final norm (B, T, D) and the grown cache; the cache given is left as it was. States of right
+        padding mean nothing, and nothing else depends on them.
         """
         x = tokens if tokens.is_floating_point() else self.embed_tokens(tokens)
         start = cache[0][0].shape[2] if cache else 0
