@@ -1,13 +1,15 @@
 """What the signs say: English words, random strings, numbers, prices, times and lines of several short words.
 
-The split is by hash, so it never moves: 2,000 words, and a tenth of all other strings of four characters or more,
-are never drawn in training. Shorter strings are so few that training sees nearly all of them; they have no split.
+The split is by hash, so it never moves: 2,000 words, and a tenth of all other strings of four or more
+characters, are never drawn in training. Shorter strings are so few that training sees nearly all of them:
+they have no split.
 """
 
 import gzip
 import hashlib
 import random
 import string
+from collections.abc import Callable
 from functools import lru_cache
 from importlib import resources
 
@@ -31,8 +33,7 @@ def words() -> tuple[tuple[str, ...], frozenset[str]]:
 
 def is_held_out(text: str) -> bool:
     """Whether training never draws this text (a line without spaces, in any case)."""
-    everything, held_out = words()
-    if text.lower() in held_out:
+    if text.lower() in words()[1]:
         return True
     return len(text) >= _WORD_MIN and text.lower() not in _known() and _digest(text) % 10 == 0
 
@@ -55,7 +56,7 @@ class TextMaker:
                 self._by_length.setdefault(len(word), []).append(word)
 
     def lines(self, rng: random.Random, lengths: list[int]) -> tuple[str, ...]:
-        """One text per length. Only a line of its own quote can hold exactly two words, so a lone line never does."""
+        """One text per length. A lone line never holds exactly two words: those would be two lines."""
         return tuple(self._line(rng, length, alone=len(lengths) == 1) for length in lengths)
 
     def _line(self, rng: random.Random, length: int, alone: bool) -> str:
@@ -76,7 +77,7 @@ class TextMaker:
     def _string(self, rng: random.Random, length: int) -> str:
         return self._fitting(rng, length, _jumble)
 
-    def _fitting(self, rng: random.Random, length: int, make) -> str:
+    def _fitting(self, rng: random.Random, length: int, make: Callable[[random.Random, int], str]) -> str:
         """Draws until the text belongs to our side of the split."""
         while True:
             text = make(rng, length)

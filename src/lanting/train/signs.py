@@ -1,20 +1,20 @@
-"""Signs: pictures whose whole layout is a rule of their text, so a tiny model can learn to spell.
+"""Signs: pictures whose whole layout is a rule of their text, so that a tiny model can learn to spell.
 
-Rules. A canvas is cut into 16 px tokens. Every character stands in a cell of 16 px (or 32 px) that lies on this
-grid; a cell is twice as high as wide, and the lines are one block in the middle (`layout`). Cells are 32 px where
-every line then fits, else 16 px. A frame keeps the outer ring of tokens for itself; a square sign with a line of
-11 or 12 characters has no such ring free and is drawn without its frame. Letters nobody asked a colour for are
-white on dark grounds and black on light ones, a face nobody named is sans, a frame nobody asked for is absent.
-Only the ground is left to the seed. Rejected: proportional faces and free placement. At the same budget a tiny
-model reads 0 % of them and over 90 % of these.
+A canvas is a grid of 16 px tokens. A character stands in a cell on this grid, twice as high as wide; the
+lines are one block in the middle. Cells are 32 px wide where every line then leaves the outer ring of tokens
+free, else 16 px. A frame lies in that ring; a square sign with a line of 11 or 12 characters has no ring left
+and is drawn without its frame. What a prompt leaves out is a rule too: letters are white or black, whichever
+stands out more, the face is sans, there is no frame. Only the ground is left to the seed.
+Rejected: proportional faces placed freely. At the same budget a tiny model draws none of them legibly.
 """
 
 import random
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from importlib import resources
+from io import BytesIO
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -66,7 +66,7 @@ class Sign:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the characters stand. `cell` is 1 or 2 tokens wide; `origins[i]` is the (column, row) token of line i."""
+    """`cell` is 1 or 2 tokens wide; `origins[i]` is the (column, row) of the token where line i starts."""
 
     cell: int
     origins: tuple[tuple[int, int], ...]
@@ -94,8 +94,9 @@ def readable_pairs() -> list[tuple[str, str]]:
 
 
 def break_lines(text: str, max_chars: int = MAX_CHARS) -> tuple[str, ...]:
-    """The lines of one quoted text: two words are two lines; otherwise one line if it fits, else two filled in turn.
+    """The lines of one quoted text: two words are two lines, anything else is one line where it fits.
 
+    A text longer than one line fills the first line with as many words as fit and the second with the rest.
     Raises `RequestError` for an empty text, a word longer than a line or a text longer than two lines.
     """
     words = text.split()
@@ -121,9 +122,9 @@ def layout(lines: Sequence[str], size: tuple[int, int], frame: bool) -> Layout:
         raise RequestError(
             f"A sign has one or two lines of 1 to {MAX_CHARS} characters; {list(lines)} do not fit."
         )
+    fits_large = 2 * longest <= columns - 2 and 4 * count <= rows - 2
+    cell = 2 if fits_large else 1
     frame = frame and longest <= columns - 2
-    usable = min(columns - 2, MAX_CHARS) if frame else min(columns, MAX_CHARS)
-    cell = 2 if 2 * longest <= usable and 4 * count <= rows - 2 else 1
     top = (rows - 2 * cell * count) // 2
     origins = tuple(
         ((columns - cell * len(line)) // 2, top + 2 * cell * index) for index, line in enumerate(lines)
@@ -131,23 +132,22 @@ def layout(lines: Sequence[str], size: tuple[int, int], frame: bool) -> Layout:
     return Layout(cell, origins, frame)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _font(face: str, cell: int) -> tuple[ImageFont.FreeTypeFont, int]:
-    """The largest size whose advance fits the cell and whose ink fits its line box, and its baseline in the box."""
-    data = resources.files("lanting.train").joinpath("fonts", FACES[face])
+    """The largest size whose advance and ink fit the cell, and the baseline in it (pixels from its top)."""
+    data = resources.files("lanting.train").joinpath("fonts", FACES[face]).read_bytes()
     width, height = cell * TOKEN, 2 * cell * TOKEN
-    with resources.as_file(data) as path:
-        for points in range(width * 2, 4, -1):
-            font = ImageFont.truetype(str(path), points)
-            top, bottom = font.getbbox("H", anchor="ls")[1], font.getbbox(ALPHABET, anchor="ls")[3]
-            baseline = round((height - top) / 2)  # capitals are centred: `top` is minus their height
-            ink_top = font.getbbox(ALPHABET, anchor="ls")[1]
-            if font.getlength("m") <= width and baseline + bottom <= height and baseline + ink_top >= 0:
-                return font, baseline
+    for points in range(width * 2, 4, -1):
+        font = ImageFont.truetype(BytesIO(data), points)
+        top, bottom = font.getbbox("H", anchor="ls")[1], font.getbbox(ALPHABET, anchor="ls")[3]
+        baseline = round((height - top) / 2)  # capitals are centred: `top` is minus their height
+        ink_top = font.getbbox(ALPHABET, anchor="ls")[1]
+        if font.getlength("m") <= width and baseline + bottom <= height and baseline + ink_top >= 0:
+            return font, baseline
     raise ValueError(f"the face {face} has no size for a cell of {width} px")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _glyph(face: str, cell: int, character: str) -> np.ndarray:
     """Coverage of one character in its cell: (32 cell, 16 cell) uint8."""
     font, baseline = _font(face, cell)
@@ -156,7 +156,7 @@ def _glyph(face: str, cell: int, character: str) -> np.ndarray:
     return np.asarray(mask)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _ramp(ground: str, letters: str) -> np.ndarray:
     """Colour of each coverage 0..255: (256, 3) uint8."""
     share = np.linspace(0.0, 1.0, 256)[:, None]
@@ -210,7 +210,7 @@ class SignMaker:
         rng = rng or self._own
         size = size or (WIDE if rng.random() < 0.6 else SQUARE)
         frame = rng.random() < 0.3
-        lines = self._texts.lines(rng, self._lengths(rng, size, frame))
+        lines = self._texts.lines(rng, self._lengths(rng, size))
         ground, letters = rng.choice(self._pairs)
         says_letters = rng.random() < 0.75
         if not says_letters:
@@ -228,18 +228,19 @@ class SignMaker:
         return Sign(phrase(wish, rng), lines, ground, letters, face, frame, size)
 
     @staticmethod
-    def _lengths(rng: random.Random, size: tuple[int, int], frame: bool) -> list[int]:
+    def _lengths(rng: random.Random, size: tuple[int, int]) -> list[int]:
         """The lengths of the lines: 40 % of the signs have 32 px cells, a single character is rare."""
-        wide = size[1] < 8 * TOKEN + 2 * TOKEN
-        big = (MAX_CHARS if wide or not frame else size[0] // TOKEN - 2) // 2
+        columns, rows = size[0] // TOKEN, size[1] // TOKEN
+        large = (columns - 2) // 2
+        two_large = rows - 2 >= 8
         if rng.random() < 0.4:
-            count = 1 if wide or rng.random() < 0.5 else 2
-            return [1 if rng.random() < 0.04 else rng.randint(2, big) for _ in range(count)]
+            count = 2 if two_large and rng.random() < 0.5 else 1
+            return [1 if rng.random() < 0.04 else rng.randint(2, large) for _ in range(count)]
         if rng.random() < 0.4:
-            return [rng.randint(big + 1, MAX_CHARS)]
+            return [rng.randint(large + 1, MAX_CHARS)]
         lengths = [rng.randint(2, MAX_CHARS), rng.randint(2, MAX_CHARS)]
-        if not wide and max(lengths) <= big:
-            lengths[rng.randrange(2)] = rng.randint(big + 1, MAX_CHARS)
+        if two_large and max(lengths) <= large:
+            lengths[rng.randrange(2)] = rng.randint(large + 1, MAX_CHARS)
         return lengths
 
 

@@ -80,11 +80,10 @@ def _sign(wish: Wish, rng: random.Random) -> str:
         return rng.choice(("a ", "a ", "the ", "")) + noun
     ground = "grey" if wish.ground == "gray" and rng.random() < 0.3 else wish.ground
     if rng.random() < 0.12:
-        return f"a {noun} " + rng.choice((f"on a {ground} background", f"with a {ground} background"))
+        return f"a {noun} " + rng.choice(("on ", "with ")) + f"{_article(ground)} background"
     if rng.random() < 0.12:
         return f"{ground} {noun}"
-    article = "the" if rng.random() < 0.08 else ("an" if ground == "orange" else "a")
-    return f"{article} {ground} {noun}"
+    return (f"the {ground}" if rng.random() < 0.08 else _article(ground)) + f" {noun}"
 
 
 def _letters(wish: Wish, rng: random.Random) -> str:
@@ -105,7 +104,12 @@ def _letters(wish: Wish, rng: random.Random) -> str:
 def _frame(wish: Wish, rng: random.Random) -> str:
     if not wish.frame:
         return ""
-    return rng.choice(("a ", "a ", "a thin ")) + rng.choice(FRAME_WORDS)
+    noun = rng.choice(FRAME_WORDS)
+    return rng.choice((_article(noun), _article(noun), f"a thin {noun}"))
+
+
+def _article(noun: str) -> str:
+    return ("an " if noun[0] in "aeiou" else "a ") + noun
 
 
 def _quote(wish: Wish, rng: random.Random) -> str:
