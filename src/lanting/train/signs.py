@@ -227,6 +227,18 @@ class SignMaker:
         )
         return Sign(phrase(wish, rng), lines, ground, letters, face, frame, size)
 
+    def render(self, sign: Sign) -> Image.Image:
+        """The picture of a sign (RGB)."""
+        return render(sign)
+
+    def pixels(self, sign: Sign) -> np.ndarray:
+        """The picture of a sign: (height, width, 3) uint8."""
+        return pixels(sign)
+
+    def labels(self, sign: Sign) -> np.ndarray:
+        """The character on each token: (rows, columns) int64."""
+        return labels(sign)
+
     @staticmethod
     def _lengths(rng: random.Random, size: tuple[int, int]) -> list[int]:
         """The lengths of the lines: 40 % of the signs have 32 px cells, a single character is rare."""
