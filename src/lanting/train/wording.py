@@ -5,17 +5,31 @@ Rejected: writing the wish as keywords. A model trained on those draws nothing f
 """
 
 import random
+import re
 from dataclasses import dataclass
 
 FACE_WORDS = {
     "sans": ("sans", "sans", "sans-serif", "plain"),
     "serif": ("serif", "serif", "typewriter"),
-    "handwritten": ("handwritten", "handwritten", "hand-lettered", "casual"),
+    "handwritten": ("handwritten", "handwritten", "casual"),
 }
 FRAME_WORDS = ("frame", "frame", "border", "outline")
 SIGN_WORDS = ("sign", "sign", "sign", "board", "poster")
 LETTER_WORDS = ("letters", "letters", "text", "lettering")
-VERBS = ("that says", "that says", "that reads", "saying", "reading", "with the text", "with the words")
+VIEWS = ("a picture", "an image", "a photo")
+JOINTS = (" in ", " in ", " with ")
+PLURAL_VERBS = ("saying", "reading", "that say")
+BACKGROUNDS = ("on {} background", "with {} background")
+VERBS = (
+    "that says",
+    "that says",
+    "that reads",
+    "saying",
+    "reading",
+    "with the text",
+    "with the word",
+    "with the words",
+)
 
 TEMPLATES = (
     "{sign} {verb} {quote}{in_letters}{frame}",
@@ -38,6 +52,24 @@ TEMPLATES = (
 )
 
 
+def wording_words() -> set[str]:
+    """Every lower-case word a sentence can hold outside its quotes, colours left out."""
+    faces = (word for group in FACE_WORDS.values() for word in group)
+    groups = (
+        FRAME_WORDS,
+        SIGN_WORDS,
+        LETTER_WORDS,
+        VIEWS,
+        JOINTS,
+        PLURAL_VERBS,
+        BACKGROUNDS,
+        VERBS,
+        TEMPLATES,
+    )
+    text = " ".join([*faces, *(part for group in groups for part in group), "a an the and bold thin no"])
+    return set(re.findall(r"[a-z]+", re.sub(r"\{[a-z_]*\}", " ", text)))
+
+
 @dataclass(frozen=True)
 class Wish:
     """What a sentence states. None is left unsaid. `one_quote` joins two lines into one quoted text."""
@@ -53,13 +85,13 @@ class Wish:
 def phrase(wish: Wish, rng: random.Random) -> str:
     """One sentence for the wish; the same `rng` state gives the same sentence."""
     described = _letters(wish, rng)
-    joint = rng.choice((" in ", " in ", " with "))
+    joint = rng.choice(JOINTS)
     border = _frame(wish, rng)
     text = rng.choice(TEMPLATES).format(
         sign=_sign(wish, rng),
         verb=rng.choice(VERBS),
-        verb_letters=rng.choice(("saying", "reading", "that say")),
-        view=rng.choice(("a picture", "an image", "a photo")),
+        verb_letters=rng.choice(PLURAL_VERBS),
+        view=rng.choice(VIEWS),
         quote=_quote(wish, rng),
         letters=described or rng.choice(LETTER_WORDS),
         in_letters=joint + described if described else "",
@@ -80,7 +112,7 @@ def _sign(wish: Wish, rng: random.Random) -> str:
         return rng.choice(("a ", "a ", "the ", "")) + noun
     ground = "grey" if wish.ground == "gray" and rng.random() < 0.3 else wish.ground
     if rng.random() < 0.12:
-        return f"a {noun} " + rng.choice(("on ", "with ")) + f"{_article(ground)} background"
+        return f"a {noun} " + rng.choice(BACKGROUNDS).format(_article(ground))
     if rng.random() < 0.12:
         return f"{ground} {noun}"
     return (f"the {ground}" if rng.random() < 0.08 else _article(ground)) + f" {noun}"
@@ -103,7 +135,7 @@ def _letters(wish: Wish, rng: random.Random) -> str:
 
 def _frame(wish: Wish, rng: random.Random) -> str:
     if not wish.frame:
-        return ""
+        return "no frame" if rng.random() < 0.05 else ""
     noun = rng.choice(FRAME_WORDS)
     return rng.choice((_article(noun), _article(noun), f"a thin {noun}"))
 
