@@ -1,0 +1,43 @@
+"""English and Chinese for what people read. The English sentence is the key, as in gettext.
+
+The table is `zh.toml` beside this file; a test compares it with every `say(...)` and every error template
+in the package, so a sentence can't lose its translation silently. Rejected: message ids, because code that
+says `say("size.multiple")` hides the very words its reader wants to judge.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping
+from functools import cache
+from importlib import resources
+
+from lanting.core.errors import LantingError
+
+
+def language(environ: Mapping[str, str] | None = None) -> str:
+    """'zh' or 'en': LANTING_LANG if set, else the locale variables in their usual order."""
+    env = os.environ if environ is None else environ
+    for name in ("LANTING_LANG", "LC_ALL", "LC_MESSAGES", "LANG"):
+        if value := env.get(name, ""):
+            return "zh" if value.lower().startswith("zh") else "en"
+    return "en"
+
+
+@cache
+def chinese() -> dict[str, str]:
+    """English template -> Chinese template."""
+    text = resources.files("lanting.core").joinpath("zh.toml").read_text(encoding="utf-8")
+    return {str(english): str(translated) for english, translated in tomllib.loads(text).items()}
+
+
+def say(sentence: str, **values: object) -> str:
+    """The sentence in the person's language, its {fields} filled."""
+    template = chinese().get(sentence, sentence) if language() == "zh" else sentence
+    return template.format(**values) if values else template
+
+
+def explain(error: LantingError) -> str:
+    """An error's sentence in the person's language; English where it has no translation."""
+    return say(error.sentence, **error.values) if error.sentence else str(error)

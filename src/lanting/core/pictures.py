@@ -1,0 +1,124 @@
+"""Reading pictures people give us: three formats, a cap on pixels before decoding, one frame, upright.
+
+The content decides, never the file's name. Pillow's own bomb guard lets an 81-megapixel PNG of ten kilobytes
+through, so the size is checked from the header with a cap of our own.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+from lanting.core.errors import PictureError
+
+MAX_PIXELS = 25_000_000
+MAX_BYTES = 200_000_000
+FORMATS = ("PNG", "JPEG", "WEBP")
+
+
+def open_picture(source: str | Path | bytes, name: str = "the picture") -> Image.Image:
+    """An upright RGB picture, or RGBA where the file has transparency; `info["path"]` keeps where it came
+    from.
+
+    source  a path, or the file's bytes (then `name` stands for it in errors)
+
+    Raises PictureError: missing, unreadable, not PNG/JPEG/WebP, damaged, or above MAX_PIXELS.
+    """
+    shown = name if isinstance(source, bytes) else str(source)
+    image = decode_picture(source if isinstance(source, bytes) else read_bytes(Path(source)), shown)
+    upright = ImageOps.exif_transpose(image)
+    see_through = "A" in upright.getbands() or "transparency" in upright.info
+    plain = upright.convert("RGBA" if see_through else "RGB")
+    plain.info = {} if isinstance(source, bytes) else {"path": str(source)}
+    return plain
+
+
+def open_mask(source: str | Path | bytes, name: str = "the mask") -> Image.Image:
+    """A grey mask, white = repaint. Transparent pixels count as black."""
+    image = open_picture(source, name)
+    if image.mode == "RGBA":
+        black = Image.new("RGBA", image.size, "black")
+        black.alpha_composite(image)
+        black.info = image.info
+        image = black
+    return image.convert("L")
+
+
+def read_bytes(path: Path) -> bytes:
+    """The file's content, or a PictureError that says why not."""
+    try:
+        if path.is_dir():
+            raise PictureError("{path} is a folder, not a picture", path=path)
+        if not path.exists():
+            raise PictureError("{path} does not exist", path=path)
+        if not path.is_file():
+            raise PictureError("{path} is not a file", path=path)
+        if (size := path.stat().st_size) > MAX_BYTES:
+            raise PictureError(
+                "{path} is a file of {size:,} MB; pictures up to {most:,} MB are read",
+                **{"path": path, "size": size // 1_000_000, "most": MAX_BYTES // 1_000_000},
+            )
+        return path.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+        reason = getattr(error, "strerror", None) or error
+        raise PictureError("{path} can't be read: {reason}", path=path, reason=reason) from None
+
+
+def decode_picture(data: bytes, name: str) -> Image.Image:
+    """The first frame as Pillow decodes it, with its metadata in `info`."""
+    if not data:
+        raise PictureError("{name} is empty", name=name)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own cap is lower
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError:
+        raise PictureError("{name} has too many pixels: at most 25 million are read", name=name) from None
+    except (OSError, ValueError, SyntaxError):
+        raise PictureError(
+            "{name} is not a picture we read (PNG, JPEG, WebP): it starts like {kind}",
+            **{"name": name, "kind": _looks_like(data)},
+        ) from None
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise PictureError(
+            "{name} is {width}×{height}, {million} million pixels; at most 25 million are read: shrink it",
+            **{"name": name, "width": width, "height": height, "million": width * height // 1_000_000},
+        )
+    try:
+        image.load()
+    # damaged files raise whatever the decoder meets: zlib, struct, Syntax, OS errors
+    except Exception as error:
+        raise PictureError("{name} is damaged: {reason}", name=name, reason=_first_line(error)) from None
+    return image
+
+
+def _looks_like(data: bytes) -> str:
+    known = (
+        (b"GIF8", "a GIF"),
+        (b"BM", "a BMP"),
+        (b"II*\0", "a TIFF"),
+        (b"MM\0*", "a TIFF"),
+        (b"%PDF", "a PDF"),
+        (b"PK\3\4", "a ZIP"),
+        (b"\x89PNG", "a damaged PNG"),
+        (b"\xff\xd8\xff", "a damaged JPEG"),
+        (b"RIFF", "a damaged WebP"),
+    )
+    for start, kind in known:
+        if data.startswith(start):
+            return kind
+    if data[4:8] == b"ftyp":
+        return "a HEIC, AVIF or video file"
+    head = data[:256]
+    if b"<svg" in head.lower():
+        return "an SVG"
+    return "a text file" if all(byte in b"\t\n\r" or byte >= 32 for byte in head) else "something else"
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:120] if lines else type(error).__name__

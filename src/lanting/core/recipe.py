@@ -1,0 +1,146 @@
+"""A recipe is what a picture carries so that it can be drawn again: as our JSON, and as A1111's infotext.
+
+Input pictures are recorded by the hash of their pixels, their size and the path as it was given; never by
+content. What is read back comes from strangers' files, so it is bounded and checked before use.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+from PIL.Image import Image
+
+from lanting.core.errors import PictureError
+from lanting.core.pictures import decode_picture, read_bytes
+from lanting.core.types import Recipe, Request
+
+FORMAT = 1
+LONGEST = 200_000  # characters of JSON; a settled request is far below
+USER_COMMENT, IMAGE_DESCRIPTION, EXIF_IFD = 0x9286, 0x010E, 0x8769
+PLAIN = ("task", "negative_prompt", "steps", "guidance_scale", "seed", "count", "strength")
+
+
+def describe_picture(image: Image) -> dict[str, Any]:
+    """{"sha256", "size", "path"?} of a picture's pixels (as RGB, RGBA or grey)."""
+    plain = image if image.mode in ("RGB", "RGBA", "L") else image.convert("RGBA")
+    head = f"{plain.mode} {plain.width}x{plain.height} ".encode()
+    where = cast("dict[str, Any]", image.info).get("path")
+    table = {"sha256": hashlib.sha256(head + plain.tobytes()).hexdigest(), "size": list(image.size)}
+    return table | ({"path": str(where)} if where else {})
+
+
+def describe_request(request: Request) -> dict[str, Any]:
+    """The request as plain JSON values, pictures by their hash."""
+    prompt = request.prompt if isinstance(request.prompt, str) else list(request.prompt)
+    table: dict[str, Any] = {"prompt": prompt} | {name: getattr(request, name) for name in PLAIN}
+    table["size"] = list(request.size) if request.size else None
+    table["images"] = [describe_picture(image) for image in request.images]
+    table["mask"] = describe_picture(request.mask) if request.mask is not None else None
+    table["options"] = {k: [*v] if isinstance(v, tuple) else v for k, v in request.options.items()}
+    return table
+
+
+def request_of_picture(request: Request, index: int) -> Request:
+    """The request that draws picture `index` of a settled batch alone: its own prompt, its own seed."""
+    prompts = (request.prompt,) if isinstance(request.prompt, str) else request.prompt
+    return replace(request, prompt=prompts[index // request.count], seed=(request.seed or 0) + index, count=1)
+
+
+def restore_request(
+    table: Mapping[str, Any], images: Sequence[Image] = (), mask: Image | None = None
+) -> Request:
+    """The request a recipe describes, over pictures the caller found; `settle` still checks its values."""
+    prompt, size = table.get("prompt", ""), table.get("size")
+    options: dict[str, Any] = dict(table.get("options") or {})
+    return Request(
+        prompt=prompt if isinstance(prompt, str) else tuple(str(words) for words in prompt),
+        size=None if size is None else (int(size[0]), int(size[1])),
+        images=tuple(images),
+        mask=mask,
+        options=options,
+        **{name: table[name] for name in PLAIN if table.get(name) is not None},
+    )
+
+
+def to_json(recipe: Recipe) -> str:
+    """One line of JSON, letters of every script kept readable."""
+    table = {
+        "lanting": FORMAT,
+        "request": dict(recipe.request),
+        "model": recipe.model,
+        "weights": recipe.weights,
+        "task": recipe.task,
+        "versions": dict(recipe.versions),
+    }
+    return json.dumps(table, ensure_ascii=False, separators=(",", ":"))
+
+
+def from_json(text: str, name: str = "the picture") -> Recipe:
+    """The recipe, or a PictureError when the text is no recipe of ours."""
+    try:
+        if len(text) > LONGEST:
+            raise ValueError(f"longer than {LONGEST:,} characters")
+        table: Any = json.loads(text)
+        if table["lanting"] != FORMAT:
+            raise ValueError("written by another version")
+        request: dict[str, Any] = table["request"]
+        restore_request(request)  # wrong types fail here
+        for place in [*request.get("images", []), *([request["mask"]] if request.get("mask") else [])]:
+            if not isinstance(place["sha256"], str) or len(place["size"]) != 2:
+                raise ValueError("an input picture without hash or size")
+        versions = {str(k): str(v) for k, v in table["versions"].items()}
+        return Recipe(request, str(table["model"]), str(table["weights"]), str(table["task"]), versions)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        reason = (str(error).strip() or type(error).__name__)[:120]
+        raise PictureError("the recipe in {name} can't be read: {reason}", name=name, reason=reason) from None
+
+
+def infotext(recipe: Recipe) -> str:
+    """The recipe in the form that A1111, Civitai and many bots read from the `parameters` chunk."""
+    asked = recipe.request
+    prompt = asked.get("prompt", "")
+    size = asked.get("size") or (0, 0)
+    facts: dict[str, Any] = {
+        "Steps": asked.get("steps"),
+        "Sampler": "Euler",
+        "CFG scale": asked.get("guidance_scale"),
+        "Seed": asked.get("seed"),
+        "Size": f"{size[0]}x{size[1]}",
+        "Model hash": recipe.weights[:10],
+        "Model": recipe.model,
+        "Denoising strength": asked.get("strength") if asked.get("images") else None,
+        "Version": f"lanting {recipe.versions.get('lanting', '')}".strip(),
+    }
+    lines = [prompt if isinstance(prompt, str) else "\n".join(prompt)]
+    if asked.get("negative_prompt"):
+        lines.append(f"Negative prompt: {asked['negative_prompt']}")
+    lines.append(", ".join(f"{name}: {value}" for name, value in facts.items() if value is not None))
+    return "\n".join(lines)
+
+
+def read_recipe(path: str | Path) -> Recipe:
+    """The recipe a picture file carries (PNG text, JPEG and WebP EXIF); a PictureError where there is
+    none."""
+    image = decode_picture(read_bytes(Path(path)), str(path))
+    text: Any = cast("dict[str, Any]", image.info).get("lanting")
+    if text is None:
+        raw: Any = image.getexif().get(IMAGE_DESCRIPTION)
+        text = _utf8(raw) if isinstance(raw, str) else None
+    if not isinstance(text, str) or not text.lstrip().startswith('{"lanting"'):
+        raise PictureError(
+            "{path} carries no recipe: only pictures drawn by lanting, and not re-saved since, do", path=path
+        )
+    return from_json(text, str(path))
+
+
+def _utf8(text: str) -> str:
+    """EXIF text comes back one character a byte; ours was written as UTF-8."""
+    try:
+        return text.encode("latin-1").decode("utf-8")
+    except UnicodeError:
+        return text

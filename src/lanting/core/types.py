@@ -1,0 +1,90 @@
+"""What crosses process borders: Request in, Progress and Result out. Plain values, no tensors.
+
+`Request` says what a person asked, with None wherever they said nothing; `settle` (in `lanting.specs`)
+fills the gaps from the release, so everything after it can rely on every field. `Recipe` is the settled
+request plus what is needed to draw the picture again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+TASK_NAMES = (
+    "text_to_image",
+    "image_to_image",
+    "inpaint",
+    "edit",
+    "edit_inpaint",
+    "layered",
+    "controlnet",
+    "controlnet_inpaint",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One wish for pictures.
+
+    prompt           words, or several prompts for one batch (all drawn with the same settings)
+    task             one of TASK_NAMES; None: inferred from what was given (see `settle`)
+    negative_prompt  None: the release's own; only used when guidance_scale > 1
+    size             (width, height) in pixels, multiples of 16; None: the release's or the picture's
+    steps            denoising steps, 1..1000
+    guidance_scale   true classifier-free guidance; <= 1 turns it off and halves the work
+    seed             0..2**63-1; picture i of a batch uses seed + i; None: chosen at random and recorded
+    count            pictures per prompt, 1..64
+    images           input pictures (source first, then references)
+    mask             white = repaint
+    strength         0 < strength <= 1: how far from the source picture (image_to_image, inpaint)
+    options          words of a task's own: layers, resolution, control_scale, control_start, control_end,
+                     padding_mask_crop, sigmas, batched_guidance
+    """
+
+    prompt: str | tuple[str, ...] = ""
+    task: str | None = None
+    negative_prompt: str | None = None
+    size: tuple[int, int] | None = None
+    steps: int | None = None
+    guidance_scale: float | None = None
+    seed: int | None = None
+    count: int = 1
+    images: tuple[Image, ...] = ()
+    mask: Image | None = None
+    strength: float | None = None
+    options: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """Enough to draw the picture again. JSON-serialisable through `to_json` in `lanting.core.recipe`."""
+
+    request: Mapping[str, Any]  # the settled request; pictures as {"sha256", "size", "path"?}
+    model: str  # release or folder name
+    weights: str  # hash over the weights' headers and sizes, or contents for small models
+    task: str
+    versions: Mapping[str, str]  # lanting, torch, python, device, dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What every interface shows. `preview` is a small PIL picture when previews were asked for."""
+
+    phase: str  # "load", "encode", "denoise", "decode"
+    step: int
+    steps: int
+    seconds: float  # since the phase began
+    preview: Image | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """The finished pictures, in order of prompt, then count (then layer, bottom first)."""
+
+    images: tuple[Image, ...]
+    recipes: tuple[Recipe, ...]  # one per picture
+    seconds: Mapping[str, float]  # per phase

@@ -1,0 +1,18 @@
+"""A release is a text file; `settle` fills a request from it; `detect` tells which release a folder holds."""
+
+from lanting.specs.detect import detect
+from lanting.specs.model_spec import Defaults, ModelSpec, get_spec, read_spec, spec_names
+from lanting.specs.settle import settle
+from lanting.specs.sizes import fit_area, parse_size
+
+__all__ = [
+    "Defaults",
+    "ModelSpec",
+    "detect",
+    "fit_area",
+    "get_spec",
+    "parse_size",
+    "read_spec",
+    "settle",
+    "spec_names",
+]

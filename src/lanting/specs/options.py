@@ -1,0 +1,73 @@
+"""The words only some tasks know (layers, resolution, control_scale, ...): their ranges and defaults."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any, cast
+
+from lanting.core.errors import RequestError
+from lanting.core.types import Request
+from lanting.specs.model_spec import Defaults
+from lanting.specs.numbers import number, whole
+
+EVERYWHERE = ("sigmas", "batched_guidance")
+OF_TASK = {
+    "layered": ("layers", "resolution"),
+    "inpaint": ("padding_mask_crop",),
+    "edit_inpaint": ("padding_mask_crop",),
+    "controlnet": ("control_scale", "control_start", "control_end"),
+    "controlnet_inpaint": ("control_scale", "control_start", "control_end"),
+}
+
+
+def settle_options(request: Request, task: str, own: Defaults) -> tuple[dict[str, Any], int]:
+    """The task's options filled and checked, and the number of steps (given, or the length of `sigmas`)."""
+    known = (*EVERYWHERE, *OF_TASK.get(task, ()))
+    given = dict(request.options)
+    if strange := sorted(set(given) - set(known)):
+        raise RequestError(
+            "{task} knows no option {name}; it knows {known}",
+            **{"task": task, "name": strange[0], "known": ", ".join(known)},
+        )
+    if task == "layered":
+        given["layers"] = whole("layers", given.get("layers", own.layers), 1, 20)
+        given.setdefault("resolution", own.resolution)
+        if given["resolution"] not in (640, 1024):
+            raise RequestError("the resolution must be 640 or 1024, not {value}", value=given["resolution"])
+    if "control_scale" in known:
+        _settle_control(given)
+    if given.get("padding_mask_crop") is not None:
+        given["padding_mask_crop"] = whole("padding_mask_crop", given["padding_mask_crop"], 0, 4096)
+    if not isinstance(given.get("batched_guidance", False), bool):
+        raise RequestError(
+            "batched_guidance must be true or false, not {value}", value=given["batched_guidance"]
+        )
+    steps = own.steps if request.steps is None else request.steps
+    if given.get("sigmas") is None:
+        given.pop("sigmas", None)
+        return given, whole("steps", steps, 1, 1000)
+    given["sigmas"] = _sigmas(given["sigmas"])
+    count = len(given["sigmas"])
+    if request.steps not in (None, count):
+        raise RequestError("{count} sigmas make {count} steps, not {steps}", count=count, steps=request.steps)
+    return given, count
+
+
+def _settle_control(given: dict[str, Any]) -> None:
+    given["control_scale"] = number("control_scale", given.get("control_scale", 1.0), 0, 10)
+    given["control_start"] = number("control_start", given.get("control_start", 0.0), 0, 1)
+    given["control_end"] = number("control_end", given.get("control_end", 1.0), 0, 1)
+    if given["control_start"] >= given["control_end"]:
+        raise RequestError(
+            "control_start {start} must come before control_end {end}",
+            **{"start": given["control_start"], "end": given["control_end"]},
+        )
+
+
+def _sigmas(value: Any) -> tuple[float, ...]:
+    """Noise levels as people may give them: falling, each above 0 and at most 1."""
+    if isinstance(value, list | tuple) and 1 <= len(cast("list[Any]", value)) <= 1000:
+        levels = tuple(number("a sigma", level, 0, 1) for level in cast("list[Any]", value))
+        if all(a > b for a, b in pairwise(levels)) and levels[-1] > 0:
+            return levels
+    raise RequestError("sigmas must be 1 to 1000 falling numbers, each above 0 and at most 1")

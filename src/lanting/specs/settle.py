@@ -1,0 +1,183 @@
+"""`settle` turns what a person asked into a request with no gaps, or says in one sentence why it can't.
+
+It runs before any weight is read and needs no torch, so every surface gives the same answer at once.
+Settling a settled request changes nothing.
+"""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import replace
+from typing import Any, cast
+
+from lanting.core.errors import RequestError
+from lanting.core.types import TASK_NAMES, Request
+from lanting.specs.model_spec import ModelSpec
+from lanting.specs.numbers import number, whole
+from lanting.specs.options import settle_options
+from lanting.specs.sizes import WIDEST, check_size, fit_area, size_of_picture
+
+LONGEST_PROMPT, LONGEST_NEGATIVE = 10_000, 4_000  # characters; the reader sees 1,024 tokens at most
+LARGEST_SEED = 2**63 - 1
+FROM_NOISE = {"text_to_image", "edit", "layered", "controlnet", "controlnet_inpaint"}  # no strength here
+NEEDS_MASK = {"inpaint", "edit_inpaint", "controlnet_inpaint"}
+NEEDS_PROMPT = {"text_to_image", "edit", "edit_inpaint", "controlnet"}
+
+
+def settle(request: Request, spec: ModelSpec) -> Request:
+    """Every None filled from the release, every value checked. Raises RequestError."""
+    task = _task(request, spec)
+    _check_words(request, task)
+    _check_pictures(request, task, spec)
+    own = spec.defaults
+    negative = own.negative_prompt if request.negative_prompt is None else request.negative_prompt
+    _check_text(negative, LONGEST_NEGATIVE)
+    options, steps = settle_options(request, task, own)
+    count = whole("count", request.count, 1, 64)
+    last = LARGEST_SEED - count * len(words_of(request)) + 1  # picture i is drawn with seed + i
+    seed = secrets.randbelow(2**32) if request.seed is None else whole("seed", request.seed, 0, last)
+    guidance = own.guidance_scale if request.guidance_scale is None else request.guidance_scale
+    return replace(
+        request,
+        task=task,
+        negative_prompt=negative,
+        size=_size(request, task, spec, options),
+        steps=steps,
+        guidance_scale=number("guidance", guidance, 0, 100),
+        seed=seed,
+        count=count,
+        strength=_strength(request, task, spec),
+        options=options,
+    )
+
+
+def words_of(request: Request) -> tuple[str, ...]:
+    """The prompts as a tuple, one or several."""
+    return (request.prompt,) if isinstance(request.prompt, str) else tuple(request.prompt)
+
+
+def _task(request: Request, spec: ModelSpec) -> str:
+    task = request.task
+    if task is None:
+        task = _inferred(request, spec)
+    if task not in TASK_NAMES:
+        raise RequestError(
+            "there is no task {task}; tasks are {names}", task=task, names=", ".join(TASK_NAMES)
+        )
+    if task in spec.tasks:
+        return task
+    if task == "text_to_image" and "edit" in spec.tasks:
+        raise RequestError("{model} edits pictures: give it at least one", model=spec.name)
+    able = ", ".join(spec.tasks)
+    raise RequestError("{model} can't do {task}; it does {able}", model=spec.name, task=task, able=able)
+
+
+def _inferred(request: Request, spec: ModelSpec) -> str:
+    if spec.tasks == ("layered",):
+        return "layered"
+    if request.mask is not None:
+        return "edit_inpaint" if "edit_inpaint" in spec.tasks else "inpaint"
+    if request.images:
+        return "edit" if "edit" in spec.tasks else "image_to_image"
+    return "text_to_image"
+
+
+def _check_words(request: Request, task: str) -> None:
+    words = words_of(request)
+    if not 1 <= len(words) <= 64:
+        raise RequestError("between 1 and 64 prompts can be drawn at once, not {count}", count=len(words))
+    if len(words) > 1 and task == "layered":
+        raise RequestError(
+            "layers are drawn from one picture and one prompt at a time, not {count}", count=len(words)
+        )
+    for text in words:
+        _check_text(text, LONGEST_PROMPT)
+        if task in NEEDS_PROMPT and not text.strip():
+            raise RequestError("the prompt is empty: say what to draw")
+
+
+def _check_text(text: Any, longest: int) -> None:
+    if not isinstance(text, str):
+        raise RequestError("a prompt must be text, not {kind}", kind=type(text).__name__)
+    if len(text) > longest:
+        raise RequestError(
+            "the prompt has {count:,} characters and at most {longest:,} are read: shorten it",
+            **{"count": len(text), "longest": longest},
+        )
+    if any(0xD800 <= ord(letter) <= 0xDFFF for letter in text):
+        raise RequestError("the prompt holds bytes that are not UTF-8: retype it")
+
+
+def _check_pictures(request: Request, task: str, spec: ModelSpec) -> None:
+    given, most = len(request.images), max(spec.defaults.max_pictures if task.startswith("edit") else 1, 1)
+    if task == "text_to_image" and given:
+        raise RequestError("text_to_image takes no picture; for that use image_to_image or an edit release")
+    if task != "text_to_image" and not given:
+        raise RequestError("{task} needs a picture: give at least one", task=task)
+    if given > most:
+        raise RequestError(
+            "{model} takes at most {most} pictures for {task}, not {given}",
+            **{"model": spec.name, "most": most, "task": task, "given": given},
+        )
+    for image in request.images:
+        if max(image.size) > WIDEST * min(image.size):
+            width, height = image.size
+            raise RequestError(
+                "a picture of {width}×{height} is too narrow to work on: crop it to at most {widest}:1",
+                **{"width": width, "height": height, "widest": WIDEST},
+            )
+    if task in NEEDS_MASK or request.mask is not None:
+        _check_mask(request, task)
+
+
+def _check_mask(request: Request, task: str) -> None:
+    mask = request.mask
+    if mask is None:
+        raise RequestError("{task} needs a mask: a picture that is white where to draw anew", task=task)
+    if task not in NEEDS_MASK:
+        raise RequestError("{task} takes no mask", task=task)
+    if mask.size != request.images[0].size:
+        ours, theirs = (f"{w}×{h}" for w, h in (mask.size, request.images[0].size))
+        raise RequestError(
+            "the mask is {mask} and the picture {picture}: make them the same size", mask=ours, picture=theirs
+        )
+    if cast("int", mask.convert("L").getextrema()[1]) < 128:  # the mask is cut at half
+        raise RequestError(
+            "the mask is black everywhere, so nothing would change: paint white what to draw anew"
+        )
+
+
+def _size(request: Request, task: str, spec: ModelSpec, options: dict[str, Any]) -> tuple[int, int]:
+    own = spec.defaults
+    if (
+        task == "layered"
+    ):  # the picture's own ratio at the asked resolution; another size would move the layers
+        width, height = request.images[0].size
+        natural = fit_area(options["resolution"] ** 2, width / height)
+        if request.size not in (None, natural):
+            raise RequestError(
+                "layers keep the picture's own ratio: use resolution 640 or 1024 instead of a size"
+            )
+        return natural
+    if request.size is not None:
+        sides = tuple(request.size)
+        if len(sides) != 2:
+            raise RequestError("a size is two numbers, width and height")
+        return check_size(*(whole("a side of the size", side, -LARGEST_SEED, LARGEST_SEED) for side in sides))
+    if task == "text_to_image":
+        return own.size
+    width, height = request.images[-1 if task == "edit" else 0].size
+    if task.startswith("edit"):
+        return fit_area(own.vae_area, width / height)
+    return size_of_picture(width, height, own.size[0] * own.size[1])
+
+
+def _strength(request: Request, task: str, spec: ModelSpec) -> float:
+    if task not in FROM_NOISE:
+        given = spec.defaults.strength if request.strength is None else request.strength
+        if number("strength", given, 0, 1) == 0:
+            raise RequestError("strength 0 leaves the picture as it is: use more than 0 and at most 1")
+        return float(given)
+    if request.strength not in (None, 1, 1.0):
+        raise RequestError("{task} starts from noise, so strength has no meaning: leave it out", task=task)
+    return 1.0

@@ -1,0 +1,83 @@
+"""Sizes in words and numbers: "1664x928", "16:9", and the size a picture is brought to. All in pixels."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from lanting.core.errors import RequestError
+from lanting.specs.model_spec import ModelSpec
+
+STEP, SMALLEST, LARGEST = 16, 16, 4096  # one token is 2x2 latents of 8x8 pixels
+WIDEST = 16  # longest side over shortest; beyond this a 1024x1024 area no longer fits LARGEST
+
+
+def parse_size(text: str, spec: ModelSpec) -> tuple[int, int]:
+    """(width, height) from "WxH", a size the release names ("16:9", "wide"), or any ratio "a:b".
+
+    A ratio the release does not name gets the area of its default size. Raises RequestError with what is
+    known.
+    """
+    word = text.strip().lower()
+    if word in spec.defaults.sizes:
+        return spec.defaults.sizes[word]
+    if match := re.fullmatch(r"(\d{1,7})\s*[x×*]\s*(\d{1,7})", word):
+        return check_size(int(match[1]), int(match[2]))
+    match = re.fullmatch(r"(\d{1,4}(?:\.\d{1,4})?):(\d{1,4}(?:\.\d{1,4})?)", word)
+    if match and min(float(match[1]), float(match[2])) > 0:
+        ratio = float(match[1]) / float(match[2])
+        if max(ratio, 1 / ratio) > WIDEST:
+            raise RequestError(
+                "the ratio {ratio} is too extreme: at most {widest}:1 can be drawn", ratio=text, widest=WIDEST
+            )
+        width, height = spec.defaults.size
+        return fit_area(width * height, ratio, step=STEP)
+    names = ", ".join(spec.defaults.sizes)
+    raise RequestError(
+        "the size {size} is not understood: write WIDTHxHEIGHT, or one of {names}",
+        size=repr(text),
+        names=names,
+    )
+
+
+def check_size(width: int, height: int) -> tuple[int, int]:
+    """The same size, or a RequestError that names the nearest one that can be drawn."""
+    near = tuple(min(max((side + STEP // 2) // STEP * STEP, SMALLEST), LARGEST) for side in (width, height))
+    if not (SMALLEST <= width <= LARGEST and SMALLEST <= height <= LARGEST):
+        raise RequestError(
+            "the size {width}×{height} can't be drawn: each side must be {low} to {high}. Nearest: {w}×{h}.",
+            **{
+                "width": width,
+                "height": height,
+                "low": SMALLEST,
+                "high": LARGEST,
+                "w": near[0],
+                "h": near[1],
+            },
+        )
+    if near != (width, height):
+        raise RequestError(
+            "the size {width}×{height} can't be drawn: both sides must be multiples of 16. Nearest: {w}×{h}.",
+            **{"width": width, "height": height, "w": near[0], "h": near[1]},
+        )
+    return width, height
+
+
+def fit_area(area: int, ratio: float, step: int = 32) -> tuple[int, int]:
+    """(width, height) of about `area` square pixels and that width/height ratio, in multiples of `step`.
+
+    The rounding (halves to even) is that of the Qwen-Image edit pipelines, so sizes agree with theirs.
+    """
+    width = math.sqrt(area * ratio)
+    height = width / ratio
+    return max(round(width / step) * step, step), max(round(height / step) * step, step)
+
+
+def size_of_picture(width: int, height: int, area: int) -> tuple[int, int]:
+    """The drawable size nearest to a picture: its own, or its ratio at `area` where it is larger than
+    that."""
+    if width * height > area:
+        return fit_area(area, width / height, step=STEP)
+    # type: ignore[return-value]
+    own_width, own_height = (max((side + STEP // 2) // STEP * STEP, SMALLEST) for side in (width, height))
+    return own_width, own_height

@@ -1,0 +1,266 @@
+"""Releases as text files, requests settled from them, folders recognised."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from PIL import Image
+
+from lanting.core.errors import ModelError, RequestError
+from lanting.core.types import TASK_NAMES, Request
+from lanting.specs import detect, fit_area, get_spec, parse_size, read_spec, settle, spec_names
+
+QWEN, LAYERED, NANO = get_spec("qwen-image"), get_spec("qwen-image-layered"), get_spec("nano")
+EDIT, PLUS = get_spec("qwen-image-edit"), get_spec("qwen-image-edit-2511")
+
+
+def picture(width: int = 64, height: int = 48, mode: str = "RGB") -> Image.Image:
+    return Image.new(mode, (width, height), "white")
+
+
+def test_every_release_file_reads():
+    assert {"nano", "qwen-image", "qwen-image-2512", "qwen-image-edit-2511"} <= set(spec_names())
+    for name in spec_names():
+        spec = get_spec(name)
+        assert spec.name == name
+        assert spec.tasks
+        assert set(spec.tasks) <= set(TASK_NAMES)
+        assert 1 <= spec.defaults.steps <= 50
+
+
+def test_recommended_values():
+    base = get_spec("qwen-image-2512").defaults
+    assert (base.steps, base.guidance_scale, base.size) == (50, 4.0, (1328, 1328))
+    assert base.negative_prompt.startswith("低分辨率")
+    assert base.sizes["16:9"] == (1664, 928)
+    assert QWEN.defaults.negative_prompt == " "
+    assert (PLUS.defaults.steps, PLUS.defaults.vl_area, PLUS.defaults.vae_area) == (40, 384**2, 1024**2)
+    assert (PLUS.template, EDIT.template, QWEN.template) == ("edit-plus", "edit", "text-to-image")
+    assert PLUS.shape == {"zero_cond_t": True}
+    assert get_spec("qwen-image-edit-2509").shape == {}
+    fast = get_spec("qwen-image-lightning-8")
+    assert (fast.defaults.steps, fast.defaults.guidance_scale) == (8, 1.0)
+    assert fast.schedule["shift_terminal"] is None
+    assert fast.schedule["base_shift"] == pytest.approx(1.0986122886681098)
+
+
+def test_a_persons_own_release_may_extend_ours(tmp_path):
+    path = tmp_path / "posters.toml"
+    path.write_text(
+        'extends = "qwen-image"\nrepo = "me/posters"\n[defaults]\nsteps = 8\nguidance_scale = 1\n'
+    )
+    spec = read_spec(path)
+    assert (spec.name, spec.repo, spec.defaults.steps, spec.defaults.guidance_scale) == (
+        "posters",
+        "me/posters",
+        8,
+        1.0,
+    )
+    assert spec.defaults.sizes == QWEN.defaults.sizes
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ('extends = "qwen-image"\ncolour = 3\n', "colour"),
+        ('extends = "qwen-image"\n[defaults]\nstep = 3\n', "defaults.step"),
+        ('extends = "qwen-image"\n[defaults]\nsteps = "8"\n', "must be int"),
+        ('extends = "qwen-image"\n[defaults]\nsize = [100, 100]\n', "multiples of 16"),
+        ('extends = "qwen-image"\ntemplate = "video"\n', "template"),
+        ('extends = "qwen-image"\ntasks = ["sculpt"]\n', "sculpt"),
+        ('extends = "odd"\n', "back to itself"),
+        ('extends = "missing"\n', "no such release"),
+        ("extends = \n", "TOML"),
+    ],
+)
+def test_wrong_release_files_are_one_sentence(tmp_path, text, word):
+    path = tmp_path / "odd.toml"
+    path.write_text(text)
+    with pytest.raises(ModelError, match=word) as caught:
+        read_spec(path)
+    assert "\n" not in str(caught.value).replace("\n(at", "")
+
+
+def test_unknown_release_names_the_nearest():
+    with pytest.raises(ModelError, match="qwen-image-2512"):
+        get_spec("qwen-image-2521")
+
+
+def test_settle_fills_every_gap_and_settling_again_changes_nothing():
+    settled = settle(Request("a cat"), QWEN)
+    assert settled.task == "text_to_image"
+    assert (settled.steps, settled.guidance_scale, settled.size) == (50, 4.0, (1328, 1328))
+    assert settled.negative_prompt == " "
+    assert 0 <= settled.seed < 2**32
+    assert settle(settled, QWEN) == settled
+
+
+@pytest.mark.parametrize(
+    ("spec", "request_", "task"),
+    [
+        (QWEN, Request("a cat"), "text_to_image"),
+        (QWEN, Request("a cat", images=(picture(),)), "image_to_image"),
+        (QWEN, Request("a cat", images=(picture(),), mask=picture(mode="L")), "inpaint"),
+        (EDIT, Request("a cat", images=(picture(),)), "edit"),
+        (EDIT, Request("a cat", images=(picture(),), mask=picture(mode="L")), "edit_inpaint"),
+        (PLUS, Request("a cat", images=(picture(), picture(), picture())), "edit"),
+        (LAYERED, Request(images=(picture(),)), "layered"),
+    ],
+)
+def test_task_is_inferred(spec, request_, task):
+    settled = settle(request_, spec)
+    assert settled.task == task
+    assert settle(settled, spec) == settled
+
+
+def test_sizes_follow_the_picture():
+    # sizes of the Qwen-Image edit pipelines for these inputs
+    assert fit_area(1024**2, 1920 / 1080) == (1376, 768)
+    assert fit_area(384**2, 3000 / 2000) == (480, 320)
+    assert fit_area(640**2, 800 / 600) == (736, 544)
+    assert settle(Request("x", images=(picture(1920, 1080),)), EDIT).size == (1376, 768)
+    assert settle(Request("x", images=(picture(640, 480), picture(800, 600))), PLUS).size == (1184, 896)
+    assert settle(Request(images=(picture(1920, 1080),)), LAYERED).size == (864, 480)
+    wide = replace(Request(images=(picture(1920, 1080),)), options={"resolution": 1024})
+    assert settle(wide, LAYERED).size == fit_area(1024**2, 16 / 9)
+    assert settle(Request("x", images=(picture(100, 50),)), QWEN).size == (96, 48)
+    assert settle(Request("x", images=(picture(4000, 3000),)), QWEN).size == (1536, 1152)
+
+
+def test_size_words():
+    assert parse_size("1664x928", QWEN) == parse_size("16:9", QWEN) == (1664, 928)
+    assert parse_size("1:1", NANO) == (192, 192)
+    width, height = parse_size("21:9", QWEN)
+    assert width % 16 == height % 16 == 0
+    assert width / height == pytest.approx(21 / 9, rel=0.02)
+    assert width * height == pytest.approx(1328**2, rel=0.03)
+    with pytest.raises(RequestError, match="Nearest: 1008×1008"):
+        parse_size("1000x1001", QWEN)
+    for wrong in (
+        "",
+        "big",
+        "12",
+        "0x0",
+        "17x32",
+        "100000x64",
+        "-16x32",
+        "0:1",
+        "99:1",
+        "1e3x16",
+        "16x16x16",
+    ):
+        with pytest.raises(RequestError):
+            parse_size(wrong, QWEN)
+
+
+ONE = (picture(),)
+WRONG = {
+    "empty prompt": (QWEN, Request("  "), "empty"),
+    "long prompt": (QWEN, Request("x" * 20_000), "20,000"),
+    "long negative": (QWEN, Request("x", negative_prompt="x" * 5000), "5,000"),
+    "surrogate": (QWEN, Request("caf\udce9"), "UTF-8"),
+    "prompt of bytes": (QWEN, Request(b"cat"), "text"),
+    "no prompts": (QWEN, Request(()), "0"),
+    "one empty of two": (QWEN, Request(("a", "")), "empty"),
+    "no steps": (QWEN, Request("x", steps=0), "steps"),
+    "many steps": (QWEN, Request("x", steps=1001), "1000"),
+    "steps in words": (QWEN, Request("x", steps="20"), "steps"),
+    "steps true": (QWEN, Request("x", steps=True), "steps"),
+    "guidance nan": (QWEN, Request("x", guidance_scale=float("nan")), "guidance"),
+    "guidance inf": (QWEN, Request("x", guidance_scale=float("inf")), "guidance"),
+    "guidance huge": (QWEN, Request("x", guidance_scale=10**400), "guidance"),
+    "seed below": (QWEN, Request("x", seed=-1), "seed"),
+    "seed above": (QWEN, Request("x", seed=2**63), "seed"),
+    "last seed of a batch": (QWEN, Request("x", seed=2**63 - 1, count=2), "seed"),
+    "no pictures wanted": (QWEN, Request("x", count=0), "count"),
+    "too many wanted": (QWEN, Request("x", count=65), "count"),
+    "odd size": (QWEN, Request("x", size=(1000, 1001)), "1008×1008"),
+    "no size": (QWEN, Request("x", size=(0, 0)), "16×16"),
+    "size of three": (QWEN, Request("x", size=(16, 16, 16)), "two numbers"),
+    "size of halves": (QWEN, Request("x", size=(16.5, 16)), "side"),
+    "strength above": (QWEN, Request("x", images=ONE, strength=1.5), "strength"),
+    "strength none": (QWEN, Request("x", images=ONE, strength=0.0), "strength 0"),
+    "strength without picture": (QWEN, Request("x", strength=0.5), "strength"),
+    "strength of an edit": (EDIT, Request("x", images=ONE, strength=0.5), "strength"),
+    "unknown task": (QWEN, Request("x", task="sculpt"), "sculpt"),
+    "task of another release": (QWEN, Request("x", task="edit", images=ONE), "can't do edit"),
+    "edit without picture": (EDIT, Request("x"), "at least one"),
+    "layers without picture": (LAYERED, Request(), "picture"),
+    "too many pictures": (EDIT, Request("x", images=ONE * 2), "at most 1"),
+    "picture for text": (QWEN, Request("x", task="text_to_image", images=ONE), "no picture"),
+    "narrow picture": (EDIT, Request("x", images=(picture(4000, 10),)), "narrow"),
+    "mask without picture": (QWEN, Request("x", mask=picture(mode="L")), "picture"),
+    "mask of another size": (QWEN, Request("x", images=ONE, mask=picture(8, 8, "L")), "same size"),
+    "black mask": (QWEN, Request("x", images=ONE, mask=Image.new("L", (64, 48))), "black"),
+    "inpaint without mask": (QWEN, Request("x", task="inpaint", images=ONE), "mask"),
+    "unknown option": (QWEN, Request("x", options={"layers": 3}), "layers"),
+    "layers zero": (LAYERED, Request(images=ONE, options={"layers": 0}), "layers"),
+    "resolution 700": (LAYERED, Request(images=ONE, options={"resolution": 700}), "640 or 1024"),
+    "size of layers": (LAYERED, Request(images=ONE, size=(64, 64)), "ratio"),
+    "rising sigmas": (QWEN, Request("x", options={"sigmas": [0.5, 0.9]}), "falling"),
+    "sigmas and steps": (QWEN, Request("x", steps=3, options={"sigmas": [1.0, 0.5]}), "2 sigmas"),
+    "control backwards": (
+        QWEN,
+        Request("x", task="controlnet", images=ONE, options={"control_start": 0.8, "control_end": 0.2}),
+        "control_start",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_requests_are_one_sentence(case):
+    spec, request_, word = WRONG[case]
+    with pytest.raises(RequestError) as caught:
+        settle(request_, spec)
+    assert word in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_sigmas_set_the_steps():
+    settled = settle(Request("x", options={"sigmas": [1.0, 0.5, 0.25]}), QWEN)
+    assert settled.steps == 3
+    assert settle(settled, QWEN) == settled
+
+
+BASE = {"_class_name": "QwenImageTransformer2DModel", "num_layers": 60}
+VAE3, VAE4 = {"input_channels": 3}, {"input_channels": 4}
+
+
+@pytest.mark.parametrize(
+    ("index", "transformer", "vae", "hint", "name"),
+    [
+        ("QwenImagePipeline", {}, VAE3, "Qwen-Image", "qwen-image"),
+        ("QwenImagePipeline", {}, {}, "models--Qwen--Qwen-Image-2512", "qwen-image-2512"),
+        ("QwenImagePipeline", {}, VAE3, "anything/nano", "nano"),
+        ("QwenImagePipeline", {}, VAE3, "nanometre", "qwen-image"),
+        ("QwenImageEditPipeline", {}, VAE3, "x", "qwen-image-edit"),
+        ("QwenImageEditPlusPipeline", {}, VAE3, "x", "qwen-image-edit-2509"),
+        ("QwenImageEditPlusPipeline", {"zero_cond_t": True}, VAE3, "x", "qwen-image-edit-2511"),
+        ("QwenImageLayeredPipeline", {"use_layer3d_rope": True}, VAE4, "x", "qwen-image-layered"),
+    ],
+)
+def test_detect(index, transformer, vae, hint, name):
+    assert detect({"_class_name": index}, BASE | transformer, vae, hint) == name
+    assert name in spec_names()
+
+
+def test_detect_without_an_index():
+    assert detect({}, BASE) == "qwen-image"
+    assert detect({"processor": ["transformers", "Qwen2VLProcessor"]}, BASE) == "qwen-image-edit-2509"
+    assert detect({}, BASE | {"use_layer3d_rope": True}, VAE4) == "qwen-image-layered"
+
+
+@pytest.mark.parametrize(
+    ("index", "transformer", "vae", "word"),
+    [
+        ("QwenImage21Pipeline", {}, {}, "2.1"),
+        ("FluxPipeline", {}, {}, "FluxPipeline"),
+        ("QwenImagePipeline", {"_class_name": "FluxTransformer2DModel"}, {}, "Flux"),
+        ("QwenImageLayeredPipeline", {"use_layer3d_rope": True}, VAE3, "3 channels"),
+        ("QwenImageLayeredPipeline", {}, VAE4, "mixed up"),
+    ],
+)
+def test_detect_refuses(index, transformer, vae, word):
+    with pytest.raises(ModelError, match=word):
+        detect({"_class_name": index}, BASE | transformer, vae)
