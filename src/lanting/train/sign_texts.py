@@ -15,11 +15,12 @@ from importlib import resources
 
 PUNCTUATION = "!?&-'.,%$:"
 _WORD_MIN, _HELD_OUT_WORDS = 4, 2000
+_MARKS = "!?."  # what a word may end with
 _CASES = (str.lower, str.upper, str.capitalize)
 
 
 def _digest(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.lower().encode()).digest()[:8], "big")
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
 @lru_cache(maxsize=1)
@@ -32,10 +33,11 @@ def words() -> tuple[tuple[str, ...], frozenset[str]]:
 
 
 def is_held_out(text: str) -> bool:
-    """Whether training never draws this text (a line without spaces, in any case)."""
-    if text.lower() in words()[1]:
-        return True
-    return len(text) >= _WORD_MIN and text.lower() not in _known() and _digest(text) % 10 == 0
+    """Whether training never draws this text (no spaces; letter case and a mark at its end do not matter)."""
+    text = text.lower().rstrip(_MARKS)
+    if text in _known():
+        return text in words()[1]
+    return len(text) >= _WORD_MIN and _digest(text) % 10 == 0
 
 
 @lru_cache(maxsize=1)
@@ -69,7 +71,7 @@ class TextMaker:
             return self._string(rng, length)
         if rng.random() < 0.12:
             return self._fitting(rng, length, _figure)
-        mark = rng.choice("!?.") if length >= 4 and rng.random() < 0.06 else ""
+        mark = rng.choice(_MARKS) if length >= 4 and rng.random() < 0.06 else ""
         word = rng.choice(self._by_length.get(length - len(mark)) or self._by_length[length])
         case = rng.choices(_CASES, (40, 35, 25))[0]
         return (case(word) + mark)[:length]

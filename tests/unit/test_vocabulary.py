@@ -1,0 +1,119 @@
+"""Nano's tokenizer: official format, prefixes that pipelines can drop, letters that stay letters."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer
+
+from lanting.text.templates import load_template
+from lanting.train.signs import SignMaker
+from lanting.train.vocabulary import (
+    PREFIXES,
+    SPECIALS,
+    VOCAB_SIZE,
+    build_tokenizer,
+    outside_quotes,
+    template_words,
+)
+
+SUFFIX = "<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    build_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder: Path) -> Tokenizer:
+    return Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[str]:
+    maker, rng = SignMaker(9), random.Random(2)
+    return [maker.sample(rng).prompt for _ in range(1000)]
+
+
+def ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def tokens(tokenizer: Tokenizer, text: str) -> list[str]:
+    return tokenizer.encode(text, add_special_tokens=False).tokens
+
+
+@pytest.mark.parametrize(("prefix", "count"), PREFIXES)
+def test_prefixes_have_the_length_that_pipelines_drop(tokenizer: Tokenizer, prefix: str, count: int) -> None:
+    assert count in (34, 64)
+    head = ids(tokenizer, prefix)
+    assert len(head) == count
+    for prompt in (
+        "",
+        " ",
+        "a sign",
+        'Picture 1: <|vision_start|><|image_pad|><|vision_end|>"Hi"',
+        "你好",
+        "\n",
+    ):
+        assert ids(tokenizer, prefix + prompt + SUFFIX)[:count] == head
+
+
+def test_prefixes_are_the_templates_of_the_tasks() -> None:
+    assert [load_template(name).split("{")[0] for name in ("text-to-image", "edit")] == [
+        prefix for prefix, _ in PREFIXES
+    ]
+
+
+@pytest.mark.parametrize("remove", [None, "tokenizer.json"])
+def test_transformers_reads_the_same_ids(
+    folder: Path, tokenizer: Tokenizer, prompts, tmp_path, remove
+) -> None:
+    from transformers import Qwen2Tokenizer
+
+    for file in folder.iterdir():
+        if file.name != remove:
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    official = Qwen2Tokenizer.from_pretrained(tmp_path)
+    texts = [PREFIXES[0][0] + prompt + SUFFIX for prompt in [*prompts[:200], " ", "", "写 “你好” é"]]
+    assert official(texts)["input_ids"] == [ids(tokenizer, text) for text in texts]
+    assert official.pad_token_id == tokenizer.token_to_id("<|endoftext|>")
+    assert official.eos_token_id == tokenizer.token_to_id("<|im_end|>")
+
+
+def test_template_words_are_one_token_behind_a_space(tokenizer: Tokenizer) -> None:
+    assert {"sign", "that", "says", "handwritten", "frame", "grey", "orange"} <= set(template_words())
+    for word in template_words():
+        assert len(ids(tokenizer, " " + word)) == 1
+        assert len(ids(tokenizer, word)) == len(word)
+
+
+def test_training_prompts_use_only_known_words(prompts: list[str]) -> None:
+    unknown = {word for prompt in prompts for word in outside_quotes(prompt)} - set(template_words())
+    assert not unknown
+
+
+@pytest.mark.parametrize("text", ["HELLO", "sign", "Bread", "a1!?&-'.,%$:", "that"])
+def test_quoted_text_is_spelled(tokenizer: Tokenizer, text: str) -> None:
+    assert tokens(tokenizer, f'a sign that says "{text}"')[4:] == ['Ġ"', *text, '"']
+
+
+def test_every_byte_survives(tokenizer: Tokenizer) -> None:
+    text = 'Ünï 你好 🙂\t"\\" of the \r\n sign  end '
+    assert tokenizer.decode(ids(tokenizer, text)) == text
+    assert {len(ids(tokenizer, special)) for special in SPECIALS} == {1}
+
+
+def test_the_vocabulary_leaves_room(folder: Path, tokenizer: Tokenizer) -> None:
+    assert tokenizer.get_vocab_size() <= VOCAB_SIZE
+    assert sorted(tokenizer.get_vocab().values()) == list(range(tokenizer.get_vocab_size()))
+    assert json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"] == "Qwen2Tokenizer"
+
+
+def test_prompts_are_short(tokenizer: Tokenizer, prompts: list[str]) -> None:
+    lengths = [len(ids(tokenizer, prompt)) for prompt in prompts]
+    assert max(lengths) < 64 and sum(lengths) / len(lengths) < 28
