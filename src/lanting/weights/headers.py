@@ -1,9 +1,9 @@
 """What a safetensors file says it holds, read from its header alone and believed only after checking.
 
-A weights file comes from strangers and travels over cut connections, so every claim is compared with the file:
+A weights file comes from strangers and travels over cut connections, so each claim is compared with the file:
 the header's length with its size, each tensor's shape and dtype with its bytes, all of them together with the
-data, which they must cover without a gap or an overlap. Rejected: the safetensors library here, because it wants
-numpy or torch for tensors and its errors do not tell a person what to do; loading still goes through it.
+data, which they must cover without a gap or an overlap. Rejected: the safetensors library here, because its
+errors do not tell a person what to do and it reads no header without a tensor library; loading goes through it.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def _tensor(path: Path, name: str, entry: Any, begin: int, size: int) -> TensorI
 
 
 def _check_cover(path: Path, ordered: Mapping[str, TensorInfo], begin: int, size: int) -> None:
-    """In the order of their bytes each must begin where the one before ended, and the last must end the file."""
+    """In the order of their bytes each begins where the one before ended, and the last one ends the file."""
     place = begin
     for name, info in ordered.items():
         if info.start != place:
