@@ -1,0 +1,211 @@
+"""`Engine`: open a model once, then turn requests into pictures; `stream` is the whole path, `run` its last value.
+
+The path is the same for every task: settle, canvas, loop, finish. Closing the generator cancels within one step.
+An engine may be used from several threads; requests then take turns, since one device draws one picture at a time.
+"""
+
+from __future__ import annotations
+
+import platform
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from lanting.core.errors import LantingError, ModelError, RequestError
+from lanting.core.recipe import describe_request, request_of_picture
+from lanting.core.types import Progress, Recipe, Request, Result
+from lanting.engine.models import Models
+from lanting.engine.studio import EngineStudio
+from lanting.flow.loop import Canvas, Grid, Step, denoise
+from lanting.specs import ModelSpec, settle
+from lanting.tasks import TASKS
+from lanting.tasks.pictures import pictures_from
+from lanting.weights.find import ModelFolder, locate
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+class Engine:
+    """A model ready to draw. Make one with `Engine.open`."""
+
+    def __init__(self, models: Models):
+        self.models = models
+        self.turn = threading.Lock()
+
+    @classmethod
+    def open(
+        cls,
+        model: str = "nano",
+        *,
+        device: str | None = None,
+        dtype: str | None = None,
+        controlnet: str | None = None,
+    ) -> Engine:
+        """Find a model and check its headers; weights are read when they are first needed.
+
+        model       a release's name ("nano", "qwen-image-2512") or a folder in diffusers' layout
+        device      "cpu", "cuda", "cuda:1", "mps"; None: the best one present
+        dtype       "bfloat16", "float16", "float32"; None: bfloat16, or float32 for small models on a CPU
+        controlnet  a ControlNet folder, for the tasks `controlnet` and `controlnet_inpaint`
+        Raises ModelError or RequestError in one sentence.
+        """
+        return cls(Models(locate(model), device, dtype, controlnet))
+
+    @property
+    def folder(self) -> ModelFolder:
+        return self.models.folder
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.models.spec
+
+    def run(self, request: Request) -> Result:
+        """Draw and return; see `stream`."""
+        for event in self.stream(request):
+            if isinstance(event, Result):
+                return event
+        raise LantingError("The drawing ended without a result; please report this.")
+
+    def stream(self, request: Request, previews: bool = False) -> Iterator[Progress | Result]:
+        """Progress after every phase and step, then one Result. Values are checked before this returns, so a
+        wrong request raises here and not at the first `next`. Close the iterator to cancel."""
+        settled = settle(request, self.spec)
+        return self._draw(settled, previews)
+
+    def close(self) -> None:
+        """Let the weights go."""
+        with self.turn:
+            for name in ("transformer", "codec", "encoder", "controlnet", "preview"):
+                self.models.__dict__.pop(name, None)
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _draw(self, request: Request, previews: bool) -> Iterator[Progress | Result]:
+        with self.turn:
+            phases = Phases()
+            with sentences(self.models.device):
+                canvas = self._prepare(request, phases)
+                yield from phases.finished()
+                last: Step | None = None
+                for step in denoise(self.models.transformer, canvas):
+                    last = step
+                    picture = self._preview(canvas.grids[-1], step) if previews else None
+                    yield phases.tick("denoise", step.index, step.total, picture)
+                phases.end("denoise")
+                images = self._finish(canvas, last)
+                phases.end("decode")
+                yield phases.tick("decode", 1, 1)
+                yield Result(tuple(images), self._recipes(request, len(images)), dict(phases.seconds))
+
+    @torch.no_grad()
+    def _prepare(self, request: Request, phases: Phases) -> Canvas:
+        """Load what is missing and let the task fill its canvas."""
+        models = self.models
+        _ = models.transformer, models.codec, models.encoder, models.controlnet  # built once, kept
+        phases.end("load")
+        canvas = TASKS[request.task or "text_to_image"](EngineStudio(models), request)
+        phases.end("encode")
+        return canvas
+
+    @torch.no_grad()
+    def _preview(self, grid: Grid, step: Step) -> Image:
+        """The picture the model has in mind now, from a linear projection of the latents (1/8 of the size)."""
+        return pictures_from(self.models.preview(step.denoised[:1], grid))[0]
+
+    @torch.no_grad()
+    def _finish(self, canvas: Canvas, last: Step | None) -> Sequence[Image]:
+        if last is None or not bool(torch.isfinite(last.latents).all()):
+            raise NotFiniteError(
+                f"The picture broke into numbers that are not finite in {self.models.dtype}; try --dtype float32."
+            )
+        return canvas.finish(last.latents)
+
+    def _recipes(self, request: Request, images: int) -> tuple[Recipe, ...]:
+        """One recipe per picture: the request that draws it alone (or, for layers, all of its layers)."""
+        prompts = 1 if isinstance(request.prompt, str) else len(request.prompt)
+        batch = prompts * request.count
+        each = images // batch
+        versions = versions_of(self.models)
+        return tuple(
+            Recipe(
+                request=describe_request(request_of_picture(request, i // each)),
+                model=self.folder.name,
+                weights=self.models.fingerprint,
+                task=request.task or "text_to_image",
+                versions=versions,
+            )
+            for i in range(images)
+        )
+
+
+class NotFiniteError(LantingError):
+    """The network left the range of its dtype."""
+
+    exit_code = 1
+
+
+class Phases:
+    """Seconds per phase, and the Progress of each."""
+
+    def __init__(self) -> None:
+        self.began = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    def end(self, phase: str) -> None:
+        now = time.perf_counter()
+        self.seconds[phase] = now - self.began
+        self.began = now
+
+    def tick(self, phase: str, step: int, steps: int, preview: Image | None = None) -> Progress:
+        spent = self.seconds.get(phase, time.perf_counter() - self.began)
+        return Progress(phase, step, steps, spent, preview)
+
+    def finished(self) -> Iterator[Progress]:
+        """One Progress for every phase that has ended."""
+        for phase in self.seconds:
+            yield self.tick(phase, 1, 1)
+
+
+class sentences:  # noqa: N801  (reads as a verb in a with statement)
+    """Turn the two failures that a machine's size causes into sentences."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, torch.cuda.OutOfMemoryError):
+            raise RequestError(
+                f"{self.device} has too little memory for this picture; use a smaller size or --device cpu."
+            ) from error
+        if isinstance(error, MemoryError) or (
+            isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+        ):
+            raise ModelError("This machine has too little memory for the model at this size.") from error
+
+
+def versions_of(models: Models) -> dict[str, str]:
+    """What else decides the pixels, besides request and weights."""
+    from lanting import __version__
+
+    return {
+        "lanting": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": str(models.device) if models.device.type == "cpu" else device_name(models.device),
+        "dtype": str(models.dtype).removeprefix("torch."),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)

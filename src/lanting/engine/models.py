@@ -1,0 +1,128 @@
+"""A model's networks in memory: which device, which dtype, and the networks themselves, built when first needed.
+
+Networks are loaded one by one on first use, so a text-to-image run never reads a vision tower's weights twice and
+`Engine.open` answers at once for a wrong name or a damaged header.
+"""
+
+from __future__ import annotations
+
+import threading
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from lanting.core.errors import ModelError, RequestError
+from lanting.flow.latents import LatentCodec, Preview, fit_preview
+from lanting.flow.schedule import Schedule
+from lanting.nn.controlnet import QwenImageControlNet
+from lanting.nn.mmdit import QwenImageTransformer
+from lanting.text.encoder import PromptEncoder
+from lanting.text.pictures import PictureConfig
+from lanting.text.tokenizer import load_tokenizer
+from lanting.weights.build import build_controlnet, build_text_encoder, build_transformer, build_vae
+from lanting.weights.checkpoint import open_component, read_json
+from lanting.weights.find import ModelFolder
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+SMALL = 1 << 30  # bytes: below this a CPU runs in float32, which small matrices prefer
+
+
+def choose_device(asked: str | None) -> torch.device:
+    """The asked device, or the best one present: CUDA, then Apple's GPU, then the CPU."""
+    if asked is None:
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(asked)
+    except RuntimeError:
+        raise RequestError(f"There is no device {asked!r}; use cpu, cuda, cuda:N or mps.") from None
+    ready = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not ready.get(device.type, False):
+        raise RequestError(f"The device {asked} is not available on this machine; use --device cpu.")
+    if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
+        raise RequestError(f"There is no {asked}: this machine has {torch.cuda.device_count()} CUDA devices.")
+    return device
+
+
+def choose_dtype(asked: str | None, device: torch.device, transformer_bytes: int) -> torch.dtype:
+    """The asked dtype, or bfloat16; float32 for small models on a CPU."""
+    if asked is not None:
+        name = SHORT.get(asked, asked)
+        if name not in DTYPES:
+            raise RequestError(f"There is no dtype {asked!r}; use bfloat16, float16 or float32.")
+        return DTYPES[name]
+    small = device.type == "cpu" and transformer_bytes < SMALL
+    return torch.float32 if small else torch.bfloat16
+
+
+class Models:
+    """Everything `Engine` draws with; each network is a cached property that loads on first use."""
+
+    def __init__(self, folder: ModelFolder, device: str | None, dtype: str | None, controlnet: str | None):
+        self.folder, self.spec = folder, folder.spec
+        self.checkpoints = {name: folder.checkpoint(name) for name in ("transformer", "vae", "text_encoder")}
+        self.device = choose_device(device)
+        self.dtype = choose_dtype(dtype, self.device, self.checkpoints["transformer"].bytes())
+        scheduler = {**folder.configs["scheduler"], **self.spec.schedule}
+        self.schedule = Schedule.from_config(scheduler)
+        self.controlnet_folder = None if controlnet is None else Path(controlnet).expanduser()
+        if self.controlnet_folder is not None and not self.controlnet_folder.is_dir():
+            raise ModelError(
+                f"{controlnet} is no ControlNet folder; give one with config.json and safetensors."
+            )
+        self.lock = threading.RLock()
+
+    @cached_property
+    def transformer(self) -> QwenImageTransformer:
+        config = self.folder.configs["transformer"]
+        return build_transformer(self.checkpoints["transformer"], config, self.dtype, self.device)
+
+    @cached_property
+    def codec(self) -> LatentCodec:
+        config = self.folder.configs["vae"]
+        vae = build_vae(self.checkpoints["vae"], config, self.dtype, self.device)
+        numbers = vae.config
+        return LatentCodec(
+            vae,
+            numbers.latents_mean,
+            numbers.latents_std,
+            stride=numbers.downscale,
+            pixel_channels=numbers.input_channels,
+        )
+
+    @cached_property
+    def preview(self) -> Preview:
+        return fit_preview(self.codec)
+
+    @cached_property
+    def encoder(self) -> PromptEncoder:
+        config = self.folder.configs["text_encoder"]
+        model = build_text_encoder(self.checkpoints["text_encoder"], config, self.dtype, self.device)
+        return PromptEncoder(
+            load_tokenizer(self.folder.tokenizer), model, self.spec.template, self.pictures()
+        )
+
+    def pictures(self) -> PictureConfig | None:
+        """How the reader's pictures are cut, where the model folder says so."""
+        path = self.folder.path / "processor" / "preprocessor_config.json"
+        return PictureConfig.from_dict(read_json(path)) if path.is_file() else None
+
+    @cached_property
+    def controlnet(self) -> QwenImageControlNet | None:
+        folder = self.controlnet_folder
+        if folder is None:
+            return None
+        return build_controlnet(
+            open_component(folder), read_json(folder / "config.json"), self.dtype, self.device
+        )
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """One hash over all components' weights, for recipes."""
+        import hashlib
+
+        parts = [self.checkpoints[name].fingerprint() for name in sorted(self.checkpoints)]
+        return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]

@@ -1,0 +1,1 @@
+"""Pure modules: the networks of the family and nothing else (no files, devices, flags or processes)."""

@@ -1,0 +1,25 @@
+"""Replace modules of one kind inside a model: the one way features attach to Linear and Attend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+
+def swap(root: nn.Module, kind: type[nn.Module], make: Callable[[str, nn.Module], nn.Module | None]) -> int:
+    """Put `make(path, old)` where a `kind` was; None keeps the old one. Returns how many were replaced.
+
+    Raises ValueError if `root` itself is of that kind: it has no parent to hang the new one on.
+    """
+    if isinstance(root, kind):
+        raise ValueError("swap needs a parent: the root itself is of the kind to replace")
+    found = [(path, module) for path, module in root.named_modules() if isinstance(module, kind)]
+    count = 0
+    for path, old in found:
+        new = make(path, old)
+        if new is not None:
+            parent, _, name = path.rpartition(".")
+            setattr(root.get_submodule(parent), name, new)
+            count += 1
+    return count

@@ -1,0 +1,75 @@
+"""Muon: momentum whose matrix updates are made orthogonal by a Newton-Schulz iteration (Jordan et al., 2024).
+
+torch has had an own Muon since 2.9, one matrix at a time; we accept 2.8, and stack matrices of one shape so that a
+small network's dozens of little products become a few batched ones. The update is scaled to the root mean square
+of AdamW's, so both optimizers share one learning rate.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+QUINTIC = (3.4445, -4.7750, 2.0315)
+
+
+def orthogonalize(matrices: Tensor, steps: int = 4) -> Tensor:
+    """Push all singular values of each matrix of (k, m, n) towards one; bfloat16 is exact enough for that."""
+    a, b, c = QUINTIC
+    x = (matrices / (matrices.norm(dim=(-2, -1), keepdim=True) + 1e-7)).bfloat16()
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).to(matrices.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """For the weights of Linears and convolutions (flattened to matrices); everything else belongs to AdamW."""
+
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter],
+        lr: float = 2e-3,
+        momentum: float = 0.95,
+        weight_decay: float = 0.01,
+        newton_schulz_steps: int = 4,
+    ):
+        settings = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "steps": newton_schulz_steps,
+        }
+        super().__init__(params, settings)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        for group in self.param_groups:
+            same: dict[tuple[int, int], list[nn.Parameter]] = defaultdict(list)
+            for p in group["params"]:
+                if p.grad is not None:
+                    same[(p.shape[0], p.numel() // p.shape[0])].append(p)
+            for shape, params in same.items():
+                self.update(params, shape, group)
+
+    def update(self, params: list[nn.Parameter], shape: tuple[int, int], group: dict) -> None:
+        """One step for all parameters that flatten to the same matrix shape."""
+        for p in params:
+            if "momentum" not in self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+        kept = [self.state[p]["momentum"] for p in params]
+        grads = [p.grad for p in params]
+        torch._foreach_mul_(kept, group["momentum"])
+        torch._foreach_add_(kept, grads)
+        ahead = torch._foreach_add(grads, kept, alpha=group["momentum"])  # Nesterov's look-ahead
+        stacked = torch.stack([g.reshape(shape) for g in ahead])  # (k, m, n)
+        updates = orthogonalize(stacked, group["steps"]).unbind()
+        scale = 0.2 * max(shape) ** 0.5  # the RMS an AdamW step would have
+        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        for p, update in zip(params, updates, strict=True):
+            p.add_(update.reshape(p.shape), alpha=-group["lr"] * scale)

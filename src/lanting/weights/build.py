@@ -1,0 +1,112 @@
+"""Modules from checkpoints: built on the meta device, filled by assignment, strictly.
+
+On meta nothing is allocated and no random numbers are drawn for weights that are replaced a moment later; with
+`assign=True` the mapped tensor becomes the parameter. Every missing, surplus or misshapen tensor is named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lanting.core.errors import ModelError
+from lanting.nn.controlnet import ControlNetConfig, QwenImageControlNet
+from lanting.nn.mmdit import QwenImageTransformer, TransformerConfig
+from lanting.nn.qwen_vl import QwenVL, QwenVLConfig, official_name
+from lanting.nn.vae import AutoencoderKLQwenImage, VAEConfig, to_image_weights
+from lanting.weights.checkpoint import Checkpoint
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def fill(module: M, state: Mapping[str, Tensor], label: str, optional: Iterable[str] = ()) -> M:
+    """Assign `state` to a module built on meta. `optional` names may be absent; everything else must match."""
+    wanted = {name: tuple(p.shape) for name, p in module.state_dict().items()}
+    skip = set(optional) - set(state)
+    missing = sorted(set(wanted) - set(state) - skip)
+    surplus = sorted(set(state) - set(wanted))
+    if missing:
+        raise ModelError(
+            f"The {label} lacks {len(missing)} tensors, the first is {missing[0]}; download it again."
+        )
+    if surplus:
+        raise ModelError(
+            f"The {label} has {len(surplus)} tensors its config.json has no place for, the first is {surplus[0]}; "
+            "config and weights belong to different models."
+        )
+    for name in wanted.keys() & state.keys():
+        if tuple(state[name].shape) != wanted[name]:
+            raise ModelError(
+                f"The {label} has {name} of shape {tuple(state[name].shape)} where its config.json asks for "
+                f"{wanted[name]}; config and weights belong to different models."
+            )
+    module.load_state_dict(dict(state), strict=not skip, assign=True)
+    return module.eval().requires_grad_(False)
+
+
+def construct(make: Callable[[], M], label: str) -> M:
+    """Build on meta; a config that describes no network is a sentence."""
+    try:
+        with torch.device("meta"):
+            return make()
+    except (TypeError, ValueError, KeyError, RuntimeError, ZeroDivisionError) as error:
+        raise ModelError(f"The config.json of the {label} describes no network we know ({error}).") from None
+
+
+def load(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    state = {}
+    for name, tensor in checkpoint.tensors():
+        if not tensor.is_floating_point():
+            raise ModelError(
+                f"The {checkpoint.label} holds {name} as {tensor.dtype}, which is no weight type we know."
+            )
+        state[name] = tensor.to(device=device, dtype=dtype)
+    return state
+
+
+def build_transformer(
+    checkpoint: Checkpoint, config: Mapping[str, Any], dtype: torch.dtype, device: torch.device
+) -> QwenImageTransformer:
+    """The MMDiT of a `transformer/` folder."""
+    label = checkpoint.label
+    module = construct(lambda: QwenImageTransformer(TransformerConfig.from_dict(config)), label)
+    return fill(module, load(checkpoint, dtype, device), label)
+
+
+def build_controlnet(
+    checkpoint: Checkpoint, config: Mapping[str, Any], dtype: torch.dtype, device: torch.device
+) -> QwenImageControlNet:
+    """A ControlNet folder (Union: 5 blocks, Inpainting: 6 blocks and a mask channel)."""
+    label = checkpoint.label
+    module = construct(lambda: QwenImageControlNet(ControlNetConfig.from_dict(config)), label)
+    return fill(module, load(checkpoint, dtype, device), label)
+
+
+def build_vae(
+    checkpoint: Checkpoint, config: Mapping[str, Any], dtype: torch.dtype, device: torch.device
+) -> AutoencoderKLQwenImage:
+    """The autoencoder of a `vae/` folder, reduced to what single pictures need; channels-last."""
+    label = checkpoint.label
+    module = construct(lambda: AutoencoderKLQwenImage(VAEConfig.from_dict(config)), label)
+    state = to_image_weights(dict(checkpoint.tensors()))
+    moved = {}
+    for name, tensor in state.items():
+        tensor = tensor.to(device=device, dtype=dtype)
+        moved[name] = tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
+    return fill(module, moved, label)
+
+
+def build_text_encoder(
+    checkpoint: Checkpoint, config: Mapping[str, Any], dtype: torch.dtype, device: torch.device
+) -> QwenVL:
+    """Qwen2.5-VL of a `text_encoder/` folder, in the hub's or in transformers' newer naming."""
+    label = checkpoint.label
+    parsed = construct(lambda: QwenVL(QwenVLConfig.from_dict(config)), label)
+    state = {official_name(name): tensor for name, tensor in load(checkpoint, dtype, device).items()}
+    tied = parsed.config.language.tie_word_embeddings
+    if tied:
+        state.pop("lm_head.weight", None)
+    return fill(parsed, state, label, optional=("lm_head.weight",) if tied else ())
