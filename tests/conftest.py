@@ -1,8 +1,18 @@
-"""Tests import `fakes` and other helpers from this folder by their plain names."""
+"""What several tests share; helpers of this folder (`fakes`, ...) are imported by their plain names."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(request: pytest.FixtureRequest) -> Path:
+    """The real Qwen2.5 tokenizer as Qwen-Image publishes it; built once and kept in pytest's cache."""
+    from real_tokenizer import real_tokenizer_folder
+
+    return real_tokenizer_folder(Path(request.config.cache.mkdir("qwen2.5-tokenizer")))
