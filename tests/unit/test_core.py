@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import json
 import os
+import re
 import struct
 import zlib
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
+import lanting
 from lanting.core.errors import LantingError, OutputError, PictureError
-from lanting.core.lang import explain, language
+from lanting.core.lang import chinese, explain, language
 from lanting.core.pictures import open_mask, open_picture
 from lanting.core.recipe import (
     describe_request,
@@ -66,6 +70,14 @@ def test_three_formats_open(kind, tmp_path):
 def test_modes_become_rgb_or_rgba(made, mode):
     assert open_picture(encoded(Image.new(made, (8, 8)), "PNG")).mode == mode
     assert open_picture(encoded(Image.new("CMYK", (8, 8)), "JPEG")).mode == "RGB"
+
+
+def test_sixteen_bits_are_scaled():
+    image = Image.new("I;16", (2, 1))
+    image.putpixel((0, 0), 65535)
+    image.putpixel((1, 0), 32896)
+    opened = open_picture(encoded(image, "PNG"))
+    assert [opened.getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255), (128, 128, 128)]
 
 
 def test_turned_photos_stand_upright():
@@ -267,3 +279,29 @@ def test_languages(monkeypatch):
     monkeypatch.setenv("LANTING_LANG", "zh")
     assert (str(error), explain(error)) == ("cat is a folder, not a picture", "cat 是文件夹，不是图片")
     assert explain(LantingError("plain {words}")) == "plain {words}"
+
+
+def sentences() -> set[str]:
+    """Every constant sentence of core, specs and cli that a person may read."""
+    found: set[str] = set()
+    for room in ("core", "specs", "cli"):
+        for path in (Path(lanting.__file__).parent / room).glob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if not (isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant)):
+                    continue
+                name = getattr(node.func, "attr", None) or getattr(node.func, "id", "")
+                if name in ("say", "line", "note") or name in {e.__name__ for e in LantingError.__subclasses__()}:
+                    found.add(node.args[0].value)
+    return found
+
+
+def test_every_sentence_is_translated_with_its_fields():
+    table, used = chinese(), sentences()
+    assert len(used) > 60
+    assert sorted(used - set(table)) == []
+    for english, translated in table.items():
+        fields = [sorted(re.findall(r"{[^}]*}", text)) for text in (english, translated)]
+        assert set(fields[0]) == set(fields[1]), english
+    values = {"a", "an", "something", "loading", "reading", "drawing", "developing"}  # words put into sentences
+    orphans = [key for key in table if key not in used and key.split(" ")[0] not in values]
+    assert orphans == []

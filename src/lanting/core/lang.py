@@ -1,8 +1,9 @@
 """English and Chinese for what people read. The English sentence is the key, as in gettext.
 
-The table is `zh.toml` beside this file; a test compares it with every `say(...)` and every error template
-in the package, so a sentence can't lose its translation silently. Rejected: message ids, because code that
-says `say("size.multiple")` hides the very words its reader wants to judge.
+The table is `zh.toml` beside this file. A test compares it with every sentence of core, specs and cli, so none
+loses its translation silently; sentences of other rooms without an entry are shown in English, and so are
+--help and complaints about unknown flags. Rejected: message ids, because code that says `say("size.multiple")`
+hides the very words its reader wants to judge.
 """
 
 from __future__ import annotations
@@ -33,8 +34,12 @@ def chinese() -> dict[str, str]:
 
 
 def say(sentence: str, **values: object) -> str:
-    """The sentence in the person's language, its {fields} filled."""
-    template = chinese().get(sentence, sentence) if language() == "zh" else sentence
+    """The sentence in the person's language, its {fields} filled (words among them translated too)."""
+    template = sentence
+    if language() == "zh":
+        table = chinese()
+        template = table.get(sentence, sentence)
+        values = {k: table.get(v, v) if isinstance(v, str) else v for k, v in values.items()}
     return template.format(**values) if values else template
 
 

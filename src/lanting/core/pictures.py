@@ -29,6 +29,8 @@ def open_picture(source: str | Path | bytes, name: str = "the picture") -> Image
     """
     shown = name if isinstance(source, bytes) else str(source)
     image = decode_picture(source if isinstance(source, bytes) else read_bytes(Path(source)), shown)
+    if image.mode.startswith("I"):  # 16 bits a pixel; converting would cut them off at 255
+        image = image.convert("I").point(lambda level: level * (1 / 257)).convert("L")
     upright = ImageOps.exif_transpose(image)
     see_through = "A" in upright.getbands() or "transparency" in upright.info
     plain = upright.convert("RGBA" if see_through else "RGB")

@@ -51,9 +51,7 @@ def request_of_picture(request: Request, index: int) -> Request:
     return replace(request, prompt=prompts[index // request.count], seed=(request.seed or 0) + index, count=1)
 
 
-def restore_request(
-    table: Mapping[str, Any], images: Sequence[Image] = (), mask: Image | None = None
-) -> Request:
+def restore_request(table: Mapping[str, Any], images: Sequence[Image] = (), mask: Image | None = None) -> Request:
     """The request a recipe describes, over pictures the caller found; `settle` still checks its values."""
     prompt, size = table.get("prompt", ""), table.get("size")
     options: dict[str, Any] = dict(table.get("options") or {})

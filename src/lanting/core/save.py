@@ -56,9 +56,7 @@ def plan_places(output: str | None, names: list[str], force: bool = False) -> li
     numbered = (
         [target]
         if len(names) == 1
-        else [
-            target.with_name(f"{target.stem}-{number}{target.suffix}") for number in range(1, len(names) + 1)
-        ]
+        else [target.with_name(f"{target.stem}-{number}{target.suffix}") for number in range(1, len(names) + 1)]
     )
     if not force and (taken := [path for path in numbered if path.exists()]):
         raise OutputError("{path} exists already: choose another name, or add --force", path=taken[0])
@@ -81,9 +79,7 @@ def name_for(prompt: str, seed: int, suffix: str = ".png") -> str:
 def check_folder(folder: Path) -> None:
     """Raises OutputError unless a file can be made in the folder; tries it, since permissions lie to root."""
     if not folder.exists():
-        raise OutputError(
-            "the folder {folder} does not exist: make it first, or write elsewhere", folder=folder
-        )
+        raise OutputError("the folder {folder} does not exist: make it first, or write elsewhere", folder=folder)
     if not folder.is_dir():
         raise OutputError("{folder} is a file, not a folder", folder=folder)
     probe = folder / f".lanting-{secrets.token_hex(6)}.part"
@@ -133,9 +129,7 @@ def _publish(part: Path, place: Place) -> Path:
             return path
         except FileExistsError:
             if place.given:
-                raise OutputError(
-                    "{path} exists already: choose another name, or add --force", path=path
-                ) from None
+                raise OutputError("{path} exists already: choose another name, or add --force", path=path) from None
     raise OutputError("{path} and 9,999 names like it are taken: choose another folder", path=place.path)
 
 

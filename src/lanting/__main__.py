@@ -1,0 +1,5 @@
+"""`python -m lanting` is `lanting`."""
+
+from lanting.cli.main import run
+
+run()

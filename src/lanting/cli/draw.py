@@ -1,0 +1,174 @@
+"""From a request to files: what every drawing verb does, in one place.
+
+The engine's events are drawn as a bar on a terminal and one plain line in a pipe. Everything that can be refused
+(the request, the place to write to) is refused before the engine starts to work.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lanting.cli.screen import Screen
+from lanting.core.recipe import describe_request, request_of_picture
+from lanting.core.save import Place, name_for, plan_places, save_picture
+from lanting.core.types import Progress, Request, Result
+from lanting.specs import parse_size, settle
+
+if TYPE_CHECKING:
+    from lanting.engine import Engine
+
+STARTED = time.perf_counter()
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What the flags shared by all drawing verbs say."""
+
+    model: str = "nano"
+    size: str | None = None
+    device: str | None = None
+    dtype: str | None = None
+    output: str | None = None
+    force: bool = False
+    preview: bool = False
+    title: str = ""  # names the file where the prompt is empty
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """Pictures on disk, and what the engine told about them."""
+
+    paths: tuple[Path, ...]
+    result: Result
+    request: Request
+
+
+def open_engine(model: str, device: str | None, dtype: str | None) -> Engine:
+    """The engine; tests put a fake one here."""
+    from lanting.engine import Engine
+
+    return Engine.open(model, device=device, dtype=dtype)
+
+
+def draw(request: Request, wish: Wish, screen: Screen) -> Drawn:
+    """Draws, saves, and says where. Raises LantingError before anything is written, or leaves nothing half-done."""
+    engine = open_engine(wish.model, wish.device, wish.dtype)
+    try:
+        size = parse_size(wish.size, engine.spec) if wish.size else request.size
+        settled = settle(replace(request, size=size), engine.spec)
+        places = _places(settled, wish)
+        screen.begin(f"{engine.spec.name} · {_cross(settled.size)} · {_steps(settled)}")
+        preview = _previewer(places[0].path, screen) if wish.preview else None
+        done = False
+        try:
+            result = _follow(engine, settled, screen, preview)
+            done = True
+        finally:
+            screen.end(done)
+            if preview:
+                _preview_path(places[0].path).unlink(missing_ok=True)
+        paths = tuple(map(save_picture, result.images, places, result.recipes))
+    finally:
+        engine.close()
+    drawn = Drawn(paths, result, settled)
+    _report(drawn, screen)
+    return drawn
+
+
+def _follow(engine: Engine, request: Request, screen: Screen, preview: Callable[[Progress], None] | None) -> Result:
+    """Runs the engine; leaving early (Ctrl-C) closes the stream, which stops it."""
+    with closing(engine.stream(request, previews=preview is not None)) as events:  # type: ignore[type-var]
+        for event in events:
+            if isinstance(event, Result):
+                return event
+            screen.progress(event)
+            if preview:
+                preview(event)
+    raise RuntimeError("the engine ended without a result")
+
+
+def _places(request: Request, wish: Wish) -> list[Place]:
+    layers = request.options["layers"] if request.task == "layered" else 1
+    prompts = 1 if isinstance(request.prompt, str) else len(request.prompt)
+    names: list[str] = []
+    for index in range(prompts * request.count):
+        one = request_of_picture(request, index)
+        words = str(one.prompt).strip() or wish.title
+        name = name_for(words, one.seed or 0)
+        names += [name] if layers == 1 else [name.replace(".png", f"-layer-{i}.png") for i in range(1, layers + 1)]
+    return plan_places(wish.output, names, wish.force)
+
+
+def _preview_path(path: Path) -> Path:
+    return path.with_name(f"{path.stem}.preview.png")
+
+
+def _previewer(path: Path, screen: Screen) -> Callable[[Progress], None]:
+    """Keeps NAME.preview.png at the latest preview; an image viewer that watches the file shows it grow."""
+    target = _preview_path(path)
+    screen.note("the picture grows in {path}", path=target)
+
+    def show(event: Progress) -> None:
+        if event.preview is not None:
+            part = target.with_name(f".{target.name}.part")
+            event.preview.save(part, format="PNG")
+            os.replace(part, target)
+
+    return show
+
+
+def _report(drawn: Drawn, screen: Screen) -> None:
+    seconds, total = drawn.result.seconds, time.perf_counter() - STARTED
+    if screen.json:
+        screen.raw(json.dumps(_as_json(drawn, total), ensure_ascii=False))
+        return
+    if screen.quiet:
+        for path in drawn.paths:
+            screen.raw(str(path))
+        return
+    for path, recipe in zip(drawn.paths, drawn.result.recipes, strict=True):
+        words = " ".join(str(recipe.request["prompt"]).split())
+        shown = f'   "{words[:57]}..."' if len(words) > 60 else f'   "{words}"' if words else ""
+        screen.line("{path}{prompt}   seed {seed}", path=path, prompt=shown, seed=recipe.request["seed"])
+    phases = ", ".join(f"{name} {spent:.1f} s" for name, spent in seconds.items())
+    screen.line("read, drawn and saved in {seconds:.1f} s ({phases})", seconds=total, phases=phases)
+    screen.line("again: lanting replay {path}", path=_quoted(str(drawn.paths[0])))
+
+
+def _as_json(drawn: Drawn, total: float) -> dict[str, Any]:
+    first = drawn.result.recipes[0]
+    files = [
+        {"path": str(path), "seed": recipe.request["seed"], "size": list(image.size), "weights": recipe.weights}
+        for path, image, recipe in zip(drawn.paths, drawn.result.images, drawn.result.recipes, strict=True)
+    ]
+    seconds = {name: round(spent, 3) for name, spent in drawn.result.seconds.items()} | {"total": round(total, 3)}
+    return {
+        "files": files,
+        "model": first.model,
+        "task": first.task,
+        "request": describe_request(drawn.request),
+        "versions": dict(first.versions),
+        "seconds": seconds,
+    }
+
+
+def _cross(size: tuple[int, int] | None) -> str:
+    return "{}×{}".format(*size) if size else ""
+
+
+def _steps(request: Request) -> str:
+    return f"{request.steps} steps" if request.steps != 1 else "1 step"
+
+
+def _quoted(path: str) -> str:
+    """As a shell would take it."""
+    import shlex
+
+    return shlex.quote(path)

@@ -1,0 +1,61 @@
+"""`lanting edit PICTURE... PROMPT`: change pictures by words, repaint a masked part, or vary a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lanting.cli import options as o
+from lanting.cli.draw import Wish, draw
+from lanting.cli.screen import Screen
+from lanting.core.errors import RequestError
+from lanting.core.pictures import open_mask, open_picture
+from lanting.core.types import Request
+
+
+def edit(
+    pictures: Annotated[
+        list[str], typer.Argument(metavar="PICTURE... PROMPT", help="One or more pictures, then what to do.")
+    ],
+    mask: o.Mask = None,
+    strength: o.Strength = None,
+    model: o.Model = "nano",
+    size: o.Size = None,
+    steps: o.Steps = None,
+    guidance: o.Guidance = None,
+    negative: o.Negative = None,
+    seed: o.Seed = None,
+    count: o.Count = 1,
+    device: o.Device = None,
+    dtype: o.DtypeFlag = None,
+    output: o.Output = None,
+    force: o.Force = False,
+    preview: o.Preview = False,
+    json: o.Json = False,
+    quiet: o.Quiet = False,
+    debug: o.Debug = False,
+) -> None:
+    """Change pictures by words.
+
+    An edit release follows the instruction; other models draw a variation of the picture. With --mask only the
+    white part is drawn anew.
+    """
+    *paths, prompt = pictures
+    if not paths or Path(prompt).is_file():
+        raise RequestError("say what to do after the pictures: lanting edit PICTURE... PROMPT")
+    request = Request(
+        prompt,
+        images=tuple(open_picture(path) for path in paths),
+        mask=open_mask(mask) if mask else None,
+        strength=strength,
+        negative_prompt=negative,
+        steps=steps,
+        guidance_scale=guidance,
+        seed=seed,
+        count=count,
+    )
+    title = Path(paths[0]).stem
+    wish = Wish(model, size, device, dtype and dtype.value, output, force, preview, title)
+    draw(request, wish, Screen(quiet, json))

@@ -1,0 +1,42 @@
+"""`lanting generate PROMPT`: pictures from words."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from lanting.cli import options as o
+from lanting.cli.draw import Wish, draw
+from lanting.cli.screen import Screen
+from lanting.core.types import Request
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to draw; - reads it from stdin.")],
+    model: o.Model = "nano",
+    size: o.Size = None,
+    steps: o.Steps = None,
+    guidance: o.Guidance = None,
+    negative: o.Negative = None,
+    seed: o.Seed = None,
+    count: o.Count = 1,
+    device: o.Device = None,
+    dtype: o.DtypeFlag = None,
+    output: o.Output = None,
+    force: o.Force = False,
+    preview: o.Preview = False,
+    json: o.Json = False,
+    quiet: o.Quiet = False,
+    debug: o.Debug = False,
+) -> None:
+    """Draw pictures from words. Without --model, the small nano model that ships with lanting draws signs."""
+    words = sys.stdin.read().strip() if prompt == "-" else prompt
+    request = Request(words, negative_prompt=negative, steps=steps, guidance_scale=guidance, seed=seed, count=count)
+    wish = Wish(model, size, device, dtype and dtype.value, output, force, preview)
+    screen = Screen(quiet, json)
+    draw(request, wish, screen)
+    if model == "nano":
+        words = "'a red sign with white text \"Fresh Bread\"'"
+        screen.line("other words: lanting generate {words}", words=words)

@@ -1,0 +1,50 @@
+"""`lanting layers PICTURE`: take a picture apart into transparent layers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lanting.cli import options as o
+from lanting.cli.draw import Wish, draw
+from lanting.cli.screen import Screen
+from lanting.core.pictures import open_picture
+from lanting.core.types import Request
+
+
+def layers(
+    picture: Annotated[str, typer.Argument(metavar="PICTURE", help="The picture to take apart.")],
+    prompt: Annotated[str, typer.Option("--prompt", help="What the picture shows, if you want to say.")] = "",
+    number: Annotated[int | None, typer.Option("--layers", help="How many layers, 1 to 20.")] = None,
+    resolution: Annotated[int | None, typer.Option("--resolution", help="640 or 1024.")] = None,
+    model: o.Model = "qwen-image-layered",
+    steps: o.Steps = None,
+    guidance: o.Guidance = None,
+    negative: o.Negative = None,
+    seed: o.Seed = None,
+    device: o.Device = None,
+    dtype: o.DtypeFlag = None,
+    output: o.Output = None,
+    force: o.Force = False,
+    preview: o.Preview = False,
+    json: o.Json = False,
+    quiet: o.Quiet = False,
+    debug: o.Debug = False,
+) -> None:
+    """Take a picture apart into transparent layers, the lowest first."""
+    asked = {"layers": number, "resolution": resolution}
+    request = Request(
+        prompt,
+        task="layered",
+        images=(open_picture(picture),),
+        negative_prompt=negative,
+        steps=steps,
+        guidance_scale=guidance,
+        seed=seed,
+        options={name: value for name, value in asked.items() if value is not None},
+    )
+    title = Path(picture).stem
+    wish = Wish(model, None, device, dtype and dtype.value, output, force, preview, title)
+    draw(request, wish, Screen(quiet, json))

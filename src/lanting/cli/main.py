@@ -1,0 +1,117 @@
+"""`lanting`: the verbs, and the one place where failures become a sentence and an exit code.
+
+Exit codes: 0 done, 2 the request was wrong, 1 we failed, 130 cancelled. No traceback reaches a person without
+--debug. Whether that and --json were asked is read from the arguments themselves, because a failure may come
+before they are parsed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from typing import Annotated
+
+import typer
+
+from lanting.cli.edit import edit
+from lanting.cli.generate import generate
+from lanting.cli.layers import layers
+from lanting.cli.list import list_models
+from lanting.cli.replay import replay
+from lanting.cli.train import train
+from lanting.core.errors import LantingError
+from lanting.core.lang import explain, say
+
+app = typer.Typer(
+    name="lanting",
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Lanting (兰亭): draw and edit pictures with the Qwen-Image family, on your own machine.",
+)
+app.command("generate")(generate)
+app.command("edit")(edit)
+app.command("layers")(layers)
+app.command("replay")(replay)
+app.command("list")(list_models)
+app.add_typer(train, name="train")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from lanting import __version__
+
+        print(f"lanting {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Everything common to all verbs."""
+
+
+def run() -> None:
+    """The console script."""
+    sys.exit(main(sys.argv[1:]))
+
+
+def main(arguments: list[str]) -> int:
+    """Runs one command and returns its exit code."""
+    flags = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    debug, as_json = "--debug" in flags, "--json" in flags
+    try:
+        code = app(arguments, prog_name="lanting", standalone_mode=False)
+        return _cancelled() if code == 130 else code if isinstance(code, int) else 0
+    except LantingError as error:
+        return _fail(explain(error), error.exit_code, error, debug, as_json)
+    except (KeyboardInterrupt, typer.Abort):
+        return _cancelled()
+    except BrokenPipeError:  # the reader of our output left (head, less): not a failure worth words
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        message = getattr(error, "format_message", None)  # what a wrong command line raises in typer
+        if message is not None:
+            return _fail(_usage(str(message()), flags), 2, error, debug, as_json)
+        words = say("something went wrong inside ({reason}); run again with --debug", reason=_reason(error))
+        return _fail(words, 1, error, debug, as_json)
+
+
+def _cancelled() -> int:
+    print("lanting: " + say("cancelled; no half-written file was left"), file=sys.stderr)
+    return 130
+
+
+def _fail(sentence: str, code: int, error: Exception, debug: bool, as_json: bool) -> int:
+    if debug:
+        traceback.print_exception(error)
+    if as_json:
+        print(json.dumps({"error": sentence, "kind": type(error).__name__}, ensure_ascii=False))
+    print(f"lanting: {sentence}", file=sys.stderr)
+    return code
+
+
+def _usage(message: str, flags: list[str]) -> str:
+    """Typer's complaint as one sentence, and where to read on."""
+    words = " ".join(message.split()).rstrip(".")
+    verbs = [word for word in flags if not word.startswith("-")]
+    groups = {group.name: group.typer_instance for group in app.registered_groups}
+    path, here = "", app
+    for verb in verbs[:2]:
+        if here is None or verb not in {c.name for c in here.registered_commands} | set(groups):
+            break
+        path, here = f"{path} {verb}", groups.get(verb)
+    return f"{words[:1].lower()}{words[1:]}; see 'lanting{path} --help'"
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

@@ -1,0 +1,43 @@
+"""The flags that verbs share, spelled once. `--debug` and `--json` also decide how failures are shown."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+
+class Dtype(StrEnum):
+    """Number formats of the weights and the arithmetic."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+Model = Annotated[str, typer.Option("--model", "-m", help="A release (see 'lanting list') or a model folder.")]
+Size = Annotated[str | None, typer.Option("--size", help="WIDTHxHEIGHT in multiples of 16, or a ratio such as 16:9.")]
+Steps = Annotated[int | None, typer.Option("--steps", help="Denoising steps, 1 to 1000.")]
+Guidance = Annotated[
+    float | None, typer.Option("--guidance", help="How strictly the prompt is followed; 1 is off, twice as fast.")
+]
+Negative = Annotated[str | None, typer.Option("--negative", help="What should not be there (needs guidance).")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Same seed, same picture. Default: chosen, and shown.")]
+Count = Annotated[int, typer.Option("--count", help="Pictures to draw, 1 to 64; picture i uses seed + i.")]
+Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, mps. Default: the fastest.")]
+DtypeFlag = Annotated[Dtype | None, typer.Option("--dtype", help="Default: what suits the device.")]
+Output = Annotated[
+    str | None,
+    typer.Option("--output", "-o", help="A file (.png, .jpg, .webp) or a folder. Default: named from the prompt."),
+]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite files that exist.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of words.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the paths of the files.")]
+Preview = Annotated[bool, typer.Option("--preview", help="Show the growing picture in NAME.preview.png.")]
+Strength = Annotated[
+    float | None,
+    typer.Option("--strength", help="How far from the picture, above 0 to 1 (variations and repainting)."),
+]
+Mask = Annotated[str | None, typer.Option("--mask", help="A picture as large as the first: white is drawn anew.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback when something fails.")]

@@ -1,0 +1,95 @@
+"""`lanting replay PICTURE`: draw a picture again from the recipe it carries, and say what differs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from PIL import Image, ImageChops
+
+from lanting.cli import options as o
+from lanting.cli.draw import Drawn, Wish, draw
+from lanting.cli.screen import Screen
+from lanting.core.errors import PictureError
+from lanting.core.pictures import decode_picture, open_mask, open_picture, read_bytes
+from lanting.core.recipe import describe_picture, read_recipe, restore_request
+from lanting.core.types import Recipe
+
+
+def replay(
+    picture: Annotated[str, typer.Argument(metavar="PICTURE", help="A picture that lanting drew.")],
+    images: Annotated[
+        list[str] | None, typer.Option("--image", help="An input picture that has moved; repeat in order.")
+    ] = None,
+    mask: o.Mask = None,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Default: the recipe's.")] = None,
+    device: o.Device = None,
+    dtype: o.DtypeFlag = None,
+    output: o.Output = None,
+    force: o.Force = False,
+    preview: o.Preview = False,
+    json: o.Json = False,
+    quiet: o.Quiet = False,
+    debug: o.Debug = False,
+) -> None:
+    """Draw a picture again from the recipe inside it: the same bits on the same machine and versions."""
+    recipe = read_recipe(picture)
+    screen = Screen(quiet, json)
+    asked = recipe.request
+    opened = _inputs(asked.get("images") or [], images or [], Path(picture).parent, screen, masks=False)
+    masks = [asked["mask"]] if asked.get("mask") else []
+    masked = _inputs(masks, [mask] if mask else [], Path(picture).parent, screen, masks=True)
+    request = restore_request(asked, opened, masked[0] if masked else None)
+    again = output or str(Path(picture).with_name(f"{Path(picture).stem}-replay.png"))
+    number = dtype.value if dtype else recipe.versions.get("dtype") if device is None else None
+    wish = Wish(model or recipe.model, None, device, number, again, force, preview, Path(picture).stem)
+    drawn = draw(request, wish, screen)
+    _compare(Path(picture), recipe, drawn, screen)
+
+
+def _inputs(
+    records: list[Mapping[str, Any]], given: list[str], beside: Path, screen: Screen, masks: bool
+) -> list[Image.Image]:
+    """The recipe's input pictures: as given now, or where they were; told when their pixels have changed."""
+    found: list[Image.Image] = []
+    for index, record in enumerate(records):
+        path = given[index] if index < len(given) else str(record.get("path") or "")
+        if path and index >= len(given) and not Path(path).exists():
+            path = str(beside / Path(path).name)
+        if not path or not Path(path).exists():
+            raise PictureError(
+                "the input picture {path} is not here any more: give it with {flag}",
+                **{"path": record.get("path") or index + 1, "flag": "--mask" if masks else "--image"},
+            )
+        image = open_mask(path) if masks else open_picture(path)
+        if describe_picture(image)["sha256"] != record["sha256"]:
+            screen.note("{path} is not the picture the recipe was made with; the result will differ", path=path)
+        found.append(image)
+    return found
+
+
+def _compare(picture: Path, before: Recipe, drawn: Drawn, screen: Screen) -> None:
+    """Says whether the new picture is the old one, and if not, what may be why."""
+    old = decode_picture(read_bytes(picture), str(picture))
+    new, after = drawn.result.images[0], drawn.result.recipes[0]
+    if old.size == new.size and old.mode == new.mode and picture.suffix.lower() in (".png", ".webp"):
+        worst = max(high for _, high in _extrema(ImageChops.difference(old, new)))
+        if worst == 0:
+            screen.line("identical, pixel for pixel")
+        else:
+            screen.line("different by up to {levels} of 255 grey levels", levels=worst)
+    reasons = [
+        f"{name} {before.versions.get(name, '?')} → {after.versions.get(name, '?')}"
+        for name in sorted({*before.versions, *after.versions})
+        if before.versions.get(name) != after.versions.get(name)
+    ]
+    if before.weights != after.weights:
+        reasons.append(f"weights {before.weights[:10]} → {after.weights[:10]}")
+    if reasons:
+        screen.line("drawn under other conditions: {reasons}", reasons=", ".join(reasons))
+
+
+def _extrema(image: Image.Image) -> list[tuple[int, int]]:
+    return [band.getextrema() for band in image.split()]  # type: ignore[misc]

@@ -1,0 +1,60 @@
+"""FakeEngine: three Progress and an 8x8 picture, so that every interface can be tested without a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from PIL import Image
+
+from lanting.core.recipe import describe_request, request_of_picture
+from lanting.core.types import Progress, Recipe, Request, Result
+from lanting.specs import ModelSpec, get_spec
+
+VERSIONS = {"lanting": "0.1.0", "torch": "0", "python": "3", "device": "fake", "dtype": "float32"}
+
+
+@dataclass
+class FakeEngine:
+    """The engine's contract with nothing behind it. The picture's colour comes from the seed."""
+
+    spec: ModelSpec = field(default_factory=lambda: get_spec("nano"))
+    weights: str = "feedfacefeedface"
+    fails: BaseException | None = None  # raised after the first step
+    requests: list[Request] = field(default_factory=list)
+    closed: int = 0
+    cancelled: bool = False
+
+    def stream(self, request: Request, previews: bool = False) -> Iterator[Progress | Result]:
+        self.requests.append(request)
+        try:
+            for step in range(1, 4):
+                preview = Image.new("RGB", (2, 2), "grey") if previews else None
+                yield Progress("denoise", step, 3, 0.1 * step, preview)
+                if self.fails is not None:
+                    raise self.fails
+        except GeneratorExit:
+            self.cancelled = True
+            raise
+        yield self._result(request)
+
+    def run(self, request: Request) -> Result:
+        *_, result = self.stream(request)
+        assert isinstance(result, Result)
+        return result
+
+    def close(self) -> None:
+        self.closed += 1
+
+    def _result(self, request: Request) -> Result:
+        prompts = 1 if isinstance(request.prompt, str) else len(request.prompt)
+        layers = request.options.get("layers", 1)
+        images, recipes = [], []
+        for index in range(prompts * request.count):
+            one = request_of_picture(request, index)
+            recipe = Recipe(describe_request(one), self.spec.name, self.weights, str(request.task), dict(VERSIONS))
+            for layer in range(layers):
+                colour = ((one.seed or 0) % 256, 10, layer)
+                images.append(Image.new("RGBA" if layers > 1 else "RGB", (8, 8), colour))
+                recipes.append(recipe)
+        return Result(tuple(images), tuple(recipes), {"denoise": 0.3})

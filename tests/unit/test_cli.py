@@ -1,0 +1,236 @@
+"""The command line over a fake engine: what is printed, what is written, which exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from fakes import FakeEngine
+from lanting.cli import draw
+from lanting.cli.main import main
+from lanting.core.recipe import read_recipe
+from lanting.specs import get_spec
+
+
+@pytest.fixture
+def engine(monkeypatch, tmp_path):
+    """A fake engine behind every verb, and an empty current folder."""
+    fake = FakeEngine()
+
+    def opened(model, device, dtype):
+        fake.spec = get_spec(model)
+        return fake
+
+    monkeypatch.setattr(draw, "open_engine", opened)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LANTING_LANG", "en")
+    return fake
+
+
+@pytest.fixture
+def cat(tmp_path):
+    path = tmp_path / "cat.png"
+    Image.new("RGB", (64, 48), "orange").save(path)
+    return path
+
+
+def test_generate_writes_a_file_named_from_the_prompt(engine, capsys, tmp_path):
+    assert main(["generate", 'A blue sign that says "HELLO"', "--seed", "7"]) == 0
+    out = capsys.readouterr()
+    path = tmp_path / "a-blue-sign-that-says-hello-7.png"
+    assert Image.open(path).getpixel((0, 0)) == (7, 10, 0)
+    assert read_recipe(path).request["seed"] == 7
+    assert f'{path.name}   "A blue sign' in out.out
+    assert f"again: lanting replay {path.name}" in out.out
+    assert "nano · 224×96 · 12 steps · " in out.err
+    assert "\x1b" not in out.out + out.err  # no colours in a pipe
+    assert engine.closed == 1
+
+
+def test_every_flag_reaches_the_request(engine, tmp_path):
+    words = ["generate", "x", "--model", "qwen-image", "--size", "16:9", "--steps", "9", "--guidance", "2.5"]
+    assert main([*words, "--negative", "blur", "--seed", "3", "--count", "2", "-o", "set.webp"]) == 0
+    asked = engine.requests[0]
+    assert (asked.size, asked.steps, asked.guidance_scale) == ((1664, 928), 9, 2.5)
+    assert (asked.negative_prompt, asked.seed, asked.count) == ("blur", 3, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["set-1.webp", "set-2.webp"]
+
+
+def test_json_is_one_object(engine, capsys):
+    assert main(["generate", "x", "--seed", "1", "--json"]) == 0
+    out = capsys.readouterr()
+    told = json.loads(out.out)
+    assert told["files"][0] == {"path": "x-1.png", "seed": 1, "size": [8, 8], "weights": engine.weights}
+    assert (told["model"], told["task"], told["request"]["prompt"]) == ("nano", "text_to_image", "x")
+    assert told["seconds"]["total"] > 0
+    assert out.err == ""
+
+
+def test_quiet_prints_paths_only(engine, capsys):
+    assert main(["generate", "x", "--seed", "1", "--count", "2", "--quiet"]) == 0
+    out = capsys.readouterr()
+    assert (out.out, out.err) == ("x-1.png\nx-2.png\n", "")
+
+
+def test_prompt_from_stdin(engine, monkeypatch):
+    import io
+
+    monkeypatch.setattr("sys.stdin", io.StringIO("two\nlines\n"))
+    assert main(["generate", "-"]) == 0
+    assert engine.requests[0].prompt == "two\nlines"
+
+
+def test_edit_and_mask(engine, cat, tmp_path):
+    Image.new("L", (64, 48), 255).save(tmp_path / "mask.png")
+    assert main(["edit", "cat.png", "make it blue", "--model", "qwen-image-edit", "-o", "a.png"]) == 0
+    assert main(["edit", "cat.png", "blue", "--mask", "mask.png", "--strength", "0.5", "-o", "b.png"]) == 0
+    first, second = engine.requests
+    assert (first.task, first.images[0].size, first.prompt) == ("edit", (64, 48), "make it blue")
+    assert (second.task, second.strength, second.mask.mode) == ("inpaint", 0.5, "L")
+
+
+def test_layers(engine, cat, tmp_path):
+    assert main(["layers", "cat.png", "--layers", "3", "--seed", "5"]) == 0
+    names = sorted(path.name for path in tmp_path.glob("cat-*"))
+    assert names == ["cat-5-layer-1.png", "cat-5-layer-2.png", "cat-5-layer-3.png"]
+    assert Image.open(names[0]).mode == "RGBA"
+
+
+def test_replay_is_identical_or_says_why(engine, capsys, tmp_path):
+    assert main(["generate", "x", "--seed", "9", "-o", "x.png"]) == 0
+    assert main(["replay", "x.png"]) == 0
+    assert "identical, pixel for pixel" in capsys.readouterr().out
+    assert (tmp_path / "x-replay.png").exists()
+    engine.weights = "0123456789abcdef"
+    assert main(["replay", "x.png", "-o", "y.png"]) == 0
+    assert "weights feedfacefe → 0123456789" in capsys.readouterr().out
+
+
+def test_replay_of_an_edit_finds_its_picture_again(engine, cat, capsys, tmp_path):
+    assert main(["edit", "cat.png", "blue", "--seed", "2", "-o", "x.png"]) == 0
+    assert main(["replay", "x.png", "-o", "y.png"]) == 0
+    cat.rename(tmp_path / "moved.png")
+    assert main(["replay", "x.png", "-o", "z.png"]) == 2
+    assert "give it with --image" in capsys.readouterr().err
+    assert main(["replay", "x.png", "--image", "moved.png", "-o", "z.png"]) == 0
+    Image.new("RGB", (64, 48), "green").save("moved.png")
+    assert main(["replay", "x.png", "--image", "moved.png", "-o", "w.png"]) == 0
+    assert "is not the picture" in capsys.readouterr().err
+
+
+def test_preview_shows_and_goes(engine, capsys, tmp_path):
+    seen = []
+    stream = engine.stream
+
+    def watched(request, previews=False):
+        for event in stream(request, previews):
+            yield event
+            seen.append((tmp_path / "x.preview.png").exists())
+
+    engine.stream = watched
+    assert main(["generate", "x", "-o", "x.png", "--preview"]) == 0
+    assert seen[:3] == [True] * 3
+    assert [path.name for path in tmp_path.iterdir()] == ["x.png"]
+
+
+def test_ctrl_c_leaves_nothing(engine, capsys, tmp_path):
+    engine.fails = KeyboardInterrupt()
+    assert main(["generate", "x", "--preview"]) == 130
+    assert list(tmp_path.iterdir()) == []
+    assert "cancelled" in capsys.readouterr().err
+    assert engine.closed == 1
+
+
+def test_our_own_failure_is_one_sentence_and_1(engine, capsys, tmp_path):
+    engine.fails = ValueError("a tensor\nis odd")
+    assert main(["generate", "x"]) == 1
+    err = capsys.readouterr().err
+    assert "something went wrong inside (ValueError: a tensor); run again with --debug" in err
+    assert "Traceback" not in err
+    assert main(["generate", "x", "--debug"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["frobnicate"], "no such command 'frobnicate'; see 'lanting --help'"),
+        (["generate"], "missing argument 'prompt'; see 'lanting generate --help'"),
+        (["generate", "x", "--stps", "3"], "--stps"),
+        (["generate", "x", "--steps", "many"], "'--steps'"),
+        (["generate", "x", "y"], "unexpected extra argument"),
+        (["generate", "x", "--dtype", "int3"], "'--dtype'"),
+        (["train", "nano", "--minutes", "x"], "see 'lanting train nano --help'"),
+    ],
+)
+def test_wrong_words_are_one_sentence_and_2(engine, capsys, words, said):
+    assert main(words) == 2
+    err = capsys.readouterr().err
+    assert said in err
+    assert err.startswith("lanting: ")
+    assert err.count("\n") == 1
+
+
+def test_errors_as_json(engine, capsys):
+    assert main(["generate", "x", "--size", "17x32", "--json"]) == 2
+    assert json.loads(capsys.readouterr().out)["kind"] == "RequestError"
+
+
+def test_existing_files_are_kept_unless_forced(engine, capsys, tmp_path):
+    (tmp_path / "x.png").write_bytes(b"mine")
+    assert main(["generate", "x", "-o", "x.png"]) == 2
+    assert engine.requests == []  # refused before any work
+    assert (tmp_path / "x.png").read_bytes() == b"mine"
+    assert main(["generate", "x", "-o", "x.png", "--force"]) == 0
+
+
+def test_chinese(engine, capsys, monkeypatch):
+    monkeypatch.setenv("LANTING_LANG", "zh")
+    assert main(["generate", "x", "--steps", "0"]) == 2
+    assert "必须是 1 到 1000 的整数" in capsys.readouterr().err
+    assert main(["generate", "x", "--seed", "1"]) == 0
+    assert "种子 1" in capsys.readouterr().out
+
+
+def test_list(engine, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("LANTING_HOME", str(tmp_path))
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    assert main(["list"]) == 0
+    assert "qwen-image-2512          not here: lanting pull qwen-image-2512" in capsys.readouterr().out
+    assert main(["list", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["name"] == "nano"
+
+
+def python(*words: str) -> subprocess.CompletedProcess[str]:
+    source = Path(__file__).parents[2] / "src"
+    env = os.environ | {"PYTHONPATH": str(source)}
+    return subprocess.run([sys.executable, *words], capture_output=True, text=True, env=env, timeout=60)
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["generate", "--help"], ["list", "--help"]])
+def test_help_needs_no_heavy_library(words):
+    code = f"import sys; from lanting.cli.main import main; main({words!r}); print(sorted(sys.modules))"
+    done = python("-c", code)
+    assert done.returncode == 0, done.stderr
+    loaded = set(eval(done.stdout.splitlines()[-1]))
+    assert not loaded & {"torch", "numpy", "tokenizers", "safetensors", "lanting.engine"}
+
+
+def test_help_is_quick():
+    assert min(_cpu_seconds("-m", "lanting", "--help") for _ in range(3)) < 0.3
+
+
+def _cpu_seconds(*words: str) -> float:
+    """User and system time: what it takes on an idle machine, however busy this one is."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert python(*words).returncode == 0
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
