@@ -3,7 +3,7 @@
 A weights file comes from strangers and travels over cut connections, so each claim is compared with the file:
 the header's length with its size, each tensor's shape and dtype with its bytes, all of them together with the
 data, which they must cover without a gap or an overlap. Rejected: the safetensors library here, because its
-errors do not tell a person what to do and it reads no header without a tensor library; loading goes through it.
+errors do not tell a person what to do; loading still goes through it.
 """
 
 from __future__ import annotations
@@ -93,9 +93,7 @@ def _read_table(path: Path) -> tuple[dict[str, Any], int, int]:
             first = file.read(8)
             length = int.from_bytes(first, "little")
             if first == b"version ":  # "version https://git-lfs.github.com/spec/v1"
-                raise ModelError(
-                    "{path} is a Git LFS pointer and not the weights: run git lfs pull", path=str(path)
-                )
+                raise ModelError("{path} is a Git LFS pointer and not the weights: run git lfs pull", path=str(path))
             if len(first) < 8:
                 raise _damaged(path, f"it has only {size} bytes")
             if length > min(LARGEST_HEADER, size - 8):

@@ -1,8 +1,8 @@
 """Where models live on this machine, and how a finished download is told from a half-done one.
 
 `lanting.json` is written last, when every file has been checked, so its absence means "not finished".
-Rejected: the hub's own cache of symbolic links, because people want a folder they can look into, move to another
-disk and give to diffusers; models that are already in that cache are found and used where they are.
+Rejected: the hub's own cache of symbolic links, because people want a folder they can look into, move to
+another disk and give to diffusers; models that are already in that cache are found and used where they are.
 """
 
 from __future__ import annotations
@@ -114,6 +114,9 @@ def cached_snapshots() -> Iterator[tuple[str, Path]]:
 def downloaded(name: str) -> Path | None:
     """A finished model of that name on this machine: our own download first, then the Hugging Face cache."""
     folder = model_folder(name)
+    lora = lora_path(name) if name in spec_names() else None
+    if lora is not None and not lora.is_file():
+        return None
     if read_marker(folder) is not None and not missing_files(folder):
         return folder
     repo = get_spec(name).repo if name in spec_names() else name
@@ -141,6 +144,41 @@ def write_marker(folder: Path, marker: Marker) -> None:
     os.replace(scratch, folder / MARKER)
 
 
+@dataclass(frozen=True, slots=True)
+class Unfinished:
+    """A download that was begun: bytes here of bytes in all, and the files that are not here."""
+
+    have: int
+    total: int
+    missing: tuple[str, ...]
+
+
+def note_begun(folder: Path, files: Mapping[str, tuple[int, str]], total: int) -> None:
+    """Leave word in the staging folder of what is being fetched: path -> (size, staged name), and all bytes."""
+    table = {"total": total, "files": {path: [size, key] for path, (size, key) in files.items()}}
+    (folder / STAGING / "begun.json").write_text(json.dumps(table), encoding="utf-8")
+
+
+def unfinished(folder: Path) -> Unfinished | None:
+    """How far a download came that did not end; None where none was begun."""
+    staging = folder / STAGING
+    try:
+        table = json.loads((staging / "begun.json").read_text(encoding="utf-8"))
+        files, total = dict(table["files"]), int(table["total"])
+        have = total - sum(int(size) for size, _ in files.values())
+        missing: list[str] = []
+        for path, (size, key) in files.items():
+            part = staging / f"{key}.part"
+            if (staging / key).is_file():
+                have += int(size)
+                continue
+            have += part.stat().st_size if part.is_file() else 0
+            missing.append(path)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return Unfinished(have, total, tuple(missing))
+
+
 def missing_files(folder: Path) -> list[str]:
     """Files that the marker promises and that are gone or have another size; everything, without a marker."""
     marker = read_marker(folder)
@@ -166,9 +204,7 @@ def missing_weights(folder: Path) -> list[str]:
             except (OSError, ValueError, KeyError, TypeError, AttributeError):
                 missing.append(f"{part}/{index.name}")
                 continue
-            missing += [
-                f"{part}/{shard}" for shard in sorted(shards) if not (index.parent / str(shard)).is_file()
-            ]
+            missing += [f"{part}/{shard}" for shard in sorted(shards) if not (index.parent / str(shard)).is_file()]
     return missing
 
 

@@ -1,0 +1,416 @@
+"""`lanting pull` against a hub on loopback: what goes over the wire, what lands on the disk, what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+from fakehub import COMMIT, FakeHub, serve
+
+from lanting.core.errors import ModelError
+from lanting.weights import fetch, home, hub, pull, transfer
+
+REPO = "Qwen/Qwen-Image"
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+BIG = bytes(range(256)) * 12_000  # 3 MB
+FILES = {
+    "model_index.json": b'{"_class_name": "QwenImagePipeline"}',
+    "README.md": b"---\nlicense: apache-2.0\n---\n",
+    "transformer/config.json": b'{"num_layers": 1}',
+    WEIGHTS: BIG,
+    "vae/config.json": b"{}",
+    "vae/diffusion_pytorch_model.bin": b"a pickle that could run code",
+    "assets/sample.png": b"\x89PNG",
+}
+QUICK = (0.0,) * 3
+
+
+@pytest.fixture(autouse=True)
+def _own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LANTING_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    for name in ("HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_TOKEN", "MODELSCOPE_ENDPOINT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeHub]:
+    with serve(FakeHub(REPO, dict(FILES))) as running:
+        yield running
+
+
+def bring(fake: FakeHub, name: str = "qwen-image", **more: object) -> list[transfer.PullProgress]:
+    plan = pull.plan_pull(name, endpoint=fake.endpoint, **more)  # type: ignore[arg-type]
+    return list(transfer.download(plan, waits=QUICK, every=0.02))
+
+
+def test_a_whole_model(fake: FakeHub) -> None:
+    plan = pull.plan_pull("qwen-image", endpoint=fake.endpoint)
+    wanted = {name for name in FILES if not name.endswith((".bin", ".png"))}
+    assert {file.path for file in plan.jobs[0].listing.files} == wanted
+    assert plan.left == plan.total == sum(len(FILES[name]) for name in wanted)
+    last = list(transfer.download(plan, waits=QUICK))[-1]
+    assert last.done == last.total == plan.total
+    folder = home.model_folder("qwen-image")
+    on_disk = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+    assert on_disk == {*wanted, home.MARKER}
+    assert all((folder / name).read_bytes() == FILES[name] for name in wanted)
+    marker = home.read_marker(folder)
+    assert marker is not None and (marker.repo, marker.commit) == (REPO, COMMIT)
+    assert home.downloaded("qwen-image") == home.downloaded(REPO) == folder
+    assert all("authorization" not in headers for _, _, headers in fake.requests)
+
+
+def test_nothing_is_fetched_twice(fake: FakeHub) -> None:
+    bring(fake)
+    fake.requests.clear()
+    plan = pull.plan_pull("qwen-image", endpoint=fake.endpoint)
+    assert plan.done and plan.left == 0
+    list(transfer.download(plan))
+    assert not [path for _, path, _ in fake.requests if "/resolve/" in path]
+
+
+def test_a_cut_connection_goes_on_where_it_was(fake: FakeHub) -> None:
+    fake.cuts[WEIGHTS] = [1_000_000, 700_000]
+    last = bring(fake)[-1]
+    ranges = fake.fetched(WEIGHTS)
+    assert ranges[0] == "" and len(ranges) == 3
+    begins = [int(value.removeprefix("bytes=").rstrip("-")) for value in ranges[1:]]
+    assert 0 < begins[0] < begins[1] < len(BIG)
+    assert last.done == last.total
+    assert (home.model_folder("qwen-image") / WEIGHTS).read_bytes() == BIG
+
+
+def test_a_pull_that_ended_is_taken_up_by_the_next(fake: FakeHub) -> None:
+    fake.cuts[WEIGHTS] = [2_000_000, 0, 0, 0, 0]
+    with pytest.raises(ModelError, match="what has arrived is kept"):
+        bring(fake)
+    folder = home.model_folder("qwen-image")
+    assert not (folder / "model_index.json").exists() and home.downloaded("qwen-image") is None
+    begun = home.unfinished(folder)
+    assert begun is not None and begun.missing == (WEIGHTS,) and 0 < begun.have < begun.total
+    with pytest.raises(ModelError, match=r"only in part, .* of .*diffusion_pytorch_model"):
+        pull.have_offline("qwen-image")
+    fake.cuts.clear()
+    fake.requests.clear()
+    plan = pull.plan_pull("qwen-image", endpoint=fake.endpoint)
+    assert plan.total - plan.left == begun.have
+    list(transfer.download(plan, waits=QUICK))
+    (asked,) = fake.fetched(WEIGHTS)
+    assert int(asked.removeprefix("bytes=").rstrip("-")) > 1_000_000
+    assert home.downloaded("qwen-image") == folder and not (folder / home.STAGING).exists()
+
+
+def test_a_killed_process_is_taken_up_too(fake: FakeHub, tmp_path: Path) -> None:
+    fake.cuts[WEIGHTS] = [1_500_000, 0, 0, 0, 0, 0, 0, 0, 0]
+    program = (
+        "from lanting.weights.pull import plan_pull\nfrom lanting.weights.transfer import download\n"
+        f"plan = plan_pull('qwen-image', endpoint={fake.endpoint!r})\n"
+        "for progress in download(plan, waits=(60.0,)):\n"
+        "    if progress.done > 1_000_000: print('now', flush=True)\n"
+    )
+    child = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None and child.stdout.readline() == "now\n"
+    child.kill()
+    child.wait(10)
+    assert home.downloaded("qwen-image") is None
+    fake.cuts.clear()
+    fake.requests.clear()
+    bring(fake)
+    assert fake.fetched(WEIGHTS)[0].startswith("bytes=1")
+
+
+def test_a_hub_without_ranges_still_ends_well(fake: FakeHub) -> None:
+    fake.ranges = False
+    fake.cuts[WEIGHTS] = [1_000_000]
+    last = bring(fake)[-1]
+    assert last.done == last.total
+    assert (home.model_folder("qwen-image") / WEIGHTS).read_bytes() == BIG
+
+
+def test_a_busy_hub_is_waited_for(fake: FakeHub) -> None:
+    fake.errors[WEIGHTS] = [503, 429]
+    bring(fake)
+    assert len(fake.fetched(WEIGHTS)) == 3
+
+
+@pytest.mark.parametrize("path", [WEIGHTS, "transformer/config.json"])
+def test_wrong_contents_are_refused(fake: FakeHub, path: str) -> None:
+    right = FILES[path]
+    fake.lies[path] = bytes([right[0] ^ 1]) + right[1:]
+    plan = pull.plan_pull("qwen-image", endpoint=fake.endpoint)
+    with pytest.raises(ModelError, match=f"{path} arrived with other contents"):
+        list(transfer.download(plan, waits=QUICK, every=0.02))
+    folder = plan.folder
+    assert not (folder / path).exists() and not (folder / "model_index.json").exists()
+    (file,) = [file for file in plan.jobs[0].missing if file.path == path]
+    assert not list((folder / home.STAGING).glob(f"{file.digest}*")), "the wrong file is thrown away"
+    fake.lies.clear()
+    bring(fake)
+    assert (folder / path).read_bytes() == right
+
+
+def test_a_damaged_partial_file_gets_a_second_chance(fake: FakeHub) -> None:
+    plan = pull.plan_pull("qwen-image", endpoint=fake.endpoint)
+    (file,) = [file for file in plan.jobs[0].missing if file.path == WEIGHTS]
+    staging = plan.folder / home.STAGING
+    staging.mkdir(parents=True)
+    pull.part_path(staging, file).write_bytes(b"x" * 1000)
+    last = bring(fake)[-1]
+    assert fake.fetched(WEIGHTS) == ["bytes=1000-", ""]
+    assert last.done == last.total and (plan.folder / WEIGHTS).read_bytes() == BIG
+
+
+def test_a_full_disk_is_refused_before_the_download(fake: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=0, used=0, free=2_000_000))
+    plan = pull.plan_pull("qwen-image", endpoint=fake.endpoint)
+    with pytest.raises(ModelError, match=r"needs 3 MB more and 2 MB are free"):
+        list(transfer.download(plan))
+    assert not fake.fetched(WEIGHTS) and not plan.folder.exists()
+
+
+def test_offline_uses_what_is_there(fake: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ModelError, match="not on this machine"):
+        pull.have_offline("qwen-image")
+    bring(fake)
+    fake.requests.clear()
+    folder = home.model_folder("qwen-image")
+    assert pull.have_offline("qwen-image") == pull.have_offline("qwen-image", folder) == folder
+    (folder / WEIGHTS).unlink()
+    with pytest.raises(ModelError, match=f"lacks 1 of its files .{WEIGHTS}"):
+        pull.have_offline("qwen-image")
+    assert not fake.requests
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert hub.offline() and not hub.offline.__defaults__[0]  # type: ignore[index]
+
+
+def test_a_revision_is_pinned_and_changed(fake: FakeHub) -> None:
+    fake.revisions = ("main", "v1")
+    bring(fake, revision="v1")
+    folder = home.model_folder("qwen-image")
+    marker = home.read_marker(folder)
+    assert marker is not None and (marker.revision, marker.commit) == ("v1", COMMIT)
+    with pytest.raises(ModelError, match="has no revision v9"):
+        bring(fake, revision="v9")
+    fake.commit = "2" * 40
+    fake.files = {**FILES, "transformer/config.json": b'{"num_layers": 2}'}
+    del fake.files["README.md"]
+    fake.requests.clear()
+    bring(fake)
+    assert (folder / "transformer/config.json").read_bytes() == b'{"num_layers": 2}'
+    assert not (folder / "README.md").exists() and (folder / "model_index.json").exists()
+    assert not fake.fetched(WEIGHTS), "weights that did not change are not fetched again"
+    marker = home.read_marker(folder)
+    assert marker is not None and marker.commit == "2" * 40
+
+
+@pytest.mark.parametrize(
+    "evil",
+    [
+        "../../evil.json",
+        "/tmp/evil.json",
+        "transformer/../../evil.json",
+        "a\\..\\..\\evil.json",
+        "C:evil.json",
+        "~/evil.json",
+        ".ssh/evil.json",
+        "a//evil.json",
+        "a/./evil.json",
+        "evil\n.json",
+        "con\u202e.json",
+    ],
+)
+def test_evil_names_are_refused(fake: FakeHub, evil: str, tmp_path: Path) -> None:
+    fake.files[evil] = b"{}"
+    with pytest.raises(ModelError, match="don't trust this model"):
+        bring(fake)
+    assert not [path for _, path, _ in fake.requests if "/resolve/" in path]
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_link_out_of_the_folder_is_refused(fake: FakeHub, tmp_path: Path) -> None:
+    (tmp_path / "to").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "to" / "transformer").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ModelError, match="don't trust this model"):
+        bring(fake, folder=tmp_path / "to")
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_an_evil_digest_is_refused(fake: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = FakeHub.entry
+    monkeypatch.setattr(FakeHub, "entry", lambda self, path, data: {**honest(self, path, data), "oid": "../../x"})
+    with pytest.raises(ModelError, match="no usable size and digest"):
+        bring(fake)
+
+
+def test_a_mirror_by_flag_and_by_environment(fake: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", fake.endpoint + "/")
+    plan = pull.plan_pull("qwen-image")
+    assert plan.jobs[0].listing.source == fake.endpoint
+    list(transfer.download(plan))
+    assert fake.fetched(WEIGHTS) == [""]
+    with pytest.raises(ModelError, match="is no address of a hub"):
+        pull.plan_pull("qwen-image", endpoint="hub.example")
+
+
+def test_a_saved_token_stays_away_from_mirrors(
+    fake: FakeHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from huggingface_hub import constants
+
+    (tmp_path / "token").write_text("hf_secret")
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    bring(fake)
+    assert all("authorization" not in headers for _, _, headers in fake.requests)
+    monkeypatch.setenv("HF_TOKEN", "hf_mine")
+    assert hub.list_hugging_face(REPO, None, fake.endpoint).headers["authorization"] == "Bearer hf_mine"
+
+
+def test_refusals_are_sentences(fake: FakeHub) -> None:
+    with pytest.raises(ModelError, match="shows us no owner/none"):
+        bring(fake, name="owner/none")
+    fake.gated = True
+    with pytest.raises(ModelError, match="accept its terms"):
+        bring(fake)
+    with pytest.raises(ModelError, match="comes with this program"):
+        pull.plan_pull("nano")
+    with pytest.raises(ModelError, match="did you mean qwen-image"):
+        pull.plan_pull("qwen-imag")
+    with pytest.raises(ModelError, match="owner/name"):
+        pull.plan_pull("../../etc/passwd")
+    with pytest.raises(ModelError, match="not from ftp"):
+        pull.plan_pull("qwen-image", source="ftp")
+
+
+def test_a_repository_of_pickles_is_refused() -> None:
+    with serve(FakeHub("some/pickles", {"config.json": b"{}", "model.bin": b"x"})) as fake:
+        with pytest.raises(ModelError, match="no .safetensors or .gguf"):
+            bring(fake, name="some/pickles")
+
+
+def test_a_silent_address_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub.utils import _http
+
+    monkeypatch.setattr(_http.time, "sleep", lambda seconds: None)
+    with pytest.raises(ModelError, match="can't be reached"):
+        pull.plan_pull("qwen-image", endpoint="http://127.0.0.1:9")
+
+
+def test_a_raw_repository_and_another_place(tmp_path: Path) -> None:
+    with serve(FakeHub("some/lora", {"lora.safetensors": BIG, "copy.safetensors": BIG})) as fake:
+        bring(fake, name="some/lora", folder=tmp_path / "here")
+        assert (tmp_path / "here/lora.safetensors").read_bytes() == (tmp_path / "here/copy.safetensors").read_bytes()
+        assert len([p for _, p, _ in fake.requests if "/resolve/" in p]) == 1, "equal contents are fetched once"
+    assert home.read_marker(tmp_path / "here") is not None
+
+
+def test_files_that_are_there_already_are_adopted(fake: FakeHub, tmp_path: Path) -> None:
+    place = tmp_path / "mine"
+    (place / "transformer").mkdir(parents=True)
+    (place / WEIGHTS).write_bytes(BIG)
+    (place / "notes.md").write_text("my own")
+    bring(fake, folder=place)
+    assert not fake.fetched(WEIGHTS) and (place / "notes.md").exists()
+    (place / WEIGHTS).write_bytes(b"\1" + BIG[1:])  # rot that keeps the size
+    assert pull.plan_pull("qwen-image", place, endpoint=fake.endpoint).done
+    assert not pull.plan_pull("qwen-image", place, endpoint=fake.endpoint, recheck=True).done
+    list(transfer.download(pull.plan_pull("qwen-image", place, endpoint=fake.endpoint, recheck=True)))
+    assert (place / WEIGHTS).read_bytes() == BIG
+
+
+def test_closing_the_generator_stops(fake: FakeHub) -> None:
+    fake.cuts[WEIGHTS] = [500_000] + [0] * 50
+    plan = pull.plan_pull("qwen-image", endpoint=fake.endpoint)
+    going = transfer.download(plan, waits=(30.0,) * 3, every=0.02)
+    next(going)
+    going.close()
+    assert home.read_marker(plan.folder) is None
+    assert (plan.folder / home.STAGING).is_dir()
+
+
+def test_two_pulls_of_one_model_do_not_mix(fake: FakeHub) -> None:
+    fake.cuts[WEIGHTS] = [500_000] + [0] * 50
+    plan = pull.plan_pull("qwen-image", endpoint=fake.endpoint)
+    first = transfer.download(plan, waits=(30.0,) * 3, every=0.02)
+    next(first)
+    try:
+        with pytest.raises(ModelError, match="another pull"):
+            list(transfer.download(plan))
+    finally:
+        first.close()
+
+
+def test_a_place_that_cannot_be_written(fake: FakeHub, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(ModelError, match="can't be written"):
+        bring(fake, folder=tmp_path / "file" / "deep")
+
+
+def test_a_distilled_release_shares_its_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert home.model_folder("qwen-image-lightning-4") == home.model_folder("qwen-image")
+    lora = "Qwen-Image-Lightning-4steps-V2.0.safetensors"
+    base = FakeHub(REPO, dict(FILES))
+    extra = FakeHub("lightx2v/Qwen-Image-Lightning", {lora: BIG[:99], "other.safetensors": BIG})
+    with serve(base), serve(extra):
+        ask = {REPO: base.endpoint, extra.repo: extra.endpoint}
+        monkeypatch.setattr(pull, "list_hugging_face", lambda r, rev, e: hub.list_hugging_face(r, rev, ask[r]))
+        plan = pull.plan_pull("qwen-image-lightning-4")
+        list(transfer.download(plan, waits=QUICK))
+    path = home.lora_path("qwen-image-lightning-4")
+    assert path is not None and path.read_bytes() == BIG[:99]
+    assert not path.with_name("other.safetensors").exists()
+    assert home.downloaded("qwen-image-lightning-4") == home.downloaded("qwen-image")
+    assert home.downloaded("qwen-image-lightning-8") is None, "its own LoRA is not here"
+
+
+def test_modelscope_is_asked_through_its_library(fake: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "modelscope_hub", None)
+    with pytest.raises(ModelError, match="pip install modelscope"):
+        pull.plan_pull("qwen-image", source="modelscope")
+    asked: list[tuple[str, str, str]] = []
+
+    class HubApi:
+        def __init__(self, endpoint: str) -> None:
+            self.endpoint = endpoint
+
+        def list_repo_files(self, repo: str, kind: str, revision: str) -> list[SimpleNamespace]:
+            asked.append((repo, kind, revision))
+            sums = {path: fake.entry("x.safetensors", data)["lfs"]["oid"] for path, data in FILES.items()}  # type: ignore[index]
+            folder = SimpleNamespace(path="transformer", size=0, sha256=None, type="tree")
+            return [folder] + [
+                SimpleNamespace(path=path, size=len(data), sha256=sums[path], type="blob") for path, data in FILES.items()
+            ]
+
+    library = ModuleType("modelscope_hub")
+    library.HubApi = HubApi  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "modelscope_hub", library)
+    plan = pull.plan_pull("qwen-image", source="modelscope", endpoint=fake.endpoint)
+    assert asked == [(REPO, "model", "master")]
+    address = plan.jobs[0].listing.address(plan.jobs[0].missing[0])
+    assert address.startswith(f"{fake.endpoint}/api/v1/models/{REPO}/repo?Revision=master&FilePath=")
+
+
+def test_importing_a_pull_is_cheap() -> None:
+    program = (
+        "import sys, lanting.weights.transfer, lanting.cli.pull\n"
+        "print([name for name in ('torch', 'huggingface_hub', 'numpy') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=os.environ, timeout=30)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_git_digests_are_gits() -> None:
+    here = Path(__file__)
+    made = fetch.digest_of(here, "0" * 40)
+    git = subprocess.run(["git", "hash-object", "--no-filters", str(here)], capture_output=True, text=True)
+    assert git.returncode != 0 or git.stdout.strip() == made
+    assert json.loads(json.dumps(made)) == made and len(made) == 40
