@@ -1,0 +1,172 @@
+"""One denoising loop for the whole family: a task is a value, a `Canvas`, and the loop never asks which.
+
+Text-to-image, editing, inpainting, layers and ControlNet differ in what the canvas starts from, what the
+model may look at, and what must be kept. The loop is a generator, so progress, previews and cancelling belong
+to whoever consumes it; rejected: a callback parameter, and a pipeline class per task. Shapes: B batch, N
+target tokens, R reference tokens, T text tokens, C = 4 z packed channels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lanting.flow.guidance import guide, join
+from lanting.flow.schedule import model_timestep
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Grid = tuple[int, int, int]  # frames, rows, columns of tokens
+
+
+class Model(Protocol):
+    """The transformer as the loop sees it; `lanting.nn.mmdit.QwenImageTransformer` is one."""
+
+    def __call__(  # noqa: PLR0913  the transformer's own arguments
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        prompt_embeds: Tensor,
+        prompt_mask: Tensor | None,
+        grids: Sequence[Grid],
+        target_tokens: int,
+        *,
+        control: Sequence[Tensor] = (),
+        branch: str = "positive",
+    ) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Conditioning:
+    """Encoded prompts."""
+
+    embeds: Tensor  # (B, T, D)
+    mask: Tensor | None = None  # (B, T) bool, True = a real token; None: nothing is padded
+
+    def repeat(self, times: int) -> Conditioning:
+        """Every prompt `times` times in a row."""
+        mask = None if self.mask is None else self.mask.repeat_interleave(times, 0)
+        return Conditioning(self.embeds.repeat_interleave(times, 0), mask)
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """A clean picture as packed latents."""
+
+    data: Tensor  # (B or 1, R, C)
+    grid: Grid
+
+
+# residuals(target latents, timestep, sigma, prompt, grids), or nothing while the net is not active
+Control = Callable[[Tensor, Tensor, Tensor, Conditioning, Sequence[Grid]], Sequence[Tensor]]
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """Everything that tells one task from another."""
+
+    start: Tensor  # (B, N, C) in the model's dtype and on its device, at noise level sigmas[0]
+    grids: tuple[Grid, ...]  # one per picture that is being painted (layers have several)
+    sigmas: Tensor  # (steps + 1,) float32 on the CPU, the last one 0
+    positive: Conditioning
+    negative: Conditioning | None = None  # None: no guidance, half the work
+    guidance_scale: float = 4.0
+    renormalize: bool = True
+    batched_guidance: bool = False  # both predictions in one call of 2B instead of two of B
+    references: tuple[Tokens, ...] = ()  # clean pictures the model may look at
+    control: Control | None = None
+    keep: Callable[[Tensor, Tensor], Tensor] | None = None  # re-impose known pixels at a noise level
+    finish: Callable[[Tensor], list[Image]] = lambda latents: []
+
+    @property
+    def steps(self) -> int:
+        return len(self.sigmas) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step done: `index` of `total` (from 1), and where the latents are now."""
+
+    index: int
+    total: int
+    latents: Tensor  # (B, N, C)
+    velocity: Tensor  # (B, N, C), noise minus picture
+    sigma: float  # the noise level of `latents`
+
+    @property
+    def denoised(self) -> Tensor:
+        """(B, N, C): the finished picture as the model imagines it now; what a preview should show."""
+        return self.latents - self.sigma * self.velocity
+
+
+def velocity(model: Model, canvas: Canvas, latents: Tensor, sigma: Tensor) -> Tensor:
+    """The guided prediction (B, N, C) of noise minus picture for `latents` (B, N, C) at `sigma` (0-d
+    float32)."""
+    batch, tokens = latents.shape[:2]
+    timestep = model_timestep(sigma, latents.dtype).to(latents.device).expand(batch)
+    residuals = _residuals(canvas, latents, timestep, sigma)
+    seen = torch.cat([latents, *(r.data.expand(batch, -1, -1) for r in canvas.references)], 1)  # (B, N + R, C)
+    grids = (*canvas.grids, *(r.grid for r in canvas.references))
+
+    def ask(prompt: Conditioning, branch: str) -> Tensor:
+        copies = len(prompt.embeds) // batch  # 2 when both sides of the guidance go in one call
+        prediction = model(
+            _stacked(seen, copies),
+            _stacked(timestep, copies),
+            prompt.embeds,
+            prompt.mask,
+            grids,
+            tokens,
+            control=[_stacked(r, copies) for r in residuals],
+            branch=branch,
+        )
+        return prediction[:, :tokens]
+
+    if canvas.negative is None:
+        return ask(canvas.positive, "positive")
+    if canvas.batched_guidance:
+        sides = [(side.embeds, side.mask) for side in (canvas.positive, canvas.negative)]
+        positive, negative = ask(Conditioning(*join(*sides)), "both").chunk(2)
+    else:
+        positive, negative = ask(canvas.positive, "positive"), ask(canvas.negative, "negative")
+    return guide(positive, negative, canvas.guidance_scale, canvas.renormalize)
+
+
+def _stacked(x: Tensor, copies: int) -> Tensor:
+    return x if copies == 1 else torch.cat([x] * copies)
+
+
+def _residuals(canvas: Canvas, latents: Tensor, timestep: Tensor, sigma: Tensor) -> Sequence[Tensor]:
+    """ControlNet residuals (B, N + R, D): of the positive prompt, for both sides; zero behind references."""
+    if canvas.control is None:
+        return ()
+    residuals = canvas.control(latents, timestep, sigma, canvas.positive, canvas.grids)
+    behind = sum(math.prod(r.grid) for r in canvas.references)
+    return [F.pad(r, (0, 0, 0, behind)) for r in residuals] if behind else residuals
+
+
+def euler(latents: Tensor, prediction: Tensor, sigma: Tensor, next_sigma: Tensor) -> Tensor:
+    """One Euler step. The sum is float32; the product keeps the prediction's dtype, so that a bfloat16 run
+    rounds where the reference rounds."""
+    change = (next_sigma - sigma).to(prediction.device) * prediction
+    return (latents.float() + change).to(prediction.dtype)
+
+
+def denoise(model: Model, canvas: Canvas) -> Iterator[Step]:
+    """Walk down canvas.sigmas, yielding after every step. Close the generator to cancel."""
+    latents = canvas.start
+    for index, (sigma, next_sigma) in enumerate(pairwise(canvas.sigmas), start=1):
+        with torch.no_grad():  # not around the yield: the consumer's gradient mode is its own
+            prediction = velocity(model, canvas, latents, sigma)
+            latents = euler(latents, prediction, sigma, next_sigma)
+            if canvas.keep is not None:
+                latents = canvas.keep(latents, next_sigma)
+        yield Step(index, canvas.steps, latents, prediction, float(next_sigma))

@@ -1,0 +1,92 @@
+"""Follow the structure of a picture (edges, depth, pose) through a ControlNet's residuals.
+
+Union: every picture of the request is a control picture. Inpainting: the picture with a hole, and the hole as
+a 17th latent channel. Control is data of the canvas, so it combines with any other task by `replace`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lanting.core import ModelError, Request, RequestError
+from lanting.flow.latents import pack
+from lanting.flow.loop import Canvas, Conditioning, Control, Grid
+from lanting.tasks.pictures import mask_of, pixels_of
+from lanting.tasks.studio import ControlNet, Studio, begin, look_at, size_of
+
+
+def controlnet(studio: Studio, request: Request) -> Canvas:
+    """Options control_scale, control_start, control_end: a number, or one per picture."""
+    size = size_of(request)
+    hints = [look_at(studio, image, size).data for image in request.images]
+    return with_control(studio, request, hints)
+
+
+def controlnet_inpaint(studio: Studio, request: Request) -> Canvas:
+    """White of the mask is drawn anew, from noise; the net sees the rest of the picture. Options as
+    `controlnet`."""
+    if request.mask is None:
+        raise RequestError("controlnet_inpaint needs a mask: a picture that is white where to draw anew")
+    size, codec = size_of(request), studio.codec
+    mask = mask_of(request.mask, size)  # (1, 1, H, W)
+    hole = pixels_of(request.images[0], size, codec.pixel_channels).masked_fill(mask > 0.5, -1.0)
+    latents = codec.latents(hole)  # (1, z, H/8, W/8)
+    known = 1 - F.interpolate(mask, size=latents.shape[-2:]).to(latents.device)
+    hint = pack(torch.cat([latents, known], 1))  # (1, N, 4 (z + 1))
+    return with_control(studio, request, [hint.to(studio.device, studio.dtype)])
+
+
+def with_control(studio: Studio, request: Request, hints: Sequence[Tensor]) -> Canvas:
+    """Text-to-image whose model is steered by `hints` (1, N, C), added up."""
+    net = studio.controlnet
+    if net is None:
+        raise ModelError("{task} needs a ControlNet: open the model together with one", task=request.task)
+    canvas = begin(studio, request, studio.codec.grid(*size_of(request)))
+    option = request.options.get
+    scales = per_hint(option("control_scale", 1.0), len(hints))
+    starts, ends = (per_hint(option(f"control_{side}", at), len(hints)) for side, at in (("start", 0), ("end", 1)))
+    spans = [active_span(canvas.sigmas, start, end) for start, end in zip(starts, ends, strict=True)]
+    return replace(canvas, control=steer(net, list(zip(hints, scales, spans, strict=True))))
+
+
+def steer(net: ControlNet, parts: Sequence[tuple[Tensor, float, tuple[float, float]]]) -> Control:
+    """The canvas's control: per part a hint, a scale, and the noise levels between which it is active."""
+
+    def residuals(
+        latents: Tensor, timestep: Tensor, sigma: Tensor, prompt: Conditioning, grids: Sequence[Grid]
+    ) -> list[Tensor]:
+        total: list[Tensor] = []
+        for hint, scale, (low, high) in parts:
+            if scale == 0 or not low <= float(sigma) <= high:
+                continue
+            cond = hint.expand(len(latents), -1, -1)
+            found = [r * scale for r in net(latents, cond, timestep, prompt.embeds, prompt.mask, grids)]
+            total = [a + b for a, b in zip(total, found, strict=True)] if total else found
+        return total
+
+    return residuals
+
+
+def active_span(sigmas: Tensor, start: float, end: float) -> tuple[float, float]:
+    """(low, high) noise levels of the steps i of n with start <= i/n and (i + 1)/n <= end; (1, 0) if there
+    are none.
+
+    Levels instead of step numbers: they mean the same to any solver, and to a schedule begun half-way.
+    """
+    steps = len(sigmas) - 1
+    active = [float(sigmas[i]) for i in range(steps) if i / steps >= start and (i + 1) / steps <= end]
+    return (active[-1], active[0]) if active else (1.0, 0.0)
+
+
+def per_hint(value: float | Sequence[float], count: int) -> list[float]:
+    """One number for each of `count` control pictures."""
+    if isinstance(value, int | float):
+        return [float(value)] * count
+    if len(value) != count:
+        raise RequestError("{given} control values were given for {count} pictures", given=len(value), count=count)
+    return [float(one) for one in value]

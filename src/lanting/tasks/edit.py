@@ -1,0 +1,53 @@
+"""Change pictures by instruction: they stand as references behind the target, and the reader sees them too.
+
+The releases differ in two areas only. Qwen-Image-Edit shows text encoder and VAE the same picture; 2509 and
+2511 show the encoder a small copy (384 x 384 pixels' worth) of each of up to three pictures. Any mix works
+here, batches of prompts included (diffusers 0.42 refuses those for 2509).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from PIL.Image import Image
+
+from lanting.core import Request
+from lanting.flow.loop import Canvas, Tokens
+from lanting.specs.sizes import fit_area
+from lanting.tasks.inpaint import crop_scene, repaint
+from lanting.tasks.pictures import resize, to_mode
+from lanting.tasks.studio import Studio, begin, look_at, size_of
+
+
+def edit(studio: Studio, request: Request) -> Canvas:
+    """Pure noise, looking at every picture of the request in order."""
+    canvas = begin(studio, request, studio.codec.grid(*size_of(request)), images=for_reader(studio, request.images))
+    return replace(canvas, references=references(studio, request.images))
+
+
+def edit_inpaint(studio: Studio, request: Request) -> Canvas:
+    """`inpaint` on the first picture, which is also the first reference; further pictures are references
+    too."""
+    scene, size = crop_scene(request), size_of(request)
+    images = for_reader(studio, request.images)
+    canvas = begin(studio, request, studio.codec.grid(*size), images=images)
+    known = look_at(studio, scene.picture, size)
+    canvas = repaint(studio, request, scene, canvas, known)
+    return replace(canvas, references=(known, *references(studio, request.images[1:])))
+
+
+def references(studio: Studio, images: Sequence[Image]) -> tuple[Tokens, ...]:
+    """Each picture at the area the VAE is to see, encoded."""
+    area = studio.release.defaults.vae_area
+    return tuple(look_at(studio, image, _size(image, area)) for image in images)
+
+
+def for_reader(studio: Studio, images: Sequence[Image]) -> tuple[Image, ...]:
+    """Each picture at the area the text encoder is to see, RGB."""
+    area = studio.release.defaults.vl_area
+    return tuple(resize(to_mode(image), _size(image, area)) for image in images)
+
+
+def _size(image: Image, area: int) -> tuple[int, int]:
+    return fit_area(area, image.width / image.height)

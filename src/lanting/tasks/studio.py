@@ -1,0 +1,109 @@
+"""What a task may ask for, and the beginning all tasks share.
+
+A task is a function (Studio, Request) -> Canvas. The Studio is a protocol, so tasks know neither files nor
+devices nor networks, and a test can hand them a few tensors instead of an engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from lanting.core import Request
+from lanting.flow.latents import LatentCodec
+from lanting.flow.loop import Canvas, Conditioning, Grid, Tokens
+from lanting.flow.schedule import Schedule
+from lanting.specs import ModelSpec
+from lanting.tasks.pictures import pictures_from, pixels_of
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+# residuals(latents, control latents, timestep, prompt_embeds, prompt_mask, grids), see lanting.nn.controlnet
+ControlNet = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, Sequence[Grid]], list[Tensor]]
+
+
+class Studio(Protocol):
+    """The engine as a task sees it."""
+
+    release: ModelSpec
+    codec: LatentCodec
+    schedule: Schedule
+    controlnet: ControlNet | None
+    device: torch.device
+    dtype: torch.dtype
+
+    def encode_prompt(self, prompts: Sequence[str], images: Sequence[Image] = ()) -> Conditioning:
+        """One row per prompt, on the transformer's device and in its dtype; `images` are shown with every
+        prompt.
+
+        The mask is None when nothing is padded."""
+        ...
+
+    def caption(self, image: Image) -> str:
+        """A picture in words, for tasks that may go without a prompt."""
+        ...
+
+    def generator(self, seed: int, index: int) -> torch.Generator:
+        """The CPU generator of picture `index` of a batch, seeded seed + index."""
+        ...
+
+
+def begin(
+    studio: Studio,
+    request: Request,
+    grid: Grid,
+    *,
+    images: Sequence[Image] = (),
+    frames: int = 1,
+    mu: float | None = None,
+) -> Canvas:
+    """A canvas of noise under the request's prompts: text-to-image, and what every other task starts from.
+
+    images  shown to the text encoder beside the prompts (edit releases)
+    frames  pictures of `grid` painted together (layers)
+    mu      shift of the schedule, where it isn't the line over the target's tokens
+    """
+    prompts = (request.prompt,) if isinstance(request.prompt, str) else request.prompt
+    batch = len(prompts) * request.count
+    noise = studio.codec.noise(grid, [studio.generator(request.seed or 0, i) for i in range(batch)], frames)
+    guided = request.guidance_scale is not None and request.guidance_scale > 1
+    negative = [" " if request.negative_prompt is None else request.negative_prompt]
+    return Canvas(
+        start=noise.to(studio.device, studio.dtype),
+        grids=(grid,) * frames,
+        sigmas=studio.schedule.sigmas(
+            request.steps or 0, grid[1] * grid[2], custom=request.options.get("sigmas"), mu=mu
+        ),
+        positive=studio.encode_prompt(prompts, images).repeat(request.count),
+        negative=studio.encode_prompt(negative, images).repeat(batch) if guided else None,
+        guidance_scale=request.guidance_scale or 1.0,
+        renormalize=studio.release.renormalize,
+        batched_guidance=bool(request.options.get("batched_guidance", False)),
+        finish=partial(draw, studio.codec, grid),
+    )
+
+
+def draw(codec: LatentCodec, grid: Grid, latents: Tensor) -> list[Image]:
+    """(B, h w, 4z) -> B pictures."""
+    return pictures_from(codec.decode(latents, grid))
+
+
+def look_at(studio: Studio, picture: Image, size: tuple[int, int]) -> Tokens:
+    """A picture resized to (width, height) and encoded: (1, N, 4z) in the model's dtype, on its device."""
+    return on_device(studio, studio.codec.encode(pixels_of(picture, size, studio.codec.pixel_channels)))
+
+
+def on_device(studio: Studio, tokens: Tokens) -> Tokens:
+    return Tokens(tokens.data.to(studio.device, studio.dtype), tokens.grid)
+
+
+def size_of(request: Request) -> tuple[int, int]:
+    """(width, height) of a settled request."""
+    if request.size is None:
+        raise ValueError("the request isn't settled: it has no size")
+    return request.size
