@@ -47,9 +47,7 @@ def test_recommended_values():
 
 def test_a_persons_own_release_may_extend_ours(tmp_path):
     path = tmp_path / "posters.toml"
-    path.write_text(
-        'extends = "qwen-image"\nrepo = "me/posters"\n[defaults]\nsteps = 8\nguidance_scale = 1\n'
-    )
+    path.write_text('extends = "qwen-image"\nrepo = "me/posters"\n[defaults]\nsteps = 8\nguidance_scale = 1\n')
     spec = read_spec(path)
     assert (spec.name, spec.repo, spec.defaults.steps, spec.defaults.guidance_scale) == (
         "posters",

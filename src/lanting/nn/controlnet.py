@@ -6,9 +6,8 @@ transformer's Stack spreads over its own blocks. Same tensor names as the releas
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,13 +22,6 @@ class ControlNetConfig(TransformerConfig):
 
     num_layers: int = 5
     extra_condition_channels: int = 0
-
-    @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> ControlNetConfig:
-        known = {k: v for k, v in config.items() if k in cls.__dataclass_fields__ and v is not None}
-        if "axes_dims_rope" in known:
-            known["axes_dims_rope"] = tuple(known["axes_dims_rope"])
-        return cls(**known)
 
 
 class QwenImageControlNet(nn.Module):

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +45,7 @@ class TransformerConfig:
         return self.num_attention_heads * self.attention_head_dim
 
     @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> TransformerConfig:
+    def from_dict(cls, config: Mapping[str, Any]) -> Self:
         """Read a config.json; keys we do not know (`_class_name`, `guidance_embeds`, ...) are left aside."""
         known = {k: v for k, v in config.items() if k in cls.__dataclass_fields__ and v is not None}
         if "axes_dims_rope" in known:
@@ -129,9 +129,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.net = nn.ModuleList(
-            [GeluProjection(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width)]
-        )
+        self.net = nn.ModuleList([GeluProjection(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width)])
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net[2](self.net[0](x))
@@ -195,9 +193,7 @@ class TimestepEmbedding(nn.Module):
     def __init__(self, config: TransformerConfig):
         super().__init__()
         width = config.width
-        self.timestep_embedder = nn.ModuleDict(
-            {"linear_1": nn.Linear(256, width), "linear_2": nn.Linear(width, width)}
-        )
+        self.timestep_embedder = nn.ModuleDict({"linear_1": nn.Linear(256, width), "linear_2": nn.Linear(width, width)})
         self.addition_t_embedding = nn.Embedding(2, width) if config.use_additional_t_cond else None
 
     def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -229,7 +225,7 @@ class QwenImageTransformer(nn.Module):
         self.proj_out = nn.Linear(width, config.patch_size**2 * config.out_channels)
         self.rope = RopeCache(config.axes_dims_rope, config.use_layer3d_rope)
 
-    def forward(
+    def forward(  # noqa: PLR0913  what the network is given, no less
         self,
         latents: Tensor,
         timestep: Tensor,
@@ -251,9 +247,7 @@ class QwenImageTransformer(nn.Module):
         mask = None if prompt_mask is None else prompt_mask.bool()
         ctx = Context(temb, target_tokens, rope, mask, tuple(control), branch)
         img, _ = self.transformer_blocks(img, txt, ctx)
-        scale, shift = self.norm_out["linear"](F.silu(temb[:, :1])).chunk(
-            2, -1
-        )  # scale first, unlike in a block
+        scale, shift = self.norm_out["linear"](F.silu(temb[:, :1])).chunk(2, -1)  # scale first, unlike in a block
         return self.proj_out(layer_norm(img) * (1 + scale) + shift)
 
     def times(self, t: Tensor) -> Tensor:

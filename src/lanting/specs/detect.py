@@ -48,9 +48,7 @@ def detect(
         return "qwen-image-layered"
     name = str(model_index.get("_class_name", ""))
     if name == "QwenImageLayeredPipeline":
-        raise ModelError(
-            "this folder calls itself layered, but its transformer and VAE are not: is it mixed up?"
-        )
+        raise ModelError("this folder calls itself layered, but its transformer and VAE are not: is it mixed up?")
     if transformer.get("zero_cond_t"):
         return "qwen-image-edit-2511"
     candidates = BY_CLASS.get(name) or _without_index(model_index)
@@ -71,9 +69,7 @@ def _check_family(model_index: Mapping[str, Any], transformer: Mapping[str, Any]
 def _layered(transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> bool:
     rope, channels = bool(transformer.get("use_layer3d_rope")), vae.get("input_channels", 4)
     if rope and channels != 4:
-        raise ModelError(
-            "the transformer is a layered one, but the VAE has {count} channels, not 4", count=channels
-        )
+        raise ModelError("the transformer is a layered one, but the VAE has {count} channels, not 4", count=channels)
     return rope
 
 

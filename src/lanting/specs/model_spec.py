@@ -78,9 +78,7 @@ def get_spec(name: str) -> ModelSpec:
     if name in spec_names():
         return read_spec(FOLDER / f"{name}.toml")
     near = difflib.get_close_matches(name.lower(), spec_names(), n=2) or ["nano", "qwen-image"]
-    raise ModelError(
-        "there is no release called {name}; did you mean {near}?", name=name, near=" or ".join(near)
-    )
+    raise ModelError("there is no release called {name}; did you mean {near}?", name=name, near=" or ".join(near))
 
 
 def read_spec(path: Path) -> ModelSpec:
@@ -118,9 +116,7 @@ def _build(kind: type[T], table: Mapping[str, Any], path: Path, prefix: str) -> 
     hints = get_type_hints(kind)
     known = {f.name for f in fields(kind)}
     if unknown := sorted(set(table) - known):
-        raise _wrong(
-            path, prefix + unknown[0], f"is not a key we know; known here: {', '.join(sorted(known))}"
-        )
+        raise _wrong(path, prefix + unknown[0], f"is not a key we know; known here: {', '.join(sorted(known))}")
     return kind(**{key: _value(value, hints[key], path, prefix + key) for key, value in table.items()})
 
 

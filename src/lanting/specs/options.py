@@ -39,9 +39,7 @@ def settle_options(request: Request, task: str, own: Defaults) -> tuple[dict[str
     if given.get("padding_mask_crop") is not None:
         given["padding_mask_crop"] = whole("padding_mask_crop", given["padding_mask_crop"], 0, 4096)
     if not isinstance(given.get("batched_guidance", False), bool):
-        raise RequestError(
-            "batched_guidance must be true or false, not {value}", value=given["batched_guidance"]
-        )
+        raise RequestError("batched_guidance must be true or false, not {value}", value=given["batched_guidance"])
     steps = own.steps if request.steps is None else request.steps
     if given.get("sigmas") is None:
         given.pop("sigmas", None)

@@ -61,9 +61,7 @@ def _task(request: Request, spec: ModelSpec) -> str:
     if task is None:
         task = _inferred(request, spec)
     if task not in TASK_NAMES:
-        raise RequestError(
-            "there is no task {task}; tasks are {names}", task=task, names=", ".join(TASK_NAMES)
-        )
+        raise RequestError("there is no task {task}; tasks are {names}", task=task, names=", ".join(TASK_NAMES))
     if task in spec.tasks:
         return task
     if task == "text_to_image" and "edit" in spec.tasks:
@@ -87,9 +85,7 @@ def _check_words(request: Request, task: str) -> None:
     if not 1 <= len(words) <= 64:
         raise RequestError("between 1 and 64 prompts can be drawn at once, not {count}", count=len(words))
     if len(words) > 1 and task == "layered":
-        raise RequestError(
-            "layers are drawn from one picture and one prompt at a time, not {count}", count=len(words)
-        )
+        raise RequestError("layers are drawn from one picture and one prompt at a time, not {count}", count=len(words))
     for text in words:
         _check_text(text, LONGEST_PROMPT)
         if task in NEEDS_PROMPT and not text.strip():
@@ -142,22 +138,16 @@ def _check_mask(request: Request, task: str) -> None:
             "the mask is {mask} and the picture {picture}: make them the same size", mask=ours, picture=theirs
         )
     if cast("int", mask.convert("L").getextrema()[1]) < 128:  # the mask is cut at half
-        raise RequestError(
-            "the mask is black everywhere, so nothing would change: paint white what to draw anew"
-        )
+        raise RequestError("the mask is black everywhere, so nothing would change: paint white what to draw anew")
 
 
 def _size(request: Request, task: str, spec: ModelSpec, options: dict[str, Any]) -> tuple[int, int]:
     own = spec.defaults
-    if (
-        task == "layered"
-    ):  # the picture's own ratio at the asked resolution; another size would move the layers
+    if task == "layered":  # the picture's own ratio at the asked resolution; another size would move the layers
         width, height = request.images[0].size
         natural = fit_area(options["resolution"] ** 2, width / height)
         if request.size not in (None, natural):
-            raise RequestError(
-                "layers keep the picture's own ratio: use resolution 640 or 1024 instead of a size"
-            )
+            raise RequestError("layers keep the picture's own ratio: use resolution 640 or 1024 instead of a size")
         return natural
     if request.size is not None:
         sides = tuple(request.size)

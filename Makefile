@@ -1,0 +1,49 @@
+# Everything from a fresh clone with nothing but Python 3.11 or newer. `make run` draws, `make test` tests.
+# The environment is .venv; stamps in it say which dependency groups are installed for which pyproject.toml.
+
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python; do \
+  "$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo "$$p"; break; }; done)
+BIN := .venv/bin
+PIP := env -u PYTHONPATH -u PYTHONHOME $(BIN)/python -m pip --disable-pip-version-check
+RUN := env -u PYTHONPATH -u PYTHONHOME
+PROMPT ?= A blue sign that says "HELLO"
+
+.PHONY: run test check fmt clean
+
+run: .venv/.base
+	@$(RUN) $(BIN)/lanting generate '$(PROMPT)' --seed 7 -o lanting.png --force
+	@echo "  the picture is $(CURDIR)/lanting.png"
+
+test: .venv/.test
+	$(RUN) $(BIN)/python -m pytest
+
+check: .venv/.dev
+	$(RUN) $(BIN)/ruff check .
+	$(RUN) $(BIN)/ruff format --check .
+	$(RUN) $(BIN)/pyright
+
+fmt: .venv/.dev
+	$(RUN) $(BIN)/ruff check --fix .
+	$(RUN) $(BIN)/ruff format .
+
+clean:
+	rm -rf .venv build dist .pytest_cache .ruff_cache
+
+.venv/bin/python:
+	@test -n "$(PYTHON)" || { echo "lanting needs Python 3.11 or newer, and none was found: install it, or run 'make PYTHON=/path/to/python'"; exit 2; }
+	@env -u PYTHONPATH -u PYTHONHOME "$(PYTHON)" -m venv .venv || { rm -rf .venv; echo "the environment could not be made: $(PYTHON) lacks the venv module (on Debian: apt install python3-venv)"; exit 2; }
+
+.venv/.base: pyproject.toml | .venv/bin/python
+	@echo "installing lanting into .venv (once; torch is large)"
+	@$(PIP) install --quiet --editable .
+	@touch $@
+
+.venv/.test: pyproject.toml | .venv/bin/python
+	@echo "installing lanting and what its tests need into .venv (once)"
+	@$(PIP) install --quiet --editable '.[test]'
+	@touch $@ .venv/.base
+
+.venv/.dev: pyproject.toml | .venv/bin/python
+	@echo "installing lanting and its developer tools into .venv (once)"
+	@$(PIP) install --quiet --editable '.[dev]'
+	@touch $@ .venv/.test .venv/.base

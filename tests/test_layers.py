@@ -1,0 +1,181 @@
+"""The architecture as a test: who may import whom, what is heavy where, and how large things may grow.
+
+Read from the syntax trees, so nothing needs to be installed and an import inside a function counts too.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1] / "src" / "lanting"
+FILES = sorted(ROOT.rglob("*.py"))
+
+# room -> rooms it may import; a room that is not here may not exist
+MAY: dict[str, set[str]] = {
+    "core": set(),
+    "nn": set(),
+    "specs": {"core"},
+    "flow": {"core"},
+    "weights": {"core", "specs", "nn"},
+    "text": {"core", "specs", "nn"},
+    "tasks": {"core", "specs", "flow"},
+    "engine": {"core", "specs", "nn", "weights", "flow", "text", "tasks"},
+    "train": {"core", "specs", "nn", "weights", "flow", "text", "engine"},
+    "cli": {"core", "specs", "weights", "engine", "train"},
+}
+# heavy library -> rooms that may import it when they are imported themselves; everyone else inside functions
+TORCH_ROOMS = {"nn", "weights", "flow", "text", "tasks", "engine", "train"}
+HEAVY = {
+    "torch": TORCH_ROOMS,
+    "numpy": TORCH_ROOMS,
+    "safetensors": {"weights", "engine", "train"},
+    "tokenizers": {"text", "train"},
+    "huggingface_hub": set(),
+    "rich": set(),
+    "rapidocr": set(),
+    "onnxruntime": set(),
+}
+NEVER = {"transformers", "diffusers", "torchvision", "accelerate", "peft"}  # oracles of the tests, nothing more
+LIGHT = {"core", "specs", "cli"}  # importing these must not import torch, so other rooms only inside functions
+MAX_FILE, MAX_FUNCTION, MAX_PARAMETERS = 400, 60, 7
+# the transformer's own arguments, and the protocol that repeats them for the loop
+CROWDED = {"nn/mmdit.py forward", "flow/loop.py __call__"}
+VERBS = {"generate", "edit", "layers", "replay", "nano"}  # a verb's parameters are its flags
+
+
+def room_of(path: Path) -> str:
+    """The first folder below the package; the package's own files are the lobby."""
+    parts = path.relative_to(ROOT).parts
+    return parts[0] if len(parts) > 1 else "lobby"
+
+
+def imports(node: ast.AST, top: bool = True) -> Iterator[tuple[int, str, bool]]:
+    """(line, dotted name, runs when the file is imported); type-only imports are left out."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+            continue
+        if isinstance(child, ast.Import):
+            yield from ((child.lineno, alias.name, top) for alias in child.names)
+        elif isinstance(child, ast.ImportFrom):
+            yield child.lineno, "." if child.level else str(child.module), top
+        else:
+            yield from imports(child, top and not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef))
+
+
+def trees() -> Iterator[tuple[Path, ast.Module]]:
+    for path in FILES:
+        yield path, ast.parse(path.read_text(encoding="utf-8"))
+
+
+def functions() -> Iterator[tuple[Path, ast.FunctionDef | ast.AsyncFunctionDef]]:
+    for path, tree in trees():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                yield path, node
+
+
+def violations(path: Path, tree: ast.Module) -> Iterator[str]:
+    room = room_of(path)
+    for line, name, top in imports(tree):
+        where = f"{path.relative_to(ROOT)}:{line} ({room})"
+        head, _, rest = name.partition(".")
+        other = rest.partition(".")[0]
+        if name == ".":
+            yield f"{where} imports relatively"
+        elif head in NEVER:
+            yield f"{where} imports {head}, which is only an oracle of the tests"
+        elif head == "lanting" and other and room != "lobby" and other != room:
+            if other not in MAY[room]:
+                yield f"{where} must not import {other}"
+            elif top and room in LIGHT and other not in LIGHT:
+                yield f"{where} must import {other} inside a function"
+        elif top and head in HEAVY and room not in HEAVY[head]:
+            yield f"{where} must import {head} inside a function"
+
+
+def test_every_room_is_known():
+    rooms = {room_of(path) for path in FILES} - {"lobby"}
+    assert rooms <= set(MAY), "a new room needs its row in MAY"
+    assert FILES
+
+
+def test_imports_follow_the_arrows():
+    assert [text for path, tree in trees() for text in violations(path, tree)] == []
+
+
+@pytest.mark.parametrize(
+    ("room", "code", "word"),
+    [
+        ("core", "import torch", "inside a function"),
+        ("flow", "from lanting.nn.mmdit import X", "must not import nn"),
+        ("nn", "from lanting.core.types import X", "must not import core"),
+        ("cli", "from lanting.engine import Engine", "inside a function"),
+        ("nn", "def f():\n    import diffusers", "oracle"),
+        ("nn", "from . import vae", "relatively"),
+    ],
+)
+def test_the_rules_can_be_broken(room, code, word):
+    assert any(word in text for text in violations(ROOT / room / "odd.py", ast.parse(code)))
+
+
+def test_rooms_form_no_cycle():
+    done: set[str] = set()
+    while len(done) < len(MAY):
+        ready = {room for room, others in MAY.items() if room not in done and others <= done}
+        assert ready, f"a cycle among {sorted(set(MAY) - done)}"
+        done |= ready
+
+
+def test_files_form_no_cycle():
+    modules = {".".join(path.relative_to(ROOT.parent).with_suffix("").parts): path for path in FILES}
+    modules = {name.removesuffix(".__init__"): path for name, path in modules.items()}
+    arrows = {
+        name: {other for _, other, top in imports(ast.parse(path.read_text(encoding="utf-8"))) if top} & set(modules)
+        for name, path in modules.items()
+    }
+    done: set[str] = set()
+    while ready := {name for name, others in arrows.items() if name not in done and others - {name} <= done}:
+        done |= ready
+    assert sorted(set(modules) - done) == []
+
+
+def test_files_and_functions_stay_small():
+    long_files = {
+        str(path.relative_to(ROOT)): lines
+        for path in FILES
+        if (lines := len(path.read_text(encoding="utf-8").splitlines())) > MAX_FILE
+    }
+    assert long_files == {}
+    long_functions = {
+        f"{path.relative_to(ROOT)} {node.name}": lines
+        for path, node in functions()
+        if (lines := (node.end_lineno or 0) - node.lineno + 1) > MAX_FUNCTION
+    }
+    assert long_functions == {}
+
+
+def test_parameter_lists_stay_short():
+    crowded = {}
+    for path, node in functions():
+        everything = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+        count = sum(argument.arg not in ("self", "cls") for argument in everything)
+        verb = room_of(path) == "cli" and node.name in VERBS
+        name = f"{path.relative_to(ROOT)} {node.name}"
+        if count > MAX_PARAMETERS and not verb and name not in CROWDED:
+            crowded[name] = count
+    assert crowded == {}
+
+
+def test_nothing_is_written_twice():
+    bodies: dict[str, list[str]] = defaultdict(list)
+    for path, node in functions():
+        body = node.body[1:] if ast.get_docstring(node) else node.body
+        code = "\n".join(ast.unparse(statement) for statement in body)
+        if len(body) > 1 or len(code) > 100:
+            bodies[code].append(f"{path.relative_to(ROOT)} {node.name}")
+    assert {code: places for code, places in bodies.items() if len(places) > 1} == {}
