@@ -41,10 +41,10 @@ CHECKPOINT, FROZEN = "train.pt", "ENCODER_FROZEN"
 class VAERecipe:
     """How to train. Lengths in pixels, times in seconds; `batch` is per process."""
 
-    batch: int = 32  # crops per step
+    batch: int = 10  # crops per step
     crop: int = 64
     canvas_share: float = 0.2  # of the steps show whole signs instead, so that attention meets their real size
-    canvas_batch: int = 4
+    canvas_batch: int = 1
     lr: float = 2e-3
     noise: float = 0.1  # standard deviation added to the latents; keeps the decoder smooth where a sampler errs
     gradient_weight: float = 0.5
@@ -52,6 +52,8 @@ class VAERecipe:
     warmup_steps: int = 40
     processes: int = 2
     seed: int = 0
+    judged: int = 12  # held-out signs per log line
+    measured: int = 256  # signs behind the statistics of the latents
     log_every: float = 20.0
     save_every: float = 60.0
 
@@ -183,7 +185,7 @@ class VAETrainer:
         seed = self.recipe.seed * 1_000_003 + self.step * self.recipe.processes + self.rank
         torch.manual_seed(seed)
         scraps = ScrapMaker(random.Random(seed))
-        judged = held_out_signs(12)
+        judged = held_out_signs(self.recipe.judged)
         logged = saved = time.monotonic()
         loss = torch.tensor(float("nan"))
         while self.seconds < 60 * self.minutes:
@@ -232,7 +234,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
 
 
 @torch.no_grad()
-def latent_statistics(vae: AutoencoderKLQwenImage, count: int = 256, seed: int = 5) -> tuple[Tensor, Tensor]:
+def latent_statistics(vae: AutoencoderKLQwenImage, count: int, seed: int = 5) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each latent channel over training signs, both (z,)."""
     maker, rng = SignMaker(seed), random.Random(seed)
     rows = []
@@ -276,9 +278,10 @@ def train_vae(
     """
     if resume and (out / FROZEN).exists():
         return load_vae(out)
-    trainer = _train_together(out, minutes, recipe or VAERecipe(), resume, log)
+    recipe = recipe or VAERecipe()
+    trainer = _train_together(out, minutes, recipe, resume, log)
     vae = trainer.vae
-    mean, std = latent_statistics(vae)
+    mean, std = latent_statistics(vae, recipe.measured)
     vae.config = replace(vae.config, latents_mean=tuple(mean.tolist()), latents_std=tuple(std.tolist()))
     save_vae(vae, out / WEIGHTS)
     save_config(vae.config, out / CONFIG)
