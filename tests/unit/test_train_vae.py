@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lanting.nn.vae import AutoencoderKLQwenImage
+from lanting.train.redraw import psnr, reconstruction_loss, to_tensor
 from lanting.train.scraps import ScrapMaker
 from lanting.train.vae import (
     CHECKPOINT,
@@ -21,9 +22,6 @@ from lanting.train.vae import (
     initialise,
     load_vae,
     nano_config,
-    psnr,
-    reconstruction_loss,
-    to_tensor,
     train_vae,
 )
 
