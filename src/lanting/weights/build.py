@@ -6,7 +6,7 @@ On meta nothing is allocated and no random numbers are drawn for weights that ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -22,11 +22,10 @@ from lanting.weights.checkpoint import Checkpoint
 M = TypeVar("M", bound=nn.Module)
 
 
-def fill(module: M, state: Mapping[str, Tensor], label: str, optional: Iterable[str] = ()) -> M:
-    """Assign `state` to a module built on meta. `optional` names may be absent; everything else must match."""
+def fill(module: M, state: Mapping[str, Tensor], label: str) -> M:
+    """Assign `state` to a module built on meta: the same names and shapes, no more and no less."""
     wanted = {name: tuple(p.shape) for name, p in module.state_dict().items()}
-    skip = set(optional) - set(state)
-    missing = sorted(set(wanted) - set(state) - skip)
+    missing = sorted(set(wanted) - set(state))
     surplus = sorted(set(state) - set(wanted))
     if missing:
         raise ModelError(
@@ -43,7 +42,7 @@ def fill(module: M, state: Mapping[str, Tensor], label: str, optional: Iterable[
                 f"The {label} has {name} of shape {tuple(state[name].shape)} where its config.json asks for "
                 f"{wanted[name]}; config and weights belong to different models."
             )
-    module.load_state_dict(dict(state), strict=not skip, assign=True)
+    module.load_state_dict(dict(state), strict=True, assign=True)
     return module.eval().requires_grad_(False)
 
 
@@ -104,9 +103,8 @@ def build_text_encoder(
 ) -> QwenVL:
     """Qwen2.5-VL of a `text_encoder/` folder, in the hub's or in transformers' newer naming."""
     label = checkpoint.label
-    parsed = construct(lambda: QwenVL(QwenVLConfig.from_dict(config)), label)
+    module = construct(lambda: QwenVL(QwenVLConfig.from_dict(config)), label)
     state = {official_name(name): tensor for name, tensor in load(checkpoint, dtype, device).items()}
-    tied = parsed.config.language.tie_word_embeddings
-    if tied:
+    if module.config.tie_word_embeddings:  # some writers store the tied matrix twice
         state.pop("lm_head.weight", None)
-    return fill(parsed, state, label, optional=("lm_head.weight",) if tied else ())
+    return fill(module, state, label)

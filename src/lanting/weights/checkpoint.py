@@ -11,14 +11,16 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from lanting.core.errors import ModelError
 from lanting.weights.headers import TensorInfo, read_header
+
+if TYPE_CHECKING:  # headers and configs are read without it: `lanting show` answers at once
+    import torch
+    from torch import Tensor
 
 STEMS = ("diffusion_pytorch_model", "model")  # how diffusers and transformers name a component's weights
 
@@ -89,12 +91,8 @@ def open_component(folder: Path) -> Checkpoint:
             infos = read_header(single)
             return Checkpoint(label, dict.fromkeys(infos, single), infos)
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
-        raise ModelError(
-            f"{folder} holds pickled weights, which can run code; get the safetensors files instead."
-        )
-    raise ModelError(
-        f"{folder} holds no safetensors weights; the model folder is incomplete, download it again."
-    )
+        raise ModelError(f"{folder} holds pickled weights, which can run code; get the safetensors files instead.")
+    raise ModelError(f"{folder} holds no safetensors weights; the model folder is incomplete, download it again.")
 
 
 def from_index(label: str, index: Path) -> Checkpoint:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from lanting.core.errors import ModelError
 from lanting.specs import ModelSpec, detect, get_spec, spec_names
 from lanting.weights.checkpoint import Checkpoint, open_component, read_json
-from lanting.weights.home import model_folder
+from lanting.weights.home import REPO, downloaded, embedded_nano
 
 COMPONENTS = ("transformer", "vae", "text_encoder")
 
@@ -34,28 +33,25 @@ class ModelFolder:
         return self.path / "tokenizer"
 
 
-def embedded_nano() -> Path:
-    """The checkpoint inside this package."""
-    return Path(str(resources.files("lanting.nano")))
-
-
 def locate(model: str) -> ModelFolder:
-    """A release's name ("nano", "qwen-image-2512"), or a path to a diffusers folder.
+    """A release's name ("nano", "qwen-image-2512"), a pulled "owner/name", or a path to a diffusers folder.
 
     Raises ModelError: unknown name, release not downloaded, or a path that holds no model.
     """
     if model in spec_names():
-        path = embedded_nano() if model == "nano" else model_folder(model)
-        if not (path / "model_index.json").is_file():
+        path = embedded_nano() if model == "nano" else downloaded(model)
+        if path is None or not (path / "model_index.json").is_file():
             raise ModelError(f"{model} is not downloaded yet: run 'lanting pull {model}', or give a folder.")
         return open_folder(path, name=model, spec=get_spec(model))
     path = Path(model).expanduser()
     if path.is_dir():
-        return open_folder(path, name=path.name)
+        return open_folder(path, name=path.resolve().name)
     if path.exists():
-        raise ModelError(
-            f"{model} is a file; give a model folder in diffusers' layout (with model_index.json)."
-        )
+        raise ModelError(f"{model} is a file; give a model folder in diffusers' layout (with model_index.json).")
+    if REPO.fullmatch(model):
+        if (path := downloaded(model)) is not None:
+            return open_folder(path, name=model)
+        raise ModelError(f"{model} is neither a folder here nor a model we have: run 'lanting pull {model}' to get it.")
     if "/" in model or "\\" in model:
         raise ModelError(f"{model} does not exist; give a model folder or one of: {', '.join(spec_names())}.")
     get_spec(model)  # an unknown name: raises, naming the closest ones
@@ -65,14 +61,12 @@ def locate(model: str) -> ModelFolder:
 def open_folder(path: Path, name: str, spec: ModelSpec | None = None) -> ModelFolder:
     """Read all configs of a folder; the release is detected from them unless it is given."""
     if not (path / "model_index.json").is_file():
-        raise ModelError(
-            f"{path} is no model folder: it has no model_index.json (diffusers' layout is expected)."
-        )
+        raise ModelError(f"{path} is no model folder: it has no model_index.json (diffusers' layout is expected).")
     configs = {"model_index": read_json(path / "model_index.json")}
     for component in COMPONENTS:
         configs[component] = read_json(path / component / "config.json")
     configs["scheduler"] = read_json(path / "scheduler" / "scheduler_config.json")
-    found = detect(configs["model_index"], configs["transformer"], configs["vae"])
+    found = detect(configs["model_index"], configs["transformer"], configs["vae"], hint=name)
     notes: list[str] = []
     if spec is None:
         spec = get_spec(found)
