@@ -1,8 +1,10 @@
-"""`lanting list`: which releases there are, and which of them this machine has."""
+"""`lanting list`: which releases there are, what this machine has of them, and what else it has."""
 
 from __future__ import annotations
 
 import json as json_
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lanting.cli import options as o
@@ -10,35 +12,80 @@ from lanting.cli.screen import Screen
 from lanting.specs import get_spec, spec_names
 
 
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One model. `where`: embedded, here, cache (Hugging Face's), partial, or absent."""
+
+    name: str
+    release: str | None
+    tasks: tuple[str, ...]
+    where: str
+    path: str | None = None
+    bytes: int | None = None
+
+
 def list_models(json: o.Json = False, quiet: o.Quiet = False, debug: o.Debug = False) -> None:
-    """List the releases and where each one is."""
-    from lanting.weights.home import downloaded, embedded_nano, folder_size
-
+    """List the releases, and every model that is on this machine."""
     screen = Screen(quiet, json)
-    rows: list[dict[str, object]] = []
-    for name in sorted(spec_names(), key=lambda name: (name != "nano", name)):
-        folder: Path | None = embedded_nano() if name == "nano" else downloaded(name)
-        here = folder is not None and (folder / "model_index.json").is_file()
-        size = folder_size(folder) if folder is not None and here else None
-        tasks = list(get_spec(name).tasks)
-        rows.append({"name": name, "tasks": tasks, "path": str(folder) if here else None, "bytes": size})
+    rows = [*_releases()]
+    rows += _others({row.path for row in rows})
     if screen.json:
-        screen.raw(json_.dumps(rows, ensure_ascii=False))
+        screen.raw(json_.dumps([asdict(row) for row in rows], ensure_ascii=False))
         return
-    width = max(len(str(row["name"])) for row in rows)
+    width = max(len(row.name) for row in rows)
     for row in rows:
-        name = str(row["name"]).ljust(width)
-        if screen.quiet and row["path"]:
-            screen.raw(str(row["name"]))
-        elif row["name"] == "nano" and row["path"]:
-            screen.line("{name}   ships with lanting   {size}", name=name, size=_gigabytes(row["bytes"]))
-        elif row["path"]:
-            size = _gigabytes(row["bytes"])
-            screen.line("{name}   {path}   {size}", name=name, path=row["path"], size=size)
+        if not screen.quiet:
+            _show(screen, row, width)
+        elif row.where in ("embedded", "here", "cache"):
+            screen.raw(row.name)
+
+
+def _releases() -> Iterator[Row]:
+    """Every release we know, nano first."""
+    from lanting.weights.home import downloaded, embedded_nano, folder_size, hub_cache, model_folder, unfinished
+
+    for name in sorted(spec_names(), key=lambda name: (name != "nano", name)):
+        tasks = get_spec(name).tasks
+        folder = embedded_nano() if name == "nano" else downloaded(name)
+        if folder is not None and (folder / "model_index.json").is_file():
+            where = "embedded" if name == "nano" else "cache" if folder.is_relative_to(hub_cache()) else "here"
+            yield Row(name, name, tasks, where, str(folder), folder_size(folder))
+        elif name != "nano" and (begun := unfinished(model_folder(name))) is not None:
+            yield Row(name, name, tasks, "partial", str(model_folder(name)), begun.have)
         else:
-            screen.line("{name}   not here: lanting pull {release}", name=name, release=row["name"])
+            yield Row(name, name, tasks, "absent")
 
 
-def _gigabytes(size: object) -> str:
-    number = size if isinstance(size, int) else 0
-    return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.0f} MB"
+def _others(known: set[str | None]) -> Iterator[Row]:
+    """Models that were pulled by repository, and those in the Hugging Face cache that are of this family."""
+    from lanting.core.errors import ModelError
+    from lanting.weights.find import open_folder
+    from lanting.weights.home import cached_snapshots, folder_size, missing_weights, models_folder, read_marker
+
+    pulled = [(path, read_marker(path)) for path in sorted(models_folder().glob("*/")) if str(path) not in known]
+    found = [(marker.repo, path, "here") for path, marker in pulled if marker is not None]
+    for repo, path in cached_snapshots():
+        if str(path) not in known and not missing_weights(path):
+            found.append((repo, path, "cache"))
+    for repo, path, where in found:
+        try:
+            spec = open_folder(Path(path), repo).spec
+        except ModelError:  # another family, or a folder that is no pipeline
+            if where == "here":
+                yield Row(repo, None, (), where, str(path), folder_size(path))
+            continue
+        yield Row(repo, spec.name, spec.tasks, where, str(path), folder_size(path))
+
+
+def _show(screen: Screen, row: Row, width: int) -> None:
+    from lanting.weights.pull import gigabytes
+
+    name, size, tasks = row.name.ljust(width), gigabytes(row.bytes or 0), ", ".join(row.tasks)
+    if row.where == "embedded":
+        screen.line("{name}   ships with lanting   {size}   {tasks}", name=name, size=size, tasks=tasks)
+    elif row.where in ("here", "cache"):
+        screen.line("{name}   {path}   {size}   {tasks}", name=name, path=row.path, size=size, tasks=tasks)
+    elif row.where == "partial":
+        screen.line("{name}   here in part, {size}: lanting pull {release}", name=name, size=size, release=row.release)
+    else:
+        screen.line("{name}   not here: lanting pull {release}", name=name, release=row.name)

@@ -19,7 +19,10 @@ from lanting.cli.edit import edit
 from lanting.cli.generate import generate
 from lanting.cli.layers import layers
 from lanting.cli.list import list_models
+from lanting.cli.pull import pull
+from lanting.cli.remove import remove
 from lanting.cli.replay import replay
+from lanting.cli.show import show
 from lanting.cli.train import train
 from lanting.core.errors import LantingError
 from lanting.core.lang import explain, say
@@ -38,6 +41,9 @@ app.command("edit")(edit)
 app.command("layers")(layers)
 app.command("replay")(replay)
 app.command("list")(list_models)
+app.command("pull")(pull)
+app.command("show")(show)
+app.command("remove")(remove)
 app.add_typer(train, name="train")
 
 
@@ -91,6 +97,9 @@ def _cancelled() -> int:
 
 
 def _fail(sentence: str, code: int, error: Exception, debug: bool, as_json: bool) -> int:
+    first = sentence.split(" ")[0]
+    if first in ("The", "This", "There", "A", "An"):  # after "lanting: " a sentence goes on
+        sentence = first.lower() + sentence[len(first) :]
     if debug:
         traceback.print_exception(error)
     if as_json:

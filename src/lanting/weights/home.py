@@ -119,6 +119,8 @@ def downloaded(name: str) -> Path | None:
         return None
     if read_marker(folder) is not None and not missing_files(folder):
         return folder
+    if not (folder / MARKER).exists() and not (folder / STAGING).exists() and not missing_weights(folder):
+        return folder  # put there by hand
     repo = get_spec(name).repo if name in spec_names() else name
     for cached, snapshot in cached_snapshots():
         if cached == repo and not missing_weights(snapshot):

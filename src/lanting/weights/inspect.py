@@ -1,0 +1,214 @@
+"""What a model folder or a weights file is, told from headers and configs alone: no torch, no tensor is read.
+
+The names of tensors are the most honest description of a file there is, so the kind of each part is judged by
+them, and where a config says otherwise than its tensors, both are quoted. Used by `lanting show`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lanting.core.errors import ModelError
+from lanting.specs import detect, get_spec, spec_names
+from lanting.weights.checkpoint import open_component, read_json
+from lanting.weights.find import COMPONENTS, disagreements
+from lanting.weights.headers import TensorInfo, read_header
+from lanting.weights.home import downloaded, embedded_nano, lora_path, model_folder, read_marker, unfinished
+from lanting.weights.kinds import Kind, config_notes, guess_kind
+from lanting.weights.pull import gigabytes
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One component, or one file. `dtypes` counts elements per dtype."""
+
+    name: str
+    kind: Kind
+    tensors: int
+    parameters: int
+    dtypes: Mapping[str, int]
+    bytes: int
+    files: int
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """A model in words and numbers. `problems` make it unusable, `notes` are worth knowing."""
+
+    name: str
+    path: Path | None  # None: not on this machine
+    release: str | None
+    parts: tuple[Part, ...] = ()
+    licence: str | None = None
+    source: Mapping[str, str] = field(default_factory=dict[str, str])  # repo, commit, endpoint it was pulled from
+    notes: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
+
+
+def describe(model: str) -> Description:
+    """A release by name (also when it is not here), "owner/name" that was pulled, a folder, or a file."""
+    path = Path(model).expanduser()
+    if model in spec_names():
+        return _describe_release(model)
+    if path.is_dir():
+        return _describe_folder(path, path.resolve().name, None)
+    if path.is_file():
+        return _describe_file(path)
+    if "/" in model and (found := downloaded(model)) is not None:
+        return _describe_folder(found, model, None)
+    if "/" in model or path.suffix:
+        raise ModelError("{path} does not exist", path=model)
+    return _describe_release(get_spec(model).name)  # raises, naming the closest ones
+
+
+def _describe_release(name: str) -> Description:
+    folder = embedded_nano() if name == "nano" else downloaded(name)
+    if folder is not None and (folder / "model_index.json").is_file():
+        described = _describe_folder(folder, name, name)
+        lora = lora_path(name)
+        return described if lora is None else _with_file(described, lora)
+    notes = ["not on this machine: run 'lanting pull " + name + "'"] if name != "nano" else []
+    if name != "nano" and (begun := unfinished(model_folder(name))) is not None:
+        notes = [
+            f"here only in part, {gigabytes(begun.have)} of {gigabytes(begun.total)}: "
+            f"run 'lanting pull {name}' to go on"
+        ]
+    return Description(name, None, name, notes=tuple(notes))
+
+
+def _describe_folder(folder: Path, name: str, release: str | None) -> Description:
+    """A pipeline's folder, a component's folder, or a folder of single files."""
+    files = sorted(folder.glob("*.safetensors"))
+    if (folder / "model_index.json").is_file():
+        return _describe_pipeline(folder, name, release)
+    if (folder / "config.json").is_file() and files:
+        part, notes, problems = _component(folder)
+        found = (part,) if part is not None else ()
+        return Description(name, folder, None, found, _licence(folder), _source(folder), notes, problems)
+    if not files:
+        if any(path.suffix in PICKLES for path in folder.iterdir()):
+            raise ModelError(
+                "{folder} holds only pickled weights, which can run code: get the safetensors ones", folder=str(folder)
+            )
+        raise ModelError("{folder} holds no model: no model_index.json, no .safetensors", folder=str(folder))
+    parts, problems = [], []
+    for file in files:
+        try:
+            parts.append(_file_part(file))
+        except ModelError as error:
+            problems.append(str(error))
+    return Description(name, folder, None, tuple(parts), _licence(folder), _source(folder), problems=tuple(problems))
+
+
+def _describe_pipeline(folder: Path, name: str, release: str | None) -> Description:
+    parts: list[Part] = []
+    notes: list[str] = []
+    problems: list[str] = []
+    others = sorted(path.parent.name for path in folder.glob("*/*.safetensors"))
+    for component in dict.fromkeys((*COMPONENTS, *others)):
+        part, told, wrong = _component(folder / component)
+        parts += [part] if part is not None else []
+        notes += told
+        problems += wrong
+    marker = read_marker(folder)
+    try:
+        found = _detect(folder, marker.repo if marker is not None else name)
+        release = release or found
+        notes[:0] = disagreements(get_spec(release), read_json(folder / "transformer" / "config.json"))
+    except ModelError as error:
+        problems.append(str(error))
+    return Description(
+        name, folder, release, tuple(parts), _licence(folder), _source(folder), tuple(notes), tuple(problems)
+    )
+
+
+def _component(folder: Path) -> tuple[Part | None, tuple[str, ...], tuple[str, ...]]:
+    """(the part, where config and tensors disagree, what makes it unusable)."""
+    try:
+        checkpoint = open_component(folder)
+        config = read_json(folder / "config.json")
+    except ModelError as error:
+        return None, (), (str(error),)
+    kind = guess_kind(checkpoint.infos)
+    part = _part(folder.name, kind, checkpoint.infos, len(set(checkpoint.where.values())))
+    if folder.name in COMPONENTS and kind.name != folder.name:
+        return part, (), (f"{folder.name} holds tensors of another kind ({kind.name}): is it mixed up?",)
+    return part, tuple(config_notes(folder.name, kind, config, checkpoint.infos)), ()
+
+
+def _describe_file(path: Path) -> Description:
+    if path.suffix in PICKLES:
+        raise ModelError(
+            "{path} is pickled, which can run code, and is never opened: get a safetensors file", path=str(path)
+        )
+    with path.open("rb") as file:
+        if file.read(4) == b"GGUF":
+            raise ModelError("{path} is a GGUF file, and this version reads safetensors: get that one", path=str(path))
+    part = _file_part(path)
+    return Description(path.name, path, part.kind.release, (part,))
+
+
+def _file_part(path: Path) -> Part:
+    infos = read_header(path)
+    return _part(path.name, guess_kind(infos), infos, 1)
+
+
+def _with_file(described: Description, file: Path) -> Description:
+    return Description(
+        described.name,
+        described.path,
+        described.release,
+        (*described.parts, _file_part(file)),
+        described.licence,
+        described.source,
+        described.notes,
+        described.problems,
+    )
+
+
+def _part(name: str, kind: Kind, infos: Mapping[str, TensorInfo], files: int) -> Part:
+    dtypes: dict[str, int] = {}
+    for info in infos.values():
+        dtypes[info.dtype] = dtypes.get(info.dtype, 0) + info.count
+    by_count = dict(sorted(dtypes.items(), key=lambda item: -item[1]))
+    size = sum(info.size for info in infos.values())
+    return Part(name, kind, len(infos), sum(dtypes.values()), by_count, size, files)
+
+
+def _detect(folder: Path, hint: str) -> str:
+    configs: list[Mapping[str, Any]] = [
+        read_json(folder / name) for name in ("model_index.json", "transformer/config.json", "vae/config.json")
+    ]
+    return detect(*configs, hint=hint)
+
+
+def _licence(folder: Path) -> str | None:
+    """The licence a model card declares, or the first line of a LICENSE file."""
+    card = folder / "README.md"
+    if card.is_file():
+        head = card.read_text(encoding="utf-8", errors="replace")[:20_000]
+        front = re.match(r"---\s*\n(.*?)\n---", head, re.DOTALL)
+        found = dict(
+            re.findall(r"^(license(?:_name)?)\s*:\s*[\"']?([^\s\"'#]+)", front[1], re.MULTILINE) if front else []
+        )
+        if found:
+            return found.get("license_name") or found["license"]
+    for path in sorted(folder.glob("LICENSE*")):
+        lines = path.read_text(encoding="utf-8", errors="replace")[:2000].split("\n")
+        return next((line.strip()[:80] for line in lines if line.strip()), None)
+    return None
+
+
+def _source(folder: Path) -> dict[str, str]:
+    marker = read_marker(folder)
+    if marker is not None:
+        return {"repo": marker.repo, "commit": marker.commit, "endpoint": marker.source}
+    if folder.parent.name == "snapshots" and (cache := folder.parent.parent.name).startswith("models--"):
+        return {"repo": cache.removeprefix("models--").replace("--", "/", 1), "commit": folder.name, "endpoint": ""}
+    return {}

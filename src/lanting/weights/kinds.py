@@ -1,0 +1,137 @@
+"""What a set of tensors is, judged by names and shapes: the whole knowledge is in the patterns below.
+
+A guess needs the tensors that make the thing what it is (a transformer's modulation, a VAE's two convolutions),
+never a file's name. Files for ComfyUI carry the same names under a prefix.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lanting.weights.headers import TensorInfo
+
+PREFIXES = (
+    "model.diffusion_model.",
+    "diffusion_model.",
+    "text_encoders.qwen25_7b.transformer.",
+    "vae.",
+    "transformer.",
+)
+LORA = re.compile(r"(\.lora_(A|B|down|up|a|b)\b|lora_(down|up)\.weight|\.(hada|lokr)_w\d)")
+DOWN = re.compile(r"(lora_A|lora_down|lora_a)(\.|$)")
+SCALES = (".weight_scale", ".scale_weight", ".comfy_quant", ".weight_scale_2")
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """`name`: transformer, controlnet, vae, text_encoder, lora, all-in-one or unknown; `detail` in words."""
+
+    name: str
+    detail: str = ""
+    release: str | None = None  # where tensors alone tell it
+
+
+def guess_kind(infos: Mapping[str, TensorInfo]) -> Kind:
+    """The best guess at what these tensors are."""
+    if any(LORA.search(name) for name in infos):
+        return _lora(infos)
+    sorts = {name.split(".", 1)[0] for name in infos if name.startswith(("model.diffusion_model.", "vae.", "text_enc"))}
+    if len(sorts) > 1:
+        return Kind("all-in-one", "transformer, VAE and text encoder in one file")
+    bare = {_strip(name): info for name, info in infos.items()}
+    for judge in (_transformer, _vae, _text_encoder):
+        if (kind := judge(bare)) is not None:
+            quantized = " with scales" if any(name.endswith(SCALES) for name in bare) else ""
+            return Kind(kind.name, kind.detail + quantized, kind.release)
+    return Kind("unknown")
+
+
+def config_notes(name: str, kind: Kind, config: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -> list[str]:
+    """Sentences where a component's config says otherwise than its tensors."""
+    found: list[tuple[str, object, object]] = []  # (key, what the config says, what the tensors say)
+    shape = {_strip(key): info.shape for key, info in infos.items()}
+    if kind.name in ("transformer", "controlnet"):
+        found.append(("num_layers", config.get("num_layers"), _blocks(shape, "transformer_blocks")))
+        found.append(("joint_attention_dim", config.get("joint_attention_dim"), _side(shape, "txt_in.weight", 1)))
+        found.append(("in_channels", config.get("in_channels"), _side(shape, "img_in.weight", 1)))
+        extra = "time_text_embed.addition_t_embedding.weight" in shape
+        found.append(("use_additional_t_cond", bool(config.get("use_additional_t_cond")), extra))
+    if kind.name == "vae" and "quant_conv.weight" in shape:
+        found.append(("input_channels", config.get("input_channels", 3), _side(shape, "encoder.conv_in.weight", 1)))
+        found.append(("z_dim", config.get("z_dim"), _side(shape, "decoder.conv_in.weight", 1)))
+    if kind.name == "text_encoder":
+        text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
+        assert text is not None
+        found.append(("num_hidden_layers", text.get("num_hidden_layers"), _blocks(shape, "layers")))
+        found.append(("vocab_size", text.get("vocab_size"), _side(shape, "embed_tokens.weight", 0)))
+    return [
+        f"{name}/config.json says {key} = {said}, but the tensors say {seen}."
+        for key, said, seen in found
+        if said is not None and seen is not None and said != seen
+    ]
+
+
+def _lora(infos: Mapping[str, TensorInfo]) -> Kind:
+    ranks = sorted({min(info.shape) for name, info in infos.items() if DOWN.search(name) and len(info.shape) >= 2})
+    blocks = _blocks(infos, "transformer_blocks")
+    rank = f"rank {ranks[0]}" + (f" to {ranks[-1]}" if len(ranks) > 1 else "") if ranks else "no plain ranks"
+    return Kind("lora", f"{rank}, {blocks} blocks" if blocks else rank)
+
+
+def _transformer(bare: Mapping[str, TensorInfo]) -> Kind | None:
+    if "transformer_blocks.0.img_mod.1.weight" not in bare or "txt_norm.weight" not in bare:
+        return None
+    blocks = _blocks(bare, "transformer_blocks")
+    if any(name.startswith(("controlnet_blocks.", "controlnet_x_embedder.")) for name in bare):
+        return Kind("controlnet", f"{blocks} blocks")
+    if "time_text_embed.addition_t_embedding.weight" in bare:
+        return Kind("transformer", f"{blocks} blocks, layered", "qwen-image-layered")
+    if "__index_timestep_zero__" in bare:
+        return Kind("transformer", f"{blocks} blocks, clean references", "qwen-image-edit-2511")
+    return Kind("transformer", f"{blocks} blocks")
+
+
+def _vae(bare: Mapping[str, TensorInfo]) -> Kind | None:
+    shape = {name: info.shape for name, info in bare.items()}
+    if "quant_conv.weight" in shape and "decoder.conv_in.weight" in shape:
+        return Kind("vae", f"{_side(shape, 'encoder.conv_in.weight', 1)} colour channels")
+    if (
+        "conv1.weight" in shape
+        and "decoder.conv1.weight" in shape
+        and "encoder.downsamples.0.residual.2.weight" in shape
+    ):
+        return Kind("vae", f"{_side(shape, 'encoder.conv1.weight', 1)} colour channels, Wan's tensor names")
+    return None
+
+
+def _text_encoder(bare: Mapping[str, TensorInfo]) -> Kind | None:
+    layers = _blocks(bare, "layers")
+    if not layers or not any(name.endswith("layers.0.self_attn.q_proj.weight") for name in bare):
+        return None
+    sees = any(name.split(".")[0] == "visual" or ".visual." in name for name in bare)
+    return Kind("text_encoder", f"{layers} layers, " + ("reads pictures" if sees else "no picture reader"))
+
+
+def _blocks(names: Iterable[str], stem: str) -> int:
+    """Highest index after `stem` plus one; vision towers, which have `blocks`, don't count."""
+    found = (re.search(rf"(?:^|[._]){stem}[._](\d+)[._]", name) for name in names)
+    return max((int(match[1]) + 1 for match in found if match), default=0)
+
+
+def _side(shape: Mapping[str, tuple[int, ...]], ending: str, axis: int) -> int | None:
+    """One side of the tensor whose name ends so; None where there is none."""
+    for name, sides in shape.items():
+        if (name == ending or name.endswith("." + ending)) and len(sides) > axis:
+            return sides[axis]
+    return None
+
+
+def _strip(name: str) -> str:
+    """The official name of a tensor that carries a file format's prefix."""
+    for prefix in PREFIXES:
+        if name.startswith(prefix):
+            return name.removeprefix(prefix)
+    return name
