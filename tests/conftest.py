@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent / "parity"))  # tiny: whole checkpoints with random weights
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,12 @@
-"""FakeEngine: three Progress and an 8x8 picture, so that every interface can be tested without a model."""
+"""FakeEngine: three Progress and an 8x8 picture, so that every interface can be tested without a model.
+
+And a picture that is a trap: a PNG of any number of pixels in a few kilobytes.
+"""
 
 from __future__ import annotations
 
+import struct
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -58,3 +63,14 @@ class FakeEngine:
                 images.append(Image.new("RGBA" if layers > 1 else "RGB", (8, 8), colour))
                 recipes.append(recipe)
         return Result(tuple(images), tuple(recipes), {"denoise": 0.3})
+
+
+def bare_png(width: int, height: int) -> bytes:
+    """A black one-bit PNG, a few kilobytes however many pixels it has."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    rows = zlib.compress(b"\0" * ((width + 7) // 8 + 1) * height, 9)
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")

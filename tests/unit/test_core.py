@@ -7,14 +7,13 @@ import io
 import json
 import os
 import re
-import struct
-import zlib
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 import lanting
+from fakes import bare_png
 from lanting.core.errors import LantingError, OutputError, PictureError
 from lanting.core.lang import chinese, explain, language
 from lanting.core.pictures import open_mask, open_picture
@@ -42,17 +41,6 @@ def encoded(image: Image.Image, kind: str, **options) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
-
-
-def bare_png(width: int, height: int) -> bytes:
-    """A black one-bit PNG, a few kilobytes however many pixels it has."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    rows = zlib.compress(b"\0" * ((width + 7) // 8 + 1) * height, 9)
-    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])

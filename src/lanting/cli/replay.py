@@ -12,10 +12,11 @@ from PIL import Image, ImageChops
 from lanting.cli import options as o
 from lanting.cli.draw import Drawn, Wish, draw
 from lanting.cli.screen import Screen
-from lanting.core.errors import PictureError
+from lanting.core.errors import ModelError, PictureError
 from lanting.core.pictures import decode_picture, open_mask, open_picture, read_bytes
 from lanting.core.recipe import describe_picture, read_recipe, restore_request
 from lanting.core.types import Recipe
+from lanting.specs import spec_names
 
 
 def replay(
@@ -44,6 +45,11 @@ def replay(
     request = restore_request(asked, opened, masked[0] if masked else None)
     again = output or str(Path(picture).with_name(f"{Path(picture).stem}-replay.png"))
     number = dtype.value if dtype else recipe.versions.get("dtype") if device is None else None
+    if model is None and recipe.model not in spec_names():
+        raise ModelError(
+            "this picture was drawn with {model}, which is no release: give its folder with --model",
+            model=recipe.model,
+        )
     wish = Wish(model or recipe.model, None, device, number, again, force, preview, Path(picture).stem)
     drawn = draw(request, wish, screen)
     _compare(Path(picture), recipe, drawn, screen)
