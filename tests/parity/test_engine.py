@@ -175,3 +175,15 @@ def test_damage_is_one_sentence(folders, tmp_path, component):
     with pytest.raises(ModelError) as caught:
         Engine.open(str(folder)).run(request(size=(32, 32)))
     assert "\n" not in str(caught.value) and victim.name in str(caught.value)
+
+
+def test_layers_without_a_prompt_are_captioned(folders, monkeypatch):
+    """The picture describes itself, and the recipe says with which words, so that a replay needs no second look."""
+    small = lambda area, ratio: fit_area(96 * 64, ratio)  # noqa: E731
+    monkeypatch.setattr(sys.modules["lanting.specs.settle"], "fit_area", small)
+    engine = open_engine(folders["qwen-image-layered"])
+    monkeypatch.setattr(engine.models.encoder, "caption", lambda image: "a caption")
+    asked = {"images": (tiny.picture(96, 64, mode="RGBA"),), "options": {"layers": 1}}
+    silent, told = (engine.run(request(prompt=words, **asked)) for words in ("", "a caption"))
+    assert silent.recipes[0].request["prompt"] == "a caption"
+    assert silent.images[0].tobytes() == told.images[0].tobytes()

@@ -10,6 +10,7 @@ import platform
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -92,7 +93,7 @@ class Engine:
         with self.turn:
             phases = Phases()
             with sentences(self.models.device):
-                canvas = self._prepare(request, phases)
+                request, canvas = self._prepare(request, phases)
                 yield from phases.finished()
                 last: Step | None = None
                 for step in denoise(self.models.transformer, canvas):
@@ -106,14 +107,17 @@ class Engine:
                 yield Result(tuple(images), self._recipes(request, len(images)), dict(phases.seconds))
 
     @torch.no_grad()
-    def _prepare(self, request: Request, phases: Phases) -> Canvas:
-        """Load what is missing and let the task fill its canvas."""
+    def _prepare(self, request: Request, phases: Phases) -> tuple[Request, Canvas]:
+        """Load what is missing and let the task fill its canvas. The request comes back with a caption as its
+        prompt where a picture is to be layered and nobody described it."""
         models = self.models
         _ = models.transformer, models.codec, models.encoder, models.controlnet  # built once, kept
         phases.end("load")
+        if request.task == "layered" and not str(request.prompt).strip():
+            request = replace(request, prompt=models.encoder.caption(request.images[0]) or " ")
         canvas = TASKS[request.task or "text_to_image"](EngineStudio(models), request)
         phases.end("encode")
-        return canvas
+        return request, canvas
 
     @torch.no_grad()
     def _preview(self, grid: Grid, step: Step) -> Image:
@@ -174,7 +178,7 @@ class Phases:
             yield self.tick(phase, 1, 1)
 
 
-class sentences:  # noqa: N801  (reads as a verb in a with statement)
+class sentences:
     """Turn the two failures that a machine's size causes into sentences."""
 
     def __init__(self, device: torch.device):

@@ -6,7 +6,7 @@ Networks are loaded one by one on first use, so a text-to-image run never reads 
 
 from __future__ import annotations
 
-import threading
+import hashlib
 from functools import cached_property
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from lanting.nn.controlnet import QwenImageControlNet
 from lanting.nn.mmdit import QwenImageTransformer
 from lanting.text.encoder import PromptEncoder
 from lanting.text.pictures import PictureConfig
+from lanting.text.templates import load_template, takes_pictures
 from lanting.text.tokenizer import load_tokenizer
 from lanting.weights.build import build_controlnet, build_text_encoder, build_transformer, build_vae
 from lanting.weights.checkpoint import open_component, read_json
@@ -70,10 +71,7 @@ class Models:
         self.schedule = Schedule.from_config(scheduler)
         self.controlnet_folder = None if controlnet is None else Path(controlnet).expanduser()
         if self.controlnet_folder is not None and not self.controlnet_folder.is_dir():
-            raise ModelError(
-                f"{controlnet} is no ControlNet folder; give one with config.json and safetensors."
-            )
-        self.lock = threading.RLock()
+            raise ModelError(f"{controlnet} is no ControlNet folder; give one with config.json and safetensors.")
 
     @cached_property
     def transformer(self) -> QwenImageTransformer:
@@ -100,10 +98,17 @@ class Models:
     @cached_property
     def encoder(self) -> PromptEncoder:
         config = self.folder.configs["text_encoder"]
-        model = build_text_encoder(self.checkpoints["text_encoder"], config, self.dtype, self.device)
-        return PromptEncoder(
-            load_tokenizer(self.folder.tokenizer), model, self.spec.template, self.pictures()
+        captions = "layered" in self.spec.tasks  # a picture to be layered is described when nobody does
+        reads_pictures = captions or takes_pictures(load_template(self.spec.template))
+        model = build_text_encoder(
+            self.checkpoints["text_encoder"],
+            config,
+            self.dtype,
+            self.device,
+            vision=reads_pictures,
+            head=captions,
         )
+        return PromptEncoder(load_tokenizer(self.folder.tokenizer), model, self.spec.template, self.pictures())
 
     def pictures(self) -> PictureConfig | None:
         """How the reader's pictures are cut, where the model folder says so."""
@@ -115,14 +120,10 @@ class Models:
         folder = self.controlnet_folder
         if folder is None:
             return None
-        return build_controlnet(
-            open_component(folder), read_json(folder / "config.json"), self.dtype, self.device
-        )
+        return build_controlnet(open_component(folder), read_json(folder / "config.json"), self.dtype, self.device)
 
     @cached_property
     def fingerprint(self) -> str:
         """One hash over all components' weights, for recipes."""
-        import hashlib
-
         parts = [self.checkpoints[name].fingerprint() for name in sorted(self.checkpoints)]
         return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]

@@ -28,9 +28,7 @@ class EngineStudio:
     def encode_prompt(self, prompts: Sequence[str], images: Sequence[Image] = ()) -> Conditioning:
         """Prompts (and pictures, for releases that read them) to the transformer's device and dtype."""
         embeds, mask = self.models.encoder.encode(prompts, images)
-        return Conditioning(
-            embeds.to(self.device, self.dtype), None if mask is None else mask.to(self.device)
-        )
+        return Conditioning(embeds.to(self.device, self.dtype), None if mask is None else mask.to(self.device))
 
     def generator(self, seed: int, index: int) -> torch.Generator:
         """A CPU generator, whatever the device: the same seed gives the same noise everywhere."""

@@ -28,9 +28,7 @@ def fill(module: M, state: Mapping[str, Tensor], label: str) -> M:
     missing = sorted(set(wanted) - set(state))
     surplus = sorted(set(state) - set(wanted))
     if missing:
-        raise ModelError(
-            f"The {label} lacks {len(missing)} tensors, the first is {missing[0]}; download it again."
-        )
+        raise ModelError(f"The {label} lacks {len(missing)} tensors, the first is {missing[0]}; download it again.")
     if surplus:
         raise ModelError(
             f"The {label} has {len(surplus)} tensors its config.json has no place for, the first is {surplus[0]}; "
@@ -55,13 +53,14 @@ def construct(make: Callable[[], M], label: str) -> M:
         raise ModelError(f"The config.json of the {label} describes no network we know ({error}).") from None
 
 
-def load(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+def load(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, leave: tuple[str, ...] = ()
+) -> dict[str, Tensor]:
+    """Cast and move tensor by tensor, so nothing is held twice; names that start with one of `leave` stay on disk."""
     state = {}
-    for name, tensor in checkpoint.tensors():
+    for name, tensor in checkpoint.tensors(leave):
         if not tensor.is_floating_point():
-            raise ModelError(
-                f"The {checkpoint.label} holds {name} as {tensor.dtype}, which is no weight type we know."
-            )
+            raise ModelError(f"The {checkpoint.label} holds {name} as {tensor.dtype}, which is no weight type we know.")
         state[name] = tensor.to(device=device, dtype=dtype)
     return state
 
@@ -99,12 +98,23 @@ def build_vae(
 
 
 def build_text_encoder(
-    checkpoint: Checkpoint, config: Mapping[str, Any], dtype: torch.dtype, device: torch.device
+    checkpoint: Checkpoint,
+    config: Mapping[str, Any],
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    vision: bool = True,
+    head: bool = True,
 ) -> QwenVL:
-    """Qwen2.5-VL of a `text_encoder/` folder, in the hub's or in transformers' newer naming."""
+    """Qwen2.5-VL of a `text_encoder/` folder, in the hub's or in transformers' newer naming.
+
+    Without `vision` (releases that read words only) and `head` (unless it is to write words itself) those weights
+    are not read: of the 7B model 1.35 GB and 1.09 GB in bfloat16.
+    """
     label = checkpoint.label
-    module = construct(lambda: QwenVL(QwenVLConfig.from_dict(config)), label)
-    state = {official_name(name): tensor for name, tensor in load(checkpoint, dtype, device).items()}
-    if module.config.tie_word_embeddings:  # some writers store the tied matrix twice
-        state.pop("lm_head.weight", None)
-    return fill(module, state, label)
+    module = construct(lambda: QwenVL(QwenVLConfig.from_dict(config), vision=vision, head=head), label)
+    leave = () if vision else ("visual.", "model.visual.")
+    if not head or module.config.tie_word_embeddings:  # some writers store the tied matrix twice
+        leave += ("lm_head.",)
+    state = load(checkpoint, dtype, device, leave)
+    return fill(module, {official_name(name): tensor for name, tensor in state.items()}, label)

@@ -19,7 +19,6 @@ from lanting.core.errors import ModelError
 from lanting.weights.headers import TensorInfo, read_header
 
 if TYPE_CHECKING:  # headers and configs are read without it: `lanting show` answers at once
-    import torch
     from torch import Tensor
 
 STEMS = ("diffusion_pytorch_model", "model")  # how diffusers and transformers name a component's weights
@@ -36,12 +35,13 @@ class Checkpoint:
     def names(self) -> tuple[str, ...]:
         return tuple(self.where)
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """All (name, tensor), file by file; a tensor is a view of the mapped file until it is cast or moved."""
+    def tensors(self, leave: tuple[str, ...] = ()) -> Iterator[tuple[str, Tensor]]:
+        """All (name, tensor), file by file; a tensor is a view of the mapped file until it is cast or moved.
+        Names that start with one of `leave` are passed over."""
         for path in sorted(set(self.where.values())):
             try:
                 with safe_open(str(path), framework="pt") as handle:
-                    for name in sorted(n for n, p in self.where.items() if p == path):
+                    for name in sorted(n for n, p in self.where.items() if p == path and not n.startswith(leave)):
                         yield name, handle.get_tensor(name)
             except (SafetensorError, OSError) as error:
                 raise ModelError(f"{path} can't be read ({error}); download it again.") from None
@@ -115,8 +115,3 @@ def from_index(label: str, index: Path) -> Checkpoint:
             raise ModelError(f"{index.with_name(file)} lacks the tensor {name} that its index promises.")
         where[name], infos[name] = index.with_name(file), headers[file][name]
     return Checkpoint(label, where, infos)
-
-
-def load_state(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """Everything, cast and moved tensor by tensor; nothing is copied twice."""
-    return {name: tensor.to(device=device, dtype=dtype) for name, tensor in checkpoint.tensors()}
