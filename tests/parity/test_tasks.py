@@ -1,13 +1,11 @@
 """Every task against diffusers' 0.42 pipelines, on the same tiny random weights and the same noise.
 
-Stated tolerances: float32 latents after 4 guided steps within 1e-5 of the largest, decoded pictures within
-one grey level; bfloat16 in `test_bfloat16_stays_close`. Where diffusers can't do what we do, or does it
-wrong, the test says so:
-  - it samples posteriors in five pipelines (in one with the global generator, so that no seed repeats) and
-  takes the
-    mode in three; `patch_reference` makes it take the mode everywhere, as we do;
-  - with several pictures per prompt it gives padded prompts each other's masks: it is given repeated prompts
-  instead; - Edit-Plus refuses batches, Layered mis-slices them: their batches are compared with single runs;
+Stated tolerances: float32 latents after 4 guided steps within 1e-5 of the largest, decoded pictures within one
+grey level; bfloat16 in `test_bfloat16_stays_close`. Where diffusers can't do what we do, or does it wrong:
+  - it samples posteriors in five pipelines (in one with the global generator, so that no seed repeats) and takes
+    the mode in three; `patch_reference` makes it take the mode everywhere, as we do;
+  - with several pictures per prompt it gives padded prompts each other's masks: it is given repeated prompts;
+  - Edit-Plus refuses batches, Layered mis-slices them: our batches are compared with single runs;
   - it neither converts RGBA nor grey pictures: it is given converted ones.
 """
 
@@ -149,6 +147,30 @@ def plain(release="qwen-image", **rest) -> dict:
     return {"transformer": tiny.transformer(release), "vae": tiny.vae(), **rest}
 
 
+# ---------------------------------------------------------------- schedule
+@pytest.mark.parametrize(
+    "config", [tiny.SCHEDULE, tiny.LIGHTNING, {"shift": 3.0}, {**tiny.SCHEDULE, "time_shift_type": "linear"}]
+)
+@pytest.mark.parametrize("custom", [None, [1.0, 0.9, 0.25], [0.8]])
+def test_sigmas_are_equal_to_the_last_bit(config, custom):
+    reference, schedule = tiny.scheduler(config), Schedule.from_config(config)
+    for steps in (2, 3, 7, 20, 50, 99) if custom is None else (len(custom),):
+        for tokens in (24, 1600, 4096, 6889):
+            line = np.linspace(1, 1 / steps, steps) if custom is None else custom
+            reference.set_timesteps(sigmas=line, mu=schedule.mu(tokens))
+            assert torch.equal(schedule.sigmas(steps, tokens, custom=custom), reference.sigmas)
+
+
+def test_one_step_is_drawn_where_the_reference_divides_by_zero():
+    reference = tiny.scheduler()
+    with pytest.warns(RuntimeWarning):
+        reference.set_timesteps(sigmas=[1.0], mu=0.7)
+    assert reference.sigmas.isnan().any()
+    parts, wish = plain(), request("text_to_image", steps=1)
+    latents, _ = ours(desk(vae=parts["vae"]), parts["transformer"], wish)
+    assert latents.isfinite().all()
+
+
 # ---------------------------------------------------------------- from words
 @pytest.mark.parametrize(
     "asked",
@@ -259,9 +281,11 @@ def test_inpaint_large_and_paste_back(padding, size, hole):
     options = {"padding_mask_crop": padding}
     wish = request("inpaint", size=size, images=(source,), mask=hole, strength=0.8, options=options)
     call = {"image": source, "mask_image": hole, "strength": 0.8, "padding_mask_crop": padding}
-    mine, reference = ours(desk(vae=parts["vae"]), parts["transformer"], wish), theirs("inpaint", wish, parts,
-    **call) same(mine, reference) assert mine[1][0].size == source.size kept, still = np.asarray(hole) == 0,
-    np.asarray(mine[1][0]) assert (still[kept] == np.asarray(source)[kept]).all()
+    mine = ours(desk(vae=parts["vae"]), parts["transformer"], wish)
+    same(mine, theirs("inpaint", wish, parts, **call))
+    assert mine[1][0].size == source.size
+    kept, still = np.asarray(hole) == 0, np.asarray(mine[1][0])
+    assert (still[kept] == np.asarray(source)[kept]).all()
 
 
 # ---------------------------------------------------------------- editing
@@ -279,8 +303,8 @@ def test_edit(asked, shape):
     wish = request("edit", images=(source,), **asked)
     studio = desk("qwen-image-edit", parts["vae"])
     same(ours(studio, parts["transformer"], wish), theirs("edit", wish, parts, image=source))
-    assert studio.shown == [[fit_area(AREA, shape[0] / shape[1])]] * len(studio.shown)  # negative prompt
-    included
+    # every prompt is shown the picture, the negative one included
+    assert studio.shown == [[fit_area(AREA, shape[0] / shape[1])]] * len(studio.shown)
 
 
 SHAPES = ((120, 80), (64, 64), (50, 130))
@@ -314,11 +338,13 @@ def test_edit_plus_in_batches():
 
 @pytest.mark.parametrize("prompt", ["a cat", ("a cat", "a red door at night")])
 def test_edit_inpaint(prompt):
-    parts, source, hole = plain("qwen-image-edit"), tiny.picture(120, 80), tiny.mask(120, 80, (30, 10, 70,
-    50)) size = fit_area(AREA, 120 / 80)  # the only size diffusers draws here wish = request("edit_inpaint",
-    prompt, size, images=(source,), mask=hole, strength=0.8) call = {"image": source, "mask_image": hole,
-    "strength": 0.8} studio = desk("qwen-image-edit", parts["vae"]) same(ours(studio, parts["transformer"],
-    wish), theirs("edit_inpaint", wish, parts, **call)) assert studio.shown == [[size], [size]]
+    parts, source = plain("qwen-image-edit"), tiny.picture(120, 80)
+    hole, size = tiny.mask(120, 80, (30, 10, 70, 50)), fit_area(AREA, 120 / 80)  # the only size diffusers draws
+    wish = request("edit_inpaint", prompt, size, images=(source,), mask=hole, strength=0.8)
+    call = {"image": source, "mask_image": hole, "strength": 0.8}
+    studio = desk("qwen-image-edit", parts["vae"])
+    same(ours(studio, parts["transformer"], wish), theirs("edit_inpaint", wish, parts, **call))
+    assert studio.shown == [[size], [size]]
 
 
 def test_edit_inpaint_large_and_paste_back():
@@ -384,11 +410,13 @@ def test_layered_in_batches():
     ],
 )
 def test_controlnet(asked):
+    asked = dict(asked)
     parts, hint = plain(controlnet=tiny.controlnet(layers=2)), tiny.picture(96, 64)
-    control = {"control_scale": 1.0, "control_start": 0.0, "control_end": 1.0}
-    options = {key: asked.pop(key) for key in list(asked) if key.startswith("control_") or key ==
-    "batched_guidance"} control |= {key: value for key, value in options.items() if key in control} wish =
-    request("controlnet", images=(hint,), options=options, **asked) call = {
+    defaults = {"control_scale": 1.0, "control_start": 0.0, "control_end": 1.0}
+    options = {key: asked.pop(key) for key in (*defaults, "batched_guidance") if key in asked}
+    control = defaults | options
+    wish = request("controlnet", images=(hint,), options=options, **asked)
+    call = {
         "control_image": hint,
         "controlnet_conditioning_scale": control["control_scale"],
         "control_guidance_start": control["control_start"],
@@ -400,9 +428,11 @@ def test_controlnet(asked):
 
 def test_several_control_pictures():
     net = tiny.controlnet()
-    parts, hints = plain(controlnet=QwenImageMultiControlNetModel([net])), (tiny.picture(96, 64),
-    tiny.picture(50, 80, seed=1)) options = {"control_scale": [0.7, 1.3], "control_start": [0.0, 0.5],
-    "control_end": [0.5, 1.0]} wish = request("controlnet", images=hints, options=options) call = {
+    parts = plain(controlnet=QwenImageMultiControlNetModel([net]))
+    hints = (tiny.picture(96, 64), tiny.picture(50, 80, seed=1))
+    options = {"control_scale": [0.7, 1.3], "control_start": [0.0, 0.5], "control_end": [0.5, 1.0]}
+    wish = request("controlnet", images=hints, options=options)
+    call = {
         "control_image": list(hints),
         "controlnet_conditioning_scale": options["control_scale"],
         "control_guidance_start": options["control_start"],

@@ -178,9 +178,7 @@ def our_codec(theirs: AutoencoderKLQwenImage) -> LatentCodec:
     ours = ImageVAE(config).eval()
     ours.load_state_dict(to_image_weights(theirs.state_dict()), strict=True)
     ours = ours.to(theirs.dtype)
-    return LatentCodec(
-        ours, config.latents_mean, config.latents_std, pixel_channels=config.input_channels
-    )
+    return LatentCodec(ours, config.latents_mean, config.latents_std, pixel_channels=config.input_channels)
 
 
 # ---------------------------------------------------------------- diffusers' pipelines
@@ -339,8 +337,7 @@ class Processor:
             max_pixels=PREPROCESSOR["max_pixels"],
         )
 
-    def __call__(self, text: Any, images: Any = None, padding: bool = True, return_tensors: str = "pt") ->
-    Any:
+    def __call__(self, text: Any, images: Any = None, **options: Any) -> Any:
         rows = [text] if isinstance(text, str) else list(text)
         seen: dict[str, Any] = {}
         if images is not None:
@@ -351,7 +348,7 @@ class Processor:
             for i, row in enumerate(rows):
                 parts = row.split("<|image_pad|>")
                 rows[i] = parts[0] + "".join("<|image_pad|>" * next(counts) + part for part in parts[1:])
-        return Batch(**self.tokenizer(rows, padding=padding, return_tensors=return_tensors), **seen)
+        return Batch(**self.tokenizer(rows, **options), **seen)
 
 
 class Batch(SimpleNamespace):

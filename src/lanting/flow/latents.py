@@ -3,8 +3,8 @@
 Everything else speaks of packed, normalised tokens (B, N, 4 z). Two choices differ from diffusers 0.42 on
 purpose: a picture is encoded to the MODE of its posterior always (diffusers samples in five of its pipelines,
 so that the noise of a seed depends on whether a picture was encoded before it), and the statistics are
-applied in float32 (diffusers rounds 1/std to bfloat16, up to 0.6 % off). Shapes: B batch, F frames, z latent
-channels, (h, w) token rows and columns; latents are (2h, 2w), pixels (16h, 16w).
+applied in float32 (diffusers rounds 1/std to bfloat16, up to 0.6 % off).
+Shapes: B batch, F frames, z latent channels, (h, w) rows and columns of tokens; latents (2h, 2w), pixels (16h, 16w).
 """
 
 from __future__ import annotations
@@ -119,8 +119,7 @@ class Preview:
     bias: Tensor  # (3,)
 
     def __call__(self, tokens: Tensor, grid: Grid) -> Tensor:
-        """(B, N, 4z) normalised -> (B, 3, 2h, 2w) float32 in [-1, 1]; the first picture if N holds
-        several."""
+        """(B, N, 4z) -> (B, 3, 2h, 2w) float32 in [-1, 1]; the first picture where N holds several."""
         count = grid[1] * grid[2]
         latents = unpack(tokens[:, :count].float(), grid)
         matrix, bias = self.matrix.to(latents.device), self.bias.to(latents.device)

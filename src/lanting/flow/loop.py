@@ -2,8 +2,8 @@
 
 Text-to-image, editing, inpainting, layers and ControlNet differ in what the canvas starts from, what the
 model may look at, and what must be kept. The loop is a generator, so progress, previews and cancelling belong
-to whoever consumes it; rejected: a callback parameter, and a pipeline class per task. Shapes: B batch, N
-target tokens, R reference tokens, T text tokens, C = 4 z packed channels.
+to whoever consumes it; rejected: a callback parameter, and a pipeline class per task.
+Shapes: B batch, N target tokens, R reference tokens, T text tokens, C = 4 z packed channels.
 """
 
 from __future__ import annotations
@@ -108,8 +108,7 @@ class Step:
 
 
 def velocity(model: Model, canvas: Canvas, latents: Tensor, sigma: Tensor) -> Tensor:
-    """The guided prediction (B, N, C) of noise minus picture for `latents` (B, N, C) at `sigma` (0-d
-    float32)."""
+    """The guided prediction (B, N, C) of noise minus picture for `latents` (B, N, C); sigma is 0-d float32."""
     batch, tokens = latents.shape[:2]
     timestep = model_timestep(sigma, latents.dtype).to(latents.device).expand(batch)
     residuals = _residuals(canvas, latents, timestep, sigma)

@@ -28,8 +28,7 @@ def controlnet(studio: Studio, request: Request) -> Canvas:
 
 
 def controlnet_inpaint(studio: Studio, request: Request) -> Canvas:
-    """White of the mask is drawn anew, from noise; the net sees the rest of the picture. Options as
-    `controlnet`."""
+    """White of the mask is drawn anew, from noise; the net sees the rest. Options as in `controlnet`."""
     if request.mask is None:
         raise RequestError("controlnet_inpaint needs a mask: a picture that is white where to draw anew")
     size, codec = size_of(request), studio.codec
@@ -73,8 +72,7 @@ def steer(net: ControlNet, parts: Sequence[tuple[Tensor, float, tuple[float, flo
 
 
 def active_span(sigmas: Tensor, start: float, end: float) -> tuple[float, float]:
-    """(low, high) noise levels of the steps i of n with start <= i/n and (i + 1)/n <= end; (1, 0) if there
-    are none.
+    """(low, high) noise levels of the steps i of n with start <= i/n and (i + 1)/n <= end; (1, 0) for none.
 
     Levels instead of step numbers: they mean the same to any solver, and to a schedule begun half-way.
     """

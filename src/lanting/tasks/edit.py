@@ -27,8 +27,7 @@ def edit(studio: Studio, request: Request) -> Canvas:
 
 
 def edit_inpaint(studio: Studio, request: Request) -> Canvas:
-    """`inpaint` on the first picture, which is also the first reference; further pictures are references
-    too."""
+    """`inpaint` on the first picture, which is the first reference too; further pictures follow it."""
     scene, size = crop_scene(request), size_of(request)
     images = for_reader(studio, request.images)
     canvas = begin(studio, request, studio.codec.grid(*size), images=images)

@@ -38,8 +38,7 @@ class Studio(Protocol):
     dtype: torch.dtype
 
     def encode_prompt(self, prompts: Sequence[str], images: Sequence[Image] = ()) -> Conditioning:
-        """One row per prompt, on the transformer's device and in its dtype; `images` are shown with every
-        prompt.
+        """One row per prompt, on the transformer's device and in its dtype; every prompt is shown all `images`.
 
         The mask is None when nothing is padded."""
         ...
