@@ -1,0 +1,133 @@
+"""Write docs/cli.md from the verbs themselves: `python docs/make_cli.py`. A test compares the file with the code.
+
+The words come from the same declarations that `--help` prints, and the test also looks each of them up in the real
+`--help`. Rejected: pasting help screens, whose line breaks and type names change with every version of typer.
+"""
+
+from __future__ import annotations
+
+import inspect
+import types
+import typing
+from collections.abc import Callable, Iterator
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from typer.models import ArgumentInfo, OptionInfo
+
+from lanting.cli.main import app
+
+TARGET = Path(__file__).with_name("cli.md")
+HEAD = """\
+# The command line
+
+<!-- Written by docs/make_cli.py; change the verbs in src/lanting/cli, then run it. -->
+
+`lanting VERB --help` prints what stands here. `python -m lanting` is the same program. `lanting --version` prints the
+version.
+
+**Where things go.** Results go to stdout, progress and remarks to stderr. With `--quiet` a verb prints the bare
+result (paths, names), with `--json` one JSON object, also for a failure: `{"error": ..., "kind": ...}`.
+
+**Exit codes.** 0 done; 2 the request, a file or a model was wrong; 1 we failed; 130 cancelled with Ctrl-C. Whatever
+the code, no half-written picture is left. A failure is one sentence; `--debug` adds the traceback.
+
+**Environment.**
+
+| variable | meaning |
+|---|---|
+| `LANTING_LANG` | `en` or `zh`; otherwise the locale decides. `--help` is English |
+| `LANTING_HOME` | where `pull` keeps models; default `~/.cache/lanting` |
+| `HF_HOME`, `HF_HUB_CACHE` | the Hugging Face cache, whose models are found and used where they are |
+| `HF_ENDPOINT`, `MODELSCOPE_ENDPOINT` | another address of the hub |
+| `HF_TOKEN` | sent to the hub that is asked; a token saved by `hf auth login` goes to Hugging Face alone |
+| `HF_HUB_OFFLINE` | 1: ask nobody, as `--offline` |
+"""
+EXAMPLES = {
+    "generate": (
+        "lanting generate 'A blue sign that says \"HELLO\"' --seed 7 -o hello.png",
+        "lanting generate 'a red sign with white text \"Fresh Bread\"' --size 1:1 --count 4",
+        'lanting generate "a lighthouse at dusk" --model qwen-image-2512 --size 16:9 --steps 30',
+    ),
+    "edit": (
+        'lanting edit cat.png "give it a red scarf" --model qwen-image-edit-2511',
+        'lanting edit cat.png dog.png "the cat and the dog share a sofa" --model qwen-image-edit-2511',
+        'lanting edit photo.png "an empty bench" --mask mask.png --model qwen-image --strength 0.9',
+    ),
+    "layers": ("lanting layers poster.png --layers 3 -o layers/",),
+    "replay": ("lanting replay hello.png",),
+    "list": ("lanting list",),
+    "pull": ("lanting pull qwen-image-2512", "lanting pull qwen-image-2512 --dry-run"),
+    "show": ("lanting show qwen-image-2512", "lanting show lora.safetensors --json"),
+    "remove": ("lanting remove qwen-image-2512",),
+    "train nano": ("lanting train nano --folder runs/nano",),
+}
+WORDS = {int: "number", float: "number", str: "text", Path: "path"}
+
+
+def verbs(group: Any = app, path: str = "") -> Iterator[tuple[str, Callable[..., Any]]]:
+    """("train nano", function) of every verb, in the order of `--help`."""
+    for command in group.registered_commands:
+        yield f"{path}{command.name}", command.callback
+    for inner in group.registered_groups:
+        yield from verbs(inner.typer_instance, f"{path}{inner.name} ")
+
+
+def parameters(verb: Callable[..., Any]) -> Iterator[tuple[inspect.Parameter, type, Any]]:
+    """(parameter, its type, typer's declaration) of a verb."""
+    hints = typing.get_type_hints(verb, include_extras=True)
+    for parameter in inspect.signature(verb).parameters.values():
+        hint, info = typing.get_args(hints[parameter.name])[:2]
+        if isinstance(hint, types.UnionType):  # X | None: the flag may be left out
+            hint = next(kind for kind in typing.get_args(hint) if kind is not type(None))
+        yield parameter, hint, info
+
+
+def flags(info: OptionInfo) -> list[str]:
+    """The long name first."""
+    return [str(info.default), *(info.param_decls or ())]
+
+
+def kind(hint: Any) -> str:
+    if isinstance(hint, type) and issubclass(hint, StrEnum):
+        return ", ".join(f"`{choice.value}`" for choice in hint)
+    if typing.get_origin(hint) is list:
+        return f"{kind(typing.get_args(hint)[0])}, repeatable"
+    return "" if hint is bool else WORDS[hint]
+
+
+def default(parameter: inspect.Parameter) -> str:
+    value = parameter.default
+    if value in (None, False, "") or value is inspect.Parameter.empty:
+        return ""
+    return f"`{value.value if isinstance(value, StrEnum) else value}`"
+
+
+def section(name: str, verb: Callable[..., Any]) -> str:
+    """One verb: what it does, its usage, its arguments and flags, examples."""
+    words, rows = [], []
+    for parameter, hint, info in parameters(verb):
+        if isinstance(info, ArgumentInfo):
+            metavar = info.metavar or parameter.name.upper()
+            words.append(metavar)
+            rows.append(f"| `{metavar}` | {kind(hint).removesuffix(', repeatable')} | | {info.help} |")
+        else:
+            shown = ", ".join(f"`{flag}`" for flag in flags(info))
+            rows.append(f"| {shown} | {kind(hint)} | {default(parameter)} | {info.help} |")
+    usage = " ".join(["lanting", name, "[OPTIONS]", *words])
+    table = "\n".join(["| | value | default | |", "|---|---|---|---|", *rows])
+    examples = "\n".join(EXAMPLES[name])
+    return (
+        f"## `lanting {name}`\n\n{inspect.getdoc(verb)}\n\n```text\n{usage}\n```\n\n{table}\n\n```sh\n{examples}\n```\n"
+    )
+
+
+def page() -> str:
+    """The whole of docs/cli.md."""
+    return "\n".join([HEAD, *(section(name, verb) for name, verb in verbs())])
+
+
+if __name__ == "__main__":
+    TARGET.write_text(page(), encoding="utf-8")
+    print(f"wrote {TARGET}")
