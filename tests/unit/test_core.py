@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import lanting
-from fakes import bare_png
+from fakes import FakeEngine, bare_png
 from lanting.core.errors import LantingError, OutputError, PictureError
 from lanting.core.lang import chinese, explain, language
 from lanting.core.pictures import open_mask, open_picture
@@ -229,6 +229,18 @@ def test_files_are_never_overwritten(tmp_path, monkeypatch):
     assert open_picture("sign.png").size == (9, 9)
     assert [place.path.name for place in plan_places("set.png", ["x", "y"])] == ["set-1.png", "set-2.png"]
     assert not list(tmp_path.glob(".lanting-*"))
+
+
+def test_a_result_saves_itself(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = FakeEngine().run(Request("a sign", "text_to_image", seed=7, count=2))
+    assert [path.name for path in result.save()] == ["a-sign-7.png", "a-sign-8.png"]
+    assert [path.name for path in result.save("x.webp")] == ["x-1.webp", "x-2.webp"]
+    assert read_recipe("x-2.webp") == result.recipes[1]
+    with pytest.raises(OutputError):
+        result.save("x.webp")
+    layered = FakeEngine().run(Request("", "layered", seed=1, options={"layers": 2}))
+    assert [path.name for path in layered.save()] == ["picture-1-layer-1.png", "picture-1-layer-2.png"]
 
 
 def test_nothing_half_written_stays(tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from lanting.cli.screen import Screen
 from lanting.core.recipe import describe_request, request_of_picture
-from lanting.core.save import Place, name_for, plan_places, save_picture
+from lanting.core.save import Place, names_for, plan_places, save_picture
 from lanting.core.types import Progress, Request, Result
 from lanting.specs import parse_size, settle
 
@@ -95,15 +95,11 @@ def _follow(engine: Engine, request: Request, screen: Screen, preview: Callable[
 
 
 def _places(request: Request, wish: Wish) -> list[Place]:
-    layers = request.options["layers"] if request.task == "layered" else 1
     prompts = 1 if isinstance(request.prompt, str) else len(request.prompt)
-    names: list[str] = []
-    for index in range(prompts * request.count):
-        one = request_of_picture(request, index)
-        words = str(one.prompt).strip() or wish.title
-        name = name_for(words, one.seed or 0)
-        names += [name] if layers == 1 else [name.replace(".png", f"-layer-{i}.png") for i in range(1, layers + 1)]
-    return plan_places(wish.output, names, wish.force)
+    batch = (request_of_picture(request, index) for index in range(prompts * request.count))
+    words = [(str(one.prompt), one.seed or 0) for one in batch]
+    layers = request.options["layers"] if request.task == "layered" else 1
+    return plan_places(wish.output, names_for(words, layers, wish.title), wish.force)
 
 
 def _preview_path(path: Path) -> Path:

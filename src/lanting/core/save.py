@@ -11,6 +11,7 @@ import os
 import re
 import secrets
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,19 @@ def name_for(prompt: str, seed: int, suffix: str = ".png") -> str:
         head, dash, _ = stem.rpartition("-")
         stem = head if dash and len(head) > 8 else stem[:-1]
     return f"{stem.strip('-') or 'picture'}-{seed}{suffix}"
+
+
+def names_for(words: Sequence[tuple[str, int]], layers: int = 1, title: str = "") -> list[str]:
+    """One file name per picture of a batch, from (prompt, seed) each; layers are numbered from the lowest.
+
+    title  stands in for an empty prompt
+    """
+    names: list[str] = []
+    for prompt, seed in words:
+        name = name_for(prompt.strip() or title, seed)
+        numbers = range(1, layers + 1)
+        names += [name] if layers == 1 else [name.replace(".png", f"-layer-{number}.png") for number in numbers]
+    return names
 
 
 def check_folder(folder: Path) -> None:

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from PIL.Image import Image
 
 TASK_NAMES = (
@@ -88,3 +90,16 @@ class Result:
     images: tuple[Image, ...]
     recipes: tuple[Recipe, ...]  # one per picture
     seconds: Mapping[str, float]  # per phase
+
+    def save(self, output: str | None = None, *, force: bool = False) -> tuple[Path, ...]:
+        """Write every picture with its recipe and return the paths; `output` as with `lanting generate -o`.
+
+        None: PNG files in the current folder, named from prompt and seed. Nothing that exists is overwritten
+        without `force`. Raises OutputError.
+        """
+        from lanting.core.save import names_for, plan_places, save_picture
+
+        layers = int(self.recipes[0].request.get("options", {}).get("layers", 1)) if self.recipes else 1
+        words = [(str(one.request["prompt"]), int(one.request["seed"])) for one in self.recipes[::layers]]
+        places = plan_places(output, names_for(words, layers), force)
+        return tuple(map(save_picture, self.images, places, self.recipes))
