@@ -262,9 +262,7 @@ def test_a_mirror_by_flag_and_by_environment(fake: FakeHub, monkeypatch: pytest.
         pull.plan_pull("qwen-image", endpoint="hub.example")
 
 
-def test_a_saved_token_stays_away_from_mirrors(
-    fake: FakeHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_saved_token_stays_away_from_mirrors(fake: FakeHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from huggingface_hub import constants
 
     (tmp_path / "token").write_text("hf_secret")
@@ -292,9 +290,9 @@ def test_refusals_are_sentences(fake: FakeHub) -> None:
 
 
 def test_a_repository_of_pickles_is_refused() -> None:
-    with serve(FakeHub("some/pickles", {"config.json": b"{}", "model.bin": b"x"})) as fake:
-        with pytest.raises(ModelError, match="no .safetensors or .gguf"):
-            bring(fake, name="some/pickles")
+    pickles = FakeHub("some/pickles", {"config.json": b"{}", "model.bin": b"x"})
+    with serve(pickles) as fake, pytest.raises(ModelError, match=r"no \.safetensors or \.gguf"):
+        bring(fake, name="some/pickles")
 
 
 def test_a_silent_address_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -387,7 +385,8 @@ def test_modelscope_is_asked_through_its_library(fake: FakeHub, monkeypatch: pyt
             sums = {path: fake.entry("x.safetensors", data)["lfs"]["oid"] for path, data in FILES.items()}  # type: ignore[index]
             folder = SimpleNamespace(path="transformer", size=0, sha256=None, type="tree")
             return [folder] + [
-                SimpleNamespace(path=path, size=len(data), sha256=sums[path], type="blob") for path, data in FILES.items()
+                SimpleNamespace(path=path, size=len(data), sha256=sums[path], type="blob")
+                for path, data in FILES.items()
             ]
 
     library = ModuleType("modelscope_hub")

@@ -31,8 +31,7 @@ def show(
         screen.raw(json_.dumps(_table(told), ensure_ascii=False))
     else:
         _head(screen, told)
-        for part in told.parts:
-            _part(screen, part, max(len(part.name) for part in told.parts))
+        _parts(screen, told.parts)
         for note in told.notes:
             screen.line("note: {text}", text=note)
         for problem in told.problems:
@@ -63,19 +62,32 @@ def _head(screen: Screen, told: Description) -> None:
     )
 
 
-def _part(screen: Screen, part: Part, width: int) -> None:
+def _parts(screen: Screen, parts: tuple[Part, ...]) -> None:
+    """One line a part, in columns; a last line for all of them."""
+    from rich.cells import cell_len  # a Chinese letter is two columns wide
+
     from lanting.weights.pull import gigabytes
 
-    words = f"{part.kind.name}, {part.kind.detail}" if part.kind.detail else part.kind.name
-    screen.line(
-        "{name}   {kind}   {tensors} tensors   {parameters} parameters   {dtypes}   {size}",
-        name=part.name.ljust(width),
-        kind=words,
-        tensors=f"{part.tensors:,}",
-        parameters=_count(part.parameters),
-        dtypes="+".join(part.dtypes) or "-",
-        size=gigabytes(part.bytes),
-    )
+    cells = [
+        (
+            part.name,
+            ", ".join(filter(None, (part.kind.name, part.kind.detail))),
+            say("{count} tensors", count=f"{part.tensors:,}"),
+            say("{count} parameters", count=_count(part.parameters)),
+            "+".join(part.dtypes) or "-",
+            gigabytes(part.bytes),
+        )
+        for part in parts
+    ]
+    if len(parts) > 1:
+        tensors, parameters = sum(part.tensors for part in parts), sum(part.parameters for part in parts)
+        size = gigabytes(sum(part.bytes for part in parts))
+        counts = say("{count} tensors", count=f"{tensors:,}"), say("{count} parameters", count=_count(parameters))
+        cells.append((say("together"), "", *counts, "", size))
+    widths = [max(cell_len(row[column]) for row in cells) for column in range(len(cells[0]))] if cells else []
+    for row in cells:
+        padded = (cell + " " * (width - cell_len(cell)) for cell, width in zip(row, widths, strict=True))
+        screen.line("{part}", part="   ".join(padded).rstrip())
 
 
 def _count(number: int) -> str:

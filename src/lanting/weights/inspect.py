@@ -17,7 +17,7 @@ from lanting.specs import detect, get_spec, spec_names
 from lanting.weights.checkpoint import open_component, read_json
 from lanting.weights.find import COMPONENTS, disagreements
 from lanting.weights.headers import TensorInfo, read_header
-from lanting.weights.home import downloaded, embedded_nano, lora_path, model_folder, read_marker, unfinished
+from lanting.weights.home import REPO, downloaded, embedded_nano, lora_path, model_folder, read_marker, unfinished
 from lanting.weights.kinds import Kind, config_notes, guess_kind
 from lanting.weights.pull import gigabytes
 
@@ -60,9 +60,9 @@ def describe(model: str) -> Description:
         return _describe_folder(path, path.resolve().name, None)
     if path.is_file():
         return _describe_file(path)
-    if "/" in model and (found := downloaded(model)) is not None:
+    if REPO.fullmatch(model) and (found := downloaded(model)) is not None:
         return _describe_folder(found, model, None)
-    if "/" in model or path.suffix:
+    if "/" in model or "\\" in model or path.suffix in (".safetensors", ".gguf", *PICKLES):
         raise ModelError("{path} does not exist", path=model)
     return _describe_release(get_spec(model).name)  # raises, naming the closest ones
 
@@ -120,6 +120,8 @@ def _describe_pipeline(folder: Path, name: str, release: str | None) -> Descript
     try:
         found = _detect(folder, marker.repo if marker is not None else name)
         release = release or found
+        if get_spec(found).tasks != get_spec(release).tasks:
+            notes.append(f"the configs are those of {found}, not of {release}; the folder wins.")
         notes[:0] = disagreements(get_spec(release), read_json(folder / "transformer" / "config.json"))
     except ModelError as error:
         problems.append(str(error))
