@@ -8,7 +8,7 @@ PIP := env -u PYTHONPATH -u PYTHONHOME $(BIN)/python -m pip --disable-pip-versio
 RUN := env -u PYTHONPATH -u PYTHONHOME
 PROMPT ?= A blue sign that says "HELLO"
 
-.PHONY: run test check fmt clean
+.PHONY: run test check fmt docs clean
 
 run: .venv/.base
 	@$(RUN) $(BIN)/lanting generate '$(PROMPT)' --seed 7 -o lanting.png --force
@@ -25,6 +25,9 @@ check: .venv/.dev
 fmt: .venv/.dev
 	$(RUN) $(BIN)/ruff check --fix .
 	$(RUN) $(BIN)/ruff format .
+
+docs: .venv/.test
+	$(RUN) $(BIN)/python tests/test_docs.py
 
 clean:
 	rm -rf .venv build dist .pytest_cache .ruff_cache
