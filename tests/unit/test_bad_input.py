@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -237,6 +239,20 @@ def test_the_sound_models_draw(here, capsys):
     assert main([*DRAW, *SMALL, "-o", "drawn.png"]) == 0
     assert main([*EDIT, "--size", "32x32", "--device", "cpu", "-o", "edited.png"]) == 0
     assert Image.open("drawn.png").size == Image.open("edited.png").size == (32, 32)
+
+
+def test_ctrl_c_stops_within_a_step_and_leaves_nothing(here):
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2] / "src")}
+    words = [*DRAW, "--size", "128x128", "--steps", "1000", "--device", "cpu", "-o", "x.png", "--preview"]
+    running = subprocess.Popen([sys.executable, "-m", "lanting", *words], stderr=subprocess.PIPE, text=True, env=env)
+    deadline = time.monotonic() + 120
+    while not Path("x.preview.png").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    running.send_signal(signal.SIGINT)
+    _, err = running.communicate(timeout=30)
+    assert running.returncode == 130
+    assert err.splitlines()[-1] == "lanting: cancelled; no half-written file was left"
+    assert not [path.name for path in here.iterdir() if path.name.startswith(("x", ".lanting", ".x"))]
 
 
 def test_the_console_command_itself(here):

@@ -28,6 +28,7 @@ class Screen:
     _title: str = ""
     _since: float = field(default_factory=time.perf_counter)
     _bar: Bar | None = None
+    _count: str = ""
 
     def line(self, sentence: str, **values: object) -> None:
         """A sentence for people, in their language."""
@@ -60,7 +61,8 @@ class Screen:
             return
         now = say(PHASES.get(event.phase, event.phase))
         if event.phase == "denoise":
-            now = f"{event.step}/{event.steps}  {event.seconds:.1f} s"
+            self._count = f"{event.step}/{event.steps}  "
+            now = f"{self._count}{event.seconds:.1f} s"
             if 0 < event.step < event.steps and event.seconds > 2:
                 left = event.seconds / event.step * (event.steps - event.step)
                 now += "  " + say("{seconds:.0f} s left", seconds=left)
@@ -71,7 +73,7 @@ class Screen:
         """The work is over; `done` or given up."""
         spent = time.perf_counter() - self._since
         if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], now=f"{spent:.1f} s")
+            self._bar.update(self._bar.task_ids[0], now=f"{self._count}{spent:.1f} s")
             self._bar.stop()
             self._bar = None
         elif done and not (self.quiet or self.json):
