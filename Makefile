@@ -27,7 +27,7 @@ fmt: .venv/.dev
 	$(RUN) $(BIN)/ruff format .
 
 docs: .venv/.test
-	$(RUN) $(BIN)/python tests/test_docs.py
+	$(RUN) $(BIN)/python docs/make_cli.py
 
 clean:
 	rm -rf .venv build dist .pytest_cache .ruff_cache
