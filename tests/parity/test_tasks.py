@@ -58,9 +58,6 @@ class Desk:
     def generator(self, seed: int, index: int) -> torch.Generator:
         return torch.Generator("cpu").manual_seed(seed + index)
 
-    def caption(self, image) -> str:
-        return f"a picture of {image.width} by {image.height}"
-
 
 def states(prompts, dtype=torch.float32) -> tuple[Tensor, Tensor | None]:
     rows = []

@@ -64,9 +64,6 @@ class FakeStudio:
         rows = [[float(len(prompt))] for prompt in prompts]
         return Conditioning(torch.tensor(rows)[:, None])  # (P, 1, 1)
 
-    def caption(self, image) -> str:
-        return f"a picture of {image.width} by {image.height}"
-
     def generator(self, seed, index) -> torch.Generator:
         return torch.Generator().manual_seed(seed + index)
 
@@ -222,13 +219,6 @@ def test_layers_leave_out_the_composite_and_come_lowest_first():
     assert [p.mode for p in pictures] == ["RGBA"] * 6
     want = pictures_from(torch.linspace(-1, 1, 8).view(8, 1, 1, 1).expand(8, 3, 1, 1))
     assert [p.getpixel((9, 9))[0] for p in pictures] == [want[i].getpixel((0, 0))[0] for i in (1, 2, 3, 5, 6, 7)]
-
-
-@pytest.mark.parametrize("prompt", ["", "  "])
-def test_layers_without_a_prompt_are_described_first(prompt):
-    desk = studio("qwen-image-layered", channels=4)
-    TASKS["layered"](desk, wish("layered", prompt=prompt, images=(ramp(),)))
-    assert desk.asked[0][0] == ("a picture of 64 by 48",)
 
 
 # ---------------------------------------------------------------- ControlNet

@@ -15,15 +15,15 @@ from torch import Tensor
 from lanting.core import Request
 from lanting.flow.latents import LatentCodec
 from lanting.flow.loop import Canvas, Grid
-from lanting.tasks.pictures import pictures_from, resize, to_mode
+from lanting.tasks.pictures import pictures_from
 from lanting.tasks.studio import Studio, begin, look_at, size_of
 
 BASE_TOKENS = 256  # a 256 x 256 picture, for which the shift's exponent is 1
 
 
 def layered(studio: Studio, request: Request) -> Canvas:
-    """Option layers (default: the release's): how many. Without a prompt the picture is put into words first; it
-    isn't shown to the text encoder otherwise.
+    """Option layers (default: the release's): how many. The picture isn't shown to the text encoder; the engine
+    puts it into words where there is no prompt.
 
     Finishes as one list: per picture of the batch its layers, the lowest first.
     """
@@ -32,8 +32,6 @@ def layered(studio: Studio, request: Request) -> Canvas:
     picture = look_at(studio, request.images[0], size)
     grid = studio.codec.grid(*size)
     mu = math.sqrt(picture.data.shape[1] / BASE_TOKENS)
-    if isinstance(request.prompt, str) and not request.prompt.strip():
-        request = replace(request, prompt=studio.caption(to_mode(resize(request.images[0], size))))
     canvas = begin(studio, request, grid, frames=layers + 1, mu=mu)
 
     def finish(latents: Tensor) -> list[Image]:

@@ -28,23 +28,30 @@ ControlNet = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, Sequence[G
 
 
 class Studio(Protocol):
-    """The engine as a task sees it."""
+    """The engine as a task sees it. `device` and `dtype` are the transformer's."""
 
-    release: ModelSpec
-    codec: LatentCodec
-    schedule: Schedule
-    controlnet: ControlNet | None
-    device: torch.device
-    dtype: torch.dtype
+    @property
+    def release(self) -> ModelSpec: ...
+
+    @property
+    def codec(self) -> LatentCodec: ...
+
+    @property
+    def schedule(self) -> Schedule: ...
+
+    @property
+    def controlnet(self) -> ControlNet | None: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
 
     def encode_prompt(self, prompts: Sequence[str], images: Sequence[Image] = ()) -> Conditioning:
         """One row per prompt, on the transformer's device and in its dtype; every prompt is shown all `images`.
 
         The mask is None when nothing is padded."""
-        ...
-
-    def caption(self, image: Image) -> str:
-        """A picture in words, for tasks that may go without a prompt."""
         ...
 
     def generator(self, seed: int, index: int) -> torch.Generator:
