@@ -307,7 +307,7 @@ def finetune_decoder(
     log: Callable[[str], None] = print,
 ) -> AutoencoderKLQwenImage:
     """Sharpen the decoder that `train_vae` left in `out`; writes `decoder_ft.safetensors`."""
-    recipe = recipe or VAERecipe(lr=1e-3, processes=1)
+    recipe = recipe or VAERecipe(lr=1e-3, processes=1, seed=1)
     torch.set_num_threads(1)
     trainer = VAETrainer(load_vae(out), recipe, minutes, "decoder")
     checkpoint = out / "decoder.pt"
