@@ -54,7 +54,13 @@ class Engine:
         controlnet  a ControlNet folder, for the tasks `controlnet` and `controlnet_inpaint`
         Raises ModelError or RequestError in one sentence.
         """
-        return cls(Models(locate(model), device, dtype, controlnet))
+        folder = locate(model)
+        if folder.spec.lora:  # without it, a distilled release's four steps draw mud
+            raise ModelError(
+                "{model} is a LoRA over {repo}, and LoRAs can't be loaded yet: use the release itself",
+                **{"model": folder.spec.name, "repo": folder.spec.repo},
+            )
+        return cls(Models(folder, device, dtype, controlnet))
 
     @property
     def folder(self) -> ModelFolder:
