@@ -86,7 +86,7 @@ def initialise(vae: AutoencoderKLQwenImage, seed: int) -> None:
 
 
 class VAETrainer:
-    """One stage of the training. `part` is "all" or "decoder"; `seconds` counts resumed runs too."""
+    """One stage of the training. `part` is "all" or "decoder"; `seconds` is the time of one core spent on steps."""
 
     def __init__(
         self, vae: AutoencoderKLQwenImage, recipe: VAERecipe, minutes: float, part: str, rank: int = 0
@@ -160,10 +160,10 @@ class VAETrainer:
         logged = saved = time.monotonic()
         loss = torch.tensor(float("nan"))
         while self.seconds < 60 * self.minutes:
-            started = time.monotonic()
+            started = time.process_time()
             loss = self.train_step(self.next_batch(scraps))
+            self.seconds += time.process_time() - started
             now = time.monotonic()
-            self.seconds += now - started
             if self.rank:
                 continue
             if now - logged > self.recipe.log_every:
@@ -233,7 +233,8 @@ def train_vae(
 ) -> AutoencoderKLQwenImage:
     """Train nano's VAE, freeze its encoder: `vae.safetensors`, `config.json`, `ENCODER_FROZEN` in `out`.
 
-    `minutes` of training time are summed over resumed runs. A finished folder is returned as it is.
+    `minutes` count the time of one core, summed over resumed runs, so a busy machine trains longer but not less.
+    A finished folder is returned as it is.
     """
     if resume and (out / FROZEN).exists():
         return load_vae(out)
