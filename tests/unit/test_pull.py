@@ -132,7 +132,7 @@ def test_a_hub_without_ranges_still_ends_well(fake: FakeHub) -> None:
     fake.ranges = False
     fake.cuts[WEIGHTS] = [1_000_000]
     last = bring(fake)[-1]
-    assert last.done == last.total
+    assert last.done == last.total and len(fake.fetched(WEIGHTS)) == 2
     assert (home.model_folder("qwen-image") / WEIGHTS).read_bytes() == BIG
 
 
@@ -333,6 +333,34 @@ def test_closing_the_generator_stops(fake: FakeHub) -> None:
     going.close()
     assert home.read_marker(plan.folder) is None
     assert (plan.folder / home.STAGING).is_dir()
+
+
+@pytest.mark.parametrize("update", [False, True])
+def test_a_crash_while_moving_in_leaves_no_half_model(
+    fake: FakeHub, monkeypatch: pytest.MonkeyPatch, update: bool
+) -> None:
+    fake.files["zzz.json"] = b"{}"
+    if update:
+        bring(fake)
+        fake.commit, fake.files["zzz.json"] = "2" * 40, b'{"new": 1}'
+    plan = pull.plan_pull("qwen-image", endpoint=fake.endpoint)
+    move = os.replace
+
+    def crash(source: object, target: object) -> None:
+        if str(target).endswith("zzz.json"):
+            raise OSError(5, "the cable came loose")
+        move(source, target)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "replace", crash)
+    with pytest.raises(ModelError, match="the cable came loose"):
+        list(transfer.download(plan, waits=QUICK))
+    assert not (plan.folder / "model_index.json").exists() and home.downloaded("qwen-image") is None
+    monkeypatch.setattr(os, "replace", move)
+    fake.requests.clear()
+    bring(fake)
+    assert home.downloaded("qwen-image") == plan.folder
+    assert (plan.folder / "zzz.json").read_bytes() == fake.files["zzz.json"]
+    assert not [path for _, path, _ in fake.requests if "/resolve/" in path], "what was staged is not fetched again"
 
 
 def test_two_pulls_of_one_model_do_not_mix(fake: FakeHub) -> None:
