@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from lanting.core.errors import ModelError
 from lanting.nn.controlnet import ControlNetConfig, QwenImageControlNet
@@ -44,10 +45,24 @@ def fill(module: M, state: Mapping[str, Tensor], label: str) -> M:
     return module.eval().requires_grad_(False)
 
 
+class NoInit(TorchFunctionMode):
+    """Leaves new parameters as they are allocated.
+
+    Their initial values are replaced anyway, and drawing normal numbers on meta makes torch import its compiler,
+    which took longer than all the rest of loading a small model.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = kwargs or {}
+        if func in (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_):
+            return given["tensor"] if "tensor" in given else args[0]
+        return func(*args, **given)
+
+
 def construct(make: Callable[[], M], label: str) -> M:
     """Build on meta; a config that describes no network is a sentence."""
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), NoInit():
             return make()
     except (TypeError, ValueError, KeyError, RuntimeError, ZeroDivisionError) as error:
         raise ModelError(f"The config.json of the {label} describes no network we know ({error}).") from None
