@@ -107,7 +107,13 @@ def stretch(levels: np.ndarray, terminal: float) -> np.ndarray:
 
 def check_steps(steps: int) -> int:
     if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= MAX_STEPS:
-        raise RequestError("steps must be a whole number from 1 to {most}, not {value}", most=MAX_STEPS, value=steps)
+        raise RequestError(
+            "{name} must be a whole number from {low} to {high}, not {value}",
+            name="steps",
+            low=1,
+            high=MAX_STEPS,
+            value=steps,
+        )
     return steps
 
 
@@ -115,7 +121,7 @@ def check_custom(custom: Sequence[float]) -> np.ndarray:
     line = np.asarray(custom, dtype=np.float64)
     falls = line.ndim == 1 and 1 <= line.size <= MAX_STEPS and bool((np.diff(line) < 0).all())
     if not falls or not bool(((line > 0) & (line <= 1)).all()):
-        raise RequestError("sigmas must be 1 to {most} falling numbers, each above 0 and at most 1", most=MAX_STEPS)
+        raise RequestError("sigmas must be 1 to 1000 falling numbers, each above 0 and at most 1")
     return line
 
 

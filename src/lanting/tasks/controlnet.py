@@ -30,7 +30,7 @@ def controlnet(studio: Studio, request: Request) -> Canvas:
 def controlnet_inpaint(studio: Studio, request: Request) -> Canvas:
     """White of the mask is drawn anew, from noise; the net sees the rest. Options as in `controlnet`."""
     if request.mask is None:
-        raise RequestError("controlnet_inpaint needs a mask: a picture that is white where to draw anew")
+        raise RequestError("{task} needs a mask: a picture that is white where to draw anew", task=request.task)
     size, codec = size_of(request), studio.codec
     mask = mask_of(request.mask, size)  # (1, 1, H, W)
     hole = pixels_of(request.images[0], size, codec.pixel_channels).masked_fill(mask > 0.5, -1.0)

@@ -43,8 +43,8 @@ class Scene:
 
 def crop_scene(request: Request) -> Scene:
     """The picture (RGB) and mask of the request, cropped if padding_mask_crop asks for it."""
-    if request.mask is None or not request.images:
-        raise RequestError("{task} needs a picture and a mask that is white where to draw anew", task=request.task)
+    if request.mask is None:
+        raise RequestError("{task} needs a mask: a picture that is white where to draw anew", task=request.task)
     picture, mask = to_mode(request.images[0]), eight_bits(request.mask)
     padding = request.options.get("padding_mask_crop")
     if padding is None:
