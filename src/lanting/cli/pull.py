@@ -58,7 +58,11 @@ def pull(
         screen.raw(json_.dumps(_summary(plan))) if json else None
         return
     if not plan.done:
-        _follow(screen, plan.name, download(plan))
+        try:
+            _follow(screen, plan.name, download(plan))
+        except KeyboardInterrupt:
+            screen.note("what has arrived is kept: pull again to go on")
+            raise
     _done(screen, name, plan.folder, plan.jobs[0].listing.commit)
 
 
