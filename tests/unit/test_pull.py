@@ -13,6 +13,7 @@ import pytest
 
 import pulling
 from fakehub import COMMIT, FakeHub, serve
+from lanting.cli.main import main
 from lanting.core.errors import ModelError
 from lanting.weights import fetch, home, hub, pull, transfer
 from pulling import BIG, FILES, QUICK, REPO, WEIGHTS, bring
@@ -298,3 +299,24 @@ def test_git_digests_are_gits() -> None:
     git = subprocess.run(["git", "hash-object", "--no-filters", str(here)], capture_output=True, text=True)
     assert git.returncode != 0 or git.stdout.strip() == made
     assert json.loads(json.dumps(made)) == made and len(made) == 40
+
+
+def test_the_verb(fake: FakeHub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setenv("LANTING_LANG", "en")
+    ask = ["pull", "qwen-image", "--endpoint", fake.endpoint]
+    assert main([*ask, "--dry-run"]) == 0
+    said = capsys.readouterr().err
+    assert "Qwen/Qwen-Image 11111111: 3 MB in 5 files" in said and "3 MB to download, " in said and " free in " in said
+    assert main([*ask, "--dry-run", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["to_download"] == told["bytes"] > 3_000_000 and not fake.fetched(WEIGHTS)
+    assert main(ask) == 0
+    folder = home.model_folder("qwen-image")
+    assert f"qwen-image is complete: {folder}" in capsys.readouterr().out
+    assert main(["pull", "qwen-image", "--offline", "--quiet"]) == 0
+    assert capsys.readouterr().out == f"{folder}\n"
+    assert main(["pull", "qwen-image-layered", "--offline"]) == 2
+    assert "not on this machine" in capsys.readouterr().err
+    assert constants.HF_HUB_DISABLE_TELEMETRY
