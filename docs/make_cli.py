@@ -99,9 +99,10 @@ def kind(hint: Any) -> str:
 
 def default(parameter: inspect.Parameter) -> str:
     value = parameter.default
-    if value in (None, False, "") or value is inspect.Parameter.empty:
+    if value is None or value is False or value == "" or value is inspect.Parameter.empty:
         return ""
-    return f"`{value.value if isinstance(value, StrEnum) else value}`"
+    shown = value.value if isinstance(value, StrEnum) else f"{value:g}" if isinstance(value, float) else value
+    return f"`{shown}`"
 
 
 def section(name: str, verb: Callable[..., Any]) -> str:
