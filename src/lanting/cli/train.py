@@ -25,7 +25,7 @@ def nano(
     vae_minutes: Annotated[float, typer.Option("--vae-minutes", help="Minutes for the autoencoder.")] = 14.0,
     decoder_minutes: Annotated[
         float, typer.Option("--decoder-minutes", help="Minutes for the autoencoder's decoder alone.")
-    ] = 25.0,
+    ] = 0.0,
     workers: Annotated[int, typer.Option("--workers", help="Processes; 0: one per core.")] = 0,
     seed: Annotated[int, typer.Option("--seed", help="Seed of data and weights.")] = 0,
     quiet: o.Quiet = False,
