@@ -29,6 +29,8 @@ class FakeEngine:
     requests: list[Request] = field(default_factory=list)
     closed: int = 0
     cancelled: bool = False
+    notes: tuple[str, ...] = ()
+    controlnet: str | None = None  # what the engine was opened with
 
     def stream(self, request: Request, previews: bool = False) -> Iterator[Progress | Result]:
         self.requests.append(request)

@@ -24,8 +24,9 @@ def engine(monkeypatch, tmp_path):
     """A fake engine behind every verb, and an empty current folder."""
     fake = FakeEngine()
 
-    def opened(model, device, dtype):
+    def opened(model, device, dtype, controlnet=None):
         fake.spec = get_spec(model)
+        fake.controlnet = controlnet
         return fake
 
     monkeypatch.setattr(draw, "open_engine", opened)
@@ -234,3 +235,29 @@ def _cpu_seconds(*words: str) -> float:
     assert python(*words).returncode == 0
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def test_control_pictures_reach_the_request(engine, cat, tmp_path):
+    words = ["generate", "a cat", "--model", "qwen-image", "--controlnet", "union", "--control", str(cat)]
+    assert main([*words, "--control", str(cat), "--control-scale", "0.5", "--size", "64x48"]) == 0
+    asked = engine.requests[0]
+    assert asked.task == "controlnet" and len(asked.images) == 2
+    assert asked.options["control_scale"] == 0.5 and engine.controlnet == "union"
+
+
+def test_a_mask_makes_control_repaint(engine, cat, tmp_path):
+    Image.new("L", (64, 48), 255).save(tmp_path / "mask.png")
+    words = ["generate", "a cat", "--model", "qwen-image", "--controlnet", "inpainting", "--control", str(cat)]
+    assert main([*words, "--mask", "mask.png", "--size", "64x48"]) == 0
+    assert engine.requests[0].task == "controlnet_inpaint"
+
+
+def test_a_net_without_a_control_picture_is_refused(engine, capsys):
+    assert main(["generate", "a cat", "--model", "qwen-image", "--controlnet", "union"]) == 2
+    assert "controlnet needs a picture" in capsys.readouterr().err
+
+
+def test_where_a_folder_disagrees_with_its_release_is_said(engine, capsys):
+    engine.notes = ("nano has zero_cond_t = True, but this folder's config says False; the folder wins.",)
+    assert main(["generate", "x"]) == 0
+    assert "the folder wins" in capsys.readouterr().err

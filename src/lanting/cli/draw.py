@@ -39,6 +39,7 @@ class Wish:
     force: bool = False
     preview: bool = False
     title: str = ""  # names the file where the prompt is empty
+    controlnet: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,17 +51,19 @@ class Drawn:
     request: Request
 
 
-def open_engine(model: str, device: str | None, dtype: str | None) -> Engine:
+def open_engine(model: str, device: str | None, dtype: str | None, controlnet: str | None = None) -> Engine:
     """The engine; tests put a fake one here."""
     from lanting.engine import Engine
 
-    return Engine.open(model, device=device, dtype=dtype)
+    return Engine.open(model, device=device, dtype=dtype, controlnet=controlnet)
 
 
 def draw(request: Request, wish: Wish, screen: Screen) -> Drawn:
     """Draws, saves, and says where. Raises LantingError before anything is written, or leaves nothing half-done."""
-    engine = open_engine(wish.model, wish.device, wish.dtype)
+    engine = open_engine(wish.model, wish.device, wish.dtype, wish.controlnet)
     try:
+        for note in engine.notes:
+            screen.note("note: {note}", note=note)
         size = parse_size(wish.size, engine.spec) if wish.size else request.size
         settled = settle(replace(request, size=size), engine.spec)
         places = _places(settled, wish)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -10,6 +11,7 @@ import typer
 from lanting.cli import options as o
 from lanting.cli.draw import Wish, draw
 from lanting.cli.screen import Screen
+from lanting.core.pictures import open_mask, open_picture
 from lanting.core.types import Request
 
 
@@ -22,6 +24,10 @@ def generate(
     negative: o.Negative = None,
     seed: o.Seed = None,
     count: o.Count = 1,
+    controlnet: o.ControlNet = None,
+    control: o.Control = None,
+    control_scale: o.ControlScale = None,
+    mask: o.Mask = None,
     device: o.Device = None,
     dtype: o.DtypeFlag = None,
     output: o.Output = None,
@@ -34,9 +40,22 @@ def generate(
     """Draw pictures from words. Without --model, the small nano model that ships with lanting draws signs."""
     words = sys.stdin.read().strip() if prompt == "-" else prompt
     request = Request(words, negative_prompt=negative, steps=steps, guidance_scale=guidance, seed=seed, count=count)
-    wish = Wish(model, size, device, dtype and dtype.value, output, force, preview)
+    if control or controlnet or mask:
+        request = controlled(request, control or [], mask, control_scale)
+    wish = Wish(model, size, device, dtype and dtype.value, output, force, preview, controlnet=controlnet)
     screen = Screen(quiet, json)
     draw(request, wish, screen)
     if model == "nano":
         words = "'a red sign with white text \"Fresh Bread\"'"
         screen.line("other words: lanting generate {words}", words=words)
+
+
+def controlled(request: Request, control: list[str], mask: str | None, scale: float | None) -> Request:
+    """The request with control pictures; with a mask the one picture is repainted by the inpainting net."""
+    return replace(
+        request,
+        task="controlnet_inpaint" if mask else "controlnet",
+        images=tuple(open_picture(path, path) for path in control),
+        mask=open_mask(mask, mask) if mask else None,
+        options={} if scale is None else {"control_scale": scale},
+    )

@@ -40,4 +40,14 @@ Strength = Annotated[
     typer.Option("--strength", help="How far from the picture, above 0 to 1 (variations and repainting)."),
 ]
 Mask = Annotated[str | None, typer.Option("--mask", help="A picture as large as the first: white is drawn anew.")]
+ControlNet = Annotated[
+    str | None, typer.Option("--controlnet", help="A ControlNet folder; draws along the --control pictures.")
+]
+Control = Annotated[
+    list[str] | None,
+    typer.Option("--control", help="A control picture (edges, depth, pose); with --mask, the picture to repaint."),
+]
+ControlScale = Annotated[
+    float | None, typer.Option("--control-scale", help="How strongly the control pictures steer, 0 to 10; default 1.")
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback when something fails.")]

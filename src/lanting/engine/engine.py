@@ -70,6 +70,11 @@ class Engine:
     def spec(self) -> ModelSpec:
         return self.models.spec
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Where the model folder's own configs disagree with the release; the folder wins."""
+        return self.folder.notes
+
     def run(self, request: Request) -> Result:
         """Draw and return; see `stream`."""
         for event in self.stream(request):

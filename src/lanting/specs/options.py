@@ -35,7 +35,7 @@ def settle_options(request: Request, task: str, own: Defaults) -> tuple[dict[str
         if given["resolution"] not in (640, 1024):
             raise RequestError("the resolution must be 640 or 1024, not {value}", value=given["resolution"])
     if "control_scale" in known:
-        _settle_control(given)
+        _settle_control(given, len(request.images))
     if given.get("padding_mask_crop") is not None:
         given["padding_mask_crop"] = whole("padding_mask_crop", given["padding_mask_crop"], 0, 4096)
     if not isinstance(given.get("batched_guidance", False), bool):
@@ -51,15 +51,27 @@ def settle_options(request: Request, task: str, own: Defaults) -> tuple[dict[str
     return given, count
 
 
-def _settle_control(given: dict[str, Any]) -> None:
-    given["control_scale"] = number("control_scale", given.get("control_scale", 1.0), 0, 10)
-    given["control_start"] = number("control_start", given.get("control_start", 0.0), 0, 1)
-    given["control_end"] = number("control_end", given.get("control_end", 1.0), 0, 1)
-    if given["control_start"] >= given["control_end"]:
-        raise RequestError(
-            "control_start {start} must come before control_end {end}",
-            **{"start": given["control_start"], "end": given["control_end"]},
-        )
+def _settle_control(given: dict[str, Any], pictures: int) -> None:
+    """Each a number, or one number per control picture."""
+    for name, most, default in (("control_scale", 10, 1.0), ("control_start", 1, 0.0), ("control_end", 1, 1.0)):
+        value = given.get(name, default)
+        if not isinstance(value, list | tuple):
+            given[name] = number(name, value, 0, most)
+            continue
+        values = cast("list[Any]", value)
+        if len(values) != pictures:
+            raise RequestError(
+                "{name} has {given} numbers for {count} control pictures: give one, or one each",
+                **{"name": name, "given": len(values), "count": pictures},
+            )
+        given[name] = tuple(number(name, one, 0, most) for one in values)
+    for start, end in zip(_each(given["control_start"], pictures), _each(given["control_end"], pictures), strict=True):
+        if start >= end:
+            raise RequestError("control_start {start} must come before control_end {end}", start=start, end=end)
+
+
+def _each(value: float | tuple[float, ...], pictures: int) -> tuple[float, ...]:
+    return value if isinstance(value, tuple) else (value,) * pictures
 
 
 def _sigmas(value: Any) -> tuple[float, ...]:

@@ -19,6 +19,7 @@ from lanting.specs.sizes import WIDEST, check_size, fit_area, size_of_picture
 
 LONGEST_PROMPT, LONGEST_NEGATIVE = 10_000, 4_000  # characters; the reader sees 1,024 tokens at most
 LARGEST_SEED = 2**63 - 1
+MOST_CONTROLS = 4  # control pictures whose residuals are added up
 FROM_NOISE = {"text_to_image", "edit", "layered", "controlnet", "controlnet_inpaint"}  # no strength here
 NEEDS_MASK = {"inpaint", "edit_inpaint", "controlnet_inpaint"}
 NEEDS_PROMPT = {"text_to_image", "edit", "edit_inpaint", "controlnet"}
@@ -105,7 +106,7 @@ def _check_text(text: Any, longest: int) -> None:
 
 
 def _check_pictures(request: Request, task: str, spec: ModelSpec) -> None:
-    given, most = len(request.images), max(spec.defaults.max_pictures if task.startswith("edit") else 1, 1)
+    given, most = len(request.images), _most_pictures(task, spec)
     if task == "text_to_image" and given:
         raise RequestError("text_to_image takes no picture; for that use image_to_image or an edit release")
     if task != "text_to_image" and not given:
@@ -124,6 +125,12 @@ def _check_pictures(request: Request, task: str, spec: ModelSpec) -> None:
             )
     if task in NEEDS_MASK or request.mask is not None:
         _check_mask(request, task)
+
+
+def _most_pictures(task: str, spec: ModelSpec) -> int:
+    if task == "controlnet":
+        return MOST_CONTROLS
+    return max(spec.defaults.max_pictures, 1) if task.startswith("edit") else 1
 
 
 def _check_mask(request: Request, task: str) -> None:

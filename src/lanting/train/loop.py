@@ -167,7 +167,7 @@ def train(trainer: Trainer, replays: list[Replay], log: Callable[[str], None], s
     rng = random.Random(seed * 1009 + trainer.rank + 7919 * trainer.clock.step)
     generator = torch.Generator().manual_seed(rng.randrange(2**31))
     for replay in replays:
-        replay.add(min(512, replay.capacity), rng)
+        replay.add(min(1024, replay.capacity), rng)
     first = trainer.rank == 0
     saved = logged = time.monotonic()
     recent: list[dict[str, float]] = []
