@@ -158,9 +158,7 @@ def test_edit_states(tokenizer_folder, their_tokenizer, models, picture_types):
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_edit_plus_states(tokenizer_folder, their_tokenizer, models, picture_types, count):
     theirs, ours = models
-    pipeline = QwenImageEditPlusPipeline(
-        None, None, theirs, their_tokenizer, Processor(their_tokenizer), None
-    )
+    pipeline = QwenImageEditPlusPipeline(None, None, theirs, their_tokenizer, Processor(their_tokenizer), None)
     pictures = [noise_picture(112, 224), noise_picture(70, 60), noise_picture(300, 90)][:count]
     expected, mask = pipeline.encode_prompt("the cat of Picture 1", image=pictures or None)
     encoder = PromptEncoder(load_tokenizer(tokenizer_folder), ours, "edit-plus")

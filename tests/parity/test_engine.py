@@ -85,9 +85,7 @@ def test_image_to_image(folders, monkeypatch):
 def test_inpaint(folders, monkeypatch):
     tiny.patch_reference(monkeypatch, AREA)
     source, mask = tiny.picture(96, 64), tiny.mask(96, 64, (30, 10, 80, 50))
-    ours = open_engine(folders["qwen-image"]).run(
-        request(images=(source,), mask=mask, strength=0.9, size=(96, 64))
-    )
+    ours = open_engine(folders["qwen-image"]).run(request(images=(source,), mask=mask, strength=0.9, size=(96, 64)))
     pipe = tiny.open_with_diffusers(folders["qwen-image"], "inpaint")
     asked = {"image": source, "mask_image": mask, "strength": 0.9, "width": 96, "height": 64}
     theirs = pipe(prompt=WORDS, generator=seeded(), **asked, **ASKED).images

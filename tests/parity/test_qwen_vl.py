@@ -146,9 +146,7 @@ def test_pictures_that_do_not_fit_the_tokens(cells):
         picture_positions([1, *[PICTURE] * 6, 7], PICTURE, cells)
 
 
-@pytest.mark.parametrize(
-    ("tied", "grids", "penalty"), [(True, [], 1.3), (False, GRIDS, 1.0), (False, GRIDS, 1.3)]
-)
+@pytest.mark.parametrize(("tied", "grids", "penalty"), [(True, [], 1.3), (False, GRIDS, 1.0), (False, GRIDS, 1.3)])
 def test_greedy_generation(models, tied, grids, penalty):
     theirs, ours = build(tied=True) if tied else models
     ids, patches = with_pictures(grids)

@@ -47,9 +47,7 @@ def both(theirs, ours, grids, lengths, dtype=torch.float32, control=None):
     text = torch.randn(batch, longest, 24, generator=generator).to(dtype)
     mask = torch.tensor([[i < n for i in range(longest)] for n in lengths])
     t = torch.tensor([0.7, 0.31][:batch])
-    extra = (
-        {"additional_t_cond": torch.zeros(batch, dtype=torch.long)} if ours.config.use_layer3d_rope else {}
-    )
+    extra = {"additional_t_cond": torch.zeros(batch, dtype=torch.long)} if ours.config.use_layer3d_rope else {}
     target = grids[0][1] * grids[0][2] * (len(grids) - 1 if ours.config.use_layer3d_rope else 1)
     with torch.no_grad():
         want = theirs(

@@ -30,9 +30,7 @@ from lanting.train.signs import (
 )
 
 
-def make(
-    lines: tuple[str, ...], size: tuple[int, int] = WIDE, frame: bool = False, face: str = "sans"
-) -> Sign:
+def make(lines: tuple[str, ...], size: tuple[int, int] = WIDE, frame: bool = False, face: str = "sans") -> Sign:
     return Sign("", lines, "blue", "white", face, frame, size)
 
 
@@ -79,9 +77,7 @@ def test_texts_that_do_not_fit_are_refused(text: str) -> None:
 def test_layout_is_a_function_of_lengths(lines, size, cell, origins) -> None:
     plan = layout(lines, size, False)
     assert (plan.cell, plan.origins) == (cell, origins)
-    assert (
-        layout(["x" * len(line) for line in lines], size, True).origins == origins
-    )  # whatever the frame and text
+    assert layout(["x" * len(line) for line in lines], size, True).origins == origins  # whatever the frame and text
 
 
 def test_a_frame_without_room_is_left_out() -> None:

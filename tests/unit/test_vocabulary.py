@@ -70,9 +70,7 @@ def test_prefixes_are_the_templates_of_the_tasks() -> None:
 
 
 @pytest.mark.parametrize("remove", [None, "tokenizer.json"])
-def test_transformers_reads_the_same_ids(
-    folder: Path, tokenizer: Tokenizer, prompts, tmp_path, remove
-) -> None:
+def test_transformers_reads_the_same_ids(folder: Path, tokenizer: Tokenizer, prompts, tmp_path, remove) -> None:
     from transformers import Qwen2Tokenizer
 
     for file in folder.iterdir():

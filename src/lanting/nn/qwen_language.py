@@ -53,9 +53,7 @@ class LanguageConfig:
             known["mrope_section"] = tuple(rope["mrope_section"])
         config = cls(**known)
         if 2 * sum(config.mrope_section) != config.head_dim:
-            raise ValueError(
-                f"mrope_section {config.mrope_section} must sum to half of head_dim {config.head_dim}"
-            )
+            raise ValueError(f"mrope_section {config.mrope_section} must sum to half of head_dim {config.head_dim}")
         return config
 
 

@@ -92,9 +92,7 @@ def picture_positions(ids: Sequence[int], image_token: int, cells: Sequence[Grid
         if not left or left[0][0] * left[0][1] != length:
             raise ValueError(f"{length} image tokens in a row don't match the pictures {list(cells)}")
         rows, columns = left.pop(0)
-        parts.append(
-            start + torch.cartesian_prod(torch.arange(1), torch.arange(rows), torch.arange(columns)).T
-        )
+        parts.append(start + torch.cartesian_prod(torch.arange(1), torch.arange(rows), torch.arange(columns)).T)
         start += max(rows, columns)
     if left:
         raise ValueError(f"{len(left)} of {len(cells)} pictures have no place among the tokens")
@@ -130,9 +128,7 @@ class QwenVL(nn.Module):
         embeds, positions = self.embed(ids, patches, grids)
         return self.model(embeds, positions)[0]
 
-    def embed(
-        self, ids: Tensor, patches: Tensor | None, grids: Sequence[Grid]
-    ) -> tuple[Tensor, Tensor | None]:
+    def embed(self, ids: Tensor, patches: Tensor | None, grids: Sequence[Grid]) -> tuple[Tensor, Tensor | None]:
         """Token embeddings (B, T, D) with pictures in place of image tokens, and positions (3, B, T) if
         any.
         """
@@ -193,7 +189,5 @@ def choose(logits: Tensor, said: Tensor, sampling: Sampling, generator: torch.Ge
     if sampling.temperature <= 0.0:
         return logits.argmax(-1, keepdim=True)
     chances, order = (logits / sampling.temperature).softmax(-1).sort(-1, descending=True)
-    chances = chances.masked_fill(
-        chances.cumsum(-1) - chances >= sampling.top_p, 0.0
-    )  # the first always stays
+    chances = chances.masked_fill(chances.cumsum(-1) - chances >= sampling.top_p, 0.0)  # the first always stays
     return order.gather(1, torch.multinomial(chances, 1, generator=generator))

@@ -33,9 +33,7 @@ def picture_phases(grid: Grid, frame: int, axes: tuple[int, int, int]) -> Tensor
     return torch.cat([p.expand(frames, rows, columns, -1) for p in parts], -1).flatten(0, 2)
 
 
-def tables(
-    grids: tuple[Grid, ...], text: int, axes: tuple[int, int, int], layered: bool
-) -> tuple[Tensor, Tensor]:
+def tables(grids: tuple[Grid, ...], text: int, axes: tuple[int, int, int], layered: bool) -> tuple[Tensor, Tensor]:
     """Angles of (text (T, E/2), pictures (N, E/2)). Layered releases put the last picture at frame -1."""
     last = len(grids) - 1
     pictures = [picture_phases(g, -1 if layered and i == last else i, axes) for i, g in enumerate(grids)]

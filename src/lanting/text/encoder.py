@@ -79,9 +79,7 @@ class PromptEncoder:
         if images and not takes_pictures(self.template):
             raise RequestError("this model reads words only; leave the picture out or choose an edit model")
         if images and any(IMAGE_PAD in prompt for prompt in prompts):
-            raise RequestError(
-                "the prompt contains {word}, which stands for a picture; remove it", word=IMAGE_PAD
-            )
+            raise RequestError("the prompt contains {word}, which stands for a picture; remove it", word=IMAGE_PAD)
 
     def see(self, images: Sequence[Image.Image]) -> tuple[Tensor | None, list[Grid]]:
         """Patches of all pictures one after another (None without pictures) and their grids."""

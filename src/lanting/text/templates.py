@@ -21,9 +21,7 @@ def load_template(name: str) -> str:
     path = folder / f"{name}.txt"
     if not path.is_file():
         known = ", ".join(sorted(file.name.removesuffix(".txt") for file in folder.iterdir()))
-        raise ModelError(
-            "there is no prompt template called {name}; use one of: {known}", name=name, known=known
-        )
+        raise ModelError("there is no prompt template called {name}; use one of: {known}", name=name, known=known)
     return path.read_text(encoding="utf-8")
 
 

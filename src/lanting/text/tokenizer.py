@@ -63,9 +63,7 @@ def added_tokens(folder: Path) -> dict[int, AddedToken]:
         return {int(number): added_token(entry) for number, entry in decoder.items()}
     if (folder / "added_tokens.json").is_file():
         added = json.loads((folder / "added_tokens.json").read_text(encoding="utf-8"))
-        return {
-            number: AddedToken(content, special=True, normalized=False) for content, number in added.items()
-        }
+        return {number: AddedToken(content, special=True, normalized=False) for content, number in added.items()}
     return {}
 
 

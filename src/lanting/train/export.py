@@ -115,9 +115,7 @@ def export_nano(run: Path, out: Path) -> Path:
     config = NanoConfig()
     part = out.with_name(out.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
-    transformer = {
-        k.removeprefix("transformer."): v for k, v in state.items() if k.startswith("transformer.")
-    }
+    transformer = {k.removeprefix("transformer."): v for k, v in state.items() if k.startswith("transformer.")}
     shape = {**asdict(config.transformer), "_class_name": "QwenImageTransformer2DModel", **VERSIONS}
     shape["axes_dims_rope"] = list(config.transformer.axes_dims_rope)
     write_component(part / "transformer", "diffusion_pytorch_model", transformer, shape)

@@ -87,9 +87,7 @@ def work(rank: int, world: int, run: NanoRun) -> None:
         dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
     torch.manual_seed(run.seed)
     reader = Reader(Tokenizer.from_file(str(run.tokenizer / "tokenizer.json")))
-    vae = load_vae(
-        run.vae
-    ).bfloat16()  # twice as fast as autocast, and the latents are kept in 16 bits anyway
+    vae = load_vae(run.vae).bfloat16()  # twice as fast as autocast, and the latents are kept in 16 bits anyway
     maker = SignMaker(seed=run.seed + 1000 * rank)
     replays = [Replay(vae, reader, maker, size, run.capacity) for size in SIZES]
     trainer = Trainer(start(NanoNet(NanoConfig())), Budget(minutes=run.minutes), run.folder, world, rank)

@@ -93,9 +93,7 @@ class Replay:
         pixels = np.stack([self.maker.pixels(s) for s in signs])
         latents = encode_pictures(self.vae, pixels).half()
         labels = torch.from_numpy(np.stack([self.maker.labels(s) for s in signs])).flatten(1)
-        for row, latent, label in zip(
-            self.reader.ids([s.prompt for s in signs]), latents, labels, strict=True
-        ):
+        for row, latent, label in zip(self.reader.ids([s.prompt for s in signs]), latents, labels, strict=True):
             if len(self.rows) < self.capacity:
                 self.rows.append(row)
             else:

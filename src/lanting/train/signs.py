@@ -81,11 +81,7 @@ def luminance(color: str) -> float:
 
 def letters_for(ground: str) -> str:
     """The colour of letters nobody asked a colour for: white or black, whichever stands out more."""
-    return (
-        "white"
-        if luminance("white") - luminance(ground) >= luminance(ground) - luminance("black")
-        else "black"
-    )
+    return "white" if luminance("white") - luminance(ground) >= luminance(ground) - luminance("black") else "black"
 
 
 def readable_pairs() -> list[tuple[str, str]]:
@@ -119,16 +115,12 @@ def layout(lines: Sequence[str], size: tuple[int, int], frame: bool) -> Layout:
     columns, rows = size[0] // TOKEN, size[1] // TOKEN
     longest, count = max(map(len, lines), default=0), len(lines)
     if not 1 <= count <= 2 or not all(lines) or longest > min(columns, MAX_CHARS) or 2 * count > rows - 2:
-        raise RequestError(
-            f"A sign has one or two lines of 1 to {MAX_CHARS} characters; {list(lines)} do not fit."
-        )
+        raise RequestError(f"A sign has one or two lines of 1 to {MAX_CHARS} characters; {list(lines)} do not fit.")
     fits_large = 2 * longest <= columns - 2 and 4 * count <= rows - 2
     cell = 2 if fits_large else 1
     frame = frame and longest <= columns - 2
     top = (rows - 2 * cell * count) // 2
-    origins = tuple(
-        ((columns - cell * len(line)) // 2, top + 2 * cell * index) for index, line in enumerate(lines)
-    )
+    origins = tuple(((columns - cell * len(line)) // 2, top + 2 * cell * index) for index, line in enumerate(lines))
     return Layout(cell, origins, frame)
 
 

@@ -32,10 +32,7 @@ SPECIALS = (
 )
 MARKERS = (
     *("<tool_call>", "</tool_call>"),
-    *(
-        f"<|{name}|>"
-        for name in ("fim_prefix", "fim_middle", "fim_suffix", "fim_pad", "repo_name", "file_sep")
-    ),
+    *(f"<|{name}|>" for name in ("fim_prefix", "fim_middle", "fim_suffix", "fim_pad", "repo_name", "file_sep")),
 )
 EDIT_WORDS = (
     "add change color colour different from into it its keep make new no now of picture put remove replace "
