@@ -16,7 +16,7 @@ import tiny
 import torch
 
 from lanting import Engine, Request
-from lanting.core.errors import ModelError
+from lanting.core.errors import ModelError, RequestError
 from lanting.specs.sizes import fit_area
 
 AREA = 64 * 96  # input pictures are brought to this instead of a megapixel, here and there
@@ -185,3 +185,30 @@ def test_layers_without_a_prompt_are_captioned(folders, monkeypatch):
     silent, told = (engine.run(request(prompt=words, **asked)) for words in ("", "a caption"))
     assert silent.recipes[0].request["prompt"] == "a caption"
     assert silent.images[0].tobytes() == told.images[0].tobytes()
+
+
+def test_components_may_have_their_own_dtype(folders):
+    engine = Engine.open(str(folders["qwen-image"]), device="cpu", dtype="vae=float32,transformer=bf16")
+    models = engine.models
+    assert next(models.transformer.parameters()).dtype == torch.bfloat16
+    assert next(models.codec.vae.parameters()).dtype == torch.float32
+    result = engine.run(request(size=(64, 48)))
+    said = result.recipes[0].versions["dtype"]
+    assert "transformer=bfloat16" in said and "vae=float32" in said
+    again = Engine.open(str(folders["qwen-image"]), device="cpu", dtype=said).run(request(size=(64, 48)))
+    assert again.images[0].tobytes() == result.images[0].tobytes()
+
+
+@pytest.mark.parametrize("dtype", ["float8", "vae=int4", "unet=float32", "", "vae="])
+def test_unknown_dtypes_are_refused(folders, dtype):
+    with pytest.raises(RequestError, match="dtype"):
+        Engine.open(str(folders["qwen-image"]), device="cpu", dtype=dtype)
+
+
+def test_only_very_large_pictures_are_tiled(folders, monkeypatch):
+    engine = open_engine(folders["qwen-image"])
+    monkeypatch.setattr("lanting.engine.engine.TILE_ABOVE", 64 * 64)
+    engine.run(request(size=(64, 64), steps=1))
+    assert engine.models.codec.tile is False
+    engine.run(request(size=(64, 80), steps=1))
+    assert engine.models.codec.tile is True

@@ -109,7 +109,7 @@ CASES: dict[str, tuple[list[str], str]] = {
     "unknown flag": ([*DRAW, "--sise", "1:1"], "--sise"),
     "unknown verb": (["draw", "a cat"], "no such command"),
     "no prompt": (["generate"], "missing argument"),
-    "unknown dtype": ([*DRAW, "--dtype", "int2"], "'--dtype'"),
+    "unknown dtype": ([*DRAW, "--dtype", "int2"], "dtype 'int2'"),
     "unknown device": ([*DRAW, "--device", "toaster"], "toaster"),
     "device not here": ([*DRAW, "--device", "cuda:99"], "cuda:99"),
     "unknown model": (["generate", "x", "--model", "qwen-imaje"], "did you mean qwen-image"),

@@ -168,7 +168,6 @@ def test_our_own_failure_is_one_sentence_and_1(engine, capsys, tmp_path):
         (["generate", "x", "--stps", "3"], "--stps"),
         (["generate", "x", "--steps", "many"], "'--steps'"),
         (["generate", "x", "y"], "unexpected extra argument"),
-        (["generate", "x", "--dtype", "int3"], "'--dtype'"),
         (["train", "nano", "--minutes", "x"], "see 'lanting train nano --help'"),
     ],
 )

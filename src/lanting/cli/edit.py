@@ -57,5 +57,5 @@ def edit(
         count=count,
     )
     title = Path(paths[0]).stem
-    wish = Wish(model, size, device, dtype and dtype.value, output, force, preview, title)
+    wish = Wish(model, size, device, dtype, output, force, preview, title)
     draw(request, wish, Screen(quiet, json))

@@ -42,7 +42,7 @@ def generate(
     request = Request(words, negative_prompt=negative, steps=steps, guidance_scale=guidance, seed=seed, count=count)
     if control or controlnet or mask:
         request = controlled(request, control or [], mask, control_scale)
-    wish = Wish(model, size, device, dtype and dtype.value, output, force, preview, controlnet=controlnet)
+    wish = Wish(model, size, device, dtype, output, force, preview, controlnet=controlnet)
     screen = Screen(quiet, json)
     draw(request, wish, screen)
     if model == "nano":

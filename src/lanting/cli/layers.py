@@ -46,5 +46,5 @@ def layers(
         options={name: value for name, value in asked.items() if value is not None},
     )
     title = Path(picture).stem
-    wish = Wish(model, None, device, dtype and dtype.value, output, force, preview, title)
+    wish = Wish(model, None, device, dtype, output, force, preview, title)
     draw(request, wish, Screen(quiet, json))

@@ -2,19 +2,9 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from typing import Annotated
 
 import typer
-
-
-class Dtype(StrEnum):
-    """Number formats of the weights and the arithmetic."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
 
 Model = Annotated[str, typer.Option("--model", "-m", help="A release (see 'lanting list') or a model folder.")]
 Size = Annotated[str | None, typer.Option("--size", help="WIDTHxHEIGHT in multiples of 16, or a ratio such as 16:9.")]
@@ -26,7 +16,14 @@ Negative = Annotated[str | None, typer.Option("--negative", help="What should no
 Seed = Annotated[int | None, typer.Option("--seed", help="Same seed, same picture. Default: chosen, and shown.")]
 Count = Annotated[int, typer.Option("--count", help="Pictures to draw, 1 to 64; picture i uses seed + i.")]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, mps. Default: the fastest.")]
-DtypeFlag = Annotated[Dtype | None, typer.Option("--dtype", help="Default: what suits the device.")]
+DtypeFlag = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype",
+        help="bfloat16, float16 or float32, or by component: vae=float32,transformer=bfloat16. "
+        "Default: what suits the device.",
+    ),
+]
 Output = Annotated[
     str | None,
     typer.Option("--output", "-o", help="A file (.png, .jpg, .webp) or a folder. Default: named from the prompt."),

@@ -44,7 +44,7 @@ def replay(
     masked = _inputs(masks, [mask] if mask else [], Path(picture).parent, screen, masks=True)
     request = restore_request(asked, opened, masked[0] if masked else None)
     again = output or str(Path(picture).with_name(f"{Path(picture).stem}-replay.png"))
-    number = dtype.value if dtype else recipe.versions.get("dtype") if device is None else None
+    number = dtype if dtype else recipe.versions.get("dtype") if device is None else None
     if model is None and recipe.model not in spec_names():
         raise ModelError(
             "this picture was drawn with {model}, which is no release: give its folder with --model",

@@ -18,7 +18,7 @@ import torch
 from lanting.core.errors import LantingError, ModelError, RequestError
 from lanting.core.recipe import describe_request, request_of_picture
 from lanting.core.types import Progress, Recipe, Request, Result
-from lanting.engine.models import Models
+from lanting.engine.models import Models, say_dtypes
 from lanting.engine.studio import EngineStudio
 from lanting.flow.loop import Canvas, Grid, Step, denoise
 from lanting.specs import ModelSpec, settle
@@ -28,6 +28,8 @@ from lanting.weights.find import ModelFolder, locate
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+TILE_ABOVE = 2048 * 2048  # pixels; the VAE's memory grows with them, and tiles bound it at a small loss of exactness
 
 
 class Engine:
@@ -50,7 +52,8 @@ class Engine:
 
         model       a release's name ("nano", "qwen-image-2512") or a folder in diffusers' layout
         device      "cpu", "cuda", "cuda:1", "mps"; None: the best one present
-        dtype       "bfloat16", "float16", "float32"; None: bfloat16, or float32 for small models on a CPU
+        dtype       "bfloat16", "float16", "float32", or by component "vae=float32,transformer=bfloat16";
+                    None: bfloat16, or float32 for small models on a CPU
         controlnet  a ControlNet folder, for the tasks `controlnet` and `controlnet_inpaint`
         Raises ModelError or RequestError in one sentence.
         """
@@ -123,6 +126,8 @@ class Engine:
         prompt where a picture is to be layered and nobody described it."""
         models = self.models
         _ = models.transformer, models.codec, models.encoder, models.controlnet  # built once, kept
+        width, height = request.size or (0, 0)
+        models.codec.tile = width * height > TILE_ABOVE
         phases.end("load")
         if request.task == "layered" and not str(request.prompt).strip():
             request = replace(request, prompt=models.encoder.caption(request.images[0]) or " ")
@@ -218,7 +223,7 @@ def versions_of(models: Models) -> dict[str, str]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "device": str(models.device) if models.device.type == "cpu" else device_name(models.device),
-        "dtype": str(models.dtype).removeprefix("torch."),
+        "dtype": say_dtypes(models.dtypes),
     }
 
 

@@ -7,6 +7,7 @@ Networks are loaded one by one on first use, so a text-to-image run never reads 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from lanting.weights.find import ModelFolder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+COMPONENTS = ("transformer", "vae", "text_encoder", "controlnet")
 SMALL = 1 << 30  # bytes: below this a CPU runs in float32, which small matrices prefer
 
 
@@ -48,15 +50,33 @@ def choose_device(asked: str | None) -> torch.device:
     return device
 
 
-def choose_dtype(asked: str | None, device: torch.device, transformer_bytes: int) -> torch.dtype:
-    """The asked dtype, or bfloat16; float32 for small models on a CPU."""
-    if asked is not None:
-        name = SHORT.get(asked, asked)
-        if name not in DTYPES:
-            raise RequestError(f"There is no dtype {asked!r}; use bfloat16, float16 or float32.")
-        return DTYPES[name]
+def choose_dtypes(asked: str | None, device: torch.device, transformer_bytes: int) -> dict[str, torch.dtype]:
+    """A dtype for every component: one name for all, or "vae=float32,transformer=bfloat16" for some.
+
+    What is not named gets bfloat16, or float32 when the model is small and runs on a CPU.
+    """
     small = device.type == "cpu" and transformer_bytes < SMALL
-    return torch.float32 if small else torch.bfloat16
+    chosen = dict.fromkeys(COMPONENTS, torch.float32 if small else torch.bfloat16)
+    if asked is None:
+        return chosen
+    for part in asked.split(","):
+        component, equals, name = (piece.strip() for piece in part.rpartition("="))
+        dtype = DTYPES.get(SHORT.get(name, name))
+        if dtype is None or (equals and component not in COMPONENTS):
+            raise RequestError(
+                f"The dtype {part!r} is none we know; use bfloat16, float16 or float32, or one per component, "
+                f"such as vae=float32 (components: {', '.join(COMPONENTS)})."
+            )
+        chosen |= {component: dtype} if equals else dict.fromkeys(COMPONENTS, dtype)
+    return chosen
+
+
+def say_dtypes(dtypes: Mapping[str, torch.dtype]) -> str:
+    """The inverse of `choose_dtypes`, for recipes."""
+    names = {component: str(dtype).removeprefix("torch.") for component, dtype in dtypes.items()}
+    if len(set(names.values())) == 1:
+        return names["transformer"]
+    return ",".join(f"{component}={name}" for component, name in names.items())
 
 
 class Models:
@@ -66,7 +86,8 @@ class Models:
         self.folder, self.spec = folder, folder.spec
         self.checkpoints = {name: folder.checkpoint(name) for name in ("transformer", "vae", "text_encoder")}
         self.device = choose_device(device)
-        self.dtype = choose_dtype(dtype, self.device, self.checkpoints["transformer"].bytes())
+        self.dtypes = choose_dtypes(dtype, self.device, self.checkpoints["transformer"].bytes())
+        self.dtype = self.dtypes["transformer"]  # also of latents and of what the tasks hand to it
         scheduler = {**folder.configs["scheduler"], **self.spec.schedule}
         self.schedule = Schedule.from_config(scheduler)
         self.controlnet_folder = None if controlnet is None else Path(controlnet).expanduser()
@@ -81,7 +102,7 @@ class Models:
     @cached_property
     def codec(self) -> LatentCodec:
         config = self.folder.configs["vae"]
-        vae = build_vae(self.checkpoints["vae"], config, self.dtype, self.device)
+        vae = build_vae(self.checkpoints["vae"], config, self.dtypes["vae"], self.device)
         numbers = vae.config
         return LatentCodec(
             vae,
@@ -103,7 +124,7 @@ class Models:
         model = build_text_encoder(
             self.checkpoints["text_encoder"],
             config,
-            self.dtype,
+            self.dtypes["text_encoder"],
             self.device,
             vision=reads_pictures,
             head=captions,
@@ -120,7 +141,8 @@ class Models:
         folder = self.controlnet_folder
         if folder is None:
             return None
-        return build_controlnet(open_component(folder), read_json(folder / "config.json"), self.dtype, self.device)
+        config, dtype = read_json(folder / "config.json"), self.dtypes["controlnet"]
+        return build_controlnet(open_component(folder), config, dtype, self.device)
 
     @cached_property
     def fingerprint(self) -> str:
