@@ -58,7 +58,8 @@ class VAEConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> VAEConfig:
         """From the parsed `config.json`; keys that describe no network (`_class_name`, ...) are ignored."""
         known = {f.name for f in fields(cls)}
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known})
+        given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known}
+        return cls(**given)
 
     @property
     def downscale(self) -> int:

@@ -142,9 +142,9 @@ def text_weights(state: Mapping[str, Tensor], encoder: Mapping[str, Any]) -> dic
     whole = QwenVL(QwenVLConfig.from_dict(encoder))
     initialize(whole.visual)
     trained = {k.replace("language.", "model.", 1): v for k, v in state.items() if k.startswith("language.")}
-    merged = {k: trained.get(k, v) for k, v in whole.state_dict().items() if k != "lm_head.weight"}
+    merged: dict[str, Tensor] = {k: v for k, v in whole.state_dict().items() if k != "lm_head.weight"}
     assert set(trained) <= set(merged), "a trained tensor has no place in the text encoder"
-    return merged
+    return merged | trained
 
 
 def write_component(folder: Path, stem: str, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:

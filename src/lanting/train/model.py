@@ -140,12 +140,14 @@ def start(net: NanoNet) -> NanoNet:
         elif name.endswith("bias"):
             p.zero_()
     for block in transformer.transformer_blocks:
-        for modulation in (block.img_mod[1], block.txt_mod[1]):
+        for modulation in (block.get_submodule("img_mod.1"), block.get_submodule("txt_mod.1")):
+            assert isinstance(modulation, nn.Linear)
             modulation.weight.zero_()
             modulation.bias.zero_()
             modulation.bias[2 * width : 3 * width] = 0.2
             modulation.bias[5 * width :] = 0.2
     for last in (transformer.norm_out["linear"], transformer.proj_out):
+        assert isinstance(last, nn.Linear)
         last.weight.zero_()
         last.bias.zero_()
     return net

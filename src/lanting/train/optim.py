@@ -63,13 +63,13 @@ class Muon(torch.optim.Optimizer):
             if "momentum" not in self.state[p]:
                 self.state[p]["momentum"] = torch.zeros_like(p)
         kept = [self.state[p]["momentum"] for p in params]
-        grads = [p.grad for p in params]
+        grads = [p.grad for p in params if p.grad is not None]
         torch._foreach_mul_(kept, group["momentum"])
         torch._foreach_add_(kept, grads)
         ahead = torch._foreach_add(grads, kept, alpha=group["momentum"])  # Nesterov's look-ahead
         stacked = torch.stack([g.reshape(shape) for g in ahead])  # (k, m, n)
         updates = orthogonalize(stacked, group["steps"]).unbind()
         scale = 0.2 * max(shape) ** 0.5  # the RMS an AdamW step would have
-        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_mul_(list[Tensor](params), 1 - group["lr"] * group["weight_decay"])
         for p, update in zip(params, updates, strict=True):
             p.add_(update.reshape(p.shape), alpha=-group["lr"] * scale)
