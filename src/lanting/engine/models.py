@@ -56,7 +56,7 @@ def choose_dtypes(asked: str | None, device: torch.device, transformer_bytes: in
     What is not named gets bfloat16, or float32 when the model is small and runs on a CPU.
     """
     small = device.type == "cpu" and transformer_bytes < SMALL
-    chosen = dict.fromkeys(COMPONENTS, torch.float32 if small else torch.bfloat16)
+    chosen: dict[str, torch.dtype] = dict.fromkeys(COMPONENTS, torch.float32 if small else torch.bfloat16)
     if asked is None:
         return chosen
     for part in asked.split(","):
