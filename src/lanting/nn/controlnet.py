@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from lanting.nn.mmdit import Block, Context, RMSNorm, TimestepEmbedding, TransformerConfig
@@ -63,8 +62,3 @@ class QwenImageControlNet(nn.Module):
             img, txt = block(img, txt, ctx)
             residuals.append(out(img) * scale)
         return residuals
-
-
-def sum_residuals(several: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    """Add the residuals of several control pictures block by block."""
-    return [torch.stack(list(same)).sum(0) for same in zip(*several, strict=True)]

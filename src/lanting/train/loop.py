@@ -9,13 +9,11 @@ and renamed, so a run survives being killed at any moment.
 from __future__ import annotations
 
 import json
-import os
 import random
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,6 +23,7 @@ from torch import Tensor
 from lanting.train.model import NanoNet, matrices
 from lanting.train.optim import Muon
 from lanting.train.replay import Batch, Replay
+from lanting.train.vae import replace_file
 
 
 @dataclass(frozen=True)
@@ -139,7 +138,7 @@ class Trainer:
             "clock": asdict(self.clock),
             "config": self.net.config.to_dict(),
         }
-        write_whole(self.folder / "checkpoint.pt", lambda path: torch.save(state, path))
+        replace_file(self.folder / "checkpoint.pt", lambda part: torch.save(state, part))
 
     def resume(self) -> bool:
         path = self.folder / "checkpoint.pt"
@@ -152,14 +151,6 @@ class Trainer:
             optimizer.load_state_dict(kept)
         self.clock = Clock(**state["clock"])
         return True
-
-
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write under another name, then rename: the file is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + f".{os.getpid()}.part")
-    write(part)
-    part.replace(path)
 
 
 def train(trainer: Trainer, replays: list[Replay], log: Callable[[str], None], seed: int) -> None:
