@@ -244,12 +244,18 @@ def test_the_sound_models_draw(here, capsys):
 def test_ctrl_c_stops_within_a_step_and_leaves_nothing(here):
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2] / "src")}
     words = [*DRAW, "--size", "128x128", "--steps", "1000", "--device", "cpu", "-o", "x.png", "--preview"]
-    running = subprocess.Popen([sys.executable, "-m", "lanting", *words], stderr=subprocess.PIPE, text=True, env=env)
+    running = subprocess.Popen(
+        [sys.executable, "-m", "lanting", *words],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=env,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore Ctrl-C
+    )
     deadline = time.monotonic() + 120
     while not Path("x.preview.png").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     running.send_signal(signal.SIGINT)
-    _, err = running.communicate(timeout=30)
+    _, err = running.communicate(timeout=60)
     assert running.returncode == 130
     assert err.splitlines()[-1] == "lanting: cancelled; no half-written file was left"
     assert not [path.name for path in here.iterdir() if path.name.startswith(("x", ".lanting", ".x"))]
