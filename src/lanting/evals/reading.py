@@ -7,7 +7,6 @@ gaps. Case and spaces are ignored, as in published text-rendering benchmarks.
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Sequence
 from functools import cache
@@ -36,9 +35,8 @@ def reader() -> Any:
         raise MissingJudgeError(
             "Reading pictures needs rapidocr; install it with: pip install 'lanting[eval]'"
         ) from None
-    logging.getLogger("RapidOCR").setLevel(logging.ERROR)
     one = {"EngineConfig.onnxruntime.intra_op_num_threads": 1, "EngineConfig.onnxruntime.inter_op_num_threads": 1}
-    return RapidOCR(params=one)
+    return RapidOCR(params={**one, "Global.log_level": "error"})
 
 
 def read_lines(image: Image) -> list[str]:
