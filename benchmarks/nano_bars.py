@@ -2,8 +2,9 @@
 
     python benchmarks/nano_bars.py [--model nano] [--signs 160] [--out DIR]
 
-Four sets, none of whose words or strings was in training: words on wide signs, words on square signs, random
-strings on both, each judged by PP-OCR with case and spaces ignored. The ceiling (the same judge on signs drawn by
+None of the texts was in training: held-out words on wide and on square signs, random strings on both, and
+"anything": what training draws (words, numbers, prices, marks, lines with spaces, the shortest lines too). Each is
+judged by PP-OCR with case and spaces ignored. The ceiling (the same judge on signs drawn by
 rule, and on their reconstruction by the autoencoder) is printed beside. Writes results.json and contact sheets.
 """
 
@@ -22,12 +23,15 @@ from PIL import Image
 
 from lanting import Engine, Request
 from lanting.evals.reading import hits, normalized_distance, read_lines, wilson
+from lanting.train.sign_texts import is_held_out
 from lanting.train.signs import COLORS, SQUARE, WIDE, Sign, SignMaker, render
 
-SETS = {  # name: (canvas sizes, share of random strings, bar)
+SETS = {  # name: (canvas sizes, share of random strings, bar or None)
     "words, wide": ((WIDE,), 0.0, 0.93),
     "words, square": ((SQUARE,), 0.0, 0.80),
     "random strings": ((WIDE, SQUARE), 1.0, 0.75),
+    "anything, wide": ((WIDE,), 0.0, None),
+    "anything, square": ((SQUARE,), 0.0, None),
 }
 COLOR_BAR = 0.97
 
@@ -43,7 +47,19 @@ class Tally:
     colors_right: int = 0
 
 
-def draw(engine: Engine, signs: list[Sign], steps: int | None, seed: int, batch: int = 16) -> list[Image.Image]:
+def choose(name: str, count: int) -> list[Sign]:
+    """`count` signs of a set; the word sets keep only signs all of whose lines are held-out words."""
+    sizes, share, _ = SETS[name]
+    maker, rng = SignMaker(1, held_out=True, random_share=share), random.Random(f"bars {name}")
+    signs: list[Sign] = []
+    while len(signs) < count:
+        sign = maker.sample(rng, size=sizes[len(signs) % len(sizes)])
+        if not name.startswith("words") or all(line.isalpha() and is_held_out(line) for line in sign.lines):
+            signs.append(sign)
+    return signs
+
+
+def draw(engine: Engine, signs: list[Sign], given: argparse.Namespace, seed: int, batch: int = 16) -> list[Image.Image]:
     """One picture per sign, signs of one size in one batch."""
     images: dict[int, Image.Image] = {}
     for size in {s.size for s in signs}:
@@ -51,7 +67,8 @@ def draw(engine: Engine, signs: list[Sign], steps: int | None, seed: int, batch:
         for at in range(0, len(same), batch):
             part = same[at : at + batch]
             prompts = tuple(signs[i].prompt for i in part)
-            result = engine.run(Request(prompt=prompts, size=size, steps=steps, seed=seed + at))
+            request = Request(prompts, size=size, steps=given.steps, guidance_scale=given.guidance, seed=seed + at)
+            result = engine.run(request)
             images.update(zip(part, result.images, strict=True))
     return [images[i] for i in range(len(signs))]
 
@@ -89,11 +106,10 @@ def sheet(signs: list[Sign], images: list[Image.Image], path: Path, columns: int
     page.save(path)
 
 
-def run(engine: Engine, name: str, count: int, steps: int | None, out: Path, ceiling: bool) -> tuple[Tally, list]:
-    sizes, share, _ = SETS[name]
-    maker, rng = SignMaker(1, held_out=True, random_share=share), random.Random(f"bars {name}")
-    signs = [maker.sample(rng, size=sizes[i % len(sizes)]) for i in range(count)]
-    images = draw(engine, signs, steps, seed=1000)
+def run(engine: Engine, name: str, given: argparse.Namespace) -> tuple[Tally, list]:
+    sizes, out, ceiling = SETS[name][0], given.out, not given.no_ceiling
+    signs = choose(name, given.signs)
+    images = draw(engine, signs, given, seed=1000)
     tally, misses = Tally(), []
     for sign, image in zip(signs, images, strict=True):
         found = read_lines(image)
@@ -125,7 +141,8 @@ def main() -> None:
     parser.add_argument("--model", default="nano")
     parser.add_argument("--signs", type=int, default=160)
     parser.add_argument("--steps", type=int)
-    parser.add_argument("--only")
+    parser.add_argument("--guidance", type=float)
+    parser.add_argument("--only", help="sets whose name contains this")
     parser.add_argument("--no-ceiling", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("runs/bars"))
     given = parser.parse_args()
@@ -135,7 +152,7 @@ def main() -> None:
     for name, (_, _, bar) in SETS.items():
         if given.only and given.only not in name:
             continue
-        tally, misses = run(engine, name, given.signs, given.steps, given.out, not given.no_ceiling)
+        tally, misses = run(engine, name, given)
         low, high = wilson(tally.right, tally.lines)
         colors = [colors[0] + tally.colors_right, colors[1] + tally.colors]
         table[name] = {
@@ -151,7 +168,12 @@ def main() -> None:
         print(name, {k: v for k, v in table[name].items() if k != "misses"}, *misses[:8], sep="\n  ", flush=True)
     table["asked colours"] = {"n": colors[1], "right": round(colors[0] / max(1, colors[1]), 4), "bar": COLOR_BAR}
     print("asked colours", table["asked colours"])
-    about = {"model": given.model, "steps": given.steps or engine.spec.defaults.steps, "torch": torch.__version__}
+    about = {
+        "model": given.model,
+        "steps": given.steps or engine.spec.defaults.steps,
+        "guidance": given.guidance or engine.spec.defaults.guidance_scale,
+        "torch": torch.__version__,
+    }
     result = {**about, "python": platform.python_version(), "machine": platform.machine(), "sets": table}
     (given.out / "results.json").write_text(json.dumps(result, indent=1) + "\n")
 

@@ -184,7 +184,7 @@ def test_a_killed_run_leaves_a_whole_checkpoint(run_folder, tmp_path):
 
 def test_cost_is_said_and_nonsense_refused(tmp_path):
     said = cost(NanoRun(tmp_path, workers=2))
-    assert "89 minutes" in said and "2 cores" in said and "GB" in said
+    assert "111 minutes" in said and "2 cores" in said and "GB" in said
     with pytest.raises(RequestError):
         main(NanoRun(tmp_path, minutes=-1))
 

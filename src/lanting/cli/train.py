@@ -21,8 +21,8 @@ def _verbs() -> None:
 @train.command("nano")
 def nano(
     folder: Annotated[Path, typer.Option("--folder", help="Where checkpoints and the model go.")] = Path("runs/nano"),
-    minutes: Annotated[float, typer.Option("--minutes", help="Minutes for the transformer.")] = 75.0,
-    vae_minutes: Annotated[float, typer.Option("--vae-minutes", help="Minutes for the autoencoder.")] = 14.0,
+    minutes: Annotated[float, typer.Option("--minutes", help="Minutes for the transformer.")] = 94.0,
+    vae_minutes: Annotated[float, typer.Option("--vae-minutes", help="Minutes for the autoencoder.")] = 17.0,
     decoder_minutes: Annotated[
         float, typer.Option("--decoder-minutes", help="Minutes for the autoencoder's decoder alone.")
     ] = 0.0,

@@ -30,12 +30,12 @@ from lanting.train.vae import replace_file
 class Budget:
     """How long and how hard to train."""
 
-    minutes: float = 75.0  # of training time, summed over resumed runs
+    minutes: float = 94.0  # of training time, summed over resumed runs
     lr: float = 2e-3
     warmup_steps: int = 100
     decay_share: float = 0.35  # last part of the budget, linear to 2 %
-    batch: tuple[int, ...] = (48, 24)  # per canvas size
-    fresh: tuple[int, ...] = (10, 5)  # new signs per step and canvas size
+    batch: tuple[int, ...] = (20, 10)  # per canvas size and process
+    fresh: tuple[int, ...] = (4, 2)  # new signs per step and canvas size
     aux: float = 0.2  # weight of the character head
     shift: float = 3.0  # times are drawn uniformly, then shifted towards noise
     ema: float = 0.998
