@@ -26,7 +26,7 @@ from lanting.train.optim import Muon, orthogonalize
 from lanting.train.replay import Reader, Replay
 from lanting.train.signs import SIZES, SignMaker
 from lanting.train.vae import load_vae, train_vae
-from lanting.train.vocabulary import make_tokenizer
+from lanting.train.vocabulary import build_tokenizer, make_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -151,14 +151,25 @@ def test_a_whole_run_in_miniature_ends_as_a_folder_that_draws(run_folder):
     assert (again / "transformer/diffusion_pytorch_model.safetensors").stat().st_size > 7e6
 
 
-def test_two_processes_agree_on_the_weights(run_folder, tmp_path):
+def test_two_processes_walk_together_and_stop_together(run_folder, tmp_path):
+    """A process that stopped one step before the other would leave it waiting for gradients, and the run would fail."""
     os.symlink(run_folder / "vae", tmp_path / "vae")
-    from lanting.train.vocabulary import build_tokenizer
-
     build_tokenizer(tmp_path / "tokenizer")
-    train_transformer(small_run(tmp_path, workers=2))
+    train_transformer(small_run(tmp_path, workers=2, minutes=0.1))
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    assert state["clock"]["step"] >= 1 and state["clock"]["seen"] == state["clock"]["step"] * 2 * sum(Budget().batch)
+    assert state["clock"]["step"] >= 2 and state["clock"]["seen"] == state["clock"]["step"] * 2 * sum(Budget().batch)
+
+
+def test_processes_go_by_the_time_they_agreed_on(tmp_path, monkeypatch):
+    """Rates and the end must not depend on a process's own clock."""
+    trainer = Trainer(start(NanoNet(NanoConfig())), Budget(), tmp_path, world=2, rank=0)
+    for parameter in trainer.net.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    trainer.clock.seconds = 10.0
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda flat: flat.mul_(2).add_(2.0))  # the other is later
+    trainer.exchange()
+    assert trainer.agreed == pytest.approx(11.0) and trainer.clock.seconds == trainer.agreed
+    assert all(torch.allclose(p.grad, torch.full_like(p, 2.0)) for p in trainer.net.parameters())
 
 
 def test_a_killed_run_leaves_a_whole_checkpoint(run_folder, tmp_path):

@@ -57,7 +57,7 @@ def test_the_rate_warms_up_and_decays_to_two_percent():
     assert trainer.rate() == pytest.approx(QUICK.lr / QUICK.warmup_steps)
     trainer.step = 1000
     assert trainer.rate() == pytest.approx(QUICK.lr)
-    trainer.seconds = 60.0
+    trainer.agreed = 60.0
     assert trainer.rate() == pytest.approx(0.02 * QUICK.lr)
 
 

@@ -68,6 +68,7 @@ class Trainer:
         ]
         self.average = {k: v.clone() for k, v in net.state_dict().items()}
         self.clock = Clock()
+        self.agreed = 0.0  # seconds as all processes last agreed on them: what rates and the end go by
 
     def loss(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         """Velocity error plus the character head's cross entropy."""
@@ -101,7 +102,7 @@ class Trainer:
         if self.world > 1:
             self.exchange()
         figures["norm"] = float(torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0))
-        rate = budget.rate(self.clock.step, self.clock.seconds)
+        rate = budget.rate(self.clock.step, self.agreed)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -111,6 +112,8 @@ class Trainer:
         self.clock.step += 1
         self.clock.seen += sum(budget.batch) * self.world
         self.clock.seconds += time.monotonic() - began
+        if self.world == 1:
+            self.agreed = self.clock.seconds
         return figures
 
     def exchange(self) -> None:
@@ -119,7 +122,7 @@ class Trainer:
         flat = torch.cat([*(g.flatten() for g in grads), torch.tensor([self.clock.seconds])])
         dist.all_reduce(flat)
         flat /= self.world
-        self.clock.seconds = flat[-1].item()
+        self.agreed = self.clock.seconds = flat[-1].item()
         for p, g in zip(self.net.parameters(), flat[:-1].split([g.numel() for g in grads]), strict=True):
             p.grad = g.view_as(p)
 
@@ -150,6 +153,7 @@ class Trainer:
         for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(kept)
         self.clock = Clock(**state["clock"])
+        self.agreed = self.clock.seconds
         return True
 
 
@@ -162,7 +166,7 @@ def train(trainer: Trainer, replays: list[Replay], log: Callable[[str], None], s
     first = trainer.rank == 0
     saved = logged = time.monotonic()
     recent: list[dict[str, float]] = []
-    while trainer.clock.seconds < 60 * trainer.budget.minutes:
+    while trainer.agreed < 60 * trainer.budget.minutes:
         recent.append(trainer.step(replays, rng, generator))
         now = time.monotonic()
         if first and now - logged > 20:

@@ -93,6 +93,7 @@ class VAETrainer:
     ) -> None:
         self.vae, self.recipe, self.minutes, self.part, self.rank = vae, recipe, minutes, part, rank
         self.step, self.seconds = 0, 0.0
+        self.agreed = 0.0  # seconds as all processes last agreed on them: what the rate and the end go by
         vae.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         vae.requires_grad_(part == "all")
         for module in (vae.decoder, vae.post_quant_conv):
@@ -108,7 +109,7 @@ class VAETrainer:
 
     def rate(self) -> float:
         """The learning rate now: warm-up by steps, decay by the share of the time that is left."""
-        left = max(0.0, 1 - self.seconds / (60 * self.minutes))
+        left = max(0.0, 1 - self.agreed / (60 * self.minutes))
         warm = min(1.0, (self.step + 1) / self.recipe.warmup_steps)
         return self.recipe.lr * warm * (min(1.0, left / self.recipe.decay_share) * 0.98 + 0.02)
 
@@ -141,7 +142,7 @@ class VAETrainer:
         flat = torch.cat([g.reshape(-1) for g in grads] + [torch.tensor([self.seconds])])
         dist.all_reduce(flat)
         flat /= self.recipe.processes
-        self.seconds = flat[-1].item()
+        self.agreed = self.seconds = flat[-1].item()
         for grad, mean in zip(grads, flat[:-1].split([g.numel() for g in grads]), strict=True):
             grad.copy_(mean.view(grad.shape))
 
@@ -159,10 +160,12 @@ class VAETrainer:
         judged = held_out_signs(self.recipe.judged)
         logged = saved = time.monotonic()
         loss = torch.tensor(float("nan"))
-        while self.seconds < 60 * self.minutes:
+        while self.agreed < 60 * self.minutes:
             started = time.process_time()
             loss = self.train_step(self.next_batch(scraps))
             self.seconds += time.process_time() - started
+            if self.recipe.processes == 1:
+                self.agreed = self.seconds
             now = time.monotonic()
             if self.rank:
                 continue
@@ -195,6 +198,7 @@ class VAETrainer:
         for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(kept)
         self.step, self.seconds = state["clock"]
+        self.agreed = self.seconds
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
