@@ -16,12 +16,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from lanting.train.model import NanoNet, matrices
-from lanting.train.optim import Muon
+from lanting.train.optim import Muon, average_gradients
 from lanting.train.replay import Batch, Replay
 from lanting.train.vae import replace_file
 
@@ -118,13 +117,8 @@ class Trainer:
 
     def exchange(self) -> None:
         """Average gradients (and the clock, so that all processes end together)."""
-        grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.net.parameters()]
-        flat = torch.cat([*(g.flatten() for g in grads), torch.tensor([self.clock.seconds])])
-        dist.all_reduce(flat)
-        flat /= self.world
-        self.agreed = self.clock.seconds = flat[-1].item()
-        for p, g in zip(self.net.parameters(), flat[:-1].split([g.numel() for g in grads]), strict=True):
-            p.grad = g.view_as(p)
+        self.agreed = average_gradients(list(self.net.parameters()), self.clock.seconds, self.world)
+        self.clock.seconds = self.agreed
 
     @torch.no_grad()
     def follow(self) -> None:

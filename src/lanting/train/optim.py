@@ -8,9 +8,10 @@ of AdamW's, so both optimizers share one learning rate.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -73,3 +74,18 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_mul_(list[Tensor](params), 1 - group["lr"] * group["weight_decay"])
         for p, update in zip(params, updates, strict=True):
             p.add_(update.reshape(p.shape), alpha=-group["lr"] * scale)
+
+
+def average_gradients(params: Sequence[nn.Parameter], seconds: float, world: int) -> float:
+    """Give all `world` processes the mean of their gradients, and return the mean of their clocks.
+
+    Rates and the end of a run must go by that time and not by a process's own, or the processes walk apart and one
+    waits for gradients of another that has already stopped.
+    """
+    grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in params]
+    flat = torch.cat([*(g.flatten() for g in grads), torch.tensor([seconds])])
+    dist.all_reduce(flat)
+    flat /= world
+    for p, mean in zip(params, flat[:-1].split([g.numel() for g in grads]), strict=True):
+        p.grad = mean.view_as(p)
+    return flat[-1].item()

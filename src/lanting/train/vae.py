@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lanting.nn.vae import AttentionBlock, AutoencoderKLQwenImage, ResidualBlock, VAEConfig
-from lanting.train.optim import Muon
+from lanting.train.optim import Muon, average_gradients
 from lanting.train.redraw import held_out_signs, latent_statistics, psnr, reconstruction_loss, to_tensor
 from lanting.train.scraps import ScrapMaker
 
@@ -138,13 +138,7 @@ class VAETrainer:
         """Give all processes the mean of their gradients and of their clocks, so they also stop together."""
         if self.recipe.processes == 1:
             return
-        grads = [p.grad for p in self.params if p.grad is not None]
-        flat = torch.cat([g.reshape(-1) for g in grads] + [torch.tensor([self.seconds])])
-        dist.all_reduce(flat)
-        flat /= self.recipe.processes
-        self.agreed = self.seconds = flat[-1].item()
-        for grad, mean in zip(grads, flat[:-1].split([g.numel() for g in grads]), strict=True):
-            grad.copy_(mean.view(grad.shape))
+        self.agreed = self.seconds = average_gradients(self.params, self.seconds, self.recipe.processes)
 
     def next_batch(self, scraps: ScrapMaker) -> Tensor:
         """Crops, or whole signs in `canvas_share` of the steps."""
