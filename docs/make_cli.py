@@ -49,6 +49,7 @@ EXAMPLES = {
         "lanting generate 'A blue sign that says \"HELLO\"' --seed 7 -o hello.png",
         "lanting generate 'a red sign with white text \"Fresh Bread\"' --size 1:1 --count 4",
         'lanting generate "a lighthouse at dusk" --model qwen-image-2512 --size 16:9 --steps 30',
+        'lanting generate "a fox in the snow" --model qwen-image --lora ink.safetensors:0.8',
     ),
     "edit": (
         'lanting edit cat.png "give it a red scarf" --model qwen-image-edit-2511',
@@ -62,6 +63,13 @@ EXAMPLES = {
     "show": ("lanting show qwen-image-2512", "lanting show lora.safetensors --json"),
     "remove": ("lanting remove qwen-image-2512",),
     "train nano": ("lanting train nano --folder runs/nano",),
+    "eval text": (
+        "lanting eval text",
+        "lanting eval text --lang zh --set random -n 400 -o zh/",
+        "lanting eval text --model qwen-image-2512 --set posters -n 50 --steps 30",
+    ),
+    "eval follow": ("lanting eval follow --concepts 1000 -n 400",),
+    "eval edit": ("lanting eval edit --kinds rewrite,ground,add -n 60",),
 }
 WORDS = {int: "number", float: "number", str: "text", Path: "path"}
 

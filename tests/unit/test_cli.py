@@ -24,7 +24,7 @@ def engine(monkeypatch, tmp_path):
     """A fake engine behind every verb, and an empty current folder."""
     fake = FakeEngine()
 
-    def opened(model, device, dtype, controlnet=None):
+    def opened(model, device, dtype, controlnet=None, loras=()):
         fake.spec = get_spec(model)
         fake.controlnet = controlnet
         return fake

@@ -156,12 +156,14 @@ def linear_codec(channels=3, **rest):
 
 
 def test_codec_normalises_with_mean_and_std_and_takes_the_mode():
+    torch.manual_seed(0)
     codec, pixels = linear_codec(), torch.rand(2, 3, 32, 48) * 2 - 1
     tokens = codec.encode(pixels)
     assert tokens.grid == (1, 2, 3) and tokens.data.shape == (2, 6, 16)
-    raw = codec.vae.encode(pixels)[0]
+    with torch.no_grad():  # the convolution of a CPU may round differently while gradients are recorded
+        raw = codec.vae.encode(pixels)[0]
     want = (raw - codec.mean) / codec.std
-    assert torch.equal(unpack(tokens.data, tokens.grid), want)
+    assert torch.allclose(unpack(tokens.data, tokens.grid), want, atol=1e-6)  # one by one there, both at once here
     seen = nn.functional.avg_pool2d(codec.decode(tokens.data, tokens.grid), 8)
     assert torch.allclose(seen, nn.functional.avg_pool2d(pixels, 8), atol=1e-6)
 

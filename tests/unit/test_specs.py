@@ -10,8 +10,14 @@ from PIL import Image
 from lanting.core.errors import ModelError, RequestError
 from lanting.core.types import TASK_NAMES, Request
 from lanting.specs import detect, fit_area, get_spec, parse_size, read_spec, settle, spec_names
+from lanting.specs.sizes import largest_area, reference_size
 
-QWEN, LAYERED, NANO = get_spec("qwen-image"), get_spec("qwen-image-layered"), get_spec("nano")
+QWEN, LAYERED, PLAIN_NANO = get_spec("qwen-image"), get_spec("qwen-image-layered"), get_spec("nano")
+NANO = replace(  # as its recipe trains it now: it edits, on more canvases
+    PLAIN_NANO,
+    tasks=(*PLAIN_NANO.tasks, "edit", "edit_inpaint"),
+    defaults=replace(PLAIN_NANO.defaults, sizes={**PLAIN_NANO.defaults.sizes, "large": (256, 256)}),
+)
 EDIT, PLUS = get_spec("qwen-image-edit"), get_spec("qwen-image-edit-2511")
 
 
@@ -66,6 +72,7 @@ def test_a_persons_own_release_may_extend_ours(tmp_path):
         ('extends = "qwen-image"\n[defaults]\nsteps = "8"\n', "must be int"),
         ('extends = "qwen-image"\n[defaults]\nsize = [100, 100]\n', "multiples of 16"),
         ('extends = "qwen-image"\ntemplate = "video"\n', "template"),
+        ('extends = "nano"\nedit_template = "text-to-image"\n', "edit_template"),
         ('extends = "qwen-image"\ntasks = ["sculpt"]\n', "sculpt"),
         ('extends = "odd"\n', "back to itself"),
         ('extends = "missing"\n', "no such release"),
@@ -104,6 +111,10 @@ def test_settle_fills_every_gap_and_settling_again_changes_nothing():
         (EDIT, Request("a cat", images=(picture(),), mask=picture(mode="L")), "edit_inpaint"),
         (PLUS, Request("a cat", images=(picture(), picture(), picture())), "edit"),
         (LAYERED, Request(images=(picture(),)), "layered"),
+        (NANO, Request("a cat"), "text_to_image"),
+        (NANO, Request("a cat", images=(picture(), picture())), "edit"),
+        (NANO, Request("a cat", images=(picture(),), strength=0.5), "image_to_image"),  # an edit knows no strength
+        (NANO, Request("a cat", images=(picture(),), mask=picture(mode="L"), strength=0.5), "edit_inpaint"),
     ],
 )
 def test_task_is_inferred(spec, request_, task):
@@ -124,6 +135,26 @@ def test_sizes_follow_the_picture():
     assert settle(wide, LAYERED).size == fit_area(1024**2, 16 / 9)
     assert settle(Request("x", images=(picture(100, 50),)), QWEN).size == (96, 48)
     assert settle(Request("x", images=(picture(4000, 3000),)), QWEN).size == (1536, 1152)
+
+
+def test_a_release_without_a_vae_area_takes_references_as_they_are():
+    most = largest_area(NANO.defaults)
+    assert NANO.defaults.vae_area == 0 and most == max(w * h for w, h in NANO.defaults.sizes.values())
+    for named in NANO.defaults.sizes.values():  # its own pictures are never resized
+        assert reference_size(*named, NANO.defaults) == named
+    for side in (1, 7, 100, 151, 248, 264, 300, 1000, 4096):
+        for other in range(side, min(16 * side, 4096) + 1, 97):
+            width, height = reference_size(other, side, NANO.defaults)
+            assert width % 16 == height % 16 == 0 and 256 <= width * height <= most
+            assert reference_size(width, height, NANO.defaults) == (width, height)
+    assert reference_size(100, 50, NANO.defaults) == (96, 48)
+    assert reference_size(512, 512, NANO.defaults) == (256, 256)
+    assert reference_size(4000, 2000, NANO.defaults) == (352, 176)
+    assert reference_size(1920, 1080, EDIT.defaults) == fit_area(1024**2, 16 / 9)
+    first, second = picture(192, 192), picture(224, 96)
+    assert settle(Request("x", images=(first, second)), NANO).size == (192, 192)
+    assert settle(Request("x", images=(second, first)), NANO).size == (224, 96)
+    assert settle(Request("x", images=(first,), size=(64, 64)), NANO).size == (64, 64)
 
 
 def test_size_words():
@@ -232,6 +263,7 @@ VAE3, VAE4 = {"input_channels": 3}, {"input_channels": 4}
         ("QwenImagePipeline", {}, {}, "models--Qwen--Qwen-Image-2512", "qwen-image-2512"),
         ("QwenImagePipeline", {}, VAE3, "anything/nano", "nano"),
         ("QwenImagePipeline", {}, VAE3, "nanometre", "qwen-image"),
+        ("QwenImageEditPlusPipeline", {}, VAE3, "anything/nano", "nano"),
         ("QwenImageEditPipeline", {}, VAE3, "x", "qwen-image-edit"),
         ("QwenImageEditPlusPipeline", {}, VAE3, "x", "qwen-image-edit-2509"),
         ("QwenImageEditPlusPipeline", {"zero_cond_t": True}, VAE3, "x", "qwen-image-edit-2511"),

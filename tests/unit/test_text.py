@@ -188,6 +188,15 @@ def test_pictures_reach_the_states(tokenizer, model):
     assert (states[:, 6:] - other[:, 6:]).abs().amax(-1).min() > 0
 
 
+def test_a_release_may_have_one_template_for_words_and_one_for_pictures(tokenizer, model):
+    both = PromptEncoder(tokenizer, model, "text-to-image", edit_template="edit-plus")
+    words, pictures = (PromptEncoder(tokenizer, model, name) for name in ("text-to-image", "edit-plus"))
+    assert torch.equal(both.encode(["a cat"])[0], words.encode(["a cat"])[0])
+    assert torch.equal(both.encode(["a cat"], [WHITE])[0], pictures.encode(["a cat"], [WHITE])[0])
+    long = "word " * 700
+    assert both.encode([long])[0].shape[1] == 512 < both.encode([long], [WHITE])[0].shape[1]
+
+
 def test_requests_the_template_cannot_hold(tokenizer, model):
     with pytest.raises(RequestError, match="edit model"):
         PromptEncoder(tokenizer, model, "text-to-image").encode(["a"], [WHITE])

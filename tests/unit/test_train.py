@@ -3,44 +3,52 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from lanting import Engine, Request
-from lanting.core.errors import RequestError
+from lanting.core.errors import ModelError, RequestError
 from lanting.nn.mmdit import Attend
 from lanting.nn.qwen_language import Attend as CausalAttend
+from lanting.train.design import WIDE
+from lanting.train.designs import DesignMaker
 from lanting.train.export import export_nano
-from lanting.train.loop import Budget, Trainer
+from lanting.train.journal import Journal, Meter, clock, entries, in_words
+from lanting.train.labels import WHAT, WHERE
+from lanting.train.loop import Budget, Trainer, make_smaller
 from lanting.train.model import NanoConfig, NanoNet, PlainAttend, PlainCausalAttend, matrices, start
-from lanting.train.nano import NanoRun, cost, main, train_transformer
+from lanting.train.nano import NanoRun, cost, courses, curriculum, main, settled, train_transformer
 from lanting.train.optim import Muon, orthogonalize
-from lanting.train.replay import Reader, Replay
-from lanting.train.signs import SIZES, SignMaker
-from lanting.train.vae import load_vae, train_vae
-from lanting.train.vocabulary import build_tokenizer, make_tokenizer
+from lanting.train.progress import Watch
+from lanting.train.replay import Batch, Reader, Replay
+from lanting.train.vae import load_vae
+from training import WIDTH, begun, small_net, small_run, small_tokenizer, small_vae
+
+TESTS = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def run_folder(tmp_path_factory):
-    """A run whose autoencoder was trained for a moment."""
-    folder = tmp_path_factory.mktemp("run")
-    train_vae(folder / "vae", 0.001, log=lambda line: None)
-    return folder
+def finished(tmp_path_factory):
+    """A run that took a step and was exported, and the model's folder."""
+    folder = begun(tmp_path_factory.mktemp("run") / "nano")
+    return folder, main(small_run(folder))
 
 
-def small_run(folder, **changes):
-    return NanoRun(
-        folder, **{"vae_minutes": 0, "decoder_minutes": 0, "minutes": 0.02, "workers": 1, "capacity": 24, **changes}
-    )
+def a_batch(count: int = 2) -> Batch:
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(300, 900, (count, 5), generator=generator)
+    what = torch.randint(0, WHAT[0], (count, 6, 2), generator=generator)
+    where = torch.full((count, 5, 3), -1)
+    where[:, 2] = torch.tensor([3, 2, 1])
+    return Batch(torch.randn(count, 6, 64, generator=generator), ids, None, what, where, (1, 2, 3))
 
 
 def test_newton_schulz_makes_all_singular_values_near_one():
@@ -53,11 +61,7 @@ def test_newton_schulz_makes_all_singular_values_near_one():
 
 def test_muon_descends_on_matrices_of_several_shapes():
     torch.manual_seed(0)
-    weights = [
-        torch.nn.Parameter(torch.randn(8, 5)),
-        torch.nn.Parameter(torch.randn(8, 5)),
-        torch.nn.Parameter(torch.randn(4, 2, 3, 3)),
-    ]
+    weights = [torch.nn.Parameter(torch.randn(shape)) for shape in ((8, 5), (8, 5), (4, 2, 3, 3))]
     optimizer = Muon(weights, lr=0.05, weight_decay=0.0)
     before = sum(float(w.detach().square().sum()) for w in weights)
     for _ in range(250):
@@ -78,15 +82,16 @@ def test_attention_for_training_equals_the_one_for_drawing():
 
 
 def test_a_fresh_network_predicts_no_change_and_every_matrix_has_one_optimizer():
-    net = start(NanoNet(NanoConfig()))
+    net = small_net()
     muon, adam = matrices(net)
     assert {id(p) for p in muon}.isdisjoint({id(p) for p in adam})
     assert len(muon) + len(adam) == len(list(net.parameters()))
     with torch.no_grad():
-        noisy, times, prefix = torch.randn(2, 6, 64), torch.rand(2), torch.ones(1, 4, dtype=torch.long)
-        ids, mask = torch.ones(2, 5, dtype=torch.long), torch.ones(2, 5, dtype=torch.bool)
-        velocity, logits = net(noisy, times, prefix, ids, mask, [(1, 2, 3)])
-    assert velocity.abs().max() == 0 and logits.shape == (2, 6, 128)
+        batch = a_batch()
+        velocity, what, where = net(batch.latents, torch.rand(2), torch.ones(1, 4, dtype=torch.long), batch)
+    assert velocity.abs().max() == 0
+    assert [logits.shape for logits in what] == [(2, 6, classes) for classes in WHAT]
+    assert [logits.shape for logits in where] == [(2, 5, classes) for classes in WHERE]
 
 
 def test_the_learning_rate_warms_up_stays_and_decays():
@@ -96,113 +101,194 @@ def test_the_learning_rate_warms_up_stays_and_decays():
     assert budget.rate(50, 600) == pytest.approx(0.02)
 
 
+def test_the_heads_learn_what_they_are_asked(tmp_path):
+    trainer = Trainer(small_net(), Budget(lr=0.01, warmup_steps=1), tmp_path)
+    batch, generator = a_batch(), torch.Generator().manual_seed(0)
+    losses, placed = [], 0.0
+    for _ in range(12):
+        total, report = trainer.loss(batch, [5, 6, 7], *trainer.noised(batch.latents, generator))
+        total.backward()
+        trainer.update()
+        trainer.clock.step += 1
+        losses.append(float(total.detach()))
+        placed = float(report["placed"])
+    assert losses[-1] < 0.8 * losses[0] and placed == 1.0
+
+
+def test_shares_are_left_out_where_nothing_was_asked(tmp_path):
+    trainer = Trainer(small_net(), Budget(), tmp_path)
+    batch = replace(a_batch(), where=torch.full((2, 5, 3), -1))
+    total, report = trainer.loss(batch, [5, 6, 7], *trainer.noised(batch.latents, None))
+    meter = Meter(trainer)
+    meter.recent = [{f"wide {key}": value for key, value in report.items()}] * 2
+    entry = meter.entry()
+    assert torch.isfinite(total) and "wide placed" not in entry and entry["wide read"] >= 0 and entry["wide loss"] > 0
+
+
 def test_a_prompt_is_cut_exactly_behind_the_constant_prefix():
-    reader = Reader(make_tokenizer())
+    reader = Reader(small_tokenizer())
     assert len(reader.prefix) == 34
-    ids, mask = reader.padded(reader.ids(['a red sign "hi"', " "]))
-    assert ids.shape == mask.shape and mask.sum(1).tolist() == [len(r) for r in reader.ids(['a red sign "hi"', " "])]
+    rows = [ids for ids, _ in reader.read(['a red sign "hi"', " "])]
+    ids, mask = reader.padded(rows)
+    assert mask is not None and mask.sum(1).tolist() == [len(row) for row in rows]
     assert reader.tokenizer.decode(ids[0].tolist()).startswith('a red sign "hi"')
 
 
-def test_a_batch_is_what_was_encoded(run_folder):
-    reader, vae = Reader(make_tokenizer()), load_vae(run_folder / "vae")
-    replay = Replay(vae, reader, SignMaker(0), SIZES[0], capacity=8)
-    replay.add(12, random.Random(0))  # more than fit: the oldest four make room
-    assert len(replay.rows) == 8 and replay.next == 4
-    batch = replay.draw(16, random.Random(1), silence=0.5)
-    tokens = SIZES[0][0] // 16 * (SIZES[0][1] // 16)
-    assert batch.latents.shape == (16, tokens, 64) and batch.labels.shape == (16, tokens)
-    silent = (batch.labels < 0).all(1)
-    assert 0 < int(silent.sum()) < 16
-    assert (batch.mask.sum(1)[silent] == len(replay.silent)).all()
-    assert abs(float(batch.latents.mean())) < 1 and 0.2 < float(batch.latents.std()) < 5
+def test_a_batch_is_what_was_encoded():
+    reader = Reader(small_tokenizer())
+    replay = Replay(small_vae(), reader, DesignMaker(0), WIDE, capacity=8)
+    replay.add(10, random.Random(0))  # more than fit: the oldest two make room
+    assert len(replay.items) == 8 and replay.next == 2
+    tokens = WIDE[0] // 16 * (WIDE[1] // 16)
+    batch = replay.draw(16, random.Random(1), silence=0.0)
+    assert batch.latents.shape == (16, tokens, 64) and batch.what.shape == (16, tokens, 2) and batch.mask is None
+    assert 0.1 < float(batch.latents.std()) < 5
+    silent = replay.draw(16, random.Random(1), silence=1.0)
+    assert (silent.what == -1).all() and silent.ids.shape[1] == len(replay.silent.ids)
 
 
-def test_a_resumed_run_goes_on_where_it_was(run_folder, tmp_path):
-    net = start(NanoNet(NanoConfig()))
-    first = Trainer(net, Budget(batch=(4, 2), fresh=(1, 1)), tmp_path)
-    reader, vae = Reader(make_tokenizer()), load_vae(run_folder / "vae")
-    replays = [Replay(vae, reader, SignMaker(0), size, capacity=16) for size in SIZES]
-    rng, generator = random.Random(0), torch.Generator().manual_seed(0)
-    for replay in replays:
-        replay.add(8, rng)
-    losses = [first.step(replays, rng, generator)["loss224"] for _ in range(3)]
-    assert all(0 < loss < 10 for loss in losses)
-    first.save()
-    second = Trainer(start(NanoNet(NanoConfig())), first.budget, tmp_path)
-    assert second.resume() and second.clock == first.clock
-    for (name, a), b in zip(first.net.state_dict().items(), second.net.state_dict().values(), strict=True):
-        assert torch.equal(a, b), name
-    assert all(torch.equal(first.average[k], second.average[k]) for k in first.average)
-    assert not list(tmp_path.glob("*.part"))
+def test_a_run_ends_as_a_model_that_opens(finished):
+    run, model = finished
+    names = {str(p.relative_to(model)) for p in model.rglob("*") if p.is_file()}
+    assert {"model_index.json", "tokenizer/tokenizer.json", "transformer/config.json", "vae/config.json"} <= names
+    assert json.loads((model / "transformer" / "config.json").read_text())["num_attention_heads"] == WIDTH // 32
+    request = Request(prompt="a sign", size=(128, 64), steps=1, seed=0)
+    assert Engine.open(str(model), device="cpu").run(request).images[0].size == (128, 64)
+    log = [entry for entry in entries(run / "log.jsonl") if "step" in entry]
+    assert log and all(entry["seen"] > 0 and entry["left"] >= 0 for entry in log)
+    assert entries(run / "log.jsonl")[-1] == {"note": "done"}
 
 
-def test_a_whole_run_in_miniature_ends_as_a_folder_that_draws(run_folder):
-    folder = main(small_run(run_folder))
-    names = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
-    assert {"model_index.json", "transformer/config.json", "vae/config.json", "text_encoder/config.json"} <= names
-    image = (
-        Engine.open(str(folder), device="cpu").run(Request(prompt="a sign", size=(224, 96), steps=1, seed=0)).images[0]
-    )
-    assert image.size == (224, 96)
-    log = [json.loads(line) for line in (run_folder / "log.jsonl").read_text().splitlines() if line.startswith("{")]
-    assert all(entry["seen"] > 0 for entry in log)
-    again = export_nano(run_folder, run_folder / "again")
-    assert (again / "transformer/diffusion_pytorch_model.safetensors").stat().st_size > 7e6
+def test_a_finished_run_is_not_trained_further(finished):
+    run, _ = finished
+    before = torch.load(run / "checkpoint.pt", weights_only=True)["clock"]
+    again = main(small_run(run))
+    assert torch.load(run / "checkpoint.pt", weights_only=True)["clock"] == before
+    assert (again / "transformer" / "diffusion_pytorch_model.safetensors").is_file()
 
 
-def test_two_processes_walk_together_and_stop_together(run_folder, tmp_path):
-    """A process that stopped one step before the other would leave it waiting for gradients, and the run would fail."""
-    os.symlink(run_folder / "vae", tmp_path / "vae")
-    build_tokenizer(tmp_path / "tokenizer")
-    train_transformer(small_run(tmp_path, workers=2, minutes=0.1))
-    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    assert state["clock"]["step"] >= 2 and state["clock"]["seen"] == state["clock"]["step"] * 2 * sum(Budget().batch)
+def test_a_slice_ends_early_and_goes_on(tmp_path):
+    begun(tmp_path / "run")
+    until = time.monotonic() + 0.5  # long before the budget: after the first step
+    train_transformer(small_run(tmp_path / "run", minutes=60, until=until))
+    first = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["clock"]
+    assert entries(tmp_path / "run" / "log.jsonl")[-1] == {"note": "slice done"}
+    train_transformer(small_run(tmp_path / "run", minutes=60, until=time.monotonic() + 0.5))
+    second = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["clock"]
+    assert second["step"] >= first["step"] and second["seconds"] >= first["seconds"]
 
 
-def test_processes_go_by_the_time_they_agreed_on(tmp_path, monkeypatch):
-    """Rates and the end must not depend on a process's own clock."""
-    trainer = Trainer(start(NanoNet(NanoConfig())), Budget(), tmp_path, world=2, rank=0)
-    for parameter in trainer.net.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    trainer.clock.seconds = 10.0
-    monkeypatch.setattr("torch.distributed.all_reduce", lambda flat: flat.mul_(2).add_(2.0))  # the other is later
-    trainer.exchange()
-    assert trainer.agreed == pytest.approx(11.0) and trainer.clock.seconds == trainer.agreed
-    assert all(torch.allclose(p.grad, torch.full_like(p, 2.0)) for p in trainer.net.parameters())
-
-
-def test_a_killed_run_leaves_a_whole_checkpoint(run_folder, tmp_path):
-    os.symlink(run_folder / "vae", tmp_path / "vae")
+def test_a_killed_run_goes_on_where_it_was(tmp_path):
+    """kill -9 at any moment leaves a whole checkpoint; a half-written one beside it does not matter."""
+    run = begun(tmp_path / "run", seconds=30.0)
     script = (
-        "from pathlib import Path; import lanting.train.nano as n\n"
-        f"run = n.NanoRun(Path({str(tmp_path)!r}), minutes=5, workers=1, capacity=24)\n"
-        "n.build_tokenizer(run.tokenizer)\n"
-        "budget = n.Budget\n"
-        "n.Budget = lambda minutes: budget(minutes=minutes, save_every=0.0, batch=(2, 1), fresh=(1, 1))\n"
-        "n.train_transformer(run)\n"
+        f"import sys; sys.path.insert(0, {str(TESTS)!r})\n"
+        "import dataclasses, pathlib, training, lanting.train.nano as n\n"
+        "quick = n.Preset.budget\n"
+        "n.Preset.budget = lambda *a: dataclasses.replace(quick(*a), save_every=0.0)\n"
+        f"n.train_transformer(training.small_run(pathlib.Path({str(run)!r}), minutes=60))\n"
     )
-    worker = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL)
-    checkpoint, deadline = tmp_path / "checkpoint.pt", time.monotonic() + 90
-    while not checkpoint.exists() and time.monotonic() < deadline:
-        time.sleep(0.2)
-    time.sleep(1.5)
+    checkpoint = run / "checkpoint.pt"
+    first = checkpoint.stat().st_mtime_ns
+    worker = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while checkpoint.stat().st_mtime_ns == first and time.monotonic() < deadline and worker.poll() is None:
+        time.sleep(0.1)
     worker.send_signal(signal.SIGKILL)
     worker.wait(30)
-    trainer = Trainer(start(NanoNet(NanoConfig())), Budget(), tmp_path)
-    assert trainer.resume() and trainer.clock.step >= 1
+    (run / "checkpoint.pt.part").write_bytes(b"half a checkpoint")
+    trainer = Trainer(small_net(seed=5), Budget(), run)
+    assert trainer.resume() and trainer.clock.step >= 1 and trainer.clock.seconds > 30.0
+    assert trainer.agreed == trainer.clock.seconds and trainer.warm_from == 0
+    assert all("momentum" in state for state in trainer.optimizers[0].state_dict()["state"].values())
 
 
-def test_cost_is_said_and_nonsense_refused(tmp_path):
-    said = cost(NanoRun(tmp_path, workers=2))
-    assert "111 minutes" in said and "2 cores" in said and "GB" in said
+def test_another_network_is_refused(tmp_path):
+    begun(tmp_path / "run")
+    with pytest.raises(ModelError, match="--width"):
+        Trainer(start(NanoNet(NanoConfig())), Budget(), tmp_path / "run").resume()
+
+
+def test_wider_networks_are_built_as_asked(tmp_path):
+    config = small_run(tmp_path, width=192, layers=2).config().transformer
+    assert (config.width, config.num_layers, config.num_attention_heads) == (192, 2, 6)
+    for wrong in ({"width": 100}, {"width": 32}, {"layers": 0}, {"minutes": -1.0}, {"lr": -1.0}):
+        with pytest.raises(RequestError):
+            settled(small_run(tmp_path, **wrong))
+
+
+def test_large_canvases_join_on_request(tmp_path):
+    begun(tmp_path / "run")
+    found = courses(small_run(tmp_path / "run", large=True), load_vae(tmp_path / "run" / "vae"), small_tokenizer(), 0)
+    assert found[-1].name == "large" and sum(c.share for c in found) == pytest.approx(1)
+
+
+def test_the_curriculum_grows(tmp_path):
+    begun(tmp_path / "run")
+    found = courses(small_run(tmp_path / "run"), load_vae(tmp_path / "run" / "vae"), small_tokenizer(), 0)
+    trainer = Trainer(small_net(), Budget(minutes=10), tmp_path)
+    for seconds, hanzi in ((0, 800), (60, 2000), (600, 3500)):
+        trainer.agreed = float(seconds)
+        curriculum(found, trainer)
+        makers = [c.replay.maker for c in found]  # type: ignore[union-attr]
+        assert {getattr(m, "designs", m).mix.hanzi for m in makers} == {hanzi}
+
+
+def test_a_gpu_too_small_gets_smaller_batches(tmp_path):
+    trainer = Trainer(small_net(), Budget(), tmp_path)
+    make_smaller(trainer)
+    assert trainer.scale == 0.5
+    trainer.world = 2
+    with pytest.raises(ModelError, match="--batch-times"):
+        make_smaller(trainer)
+
+
+def test_cost_is_told_and_nonsense_refused(tmp_path):
+    told = cost(NanoRun(tmp_path, workers=2, device="cpu"))
+    assert (told.minutes, told.processes, told.device) == (111.0, 2, "cpu") and 4 < told.memory < 12
+    assert cost(NanoRun(tmp_path, device="cpu", slice_minutes=9)).minutes == 9
     with pytest.raises(RequestError):
         main(NanoRun(tmp_path, minutes=-1))
 
 
+def test_the_log_is_for_people_and_plots(tmp_path):
+    said: list[str] = []
+    journal = Journal(tmp_path, said.append, lambda: {"queue": 0.5, "waited": 0.0, "feeding": 0.1, "reuse": 8.2})
+    entry = {"step": 1200, "seen": 96000, "seconds": 3725, "left": 600, "per_second": 157.2, "lr": 0.002}
+    journal(entry | {"wide loss": 0.5, "edit loss": 0.3, "wide read": 0.5})
+    journal.note("hello", step=3)
+    assert said[0].startswith("1:02:05 of 1:12:05  step 1,200  96,000 designs, 157/s  loss 0.400  read 50%")
+    assert "queue 50%" in said[0] and said[1] == "hello"
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('plain words\n{"step": 3, "se')
+    assert [e.get("note") for e in entries(tmp_path / "log.jsonl")] == [None, "hello"]
+    assert clock(7) == "0:07" and in_words({"note": "x"}) == "x"
+
+
+def test_sheets_of_samples_and_their_scores(tmp_path):
+    told = []
+    trainer = Trainer(small_net(), Budget(), tmp_path)
+    watch = Watch(
+        tmp_path, Reader(small_tokenizer()), small_vae(), 8.0, lambda words, **f: told.append(f), lambda p, t: 0.25
+    )
+    watch.sets = {name: (size, drawn[:4]) for name, (size, drawn) in list(watch.sets.items())[:1]}
+    watch(trainer)  # not yet time
+    assert not told
+    figures = watch.look(trainer)
+    assert set(figures) == {"ink english", "lines english"} and figures["lines english"] == 0.25
+    assert told == [{"step": 0, "seen": 0, **figures}]
+    assert (tmp_path / "sheets" / "english-000000.png").stat().st_size > 1000
+
+
+def test_an_export_needs_a_checkpoint(tmp_path):
+    with pytest.raises(ModelError, match="no trained weights"):
+        export_nano(tmp_path, tmp_path / "out")
+
+
 def test_the_recipe_needs_nothing_from_outside_the_package():
     """Fonts, words and licences ship with it."""
-    from lanting.train import signs
+    from lanting.train import atlas
 
-    fonts = Path(signs.__file__).parent / "fonts"
-    assert len(list(fonts.glob("*.[ot]tf"))) == 3 and list(fonts.glob("*LICENSE*")) + list(fonts.glob("*icen*"))
+    names = [path.name for path in (Path(atlas.__file__).parent / "fonts").iterdir()]
+    assert sum(name.endswith((".ttf", ".otf")) for name in names) >= 8
+    assert sum("licen" in name.lower() for name in names) >= 6

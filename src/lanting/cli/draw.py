@@ -40,6 +40,7 @@ class Wish:
     preview: bool = False
     title: str = ""  # names the file where the prompt is empty
     controlnet: str | None = None
+    loras: tuple[str, ...] = ()  # FILE[:STRENGTH]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,16 +52,18 @@ class Drawn:
     request: Request
 
 
-def open_engine(model: str, device: str | None, dtype: str | None, controlnet: str | None = None) -> Engine:
+def open_engine(
+    model: str, device: str | None, dtype: str | None, controlnet: str | None = None, loras: tuple[str, ...] = ()
+) -> Engine:
     """The engine; tests put a fake one here."""
     from lanting.engine import Engine
 
-    return Engine.open(model, device=device, dtype=dtype, controlnet=controlnet)
+    return Engine.open(model, device=device, dtype=dtype, controlnet=controlnet, loras=loras)
 
 
 def draw(request: Request, wish: Wish, screen: Screen) -> Drawn:
     """Draws, saves, and says where. Raises LantingError before anything is written, or leaves nothing half-done."""
-    engine = open_engine(wish.model, wish.device, wish.dtype, wish.controlnet)
+    engine = open_engine(wish.model, wish.device, wish.dtype, wish.controlnet, wish.loras)
     try:
         for note in engine.notes:
             screen.note("note: {note}", note=note)
@@ -76,7 +79,9 @@ def draw(request: Request, wish: Wish, screen: Screen) -> Drawn:
         finally:
             screen.end(done)
             if preview:
-                _preview_path(places[0].path).unlink(missing_ok=True)
+                shown = _preview_path(places[0].path)
+                for path in (shown, _part(shown)):  # Ctrl-C may come while a preview is being written
+                    path.unlink(missing_ok=True)
         paths = tuple(map(save_picture, result.images, places, result.recipes))
     finally:
         engine.close()
@@ -109,6 +114,10 @@ def _preview_path(path: Path) -> Path:
     return path.with_name(f"{path.stem}.preview.png")
 
 
+def _part(path: Path) -> Path:
+    return path.with_name(f".{path.name}.part")
+
+
 def _previewer(path: Path, screen: Screen) -> Callable[[Progress], None]:
     """Keeps NAME.preview.png at the latest preview; an image viewer that watches the file shows it grow."""
     target = _preview_path(path)
@@ -116,7 +125,7 @@ def _previewer(path: Path, screen: Screen) -> Callable[[Progress], None]:
 
     def show(event: Progress) -> None:
         if event.preview is not None:
-            part = target.with_name(f".{target.name}.part")
+            part = _part(target)
             event.preview.save(part, format="PNG")
             os.replace(part, target)
 
@@ -154,6 +163,7 @@ def _as_json(drawn: Drawn, total: float) -> dict[str, Any]:
         "task": first.task,
         "request": describe_request(drawn.request),
         "versions": dict(first.versions),
+        "loras": [dict(lora) for lora in first.loras],
         "seconds": seconds,
     }
 

@@ -28,6 +28,7 @@ def edit(
     negative: o.Negative = None,
     seed: o.Seed = None,
     count: o.Count = 1,
+    lora: o.Lora = None,
     device: o.Device = None,
     dtype: o.DtypeFlag = None,
     output: o.Output = None,
@@ -57,5 +58,5 @@ def edit(
         count=count,
     )
     title = Path(paths[0]).stem
-    wish = Wish(model, size, device, dtype, output, force, preview, title)
+    wish = Wish(model, size, device, dtype, output, force, preview, title, loras=tuple(lora or ()))
     draw(request, wish, Screen(quiet, json))

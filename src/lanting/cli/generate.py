@@ -24,6 +24,7 @@ def generate(
     negative: o.Negative = None,
     seed: o.Seed = None,
     count: o.Count = 1,
+    lora: o.Lora = None,
     controlnet: o.ControlNet = None,
     control: o.Control = None,
     control_scale: o.ControlScale = None,
@@ -42,7 +43,8 @@ def generate(
     request = Request(words, negative_prompt=negative, steps=steps, guidance_scale=guidance, seed=seed, count=count)
     if control or controlnet or mask:
         request = controlled(request, control or [], mask, control_scale)
-    wish = Wish(model, size, device, dtype, output, force, preview, controlnet=controlnet)
+    loras = tuple(lora or ())
+    wish = Wish(model, size, device, dtype, output, force, preview, controlnet=controlnet, loras=loras)
     screen = Screen(quiet, json)
     draw(request, wish, screen)
     if model == "nano":

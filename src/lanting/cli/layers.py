@@ -24,6 +24,7 @@ def layers(
     guidance: o.Guidance = None,
     negative: o.Negative = None,
     seed: o.Seed = None,
+    lora: o.Lora = None,
     device: o.Device = None,
     dtype: o.DtypeFlag = None,
     output: o.Output = None,
@@ -46,5 +47,5 @@ def layers(
         options={name: value for name, value in asked.items() if value is not None},
     )
     title = Path(picture).stem
-    wish = Wish(model, None, device, dtype, output, force, preview, title)
+    wish = Wish(model, None, device, dtype, output, force, preview, title, loras=tuple(lora or ()))
     draw(request, wish, Screen(quiet, json))

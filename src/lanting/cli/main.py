@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 
 from lanting.cli.edit import edit
+from lanting.cli.eval import eval_
 from lanting.cli.generate import generate
 from lanting.cli.layers import layers
 from lanting.cli.list import list_models
@@ -45,6 +46,7 @@ app.command("pull")(pull)
 app.command("show")(show)
 app.command("remove")(remove)
 app.add_typer(train, name="train")
+app.add_typer(eval_, name="eval")
 
 
 def _show_version(wanted: bool) -> None:

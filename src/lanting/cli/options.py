@@ -47,4 +47,12 @@ Control = Annotated[
 ControlScale = Annotated[
     float | None, typer.Option("--control-scale", help="How strongly the control pictures steer, 0 to 10; default 1.")
 ]
+Lora = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--lora",
+        metavar="FILE[:STRENGTH]",
+        help="A LoRA file, or the name of one the model brings; the strength is 1 unless given. Repeatable.",
+    ),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback when something fails.")]

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from PIL import Image, ImageChops
 
 from lanting.cli import options as o
 from lanting.cli.draw import Drawn, Wish, draw
@@ -18,6 +17,9 @@ from lanting.core.recipe import describe_picture, read_recipe, restore_request
 from lanting.core.types import Recipe
 from lanting.specs import spec_names
 
+if TYPE_CHECKING:
+    from PIL import Image
+
 
 def replay(
     picture: Annotated[str, typer.Argument(metavar="PICTURE", help="A picture that lanting drew.")],
@@ -25,6 +27,9 @@ def replay(
         list[str] | None, typer.Option("--image", help="An input picture that has moved; repeat in order.")
     ] = None,
     mask: o.Mask = None,
+    lora: Annotated[
+        list[str] | None, typer.Option("--lora", help="A LoRA that has moved, in the recipe's order; more are added.")
+    ] = None,
     model: Annotated[str | None, typer.Option("--model", "-m", help="Default: the recipe's.")] = None,
     device: o.Device = None,
     dtype: o.DtypeFlag = None,
@@ -50,7 +55,9 @@ def replay(
             "this picture was drawn with {model}, which is no release: give its folder with --model",
             model=recipe.model,
         )
-    wish = Wish(model or recipe.model, None, device, number, again, force, preview, Path(picture).stem)
+    name = model or recipe.model
+    loras = _loras(recipe, lora or [], name, Path(picture).parent, screen)
+    wish = Wish(name, None, device, number, again, force, preview, Path(picture).stem, loras=loras)
     drawn = draw(request, wish, screen)
     _compare(Path(picture), recipe, drawn, screen)
 
@@ -76,11 +83,33 @@ def _inputs(
     return found
 
 
+def _loras(recipe: Recipe, given: list[str], model: str, beside: Path, screen: Screen) -> tuple[str, ...]:
+    """The recipe's LoRAs as FILE:STRENGTH: as given now, or where they were, or beside the picture; told when a file
+    has changed. What is given beyond them is new."""
+    if not recipe.loras:
+        return tuple(given)
+    from lanting.weights.find import locate
+    from lanting.weights.lora import find_again, split_strength
+
+    folder = locate(model).path
+    found: list[str] = []
+    for index, record in enumerate(recipe.loras):
+        name, strength = split_strength(given[index]) if index < len(given) else ("", 1.0)
+        moved = bool(name)
+        file, same = find_again(folder, [name] if moved else [record["path"], str(beside / record["name"])], record)
+        if not same:
+            screen.note("{path} is not the LoRA the recipe was made with; the result will differ", path=file)
+        found.append(f"{file}:{strength if moved and name != given[index] else record['strength']}")
+    return (*found, *given[len(found) :])
+
+
 def _compare(picture: Path, before: Recipe, drawn: Drawn, screen: Screen) -> None:
     """Says whether the new picture is the old one, and if not, what may be why."""
     old = decode_picture(read_bytes(picture), str(picture))
     new, after = drawn.result.images[0], drawn.result.recipes[0]
     if old.size == new.size and old.mode == new.mode and picture.suffix.lower() in (".png", ".webp"):
+        from PIL import ImageChops
+
         worst = max(high for _, high in _extrema(ImageChops.difference(old, new)))
         if worst == 0:
             screen.line("identical, pixel for pixel")

@@ -9,10 +9,12 @@ from __future__ import annotations
 import io
 import warnings
 from pathlib import Path
-
-from PIL import Image, ImageOps
+from typing import TYPE_CHECKING
 
 from lanting.core.errors import PictureError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 MAX_PIXELS = 25_000_000
 MAX_BYTES = 200_000_000
@@ -27,6 +29,8 @@ def open_picture(source: str | Path | bytes, name: str = "the picture") -> Image
 
     Raises PictureError: missing, unreadable, not PNG/JPEG/WebP, damaged, or above MAX_PIXELS.
     """
+    from PIL import ImageOps  # here and below: help and plans need no Pillow
+
     shown = name if isinstance(source, bytes) else str(source)
     image = decode_picture(source if isinstance(source, bytes) else read_bytes(Path(source)), shown)
     if image.mode.startswith("I"):  # 16 bits a pixel; converting would cut them off at 255
@@ -40,6 +44,8 @@ def open_picture(source: str | Path | bytes, name: str = "the picture") -> Image
 
 def open_mask(source: str | Path | bytes, name: str = "the mask") -> Image.Image:
     """A grey mask, white = repaint. Transparent pixels count as black."""
+    from PIL import Image
+
     image = open_picture(source, name)
     if image.mode == "RGBA":
         black = Image.new("RGBA", image.size, "black")
@@ -71,6 +77,8 @@ def read_bytes(path: Path) -> bytes:
 
 def decode_picture(data: bytes, name: str) -> Image.Image:
     """The first frame as Pillow decodes it, with its metadata in `info`."""
+    from PIL import Image
+
     if not data:
         raise PictureError("{name} is empty", name=name)
     try:

@@ -11,13 +11,14 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
-
-from PIL.Image import Image
+from typing import TYPE_CHECKING, Any, cast
 
 from lanting.core.errors import PictureError
 from lanting.core.pictures import decode_picture, read_bytes
 from lanting.core.types import Recipe, Request
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 FORMAT = 1
 LONGEST = 200_000  # characters of JSON; a settled request is far below
@@ -74,7 +75,7 @@ def to_json(recipe: Recipe) -> str:
         "weights": recipe.weights,
         "task": recipe.task,
         "versions": dict(recipe.versions),
-    }
+    } | ({"loras": [dict(lora) for lora in recipe.loras]} if recipe.loras else {})
     return json.dumps(table, ensure_ascii=False, separators=(",", ":"))
 
 
@@ -92,10 +93,17 @@ def from_json(text: str, name: str = "the picture") -> Recipe:
             if not isinstance(place["sha256"], str) or len(place["size"]) != 2:
                 raise ValueError("an input picture without hash or size")
         versions = {str(k): str(v) for k, v in table["versions"].items()}
-        return Recipe(request, str(table["model"]), str(table["weights"]), str(table["task"]), versions)
+        loras = tuple(_lora(entry) for entry in table.get("loras", []))
+        return Recipe(request, str(table["model"]), str(table["weights"]), str(table["task"]), versions, loras)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         reason = (str(error).strip() or type(error).__name__)[:120]
         raise PictureError("the recipe in {name} can't be read: {reason}", name=name, reason=reason) from None
+
+
+def _lora(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """One LoRA of a recipe; wrong types fail here."""
+    words = {"name": Path(entry["name"]).name, "sha256": str(entry["sha256"]), "path": str(entry["path"])}
+    return words | {"strength": float(entry["strength"])}
 
 
 def infotext(recipe: Recipe) -> str:
@@ -111,6 +119,7 @@ def infotext(recipe: Recipe) -> str:
         "Size": f"{size[0]}x{size[1]}",
         "Model hash": recipe.weights[:10],
         "Model": recipe.model,
+        "LoRA": " ".join(f"{Path(one['name']).stem}:{one['strength']:g}" for one in recipe.loras) or None,
         "Denoising strength": asked.get("strength") if asked.get("images") else None,
         "Version": f"lanting {recipe.versions.get('lanting', '')}".strip(),
     }

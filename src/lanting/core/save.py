@@ -14,14 +14,14 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from PIL.Image import Exif, Image
-from PIL.PngImagePlugin import PngInfo
+from typing import TYPE_CHECKING, Any
 
 from lanting.core.errors import OutputError
 from lanting.core.recipe import EXIF_IFD, IMAGE_DESCRIPTION, USER_COMMENT, infotext, to_json
 from lanting.core.types import Recipe
+
+if TYPE_CHECKING:
+    from PIL.Image import Exif, Image
 
 SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 LONGEST_NAME = 60  # bytes of the prompt in a file name: any file system, and still readable
@@ -161,6 +161,8 @@ def _take(part: Path, path: Path) -> None:
 def _how(kind: str, recipe: Recipe | None) -> dict[str, Any]:
     """Pillow's save arguments for the format, the recipe included."""
     if kind == "PNG":
+        from PIL.PngImagePlugin import PngInfo
+
         chunks = PngInfo()
         if recipe is not None:
             chunks.add_text("parameters", infotext(recipe))
@@ -173,6 +175,8 @@ def _how(kind: str, recipe: Recipe | None) -> dict[str, Any]:
 def _exif(recipe: Recipe) -> Exif:
     """Infotext where A1111 looks for it (UserComment), ours in ImageDescription; ours alone if both are too
     long."""
+    from PIL.Image import Exif
+
     ours, theirs = to_json(recipe).encode(), b"UNICODE\0" + infotext(recipe).encode("utf-16-be")
     exif = Exif()
     exif[IMAGE_DESCRIPTION] = ours

@@ -70,6 +70,7 @@ class Recipe:
     weights: str  # hash over the weights' headers and sizes, or contents for small models
     task: str
     versions: Mapping[str, str]  # lanting, torch, python, device, dtype
+    loras: tuple[Mapping[str, Any], ...] = ()  # {"name", "sha256", "strength", "path"} of each, as it was given
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,6 +47,7 @@ class Engine:
         device: str | None = None,
         dtype: str | None = None,
         controlnet: str | None = None,
+        loras: Sequence[str] = (),
     ) -> Engine:
         """Find a model and check its headers; weights are read when they are first needed.
 
@@ -55,15 +56,10 @@ class Engine:
         dtype       "bfloat16", "float16", "float32", or by component "vae=float32,transformer=bfloat16";
                     None: bfloat16, or float32 for small models on a CPU
         controlnet  a ControlNet folder, for the tasks `controlnet` and `controlnet_inpaint`
+        loras       LoRA files or names of LoRAs the model brings, with a strength if it is not 1: "ink.safetensors:0.8"
         Raises ModelError or RequestError in one sentence.
         """
-        folder = locate(model)
-        if folder.spec.lora:  # without it, a distilled release's four steps draw mud
-            raise ModelError(
-                "{model} is a LoRA over {repo}, and LoRAs can't be loaded yet: use the release itself",
-                **{"model": folder.spec.name, "repo": folder.spec.repo},
-            )
-        return cls(Models(folder, device, dtype, controlnet))
+        return cls(Models(locate(model), device, dtype, controlnet, loras))
 
     @property
     def folder(self) -> ModelFolder:
@@ -125,6 +121,8 @@ class Engine:
         """Load what is missing and let the task fill its canvas. The request comes back with a caption as its
         prompt where a picture is to be layered and nobody described it."""
         models = self.models
+        if (request.task or "").startswith("edit"):
+            models.see_pictures()
         _ = models.transformer, models.codec, models.encoder, models.controlnet  # built once, kept
         width, height = request.size or (0, 0)
         models.codec.tile = width * height > TILE_ABOVE
@@ -154,6 +152,7 @@ class Engine:
         batch = prompts * request.count
         each = images // batch
         versions = versions_of(self.models)
+        loras = tuple(lora.describe() for lora in self.models.loras)
         return tuple(
             Recipe(
                 request=describe_request(request_of_picture(request, i // each)),
@@ -161,6 +160,7 @@ class Engine:
                 weights=self.models.fingerprint,
                 task=request.task or "text_to_image",
                 versions=versions,
+                loras=loras,
             )
             for i in range(images)
         )

@@ -7,7 +7,7 @@ Networks are loaded one by one on first use, so a text-to-image run never reads 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -25,6 +25,8 @@ from lanting.text.tokenizer import load_tokenizer
 from lanting.weights.build import build_controlnet, build_text_encoder, build_transformer, build_vae
 from lanting.weights.checkpoint import open_component, read_json
 from lanting.weights.find import ModelFolder
+from lanting.weights.home import lora_path
+from lanting.weights.lora import Lora, attach_loras, find_loras, with_wishes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -79,15 +81,32 @@ def say_dtypes(dtypes: Mapping[str, torch.dtype]) -> str:
     return ",".join(f"{component}={name}" for component, name in names.items())
 
 
+def release_loras(folder: ModelFolder) -> tuple[Lora, ...]:
+    """The LoRA that makes a distilled release what it is; without it, four steps draw mud."""
+    path = lora_path(folder.spec.name) if folder.spec.lora else None
+    return find_loras(folder, [str(path)]) if path is not None else ()
+
+
 class Models:
     """Everything `Engine` draws with; each network is a cached property that loads on first use."""
 
-    def __init__(self, folder: ModelFolder, device: str | None, dtype: str | None, controlnet: str | None):
-        self.folder, self.spec = folder, folder.spec
+    def __init__(
+        self,
+        folder: ModelFolder,
+        device: str | None,
+        dtype: str | None,
+        controlnet: str | None = None,
+        loras: Sequence[str] = (),
+    ):
+        self.folder, self.release_loras = folder, release_loras(folder)
+        self.loras = find_loras(folder, loras)  # what a person asked for, on top of the release's own
+        self.spec = with_wishes(folder.spec, self.loras)
         self.checkpoints = {name: folder.checkpoint(name) for name in ("transformer", "vae", "text_encoder")}
         self.device = choose_device(device)
         self.dtypes = choose_dtypes(dtype, self.device, self.checkpoints["transformer"].bytes())
         self.dtype = self.dtypes["transformer"]  # also of latents and of what the tasks hand to it
+        self.captions = "layered" in self.spec.tasks  # a picture to be layered is described when nobody does
+        self.sees = self.captions or takes_pictures(load_template(self.spec.template))
         scheduler = {**folder.configs["scheduler"], **self.spec.schedule}
         self.schedule = Schedule.from_config(scheduler)
         self.controlnet_folder = None if controlnet is None else Path(controlnet).expanduser()
@@ -97,7 +116,9 @@ class Models:
     @cached_property
     def transformer(self) -> QwenImageTransformer:
         config = self.folder.configs["transformer"]
-        return build_transformer(self.checkpoints["transformer"], config, self.dtype, self.device)
+        net = build_transformer(self.checkpoints["transformer"], config, self.dtype, self.device)
+        attach_loras(net, (*self.release_loras, *self.loras), self.dtype, self.device)
+        return net
 
     @cached_property
     def codec(self) -> LatentCodec:
@@ -119,17 +140,23 @@ class Models:
     @cached_property
     def encoder(self) -> PromptEncoder:
         config = self.folder.configs["text_encoder"]
-        captions = "layered" in self.spec.tasks  # a picture to be layered is described when nobody does
-        reads_pictures = captions or takes_pictures(load_template(self.spec.template))
         model = build_text_encoder(
             self.checkpoints["text_encoder"],
             config,
             self.dtypes["text_encoder"],
             self.device,
-            vision=reads_pictures,
-            head=captions,
+            vision=self.sees,
+            head=self.captions,
         )
-        return PromptEncoder(load_tokenizer(self.folder.tokenizer), model, self.spec.template, self.pictures())
+        tokenizer, spec = load_tokenizer(self.folder.tokenizer), self.spec
+        return PromptEncoder(tokenizer, model, spec.template, self.pictures(), spec.edit_template)
+
+    def see_pictures(self) -> None:
+        """Give the encoder its vision tower. A release that can draw from words alone does without it until its
+        first edit; the encoder is then read again, and never held twice."""
+        if not self.sees:
+            self.sees = True
+            self.__dict__.pop("encoder", None)
 
     def pictures(self) -> PictureConfig | None:
         """How the reader's pictures are cut, where the model folder says so."""
@@ -146,6 +173,7 @@ class Models:
 
     @cached_property
     def fingerprint(self) -> str:
-        """One hash over all components' weights, for recipes."""
+        """One hash over all components' weights, for recipes; LoRAs that were asked for are recorded by themselves."""
         parts = [self.checkpoints[name].fingerprint() for name in sorted(self.checkpoints)]
+        parts += [lora.sha256 for lora in self.release_loras]
         return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]

@@ -1,8 +1,9 @@
-"""Read a picture with an optical character reader and compare with the words that were asked for.
+"""Read a picture with PP-OCR through rapidocr, whose weights come inside its package.
 
-The judge is PP-OCR through rapidocr, whose weights come inside its package. Small pictures are enlarged and given a
-margin first, since the reader was made for photographs; boxes on one row are joined, since it splits lines at wide
-gaps. Case and spaces are ignored, as in published text-rendering benchmarks.
+Small pictures are enlarged and given a margin first, since the reader was made for photographs; its finder then looks
+at 512 pixels, which on 66 clean and spoilt designs found no line less than its usual 736 and more, in a third of the
+time. Boxes on one row are joined, since it splits lines at wide gaps. The finder misses single characters that the
+recogniser reads, so where the place of a line is known it may be read there alone (`read_boxes`).
 """
 
 from __future__ import annotations
@@ -15,20 +16,38 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lanting.core.errors import LantingError
+from lanting.evals.scores import edit_distance, wilson
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-MARGIN, SCALE = 32, 3
+__all__ = [
+    "MissingJudgeError",
+    "cut_lines",
+    "edit_distance",
+    "enlarged",
+    "hits",
+    "normalized_distance",
+    "read_boxes",
+    "read_lines",
+    "reader",
+    "squeeze",
+    "text_boxes",
+    "wilson",
+]
+MARGIN, SCALE, ENOUGH = 32, 3, 1024  # pixels, times, pixels along the longer side that need no enlarging
+FINDER = 512  # pixels along the longer side, as the finder sees a picture that was enlarged SCALE times
+LINE_HEIGHT, LINE_MARGIN = 64, 0.12  # a known line is brought to this height with a share of it around
+Box = tuple[int, int, int, int]  # x, y, width, height in pixels
 
 
 class MissingJudgeError(LantingError):
-    """An optional package is not installed."""
+    """An optional package or program is not installed."""
 
 
 @cache
-def reader() -> Any:
-    """The optical reader, loaded once (about one second)."""
+def reader(longest: int = 0) -> Any:
+    """The optical reader, loaded once (about one second); its finder sees at most `longest` pixels, 0: its own rule."""
     try:
         from rapidocr import RapidOCR
     except ImportError:
@@ -36,28 +55,73 @@ def reader() -> Any:
             "Reading pictures needs rapidocr; install it with: pip install 'lanting[eval]'"
         ) from None
     one = {"EngineConfig.onnxruntime.intra_op_num_threads": 1, "EngineConfig.onnxruntime.inter_op_num_threads": 1}
-    return RapidOCR(params={**one, "Global.log_level": "error"})
+    small = {"Det.limit_type": "max", "Det.limit_side_len": longest} if longest else {}
+    return RapidOCR(params={**one, **small, "Global.log_level": "error"})
+
+
+def enlarged(image: Image, most: int = SCALE) -> tuple[Image, int]:
+    """The picture with a margin of its own border colours, small ones enlarged; and how many times. RGB."""
+    from PIL import Image as Pillow
+
+    padded = np.pad(np.asarray(image.convert("RGB")), ((MARGIN, MARGIN), (MARGIN, MARGIN), (0, 0)), mode="edge")
+    times = min(most, max(1, ENOUGH // max(image.size)))
+    size = (padded.shape[1] * times, padded.shape[0] * times)
+    return Pillow.fromarray(padded).resize(size, Pillow.Resampling.BICUBIC), times
 
 
 def read_lines(image: Image) -> list[str]:
     """The lines of text found in a picture, top to bottom, without spaces."""
-    from PIL import Image as Pillow
-
-    padded = np.pad(np.asarray(image.convert("RGB")), ((MARGIN, MARGIN), (MARGIN, MARGIN), (0, 0)), mode="edge")
-    enlarged = Pillow.fromarray(padded).resize(
-        (padded.shape[1] * SCALE, padded.shape[0] * SCALE), Pillow.Resampling.BICUBIC
-    )
-    found = reader()(np.asarray(enlarged)[:, :, ::-1], use_cls=False)
-    if found.txts is None:
-        return []
     rows: list[list[tuple[float, float, float, str]]] = []
-    boxes = [(float(b[:, 1].mean()), float(np.ptp(b[:, 1])), float(b[:, 0].min())) for b in np.asarray(found.boxes)]
-    for middle, height, left, text in sorted(zip(*zip(*boxes, strict=True), found.txts, strict=True)):
+    for (left, top, _, height), text in sorted(_found(image), key=lambda one: one[0][1] + one[0][3] / 2):
+        middle = top + height / 2
         if rows and abs(rows[-1][0][0] - middle) < 0.5 * min(height, rows[-1][0][1]):
             rows[-1].append((middle, height, left, text))
         else:
             rows.append([(middle, height, left, text)])
     return [squeeze("".join(box[3] for box in sorted(row, key=lambda box: box[2]))) for row in rows]
+
+
+def text_boxes(image: Image) -> list[Box]:
+    """Where text was found: x, y, width, height in the picture's own pixels."""
+    return [(round(x), round(y), round(w), round(h)) for (x, y, w, h), _ in _found(image)]
+
+
+def _found(image: Image) -> list[tuple[tuple[float, float, float, float], str]]:
+    """(box in the picture's pixels, text) of everything that reads as text."""
+    large, times = enlarged(image)
+    eye = reader(FINDER) if times == SCALE else reader()
+    # the flags stay set inside the reader, so every call names all three
+    found = eye(np.asarray(large)[:, :, ::-1], use_det=True, use_cls=False, use_rec=True)
+    if found.txts is None:
+        return []
+    boxes = []
+    for corners in np.asarray(found.boxes, dtype=np.float64) / times - MARGIN:  # (4, 2)
+        (left, _), (width, height) = corners.min(0), np.ptp(corners, axis=0)
+        middle = corners[:, 1].mean()  # of a slanted box the middle of its row, not of its extent
+        boxes.append((float(left), float(middle - height / 2), float(width), float(height)))
+    return list(zip(boxes, found.txts, strict=True))
+
+
+def read_boxes(image: Image, boxes: Sequence[Box]) -> list[str]:
+    """What the recogniser alone reads in the given boxes, one line each; "" where it reads nothing."""
+    lines = []
+    for part in cut_lines(image, boxes, LINE_HEIGHT):
+        found = reader(FINDER)(np.asarray(part)[:, :, ::-1], use_det=False, use_cls=False, use_rec=True)
+        lines.append(squeeze("".join(found.txts or ())))
+    return lines
+
+
+def cut_lines(image: Image, boxes: Sequence[Box], height: int) -> list[Image]:
+    """The boxes with a margin around them, each brought to `height` pixels. RGB."""
+    from PIL import Image as Pillow
+
+    parts, plain = [], image.convert("RGB")
+    for left, top, wide, high in boxes:
+        margin = round(LINE_MARGIN * high)
+        part = plain.crop((left - margin, top - margin, left + wide + margin, top + high + margin))
+        size = (max(1, round(part.width * height / part.height)), height)
+        parts.append(part.resize(size, Pillow.Resampling.BICUBIC))
+    return parts
 
 
 def squeeze(text: str) -> str:
@@ -71,27 +135,7 @@ def hits(asked: Sequence[str], found: Sequence[str]) -> list[bool]:
     return [squeeze(line).casefold() in seen for line in asked]
 
 
-def edit_distance(a: str, b: str) -> int:
-    """Levenshtein distance: insertions, deletions and replacements that turn a into b."""
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        previous, row = row, [i]
-        for j, y in enumerate(b, 1):
-            row.append(min(previous[j] + 1, row[-1] + 1, previous[j - 1] + (x != y)))
-    return row[-1]
-
-
 def normalized_distance(asked: Sequence[str], found: Sequence[str]) -> float:
     """Edit distance of everything asked to everything read, divided by the longer: 0 perfect, 1 nothing right."""
     a, b = (squeeze("".join(lines)).casefold() for lines in (asked, found))
     return edit_distance(a, b) / max(len(a), len(b), 1)
-
-
-def wilson(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % confidence interval of a share (Wilson score)."""
-    if total == 0:
-        return 0.0, 1.0
-    share = right / total
-    middle = (share + z * z / (2 * total)) / (1 + z * z / total)
-    half = z / (1 + z * z / total) * (share * (1 - share) / total + z * z / (4 * total * total)) ** 0.5
-    return middle - half, middle + half

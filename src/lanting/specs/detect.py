@@ -21,7 +21,7 @@ BY_CLASS = {
     "QwenImageControlNetInpaintPipeline": ("qwen-image", "qwen-image-2512"),
     "QwenImageEditPipeline": ("qwen-image-edit",),
     "QwenImageEditInpaintPipeline": ("qwen-image-edit",),
-    "QwenImageEditPlusPipeline": ("qwen-image-edit-2509", "qwen-image-edit-2511"),
+    "QwenImageEditPlusPipeline": ("qwen-image-edit-2509", "qwen-image-edit-2511", "nano"),
     "QwenImageLayeredPipeline": ("qwen-image-layered",),
 }
 

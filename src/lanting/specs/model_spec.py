@@ -21,6 +21,7 @@ from lanting.core.types import TASK_NAMES
 
 FOLDER = Path(__file__).parent
 TEMPLATES = ("text-to-image", "edit", "edit-plus")
+WITH_PICTURES = TEMPLATES[1:]
 T = TypeVar("T", "Defaults", "ModelSpec")
 
 
@@ -37,7 +38,7 @@ class Defaults:
     layers: int = 4
     resolution: int = 640  # side of the square whose area a layered picture is brought to
     vl_area: int = 1024 * 1024  # area of an input picture as the text encoder sees it
-    vae_area: int = 1024 * 1024  # area of an input picture as the VAE sees it
+    vae_area: int = 1024 * 1024  # area of an input picture as the VAE sees it; 0: its own size, see `reference_size`
     max_pictures: int = 1
 
 
@@ -45,20 +46,22 @@ class Defaults:
 class ModelSpec:
     """One release.
 
-    name         file stem, also what people type
-    repo         where the weights are published ("" for embedded ones)
-    tasks        which of core.TASK_NAMES it can do
-    template     prompt template, one of TEMPLATES
-    shape        transformer config entries that tell this release from its parent
-    schedule     scheduler config entries that replace the checkpoint's own
-    renormalize  guided predictions keep the length of the unguided one (Qwen-Image's guidance)
-    lora         file of the distillation this release adds to `repo` ("" for none)
+    name           file stem, also what people type
+    repo           where the weights are published ("" for embedded ones)
+    tasks          which of core.TASK_NAMES it can do
+    template       prompt template, one of TEMPLATES
+    edit_template  the template where pictures are shown, one of WITH_PICTURES ("": `template` for both)
+    shape          transformer config entries that tell this release from its parent
+    schedule       scheduler config entries that replace the checkpoint's own
+    renormalize    guided predictions keep the length of the unguided one (Qwen-Image's guidance)
+    lora           file of the distillation this release adds to `repo` ("" for none)
     """
 
     name: str
     repo: str
     tasks: tuple[str, ...]
     template: str = "text-to-image"
+    edit_template: str = ""
     defaults: Defaults = Defaults()
     shape: Mapping[str, Any] = field(default_factory=dict[str, Any])
     schedule: Mapping[str, Any] = field(default_factory=dict[str, Any])
@@ -88,6 +91,8 @@ def read_spec(path: Path) -> ModelSpec:
     spec = _build(ModelSpec, {"name": path.stem, "defaults": defaults, **table}, path, "")
     if spec.template not in TEMPLATES:
         raise _wrong(path, "template", f"is {spec.template!r}, not one of {', '.join(TEMPLATES)}")
+    if spec.edit_template not in ("", *WITH_PICTURES):
+        raise _wrong(path, "edit_template", f"is {spec.edit_template!r}, not one of {', '.join(WITH_PICTURES)}")
     if strange := [task for task in spec.tasks if task not in TASK_NAMES]:
         raise _wrong(path, "tasks", f"names {strange[0]!r}, which is no task of ours")
     return spec

@@ -15,7 +15,7 @@ from lanting.core.types import TASK_NAMES, Request
 from lanting.specs.model_spec import ModelSpec
 from lanting.specs.numbers import number, whole
 from lanting.specs.options import settle_options
-from lanting.specs.sizes import WIDEST, check_size, fit_area, size_of_picture
+from lanting.specs.sizes import WIDEST, check_size, fit_area, largest_area, reference_size, size_of_picture
 
 LONGEST_PROMPT, LONGEST_NEGATIVE = 10_000, 4_000  # characters; the reader sees 1,024 tokens at most
 LARGEST_SEED = 2**63 - 1
@@ -77,7 +77,8 @@ def _inferred(request: Request, spec: ModelSpec) -> str:
     if request.mask is not None:
         return "edit_inpaint" if "edit_inpaint" in spec.tasks else "inpaint"
     if request.images:
-        return "edit" if "edit" in spec.tasks else "image_to_image"
+        varied = request.strength is not None and "image_to_image" in spec.tasks  # an edit knows no strength
+        return "edit" if "edit" in spec.tasks and not varied else "image_to_image"
     return "text_to_image"
 
 
@@ -163,10 +164,11 @@ def _size(request: Request, task: str, spec: ModelSpec, options: dict[str, Any])
         return check_size(*(whole("a side of the size", side, -LARGEST_SEED, LARGEST_SEED) for side in sides))
     if task == "text_to_image":
         return own.size
-    width, height = request.images[-1 if task == "edit" else 0].size
+    last = task == "edit" and own.vae_area > 0  # the released edit models draw at the ratio of the last picture
+    width, height = request.images[-1 if last else 0].size
     if task.startswith("edit"):
-        return fit_area(own.vae_area, width / height)
-    return size_of_picture(width, height, own.size[0] * own.size[1])
+        return reference_size(width, height, own)
+    return size_of_picture(width, height, largest_area(own))
 
 
 def _strength(request: Request, task: str, spec: ModelSpec) -> float:

@@ -6,7 +6,7 @@ import math
 import re
 
 from lanting.core.errors import RequestError
-from lanting.specs.model_spec import ModelSpec
+from lanting.specs.model_spec import Defaults, ModelSpec
 
 STEP, SMALLEST, LARGEST = 16, 16, 4096  # one token is 2x2 latents of 8x8 pixels
 WIDEST = 16  # longest side over shortest; beyond this a 1024x1024 area no longer fits LARGEST
@@ -76,8 +76,30 @@ def fit_area(area: int, ratio: float, step: int = 32) -> tuple[int, int]:
 def size_of_picture(width: int, height: int, area: int) -> tuple[int, int]:
     """The drawable size nearest to a picture: its own, or its ratio at `area` where it is larger than
     that."""
-    if width * height > area:
-        return fit_area(area, width / height, step=STEP)
-    # type: ignore[return-value]
-    own_width, own_height = (max((side + STEP // 2) // STEP * STEP, SMALLEST) for side in (width, height))
-    return own_width, own_height
+    return fit_area(area, width / height, step=STEP) if width * height > area else _nearest(width, height)
+
+
+def largest_area(own: Defaults) -> int:
+    """Square pixels of the largest size the release names."""
+    return max(width * height for width, height in (own.size, *own.sizes.values()))
+
+
+def reference_size(width: int, height: int, own: Defaults) -> tuple[int, int]:
+    """(width, height) at which the VAE sees an input picture of an edit.
+
+    Releases bring every picture to `vae_area`. One whose `vae_area` is 0 was trained on pictures as they are:
+    they keep their own size in multiples of 16, and those larger than every size it names are shrunk to at most
+    the largest.
+    """
+    if own.vae_area:
+        return fit_area(own.vae_area, width / height)
+    most, near = largest_area(own), _nearest(width, height)
+    if near[0] * near[1] <= most:
+        return near
+    sides = math.isqrt(most * width // height), math.isqrt(most * height // width)  # rounded down: at most `most`
+    return max(sides[0] // STEP * STEP, STEP), max(sides[1] // STEP * STEP, STEP)
+
+
+def _nearest(width: int, height: int) -> tuple[int, int]:
+    sides = [max((side + STEP // 2) // STEP * STEP, SMALLEST) for side in (width, height)]
+    return sides[0], sides[1]

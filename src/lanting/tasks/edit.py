@@ -1,8 +1,9 @@
 """Change pictures by instruction: they stand as references behind the target, and the reader sees them too.
 
 The releases differ in two areas only. Qwen-Image-Edit shows text encoder and VAE the same picture; 2509 and
-2511 show the encoder a small copy (384 x 384 pixels' worth) of each of up to three pictures. Any mix works
-here, batches of prompts included (diffusers 0.42 refuses those for 2509).
+2511 show the encoder a small copy (384 x 384 pixels' worth) of each of up to three pictures; nano shows the VAE
+each picture at its own size. Any mix works here, batches of prompts included (diffusers 0.42 refuses those for
+2509).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from PIL.Image import Image
 
 from lanting.core import Request
 from lanting.flow.loop import Canvas, Tokens
-from lanting.specs.sizes import fit_area
+from lanting.specs.sizes import fit_area, reference_size
 from lanting.tasks.inpaint import crop_scene, repaint
 from lanting.tasks.pictures import resize, to_mode
 from lanting.tasks.studio import Studio, begin, look_at, size_of
@@ -37,16 +38,12 @@ def edit_inpaint(studio: Studio, request: Request) -> Canvas:
 
 
 def references(studio: Studio, images: Sequence[Image]) -> tuple[Tokens, ...]:
-    """Each picture at the area the VAE is to see, encoded."""
-    area = studio.release.defaults.vae_area
-    return tuple(look_at(studio, image, _size(image, area)) for image in images)
+    """Each picture at the size the VAE is to see, encoded."""
+    own = studio.release.defaults
+    return tuple(look_at(studio, image, reference_size(image.width, image.height, own)) for image in images)
 
 
 def for_reader(studio: Studio, images: Sequence[Image]) -> tuple[Image, ...]:
     """Each picture at the area the text encoder is to see, RGB."""
     area = studio.release.defaults.vl_area
-    return tuple(resize(to_mode(image), _size(image, area)) for image in images)
-
-
-def _size(image: Image, area: int) -> tuple[int, int]:
-    return fit_area(area, image.width / image.height)
+    return tuple(resize(to_mode(image), fit_area(area, image.width / image.height)) for image in images)

@@ -26,17 +26,25 @@ LONGEST = 1024
 
 
 class PromptEncoder:
-    """Holds tokenizer, model and template of one release; `template` is a name for `load_template`."""
+    """Holds tokenizer, model and templates of one release, by their names for `load_template`.
+
+    `edit_template` is the one for prompts with pictures, where it differs from `template`.
+    """
 
     def __init__(
-        self, tokenizer: Tokenizer, model: QwenVL, template: str, pictures: PictureConfig | None = None
+        self,
+        tokenizer: Tokenizer,
+        model: QwenVL,
+        template: str,
+        pictures: PictureConfig | None = None,
+        edit_template: str = "",
     ) -> None:
         self.tokenizer = tokenizer
         self.model = model
         self.template = load_template(template)
+        self.edit_template = load_template(edit_template or template)
         self.pictures = pictures or PictureConfig()
         self.pad = tokenizer.token_to_id("<|endoftext|>") or 0
-        self.drop = len(self.tokens(opening(self.template)))
 
     def tokens(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
@@ -61,22 +69,24 @@ class PromptEncoder:
             )
         self.refuse(prompts, images)
         patches, grids = self.see(images)
-        rows = [self.tokens(fill(self.template, prompt, self.counts(grids))) for prompt in prompts]
-        if not takes_pictures(self.template):
-            rows = [row[: self.drop + max_sequence_length] for row in rows]
+        template = self.edit_template if images else self.template
+        drop = len(self.tokens(opening(template)))
+        rows = [self.tokens(fill(template, prompt, self.counts(grids))) for prompt in prompts]
+        if not takes_pictures(template):
+            rows = [row[: drop + max_sequence_length] for row in rows]
         lengths = torch.tensor([len(row) for row in rows])
         longest = int(lengths.max())
         ids = torch.tensor([row + [self.pad] * (longest - len(row)) for row in rows])
-        states = self.model(ids.to(self.model.device), patches, grids)[:, self.drop :]
+        states = self.model(ids.to(self.model.device), patches, grids)[:, drop:]
         mask = torch.arange(longest) < lengths[:, None]
         if bool(mask.all()):
             return states, None
-        mask = mask[:, self.drop :].to(states.device)
+        mask = mask[:, drop:].to(states.device)
         return states.masked_fill(~mask[..., None], 0), mask
 
     def refuse(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> None:
         """Raise RequestError for what the template can't hold."""
-        if images and not takes_pictures(self.template):
+        if images and not takes_pictures(self.edit_template):
             raise RequestError("this model reads words only; leave the picture out or choose an edit model")
         if images and any(IMAGE_PAD in prompt for prompt in prompts):
             raise RequestError("the prompt contains {word}, which stands for a picture; remove it", word=IMAGE_PAD)

@@ -1,7 +1,7 @@
 """From training checkpoints to the official folder layout, in bfloat16, as diffusers and transformers write it.
 
 The autoencoder goes back to its 3-D shape (zeros in the time slices that one frame never meets), the text model
-gets the vision tower that the class demands, and the scheduler is a plain flow-match Euler without shift.
+and its vision tower are stored under their hub names, and the scheduler is a plain flow-match Euler without shift.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lanting.core.errors import ModelError
-from lanting.nn.qwen_language import initialize
 from lanting.nn.qwen_vl import QwenVL, QwenVLConfig
 from lanting.nn.vae import to_video_weights
 from lanting.train.model import NanoConfig
@@ -50,7 +49,7 @@ INDEX = {
 
 
 def text_config(config: NanoConfig, ids: Mapping[str, int]) -> dict[str, Any]:
-    """transformers' config.json of the text encoder; the vision tower is the smallest the class accepts."""
+    """transformers' config.json of the text encoder."""
     language = config.language
     width = language.hidden_size
     text = {
@@ -75,16 +74,16 @@ def text_config(config: NanoConfig, ids: Mapping[str, int]) -> dict[str, Any]:
     }
     vision = {
         "model_type": "qwen2_5_vl",
-        "depth": 1,
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_heads": 1,
+        "depth": config.vision.depth,
+        "hidden_size": config.vision.hidden_size,
+        "intermediate_size": config.vision.intermediate_size,
+        "num_heads": config.vision.num_heads,
         "out_hidden_size": width,
-        "fullatt_block_indexes": [0],
-        "window_size": 112,
-        "patch_size": 14,
-        "temporal_patch_size": 2,
-        "spatial_merge_size": 2,
+        "fullatt_block_indexes": list(config.vision.fullatt_block_indexes),
+        "window_size": config.vision.window_size,
+        "patch_size": config.vision.patch_size,
+        "temporal_patch_size": config.vision.temporal_patch_size,
+        "spatial_merge_size": config.vision.spatial_merge_size,
     }
     return {
         "architectures": ["Qwen2_5_VLForConditionalGeneration"],
@@ -111,8 +110,8 @@ def export_nano(run: Path, out: Path) -> Path:
     checkpoint = run / "checkpoint.pt"
     if not checkpoint.exists():
         raise ModelError(f"{run} holds no trained weights yet; run 'lanting train nano' first.")
-    state = torch.load(checkpoint, weights_only=True)["average"]
-    config = NanoConfig()
+    kept = torch.load(checkpoint, weights_only=True, map_location="cpu")
+    state, config = kept["average"], NanoConfig.from_dict(kept["config"])
     part = out.with_name(out.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     transformer = {k.removeprefix("transformer."): v for k, v in state.items() if k.startswith("transformer.")}
@@ -137,14 +136,13 @@ def export_nano(run: Path, out: Path) -> Path:
 
 
 def text_weights(state: Mapping[str, Tensor], encoder: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The trained language model under its hub names, beside a fresh vision tower."""
-    torch.manual_seed(0)
-    whole = QwenVL(QwenVLConfig.from_dict(encoder))
-    initialize(whole.visual)
+    """The trained language model and vision tower under their hub names."""
+    whole = QwenVL(QwenVLConfig.from_dict(encoder)).state_dict()
     trained = {k.replace("language.", "model.", 1): v for k, v in state.items() if k.startswith("language.")}
-    merged: dict[str, Tensor] = {k: v for k, v in whole.state_dict().items() if k != "lm_head.weight"}
-    assert set(trained) <= set(merged), "a trained tensor has no place in the text encoder"
-    return merged | trained
+    trained |= {k: v for k, v in state.items() if k.startswith("visual.")}
+    missing = set(whole) - {"lm_head.weight"} ^ set(trained)
+    assert not missing, f"trained and stored tensors differ: {sorted(missing)[:3]}"
+    return trained
 
 
 def write_component(folder: Path, stem: str, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:

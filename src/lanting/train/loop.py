@@ -1,28 +1,61 @@
-"""The training loop of nano's text model and transformer: flow matching on replayed latents.
+"""The training loop of nano's reader and transformer: flow matching on replayed latents.
 
 Time is budgeted in minutes, not steps: the learning rate warms up, stays flat and decays over the last part of the
-budget, so a run can be prolonged by resuming with a larger budget. One process per core keeps torch's small kernels
-busy better than threads do; processes average their gradients with gloo. A checkpoint is written under another name
-and renamed, so a run survives being killed at any moment.
+budget, so a run can be prolonged by resuming with a larger budget. Each step picks two kinds of batches by their
+shares. On CPUs one process per core keeps torch's small kernels busy better than threads do; processes average their
+gradients. On a GPU nothing in a step asks for a number, so that Python runs ahead of it: figures stay tensors until
+they are logged, and processes agree on the time now and then only. A checkpoint is written under another name and
+renamed, so a run survives being killed at any moment.
 """
 
 from __future__ import annotations
 
-import json
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from lanting.core.errors import ModelError
+from lanting.train.journal import Meter
 from lanting.train.model import NanoNet, matrices
 from lanting.train.optim import Muon, average_gradients
-from lanting.train.replay import Batch, Replay
+from lanting.train.replay import Batch, Reader
 from lanting.train.vae import replace_file
+
+AGREE = 20  # steps on GPUs between two agreements on the time
+STOCK = 512  # examples of every kind before the first step
+
+
+class Source(Protocol):
+    """Where batches come from: `replay.Replay` in the trainer itself, `ring.Ring` on a GPU."""
+
+    reader: Reader
+    capacity: int
+
+    @property
+    def items(self) -> Sequence[Any]: ...
+
+    def add(self, count: int, rng: random.Random) -> None: ...
+
+    def draw(self, count: int, rng: random.Random) -> Batch: ...
+
+
+@dataclass(frozen=True)
+class Course:
+    """One kind of batch: where it comes from, how often, how large, and how many examples are new each time."""
+
+    name: str
+    replay: Source
+    share: float
+    batch: int
+    fresh: int
 
 
 @dataclass(frozen=True)
@@ -33,12 +66,13 @@ class Budget:
     lr: float = 2e-3
     warmup_steps: int = 100
     decay_share: float = 0.35  # last part of the budget, linear to 2 %
-    batch: tuple[int, ...] = (20, 10)  # per canvas size and process
-    fresh: tuple[int, ...] = (4, 2)  # new signs per step and canvas size
-    aux: float = 0.2  # weight of the character head
+    picks: int = 2  # batches per step and process
+    what: float = 0.2  # weights of the helper heads
+    where: float = 0.1
     shift: float = 3.0  # times are drawn uniformly, then shifted towards noise
     ema: float = 0.998
     save_every: float = 120.0  # seconds
+    log_every: float = 20.0
 
     def rate(self, step: int, seconds: float) -> float:
         left = max(0.0, 1 - seconds / (60 * self.minutes))
@@ -56,10 +90,11 @@ class Clock:
 
 
 class Trainer:
-    """Network, averages and optimizers of one process."""
+    """Network, averages and optimizers of one process. The network must be on `device` already."""
 
-    def __init__(self, net: NanoNet, budget: Budget, folder: Path, world: int = 1, rank: int = 0):
+    def __init__(self, net: NanoNet, budget: Budget, folder: Path, world: int = 1, rank: int = 0, device: str = "cpu"):
         self.net, self.budget, self.folder, self.world, self.rank = net, budget, folder, world, rank
+        self.device = torch.device(device)
         muon, adam = matrices(net)
         self.optimizers: list[torch.optim.Optimizer] = [
             Muon(muon, lr=budget.lr),
@@ -68,57 +103,120 @@ class Trainer:
         self.average = {k: v.clone() for k, v in net.state_dict().items()}
         self.clock = Clock()
         self.agreed = 0.0  # seconds as all processes last agreed on them: what rates and the end go by
+        self.until = float("inf")  # time.monotonic() at which this slice of the run ends
+        self.warm_from = 0  # step at which the optimizers began with empty hands
+        self.scale = 1.0  # of the batches, halved when a GPU's memory was too small
+        self.ticked = 0.0
+        self._prefixes: dict[tuple[int, ...], Tensor] = {}
 
-    def loss(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        """Velocity error plus the character head's cross entropy."""
-        x0, count = batch.latents, batch.latents.shape[0]
-        u = torch.rand(count, generator=generator)
+    @property
+    def progress(self) -> float:
+        """Share of the budget that is spent, 0..1."""
+        return min(1.0, self.agreed / max(1e-9, 60 * self.budget.minutes))
+
+    def noised(self, x0: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        """Times (B,) and noise (B, N, C) for latents."""
+        u = torch.rand(x0.shape[0], generator=generator, device=self.device)
         t = self.budget.shift * u / (1 + (self.budget.shift - 1) * u)
-        noise = torch.randn(x0.shape, generator=generator)
-        noisy = torch.lerp(x0, noise, t[:, None, None])
-        prefix = torch.tensor([self.prefix])
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            velocity, logits = self.net(noisy, t, prefix, batch.ids, batch.mask, [batch.grid])
-        error = (velocity.float() - (noise - x0)).square().mean()
-        target = batch.labels.flatten()
-        weight = torch.where(target > 0, 1.0, 0.2) * (target >= 0)
-        each = F.cross_entropy(logits.float().flatten(0, 1), target.clamp(min=0), reduction="none")
-        aux = (each * weight).sum() / weight.sum()
-        right = (logits.argmax(-1).flatten() == target)[target > 0].float().mean()
-        report = {"loss": error.item(), "aux": aux.item(), "read": right.item()}
-        return error + self.budget.aux * aux, report
+        return t, torch.randn(x0.shape, generator=generator, device=self.device)
 
-    def step(self, replays: list[Replay], rng: random.Random, generator: torch.Generator) -> dict[str, float]:
-        """One update over a batch of every canvas size. Returns loss figures by size."""
+    def prefix(self, ids: Sequence[int]) -> Tensor:
+        """(1, P) on the device; sent there once."""
+        key = tuple(ids)
+        if key not in self._prefixes:
+            self._prefixes[key] = torch.tensor([list(ids)], device=self.device)
+        return self._prefixes[key]
+
+    def loss(self, batch: Batch, prefix: Sequence[int], t: Tensor, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Velocity error at times t plus the helper heads' cross entropies."""
+        x0 = batch.latents
+        noisy = torch.lerp(x0, noise, t[:, None, None])
+        with torch.autocast(self.device.type, dtype=torch.bfloat16):
+            velocity, what, where = self.net(noisy, t, self.prefix(prefix), batch)
+        error = (velocity.float() - (noise - x0)).square().mean()
+        total = error
+        report = {"loss": error.detach()}
+        asked = batch.what.clamp(min=0)
+        weight = torch.where(asked.sum(-1) > 0, 1.0, 0.2) * (batch.what[..., 0] >= 0)  # (B, N)
+        named = sum(_entropy(logits, asked[..., i], weight) for i, logits in enumerate(what))
+        right = torch.stack([logits.argmax(-1) == asked[..., i] for i, logits in enumerate(what)]).all(0)
+        inked = (batch.what.sum(-1) > 0).float()
+        report["read"] = (right * inked).sum() / inked.sum()  # NaN where nothing was asked
+        known = (batch.where[..., 0] >= 0).float()  # (B, T)
+        spots = batch.where.clamp(min=0)
+        placed = sum(_entropy(logits, spots[..., i], known) for i, logits in enumerate(where))
+        right = torch.stack([logits.argmax(-1) == spots[..., i] for i, logits in enumerate(where)]).all(0)
+        report["placed"] = (right * known).sum() / known.sum()
+        total = total + self.budget.what * named + self.budget.where * placed
+        return total, report
+
+    def step(
+        self, courses: Sequence[Course], rng: random.Random, generator: torch.Generator, seed: int
+    ) -> dict[str, Tensor]:
+        """One update over `picks` batches; all processes pick the same kinds. Returns figures by course."""
         began = time.monotonic()
-        budget, figures = self.budget, {}
-        self.prefix = replays[0].reader.prefix
-        for replay, size, fresh in zip(replays, budget.batch, budget.fresh, strict=True):
-            replay.add(fresh, rng)
-            total, report = self.loss(replay.draw(size, rng), generator)
-            (total / len(replays)).backward()
-            figures |= {f"{k}{replay.size[0]}": v for k, v in report.items()}
+        picker = random.Random(seed * 7919 + self.clock.step)
+        shares = [c.share for c in courses]
+        figures: dict[str, Tensor] = {}
+        for course in picker.choices(courses, shares, k=self.budget.picks):
+            course.replay.add(course.fresh, rng)
+            count = max(1, int(course.batch * self.scale))
+            batch = course.replay.draw(count, rng).to(self.device)
+            t, noise = self.noised(batch.latents, generator)
+            total, report = self.loss(batch, course.replay.reader.prefix, t, noise)
+            (total / self.budget.picks).backward()
+            figures |= {f"{course.name} {k}": v for k, v in report.items()}
+            self.clock.seen += count * self.world
         if self.world > 1:
             self.exchange()
-        figures["norm"] = float(torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0))
-        rate = budget.rate(self.clock.step, self.agreed)
+        self.update()
+        self.clock.step += 1
+        self.tick(began)
+        return figures
+
+    def update(self) -> None:
+        """Move the weights along the gradients, and the average behind them."""
+        torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
+        rate = self.budget.rate(self.clock.step - self.warm_from, self.agreed)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=self.world == 1)
         self.follow()
-        self.clock.step += 1
-        self.clock.seen += sum(budget.batch) * self.world
-        self.clock.seconds += time.monotonic() - began
+
+    def tick(self, began: float) -> None:
+        """Advance the clock. A GPU is still busy when a step returns, so there time counts from step to step."""
+        now = time.monotonic()
+        if self.device.type != "cpu" and self.ticked:
+            began = self.ticked
+        self.ticked = now
+        self.clock.seconds += now - began
         if self.world == 1:
             self.agreed = self.clock.seconds
-        return figures
 
     def exchange(self) -> None:
-        """Average gradients (and the clock, so that all processes end together)."""
-        self.agreed = average_gradients(list(self.net.parameters()), self.clock.seconds, self.world)
-        self.clock.seconds = self.agreed
+        """Average gradients, and the clock, so that all processes end together."""
+        parameters = list(self.net.parameters())
+        if self.device.type == "cpu":
+            self.agreed = average_gradients(parameters, self.clock.seconds, self.world)
+            self.clock.seconds = self.agreed
+            return
+        mean_gradients(parameters, self.world)
+        if self.clock.step % AGREE == 0:
+            seconds = torch.tensor([self.clock.seconds], device=self.device)
+            dist.all_reduce(seconds)
+            self.agreed = self.clock.seconds = seconds.item() / self.world
+
+    def out_of_time(self) -> bool:
+        """Whether this slice has ended for any process; all get the same answer."""
+        if self.world == 1:
+            return time.monotonic() > self.until
+        if self.until == float("inf") or (self.device.type != "cpu" and self.clock.step % AGREE):
+            return False
+        late = torch.tensor([float(time.monotonic() > self.until)], device=self.device)
+        dist.all_reduce(late, op=dist.ReduceOp.MAX)
+        return late.item() > 0
 
     @torch.no_grad()
     def follow(self) -> None:
@@ -138,56 +236,94 @@ class Trainer:
         replace_file(self.folder / "checkpoint.pt", lambda part: torch.save(state, part))
 
     def resume(self) -> bool:
+        """Go on from the folder's checkpoint; False where there is none. Raises ModelError for another network's.
+
+        A checkpoint may come without optimizer states; rates then warm up again.
+        """
         path = self.folder / "checkpoint.pt"
         if not path.exists():
             return False
-        state = torch.load(path, weights_only=True)
+        state = torch.load(path, weights_only=True, map_location=self.device)
+        shapes = {k: v.shape for k, v in self.net.state_dict().items()}
+        if {k: v.shape for k, v in state["net"].items()} != shapes:
+            raise ModelError(
+                f"{path} holds a network of another shape; give its --width and --layers, or another folder."
+            )
         self.net.load_state_dict(state["net"])
         self.average = state["average"]
-        for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(kept)
         self.clock = Clock(**state["clock"])
         self.agreed = self.clock.seconds
+        for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=False):
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": kept["state"], "param_groups": kept.get("param_groups") or groups})
+        self.warm_from = 0 if state["optimizers"] else self.clock.step
         return True
 
 
-def train(trainer: Trainer, replays: list[Replay], log: Callable[[str], None], seed: int) -> None:
-    """Run until the budget is spent; every process calls this."""
+def mean_gradients(parameters: Sequence[torch.nn.Parameter], world: int) -> None:
+    """Give all processes the mean of their gradients without asking the GPU for anything."""
+    for p in parameters:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    grads = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in grads])
+    dist.all_reduce(flat)
+    flat /= world
+    parts = flat.split([g.numel() for g in grads])
+    torch._foreach_copy_(grads, [part.view_as(g) for part, g in zip(parts, grads, strict=True)])
+
+
+def _entropy(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """Weighted mean cross entropy of logits (B, n, C) against target (B, n)."""
+    each = F.cross_entropy(logits.float().flatten(0, 1), target.flatten(), reduction="none")
+    return (each * weight.flatten()).sum() / weight.sum().clamp(min=1)
+
+
+def train(
+    trainer: Trainer,
+    courses: Sequence[Course],
+    log: Callable[[dict[str, Any]], None],
+    seed: int,
+    every: Callable[[Trainer], None] = lambda trainer: None,
+) -> bool:
+    """Run until the budget or the slice is spent; every process calls this. `every` is called after each step
+    (curriculum). Returns whether the budget is spent."""
     rng = random.Random(seed * 1009 + trainer.rank + 7919 * trainer.clock.step)
-    generator = torch.Generator().manual_seed(rng.randrange(2**31))
-    for replay in replays:
-        replay.add(min(1024, replay.capacity), rng)
-    first = trainer.rank == 0
+    generator = torch.Generator(trainer.device).manual_seed(rng.randrange(2**31))
+    for course in courses:
+        while len(course.replay.items) < min(STOCK, course.replay.capacity):
+            course.replay.add(32, rng)
+    first, budget = trainer.rank == 0, trainer.budget
     saved = logged = time.monotonic()
-    recent: list[dict[str, float]] = []
-    while trainer.agreed < 60 * trainer.budget.minutes:
-        recent.append(trainer.step(replays, rng, generator))
+    meter = Meter(trainer)
+    while trainer.agreed < 60 * budget.minutes and not trainer.out_of_time():
+        try:
+            meter.recent.append(trainer.step(courses, rng, generator, seed))
+        except torch.OutOfMemoryError:
+            make_smaller(trainer)
+            continue
+        every(trainer)
         now = time.monotonic()
-        if first and now - logged > 20:
-            log(line(trainer, recent))
-            recent, logged = [], now
-        if first and now - saved > trainer.budget.save_every:
+        if first and now - logged > budget.log_every:
+            log(meter.entry())
+            logged = now
+        if first and now - saved > budget.save_every:
             trainer.save()
             saved = now
+    done = trainer.agreed >= 60 * budget.minutes
     if first:
         trainer.save()
-        log("done")
+        if meter.recent:
+            log(meter.entry())
+        log({"note": "done" if done else "slice done"})
+    return done
 
 
-def line(trainer: Trainer, recent: list[dict[str, float]]) -> str:
-    """One line of progress as JSON, for people and plots alike."""
-    clock, budget = trainer.clock, trainer.budget
-    mean = {k: round(sum(r[k] for r in recent) / len(recent), 4) for k in recent[0]}
-    rate = clock.seen / max(clock.seconds, 1e-9)
-    left = 60 * budget.minutes - clock.seconds
-    return json.dumps(
-        {
-            "step": clock.step,
-            "seen": clock.seen,
-            "seconds": round(clock.seconds),
-            "left": round(left),
-            "per_second": round(rate, 1),
-            "lr": round(budget.rate(clock.step, clock.seconds), 6),
-            **mean,
-        }
-    )
+def make_smaller(trainer: Trainer) -> None:
+    """Halve the batches after a GPU's memory was too small. Raises ModelError where that can't help."""
+    if trainer.world > 1 or trainer.scale < 0.1:
+        raise ModelError("The GPU's memory is too small for these batches; give a smaller --batch-times.")
+    trainer.scale /= 2
+    for parameter in trainer.net.parameters():
+        parameter.grad = None
+    torch.cuda.empty_cache()

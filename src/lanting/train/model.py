@@ -1,40 +1,48 @@
-"""nano's networks as they are trained: text model, transformer and a helper head that is thrown away afterwards.
+"""nano's networks as they are trained: reader, transformer and two helper heads that are thrown away afterwards.
 
-Only the start is special: modulation begins at zero with gates slightly open, and the output layer at zero, so the
-first prediction is "no change" and every block already passes gradients.
+What makes a tiny network spell within hours is the start and the help:
+- modulation begins at zero with gates slightly open, the output layer at zero: the first prediction is "no change";
+- the embedding of a character begins as a code of its own picture (see `codes`), so that drawing it is a map shared
+  by all characters, not one to be learnt for each;
+- a head on the text stream says where each quoted character stands, one on the picture stream says what stands on
+  each token. Both teach the routing from text to place, which otherwise takes most of the time.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lanting.nn.mmdit import Attend, QwenImageTransformer, TransformerConfig
+from lanting.nn.mmdit import Attend, Context, GeluProjection, QwenImageTransformer, Stack, TransformerConfig
 from lanting.nn.qwen_language import Attend as CausalAttend
 from lanting.nn.qwen_language import LanguageConfig, QwenLanguageModel, expand_cache, initialize
+from lanting.nn.qwen_vision import QwenVision, VisionConfig
 from lanting.nn.rope import Grid
 from lanting.nn.swap import swap
+from lanting.train.labels import WHAT, WHERE
+from lanting.train.replay import Batch
 
 
-def default_transformer() -> TransformerConfig:
+def transformer_config(width: int = 128, layers: int = 6) -> TransformerConfig:
+    """Heads of 32, as many as the width asks for."""
     return TransformerConfig(
-        num_layers=6,
-        num_attention_heads=4,
+        num_layers=layers,
+        num_attention_heads=width // 32,
         attention_head_dim=32,
         joint_attention_dim=128,
         axes_dims_rope=(4, 14, 14),
     )
 
 
-def default_language() -> LanguageConfig:
+def language_config(vocabulary: int = 1024) -> LanguageConfig:
     return LanguageConfig(
-        vocab_size=1024,
+        vocab_size=vocabulary,
         hidden_size=128,
         intermediate_size=384,
         num_hidden_layers=2,
@@ -46,16 +54,43 @@ def default_language() -> LanguageConfig:
     )
 
 
+def vision_config() -> VisionConfig:
+    return VisionConfig(
+        depth=2,
+        hidden_size=64,
+        intermediate_size=128,
+        num_heads=2,
+        out_hidden_size=128,
+        fullatt_block_indexes=(1,),
+    )
+
+
 @dataclass(frozen=True)
 class NanoConfig:
     """Everything that decides what is trained; saved in every checkpoint."""
 
-    transformer: TransformerConfig = field(default_factory=default_transformer)
-    language: LanguageConfig = field(default_factory=default_language)
-    characters: int = 128  # classes of the helper head
+    transformer: TransformerConfig = field(default_factory=transformer_config)
+    language: LanguageConfig = field(default_factory=language_config)
+    vision: VisionConfig = field(default_factory=vision_config)
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "language": {k: getattr(self.language, k) for k in LanguageConfig.__slots__}}
+        return {
+            "transformer": asdict(self.transformer),
+            "language": {k: getattr(self.language, k) for k in LanguageConfig.__slots__},
+            "vision": {k: getattr(self.vision, k) for k in VisionConfig.__slots__},
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> NanoConfig:
+        return cls(
+            TransformerConfig.from_dict(values["transformer"]),
+            LanguageConfig(**{k: _tuple(v) for k, v in values["language"].items()}),
+            VisionConfig(**{k: _tuple(v) for k, v in values["vision"].items()}),
+        )
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 class PlainAttend(Attend):
@@ -75,7 +110,7 @@ class PlainAttend(Attend):
 
 
 class PlainCausalAttend(CausalAttend):
-    """The same for the text model: the queries are the last T of S keys."""
+    """The same for the reader: the queries are the last T of S keys."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         queries, keys = q.shape[2], k.shape[2]
@@ -84,62 +119,114 @@ class PlainCausalAttend(CausalAttend):
         return scores.masked_fill(ahead, -30000.0).softmax(-1).to(v.dtype) @ v
 
 
-class CharacterHead(nn.Module):
-    """Which character stands on each token, read from the middle of the stack: a training aid only."""
+class SigmoidGelu(nn.Module):
+    """The tanh approximation of GELU by its other name, x sigmoid(2u): faster where a compiler fuses it, and only
+    there."""
 
-    def __init__(self, width: int, classes: int):
+    def __init__(self, proj: nn.Linear):
         super().__init__()
-        self.norm, self.out = nn.LayerNorm(width), nn.Linear(width, classes)
+        self.proj = proj
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out(F.silu(self.norm(x)))  # (B, N, classes)
+        x = self.proj(x)
+        return x * torch.sigmoid(x * (1.5957691216 + 0.0713548163 * x * x))
+
+
+def plain_block(block: nn.Module, img: Tensor, txt: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+    return block(img, txt, ctx)
+
+
+class WatchedStack(Stack):
+    """The blocks in order, remembering both streams for the helper heads. `run` may be a compiled function."""
+
+    run: Callable[[nn.Module, Tensor, Tensor, Context], tuple[Tensor, Tensor]] = staticmethod(plain_block)
+    middle: Tensor
+    text: Tensor
+
+    def forward(self, img: Tensor, txt: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+        early, late = max(0, len(self) // 3 - 1), max(0, len(self) * 2 // 3 - 1)
+        for i, block in enumerate(self):
+            img, txt = self.run(block, img, txt, ctx)
+            if i == early:
+                self.text = txt
+            if i == late:
+                self.middle = img
+        return img, txt
+
+
+class Head(nn.Module):
+    """Several classifications of each token at once: a training aid only."""
+
+    def __init__(self, width: int, classes: Sequence[int]):
+        super().__init__()
+        self.classes = tuple(classes)
+        self.norm, self.out = nn.LayerNorm(width), nn.Linear(width, sum(classes))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.out(F.silu(self.norm(x))).split(self.classes, -1)  # each (B, n, classes)
 
 
 class NanoNet(nn.Module):
-    """Text model + transformer + helper head as one trainable module."""
+    """Reader (with its vision tower), transformer and helper heads as one trainable module."""
 
     def __init__(self, config: NanoConfig):
         super().__init__()
         self.config = config
         self.language = QwenLanguageModel(config.language)
+        self.visual = QwenVision(config.vision)
         self.transformer = QwenImageTransformer(config.transformer)
-        self.head = CharacterHead(config.transformer.width, config.characters)
-        self.middle: Tensor | None = None
+        width = config.transformer.width
+        self.what, self.where = Head(width, WHAT), Head(width, WHERE)
+        self.transformer.transformer_blocks = WatchedStack(self.transformer.transformer_blocks)
         swap(self, Attend, lambda path, old: PlainAttend())
         swap(self, CausalAttend, lambda path, old: PlainCausalAttend())
-        watched = self.transformer.transformer_blocks[config.transformer.num_layers * 2 // 3 - 1]
-        watched.register_forward_hook(self.remember)
 
-    def remember(self, module: nn.Module, inputs: Any, output: tuple[Tensor, Tensor]) -> None:
-        self.middle = output[0]
+    @property
+    def stack(self) -> WatchedStack:
+        blocks = self.transformer.transformer_blocks
+        assert isinstance(blocks, WatchedStack)
+        return blocks
 
-    def embed(self, prefix: Tensor, ids: Tensor) -> Tensor:
-        """States (B, T, D) of ids (B, T) behind the constant prefix (1, P), which is run once for all rows."""
+    def embed(self, prefix: Tensor, batch: Batch) -> Tensor:
+        """States (B, T, D) behind the constant prefix (1, P), which is run once for all rows."""
         _, cache = self.language(prefix)
-        states, _ = self.language(ids, cache=expand_cache(cache, ids.shape[0]))
-        return states
+        cache = expand_cache(cache, batch.ids.shape[0])
+        if batch.patches is None:
+            return self.language(batch.ids, cache=cache)[0]
+        embeds = self.language.embed_tokens(batch.ids)
+        count = batch.patches.shape[0] * batch.patches.shape[1]
+        seen = self.visual(batch.patches.flatten(0, 2), [batch.patch_grid] * count).to(embeds.dtype)
+        embeds = embeds.masked_scatter((batch.ids == batch.image_token)[..., None], seen)
+        return self.language(embeds, batch.positions, cache=cache)[0]
 
-    def forward(
-        self, x: Tensor, t: Tensor, prefix: Tensor, ids: Tensor, mask: Tensor, grids: Sequence[Grid]
-    ) -> tuple[Tensor, Tensor]:
-        """Velocity (B, N, C) and character logits (B, N, classes) of noisy latents x (B, N, C) at times t (B,)."""
-        states = self.embed(prefix, ids)
-        velocity = self.transformer(x, t, states, mask, grids, x.shape[1])
-        assert self.middle is not None
-        return velocity, self.head(self.middle)
+    def forward(self, x: Tensor, t: Tensor, prefix: Tensor, batch: Batch) -> tuple[Tensor, Any, Any]:
+        """Velocity (B, N, C) of noisy targets x (B, N, C) at times t (B,), then the logits of both heads."""
+        states = self.embed(prefix, batch)
+        tokens = x.shape[1]
+        whole = x if batch.references is None else torch.cat([x, batch.references], 1)
+        grids: list[Grid] = [batch.grid] * (whole.shape[1] // tokens)
+        velocity = self.transformer(whole, t, states, batch.mask, grids, tokens)[:, :tokens]
+        return velocity, self.what(self.stack.middle[:, :tokens]), self.where(self.stack.text)
+
+
+def compile_blocks(net: NanoNet) -> None:
+    """Compile the blocks, one graph for all of them and for all sizes: minutes of work that long runs win back."""
+    swap(net, GeluProjection, lambda path, old: SigmoidGelu(cast(nn.Linear, old.proj)))
+    WatchedStack.run = staticmethod(torch.compile(plain_block, dynamic=True))
 
 
 @torch.no_grad()
 def start(net: NanoNet) -> NanoNet:
     """Fresh weights; see the module docstring."""
     initialize(net.language, std=0.05)
+    initialize(net.visual, std=0.05)
     transformer, width = net.transformer, net.config.transformer.width
     for name, p in transformer.named_parameters():
         if p.ndim == 2:
             p.normal_(0, 1 / math.sqrt(p.shape[1]))
         elif name.endswith("bias"):
             p.zero_()
-    for block in transformer.transformer_blocks:
+    for block in net.stack:
         for modulation in (block.get_submodule("img_mod.1"), block.get_submodule("txt_mod.1")):
             assert isinstance(modulation, nn.Linear)
             modulation.weight.zero_()
@@ -155,10 +242,8 @@ def start(net: NanoNet) -> NanoNet:
 
 def matrices(net: NanoNet) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """(for Muon, for AdamW): Linears inside the layers but modulation go to Muon, everything else to AdamW."""
-    muon = [
-        p
-        for name, p in net.named_parameters()
-        if p.ndim == 2 and ("transformer_blocks" in name or "language.layers" in name) and "_mod" not in name
-    ]
+    inside = ("transformer_blocks", "language.layers", "visual.blocks")
+    named = list(net.named_parameters())
+    muon = [p for n, p in named if p.ndim == 2 and any(part in n for part in inside) and "_mod" not in n]
     chosen = {id(p) for p in muon}
-    return muon, [p for p in net.parameters() if id(p) not in chosen]
+    return muon, [p for _, p in named if id(p) not in chosen]

@@ -1,14 +1,18 @@
 """`lanting train nano`: the recipe that made the embedded checkpoint, one resumable command.
 
-Stage 1 trains the autoencoder on signs and freezes its encoder; stage 2 trains the text model and the transformer on
-its latents; stage 3 writes the official folder. Each stage keeps its checkpoints in the run's folder and goes on
-from them, so a killed run loses at most two minutes.
+Stage 1 trains the autoencoder on designs and freezes its encoder; stage 2 trains reader, vision tower and transformer
+on its latents; stage 3 writes the official folder. Each stage keeps its checkpoints in the run's folder and goes on
+from them, so a killed run loses at most two minutes. The same command runs on one core, on all cores (one process
+each), on one GPU and on several.
 """
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,13 +21,25 @@ import torch.multiprocessing as mp
 from tokenizers import Tokenizer
 
 from lanting.core.errors import RequestError
+from lanting.nn.vae import AutoencoderKLQwenImage
+from lanting.train.designs import DesignMaker, Mix
+from lanting.train.edits import EditMaker
 from lanting.train.export import export_nano
-from lanting.train.loop import Budget, Trainer, train
-from lanting.train.model import NanoConfig, NanoNet, start
-from lanting.train.replay import Reader, Replay
-from lanting.train.signs import SIZES, SignMaker
-from lanting.train.vae import finetune_decoder, load_vae, train_vae
-from lanting.train.vocabulary import build_tokenizer
+from lanting.train.feed import Feed, FeedOrder, edit_mix
+from lanting.train.journal import Journal
+from lanting.train.loop import Budget, Course, Trainer, train
+from lanting.train.model import NanoConfig, NanoNet, compile_blocks, language_config, start, transformer_config
+from lanting.train.portable import pack, unpack
+from lanting.train.presets import GIB_PER_TIMES, Preset, kinds, pick_device, preset, processes, room
+from lanting.train.progress import Scorer, Watch
+from lanting.train.replay import EditReplay, Reader, Replay
+from lanting.train.speed import compile_for_gpu, prepare_for_gpu
+from lanting.train.vae import FROZEN, VAERecipe, finetune_decoder, load_vae, train_vae
+from lanting.train.vocabulary import VOCAB_SIZE, build_tokenizer
+from lanting.train.warm import continue_from, seed_embeddings
+from lanting.train.workers import kept_atlas
+
+CLOSING = 25.0  # seconds of a slice kept for its checkpoint, sheets and export
 
 
 @dataclass(frozen=True)
@@ -34,9 +50,25 @@ class NanoRun:
     vae_minutes: float = 17.0
     decoder_minutes: float = 0.0  # sharpens further; the shipped checkpoint did without
     minutes: float = 94.0
-    workers: int = 0  # processes for stage 2; 0: one per core
+    workers: int = 0  # processes for stage 2; 0: one per core or GPU
     seed: int = 0
-    capacity: int = 30000  # encoded signs kept per canvas size and process
+    capacity: int = 0  # encoded designs kept per course and process; 0: what suits the device
+    warm: str = ""  # model folder whose weights are continued
+    compiled: bool | None = None  # compile the blocks; None: on a GPU only
+    concepts: int = 256
+    device: str = "auto"  # auto, cpu or cuda
+    watch_minutes: float = 8.0  # between two sheets of samples; 0: none
+    width: int = 128  # of the transformer, a multiple of 32
+    layers: int = 6
+    large: bool = False  # canvases of 256 x 256 too
+    slice_minutes: float = 0.0  # end cleanly after so much time in all; 0: when the budget is spent
+    resume_from: str = ""  # folder a slice wrote, for a machine that has nothing yet
+    feeders: int = -1  # processes per trainer that make up designs; -1: what suits the device
+    batch_times: int = 0  # batches as multiples of a core's; 0: what suits the device
+    lr: float = 0.0  # highest learning rate; 0: what suits the device
+    scorer: Scorer | None = None  # share of lines that an optical reader finds in pictures
+    until: float = float("inf")  # time.monotonic() at which the slice ends; set by `settled`
+    quiet: bool = False
 
     @property
     def vae(self) -> Path:
@@ -46,32 +78,110 @@ class NanoRun:
     def tokenizer(self) -> Path:
         return self.folder / "tokenizer"
 
+    @property
+    def portable(self) -> Path:
+        return self.folder / "portable"
 
-def cost(run: NanoRun) -> str:
-    """What the run will take, in one line, said before it starts."""
-    cores = run.workers or os.cpu_count() or 1
+    def preset(self, world: int) -> Preset:
+        """How each of `world` processes uses its device, with what was asked for instead."""
+        chosen = preset(self.device, world, self.width, self.layers)
+        if self.batch_times:
+            chosen = replace(chosen, times=self.batch_times)
+        if self.lr:
+            chosen = replace(chosen, lr=self.lr)
+        if self.feeders >= 0:
+            chosen = replace(chosen, feeders=self.feeders)
+        return replace(chosen, capacity=self.capacity) if self.capacity else chosen
+
+    def say(self, words: str) -> None:
+        """Progress goes to stderr, as everywhere."""
+        if not self.quiet:
+            print(words, file=sys.stderr, flush=True)
+
+    def config(self) -> NanoConfig:
+        shape = transformer_config(self.width, self.layers)
+        return NanoConfig(transformer=shape, language=language_config(VOCAB_SIZE))
+
+
+# progress at which a stage of the curriculum begins, and how many Chinese characters it draws from
+HANZI = ((0.0, 800), (0.06, 2000), (0.15, 3500))
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a run will take. Memory and disk in GB; memory is that of the GPU where one trains."""
+
+    minutes: float
+    processes: int
+    memory: float
+    disk: float
+    device: str
+
+
+def settled(run: NanoRun) -> NanoRun:
+    """The run on a device that is there. Raises RequestError for values that can't be trained with."""
+    if min(run.minutes, run.vae_minutes, run.decoder_minutes, run.slice_minutes, run.lr) < 0:
+        raise RequestError(
+            "Minutes and rates of training can't be negative; give 0 minutes to only continue to the next stage."
+        )
+    if run.width < 64 or run.width % 32 or not 1 <= run.layers <= 48:
+        raise RequestError("The transformer's --width is a multiple of 32 from 64 on, its --layers are 1 to 48.")
+    until = run.until
+    if run.slice_minutes and until == float("inf"):
+        until = time.monotonic() + max(1.0, 60 * run.slice_minutes - CLOSING)
+    return replace(run, device=pick_device(run.device), until=until)
+
+
+def cost(run: NanoRun) -> Cost:
+    """What the run will take, to be said before it starts."""
+    run = settled(run)
+    world = processes(run.device, run.workers)
     total = run.vae_minutes + run.decoder_minutes + run.minutes
-    memory = cores * (1.2 + run.capacity * 3.6e-5)
-    return f"about {total:.0f} minutes on {cores} cores, {memory:.1f} GB of memory, 0.3 GB of disk in {run.folder}"
+    size = run.width * run.layers / 768
+    chosen = run.preset(world)
+    if run.device == "cuda":
+        memory = 4 + chosen.capacity * 5e-5 + GIB_PER_TIMES * chosen.times * size
+    else:
+        memory = world * (1.3 + 0.4 * size + chosen.capacity * 1.5e-4)
+    return Cost(min(total, run.slice_minutes or total), world, memory, 0.1 + 0.2 * size, run.device)
 
 
 def main(run: NanoRun) -> Path:
-    """All three stages; returns the model folder. Raises RequestError for values that can't be trained with."""
-    if min(run.minutes, run.vae_minutes, run.decoder_minutes) < 0:
-        raise RequestError("Training minutes can't be negative; give 0 to only continue to the next stage.")
+    """All three stages; returns the model folder, or the run's folder where a slice ended before there is a model.
+
+    Raises RequestError for values that can't be trained with.
+    """
+    run = settled(run)
     run.folder.mkdir(parents=True, exist_ok=True)
     if not (run.tokenizer / "tokenizer.json").is_file():
         build_tokenizer(run.tokenizer)
-    train_vae(run.vae, run.vae_minutes)
+    if run.resume_from and not unpack(Path(run.resume_from), run.folder):
+        run.say(f"{run.folder} has a checkpoint of its own and goes on from that")
+    train_vae(run.vae, run.vae_minutes, recipe=vae_recipe(run), log=run.say)
+    if not (run.vae / FROZEN).exists():
+        run.say("slice done; the autoencoder is not finished yet")
+        return run.folder
     if run.decoder_minutes:
-        finetune_decoder(run.vae, run.decoder_minutes)
+        finetune_decoder(run.vae, run.decoder_minutes, log=run.say)
     train_transformer(run)
+    if run.slice_minutes:
+        pack(run.folder, run.portable)
     return export_nano(run.folder, run.folder / "nano")
 
 
+def vae_recipe(run: NanoRun) -> VAERecipe:
+    """Stage 1 on the run's device: two processes on a CPU, large batches in one on a GPU."""
+    recipe = VAERecipe(warm=run.warm, seed=run.seed, until=run.until)
+    if run.device != "cuda":
+        return recipe
+    feeders = run.preset(1).feeders
+    return replace(recipe, device="cuda", processes=1, batch=512, canvas_batch=48, feeders=feeders, warmup_steps=100)
+
+
 def train_transformer(run: NanoRun) -> None:
-    """Stage 2 in one process per core."""
-    world = run.workers or os.cpu_count() or 1
+    """Stage 2 in one process per core or GPU."""
+    run = settled(run)
+    world = processes(run.device, run.workers)
     if world == 1:
         work(0, 1, run)
         return
@@ -79,26 +189,149 @@ def train_transformer(run: NanoRun) -> None:
     mp.spawn(work, args=(world, run), nprocs=world, join=True)
 
 
-def work(rank: int, world: int, run: NanoRun) -> None:
-    """One process of stage 2."""
-    torch.set_num_threads(1)
+def courses(
+    run: NanoRun, vae: AutoencoderKLQwenImage, tokenizer: Tokenizer, rank: int, chosen: Preset | None = None
+) -> list[Course]:
+    """Every kind of batch of the curriculum, made in the trainer itself."""
+    chosen = chosen or run.preset(1)
+    mix = Mix(hanzi=HANZI[0][1], concepts=run.concepts)
+    reader, editor = Reader(tokenizer), Reader(tokenizer, "edit-plus")
+    designs = DesignMaker(run.seed + 1000 * rank, mix=mix)
+    edits = EditMaker(run.seed + 1000 * rank + 1, mix=edit_mix(mix))
+    found = []
+    for kind in kinds(chosen, run.large):
+        if kind.pictures:
+            replay = EditReplay(vae, editor, edits, kind.size, room(kind, chosen), kind.pictures)
+        else:
+            replay = Replay(vae, reader, designs, kind.size, room(kind, chosen))
+        found.append(Course(kind.name, replay, kind.share, kind.batch, kind.fresh))
+    return found
+
+
+def order(run: NanoRun, rank: int, chosen: Preset, step: int) -> FeedOrder:
+    """What the feeders of one trainer make; a resumed run must not make the same again."""
+    chosen_kinds = kinds(chosen, run.large)
+    return FeedOrder(
+        chosen_kinds,
+        str(run.tokenizer / "tokenizer.json"),
+        str(run.folder / "atlas.npz"),
+        seed=run.seed + 1000 * rank + 7919 * step,
+        workers=chosen.feeders,
+        chunk=min(128, *(room(kind, chosen) for kind in chosen_kinds)),
+        mix=Mix(hanzi=HANZI[0][1], concepts=run.concepts),
+    )
+
+
+def curriculum(kinds: Sequence[Course], trainer: Trainer, feed: Feed | None = None) -> None:
+    """More characters as the run goes on."""
+    hanzi = next(count for begin, count in reversed(HANZI) if trainer.progress >= begin)
+    if feed is not None:
+        feed.change(hanzi)
+        return
+    for course in kinds:
+        assert isinstance(course.replay, Replay)
+        maker = course.replay.maker
+        designs = maker.designs if isinstance(maker, EditMaker) else maker
+        if designs.mix.hanzi != hanzi:
+            designs.change(replace(designs.mix, hanzi=hanzi))
+
+
+def build(run: NanoRun, tokenizer: Tokenizer, vae: AutoencoderKLQwenImage) -> NanoNet:
+    """The network as a run begins it."""
+    torch.manual_seed(run.seed)
+    net = start(NanoNet(run.config()))
+    if not (run.folder / "checkpoint.pt").exists():  # else all of it is replaced at once
+        seed_embeddings(net, tokenizer, vae)
+        if run.warm:
+            continue_from(net, tokenizer, Path(run.warm))
+    if run.compiled and run.device != "cuda":
+        compile_blocks(net)
+    return net
+
+
+def join(rank: int, world: int, device: str) -> str:
+    """Meet the other processes; returns the device of this one."""
+    own = f"cuda:{rank}" if device == "cuda" else "cpu"
+    if device == "cuda":
+        torch.cuda.set_device(rank)
     if world > 1:
         address = f"tcp://127.0.0.1:{29500 + os.getppid() % 1000}"
-        dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
-    torch.manual_seed(run.seed)
-    reader = Reader(Tokenizer.from_file(str(run.tokenizer / "tokenizer.json")))
-    vae = load_vae(run.vae).bfloat16()  # twice as fast as autocast, and the latents are kept in 16 bits anyway
-    maker = SignMaker(seed=run.seed + 1000 * rank)
-    replays = [Replay(vae, reader, maker, size, run.capacity) for size in SIZES]
-    trainer = Trainer(start(NanoNet(NanoConfig())), Budget(minutes=run.minutes), run.folder, world, rank)
-    trainer.resume()
-    journal = run.folder / "log.jsonl"
+        backend = "nccl" if device == "cuda" else "gloo"
+        dist.init_process_group(backend, init_method=address, rank=rank, world_size=world)
+    return own
 
-    def log(line: str) -> None:
-        print(line, flush=True)
-        with journal.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
 
-    train(trainer, replays, log, run.seed)
+def work(rank: int, world: int, run: NanoRun) -> None:
+    """One process of stage 2."""
+    chosen = run.preset(world)
+    device = join(rank, world, run.device)
+    if rank == 0 and chosen.feeders:
+        kept_atlas(run.folder / "atlas.npz")
+    if world > 1:
+        dist.barrier()
+    step = seen_steps(run.folder)
+    feed = Feed(order(run, rank, chosen, step)) if chosen.feeders else None
+    try:
+        trainer, vae, tokenizer = prepared(run, chosen, world, rank, device)
+        kinds = feed.courses(vae, tokenizer, chosen) if feed else courses(run, vae, tokenizer, rank, chosen)
+        go(run, trainer, kinds, feed, vae)
+    finally:
+        if feed is not None:
+            feed.close()
     if world > 1:
         dist.destroy_process_group()
+
+
+def seen_steps(folder: Path) -> int:
+    """Steps of the checkpoint a run goes on from."""
+    path = folder / "checkpoint.pt"
+    return torch.load(path, weights_only=True, map_location="cpu")["clock"]["step"] if path.exists() else 0
+
+
+def prepared(
+    run: NanoRun, chosen: Preset, world: int, rank: int, device: str
+) -> tuple[Trainer, AutoencoderKLQwenImage, Tokenizer]:
+    """Trainer, autoencoder and tokenizer of one process on its device."""
+    torch.set_num_threads(1 if device == "cpu" else max(1, chosen.feeders))
+    tokenizer = Tokenizer.from_file(str(run.tokenizer / "tokenizer.json"))
+    vae = load_vae(run.vae)
+    net = build(run, tokenizer, vae)
+    torch.set_num_threads(1)
+    vae.bfloat16()  # twice as fast as autocast, and the latents are kept in 16 bits anyway
+    if device != "cpu":
+        prepare_for_gpu(net.to(device))
+        if run.compiled is not False:
+            compile_for_gpu()
+        vae.to(device)
+    budget: Budget = chosen.budget(run.minutes)
+    trainer = Trainer(net, budget, run.folder, world, rank, device)
+    trainer.until = run.until
+    trainer.resume()
+    return trainer, vae, tokenizer
+
+
+def go(run: NanoRun, trainer: Trainer, kinds: Sequence[Course], feed: Feed | None, vae: AutoencoderKLQwenImage) -> None:
+    """Train, tell, and draw sheets."""
+    asked = [trainer.clock.seen, trainer.clock.seconds]
+
+    def more() -> dict[str, float]:
+        if feed is None:
+            return {}
+        clock = trainer.clock
+        found = feed.figures((clock.seen - asked[0]) // trainer.world, clock.seconds - asked[1])
+        asked[:] = [clock.seen, clock.seconds]
+        return found
+
+    journal = Journal(run.folder, run.say, more)
+    watch = Watch(run.folder, kinds[0].replay.reader, vae, run.watch_minutes, journal.note, run.scorer)
+
+    def every(trainer: Trainer) -> None:
+        curriculum(kinds, trainer, feed)
+        watch(trainer)
+
+    if feed is not None:
+        journal.note(f"a first stock of designs after {feed.fill():.0f} s")
+    curriculum(kinds, trainer, feed)
+    train(trainer, kinds, journal, run.seed, every)
+    if run.slice_minutes and run.watch_minutes and trainer.rank == 0:
+        watch.look(trainer)

@@ -1,4 +1,4 @@
-"""How well a VAE redraws signs: the loss that trains it, its PSNR, and the statistics of its latents."""
+"""How well a VAE redraws designs: the loss that trains it, its PSNR, and the statistics of its latents."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from lanting.nn.vae import AutoencoderKLQwenImage
-from lanting.train.signs import SIZES, SignMaker, pixels
+from lanting.train.design import SQUARE, WIDE
+from lanting.train.draw import render
+from lanting.train.scraps import held_out_pictures, lettering
 
 
 def to_tensor(pictures: np.ndarray) -> Tensor:
@@ -35,19 +37,19 @@ def psnr(vae: AutoencoderKLQwenImage, pictures: list[Tensor]) -> float:
     return sum(values) / len(values)
 
 
-def held_out_signs(count: int, seed: int = 77) -> list[Tensor]:
-    """Pictures (1, 3, H, W) of signs with words that training never draws, half of them wide."""
-    maker, rng = SignMaker(seed, held_out=True), random.Random(seed)
-    return [to_tensor(pixels(maker.sample(rng, size=SIZES[i % 2]))[None]) for i in range(count)]
+def held_out_designs(count: int, seed: int = 77) -> list[Tensor]:
+    """Pictures (1, 3, H, W) in [-1, 1] of designs that training never draws, half of them wide."""
+    return [to_tensor(picture.numpy()) for picture in held_out_pictures(count, seed)]
 
 
 @torch.no_grad()
 def latent_statistics(vae: AutoencoderKLQwenImage, count: int, seed: int = 5) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each latent channel over training signs, both (z,)."""
-    maker, rng = SignMaker(seed), random.Random(seed)
+    """Mean and standard deviation of each latent channel over training designs, both (z,)."""
+    maker, rng = lettering(seed), random.Random(seed)
     rows = []
-    for _ in range(count):
-        mean = vae.encode(to_tensor(pixels(maker.sample(rng))[None]))[0]
+    for i in range(count):
+        picture = render([maker.sample(rng, (WIDE, SQUARE)[i % 2]).design])
+        mean = vae.encode(to_tensor(picture.numpy()))[0]
         rows.append(mean.flatten(2)[0].T)
     values = torch.cat(rows)  # (positions, z)
     return values.mean(0), values.std(0)

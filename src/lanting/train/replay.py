@@ -1,27 +1,37 @@
-"""Latent replay: signs are drawn and encoded once, then met several times with fresh noise.
+"""Latent replay: designs are drawn and encoded once, then met several times with fresh noise.
 
 Encoding a picture costs about a quarter of a training step on it, and the noise is different at every meeting, so
-reuse is nearly free variety. The buffer is a ring: old signs make room for new ones.
+reuse is nearly free variety. The buffer is a ring: old designs make room for new ones. Edits live in buffers of
+their own, with their references and what the vision tower sees of them.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 import torch
+from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from lanting.flow.latents import pack
+from lanting.nn.qwen_vl import picture_positions
 from lanting.nn.rope import Grid
 from lanting.nn.vae import AutoencoderKLQwenImage
-from lanting.text.templates import fill, load_template, opening
-from lanting.train.signs import Sign, SignMaker
+from lanting.specs.sizes import fit_area
+from lanting.text.pictures import PictureConfig, picture_patches, smart_resize
+from lanting.text.templates import IMAGE_PAD, fill, load_template, opening
+from lanting.train.design import TOKEN, Design, Placement, place
+from lanting.train.designs import DesignMaker
+from lanting.train.draw import render
+from lanting.train.edits import Edit, EditMaker
+from lanting.train.labels import label_grid, label_places
 
-TOKEN = 16  # pixels per token and side
+READER_AREA = 112 * 112  # square pixels of a reference as the vision tower sees it
 
 
 @dataclass(frozen=True)
@@ -30,82 +40,222 @@ class Batch:
 
     latents: Tensor  # (B, N, 64) normalised
     ids: Tensor  # (B, T) behind the prefix, right-padded
-    mask: Tensor  # (B, T) bool
-    labels: Tensor  # (B, N) character class per token, 0 = none
+    mask: Tensor | None  # (B, T) bool; None: no row is padded
+    what: Tensor  # (B, N, 2) digits of the label on each token, -1: do not ask
+    where: Tensor  # (B, T, 3) column, row and width class of each quoted character, -1: none
     grid: Grid
+    references: Tensor | None = None  # (B, k N, 64)
+    patches: Tensor | None = None  # (B, k, P, 1176)
+    patch_grid: tuple[int, int] = (0, 0)
+    positions: Tensor | None = None  # (3, B, T) of the tokens behind the prefix
+    image_token: int = -1
+
+    def to(self, device: torch.device | str) -> Batch:
+        moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
 
 
 class Reader:
-    """Prompts to token ids in the official template, with the constant prefix kept apart."""
+    """Prompts to token ids in an official template, with the constant prefix kept apart."""
 
     def __init__(self, tokenizer: Tokenizer, template: str = "text-to-image"):
         self.tokenizer, self.template = tokenizer, load_template(template)
         self.prefix: list[int] = tokenizer.encode(opening(self.template), add_special_tokens=False).ids
         self.pad = tokenizer.token_to_id("<|endoftext|>")
+        self.image_token: int = tokenizer.token_to_id(IMAGE_PAD) or 0
+        self.tail = len(self.template) - self.template.index("{prompt}") - len("{prompt}")
 
-    def ids(self, prompts: Sequence[str]) -> list[list[int]]:
-        whole = [fill(self.template, p) for p in prompts]
-        encoded = self.tokenizer.encode_batch(whole, add_special_tokens=False)
-        return [e.ids[len(self.prefix) :] for e in encoded]
+    def read(self, prompts: Sequence[str], pictures: Sequence[int] = ()) -> list[tuple[list[int], list[int]]]:
+        """For each prompt its ids behind the prefix, and for each id the index of its first character in the prompt
+        (negative before it)."""
+        whole = [fill(self.template, p, pictures) for p in prompts]
+        found = []
+        for prompt, text, e in zip(
+            prompts, whole, self.tokenizer.encode_batch(whole, add_special_tokens=False), strict=True
+        ):
+            first = len(text) - self.tail - len(prompt)
+            starts = [start - first for start, _ in e.offsets[len(self.prefix) :]]
+            found.append((e.ids[len(self.prefix) :], starts))
+        return found
 
-    def padded(self, rows: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
-        """(ids (B, T), mask (B, T))."""
+    def padded(self, rows: Sequence[list[int]]) -> tuple[Tensor, Tensor | None]:
+        """ids (B, T) and mask (B, T), None where all rows are equally long."""
         longest = max(map(len, rows))
         ids = torch.tensor([row + [self.pad] * (longest - len(row)) for row in rows])
         lengths = torch.tensor([len(row) for row in rows])
-        return ids, torch.arange(longest)[None] < lengths[:, None]
+        mask = torch.arange(longest)[None] < lengths[:, None]
+        return ids, None if bool(mask.all()) else mask
+
+
+@cache
+def statistics(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    return torch.tensor(mean, device=device).view(1, -1, 1, 1), torch.tensor(std, device=device).view(1, -1, 1, 1)
 
 
 @torch.no_grad()
-def encode_pictures(vae: AutoencoderKLQwenImage, pixels: np.ndarray) -> Tensor:
-    """uint8 (B, H, W, 3) -> packed, normalised latents (B, N, 64)."""
-    mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1)
-    std = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1)
-    x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
-    x = x.to(next(vae.parameters()).dtype, memory_format=torch.channels_last)
-    latents = torch.cat([vae.encode(part)[0].float() for part in x.split(16)])
+def encode_pictures(vae: AutoencoderKLQwenImage, pixels: Tensor, chunk: int = 16) -> Tensor:
+    """uint8 (B, H, W, 3) -> packed, normalised latents (B, N, 64) on the autoencoder's device."""
+    parameter = next(vae.parameters())
+    mean, std = statistics(vae.config.latents_mean, vae.config.latents_std, parameter.device)
+    x = pixels.to(parameter.device).permute(0, 3, 1, 2).float() / 127.5 - 1
+    x = x.to(parameter.dtype, memory_format=torch.channels_last)
+    latents = torch.cat([vae.encode(part)[0].float() for part in x.split(chunk)])
     return pack((latents - mean) / std)
 
 
+@dataclass
+class Item:
+    """One kept example."""
+
+    ids: list[int]
+    where: list[tuple[int, int, int, int]]  # token, column, row, width class
+
+
 class Replay:
-    """A ring of encoded signs of one canvas size."""
+    """A ring of encoded designs of one canvas size."""
+
+    pictures = 0
 
     def __init__(
         self,
         vae: AutoencoderKLQwenImage,
         reader: Reader,
-        maker: SignMaker,
+        maker: DesignMaker | EditMaker,
         size: tuple[int, int],
         capacity: int,
     ):
         self.vae, self.reader, self.maker, self.size, self.capacity = vae, reader, maker, size, capacity
         self.grid: Grid = (1, size[1] // TOKEN, size[0] // TOKEN)
-        tokens = self.grid[1] * self.grid[2]
-        self.latents = torch.zeros(capacity, tokens, 64, dtype=torch.float16)
-        self.labels = torch.zeros(capacity, tokens, dtype=torch.uint8)
-        self.rows: list[list[int]] = []
+        self.tokens = self.grid[1] * self.grid[2]
+        self.latents = torch.zeros(capacity, self.tokens * (1 + self.pictures), 64, dtype=torch.float16)
+        self.what = torch.zeros(capacity, self.tokens, 2, dtype=torch.uint8)
+        self.items: list[Item] = []
+        self.lengths = np.zeros(capacity, dtype=np.int16)  # of the prompts, in tokens
         self.next = 0
-        self.silent = reader.ids([" "])[0]
+        self.silent = Item(reader.read([" "], self.counts())[0][0], [])
+
+    def counts(self) -> list[int]:
+        """Tokens of each picture in the prompt."""
+        return []
 
     def add(self, count: int, rng: random.Random) -> None:
-        """Draw, encode and keep `count` new signs."""
-        signs: list[Sign] = [self.maker.sample(rng, size=self.size) for _ in range(count)]
-        pixels = np.stack([self.maker.pixels(s) for s in signs])
-        latents = encode_pictures(self.vae, pixels).half()
-        labels = torch.from_numpy(np.stack([self.maker.labels(s) for s in signs])).flatten(1)
-        for row, latent, label in zip(self.reader.ids([s.prompt for s in signs]), latents, labels, strict=True):
-            if len(self.rows) < self.capacity:
-                self.rows.append(row)
-            else:
-                self.rows[self.next] = row
-            self.latents[self.next], self.labels[self.next] = latent, label
+        """Draw, encode and keep `count` new designs."""
+        assert isinstance(self.maker, DesignMaker)
+        drawn = [self.maker.sample(rng, self.size) for _ in range(count)]
+        designs = [labelled.design for labelled in drawn]
+        placements = [place(d) for d in designs]
+        latents = encode_pictures(self.vae, render(designs, placements=placements)).half().cpu()
+        self.keep(latents, [d.prompt for d in drawn], designs, placements)
+
+    def keep(
+        self, latents: Tensor, prompts: Sequence[str], designs: Sequence[Design], placements: Sequence[Placement]
+    ) -> list[int]:
+        """Store examples; returns the slots they took."""
+        read = self.reader.read(prompts, self.counts())
+        slots = []
+        for i, (ids, starts) in enumerate(read):
+            item = Item(ids, label_places(designs[i], placements[i], prompts[i], starts))
+            slot = self.next
+            self.items[slot : slot + 1] = [item]
+            self.lengths[slot] = len(ids)
+            self.latents[slot] = latents[i]
+            self.what[slot] = torch.from_numpy(label_grid(designs[i], placements[i])).flatten(0, 1)
             self.next = (self.next + 1) % self.capacity
+            slots.append(slot)
+        return slots
 
     def draw(self, count: int, rng: random.Random, silence: float = 0.05) -> Batch:
-        """A random batch; `silence` is the share of prompts replaced by one space, for classifier-free guidance."""
-        chosen = [rng.randrange(len(self.rows)) for _ in range(count)]
-        quiet = torch.tensor([rng.random() < silence for _ in chosen])
-        rows = [self.silent if q else self.rows[i] for i, q in zip(chosen, quiet.tolist(), strict=True)]
-        ids, mask = self.reader.padded(rows)
-        labels = self.labels[chosen].long().masked_fill(quiet[:, None], -1)
-        return Batch(self.latents[chosen].float(), ids, mask, labels, self.grid)
+        """A random batch of prompts that are equally long, so that nothing is padded.
+
+        In a share `silence` of the batches every prompt is one space, for classifier-free guidance.
+        """
+        chosen = self.alike(count, rng)
+        quiet = rng.random() < silence
+        items = [self.silent if quiet else self.items[i] for i in chosen]
+        ids, mask = self.reader.padded([item.ids for item in items])
+        where = torch.full((*ids.shape, 3), -1)
+        spots = [(b, *spot) for b, item in enumerate(items) for spot in item.where]
+        if spots:
+            table = torch.tensor(spots)
+            where[table[:, 0], table[:, 1]] = table[:, 2:]
+        what = self.what[chosen].long()
+        if quiet:
+            what.fill_(-1)
+        latents = self.latents[chosen].float()
+        batch = Batch(latents[:, : self.tokens], ids, mask, what, where, self.grid)
+        return batch if not self.pictures else self.with_pictures(batch, latents, chosen)
+
+    def alike(self, count: int, rng: random.Random) -> list[int]:
+        """Slots whose prompts are all as long as that of one chosen at random; some may come twice.
+
+        Rare lengths, of fewer than half of `count` prompts, are passed over unless ten tries find no other.
+        """
+        lengths = self.lengths[: len(self.items)]
+        for _ in range(10):
+            same = np.flatnonzero(lengths == lengths[rng.randrange(len(lengths))])
+            if len(same) >= count / 2:
+                break
+        return [int(same[rng.randrange(len(same))]) for _ in range(count)]
+
+    def with_pictures(self, batch: Batch, latents: Tensor, chosen: Sequence[int]) -> Batch:
+        raise NotImplementedError
+
+
+class EditReplay(Replay):
+    """A ring of encoded edits with `pictures` references each."""
+
+    def __init__(
+        self,
+        vae: AutoencoderKLQwenImage,
+        reader: Reader,
+        maker: EditMaker,
+        size: tuple[int, int],
+        capacity: int,
+        pictures: int = 1,
+    ):
+        self.pictures = pictures  # the width of the ring depends on it
+        seen = smart_resize(*fit_area(READER_AREA, size[0] / size[1]), PictureConfig())
+        self.patch_grid = (seen[1] // 14, seen[0] // 14)
+        super().__init__(vae, reader, maker, size, capacity)
+        self.seen = torch.zeros(capacity, pictures, self.patch_grid[0] * self.patch_grid[1], 588, dtype=torch.float16)
+
+    def counts(self) -> list[int]:
+        return [self.patch_grid[0] * self.patch_grid[1] // 4] * self.pictures
+
+    def add(self, count: int, rng: random.Random) -> None:
+        """Draw, encode and keep `count` new edits."""
+        assert isinstance(self.maker, EditMaker)
+        edits: list[Edit] = [self.maker.sample(rng, self.size, pictures=self.pictures) for _ in range(count)]
+        targets = [e.target for e in edits]
+        whole = [*targets, *(e.sources[k] for k in range(self.pictures) for e in edits)]
+        pixels = render(whole)
+        latents = encode_pictures(self.vae, pixels).half().cpu().unflatten(0, (1 + self.pictures, count))
+        latents = latents.transpose(0, 1).flatten(1, 2)  # (count, (1 + k) N, 64)
+        slots = self.keep(latents, [e.instruction for e in edits], targets, [place(t) for t in targets])
+        references = pixels[count:].cpu().numpy()
+        for j, slot in enumerate(slots):
+            for k in range(self.pictures):
+                self.seen[slot, k] = patches_of(references[k * count + j])
+
+    def with_pictures(self, batch: Batch, latents: Tensor, chosen: Sequence[int]) -> Batch:
+        half = self.seen[chosen].float().unflatten(-1, (3, 1, 196))
+        patches = half.expand(-1, -1, -1, -1, 2, -1).flatten(3)  # (B, k, P, 1176)
+        cells = [(self.patch_grid[0] // 2, self.patch_grid[1] // 2)] * self.pictures
+        offset = len(self.reader.prefix)
+        rows = [picture_positions(row, self.reader.image_token, cells) + offset for row in batch.ids.tolist()]
+        return replace(
+            batch,
+            references=latents[:, self.tokens :],
+            patches=patches,
+            patch_grid=self.patch_grid,
+            positions=torch.stack(rows, 1),
+            image_token=self.reader.image_token,
+        )
+
+
+def patches_of(picture: np.ndarray) -> Tensor:
+    """What the vision tower sees of a reference (H, W, 3) uint8: (P, 588) float16, one of the two equal frames."""
+    image = Image.fromarray(picture)
+    small = image.resize(fit_area(READER_AREA, image.width / image.height), Image.Resampling.LANCZOS)
+    patches, _ = picture_patches(small)
+    return patches.unflatten(-1, (3, 2, 196))[:, :, 0].flatten(1).half()

@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from lanting.core.errors import RequestError
+from lanting.train.design import luminance
 from lanting.train.sign_texts import PUNCTUATION, TextMaker
 from lanting.train.wording import Wish, phrase
 
@@ -71,12 +72,6 @@ class Layout:
     cell: int
     origins: tuple[tuple[int, int], ...]
     frame: bool
-
-
-def luminance(color: str) -> float:
-    """Rec. 601 luma of a named colour, 0..255."""
-    red, green, blue = COLORS[color]
-    return 0.299 * red + 0.587 * green + 0.114 * blue
 
 
 def letters_for(ground: str) -> str:

@@ -4,8 +4,9 @@ Two stages. `train_vae` trains both halves, then measures the statistics of the 
 encoder: from there on the transformer may be trained. `finetune_decoder` goes on with the decoder alone, which
 no latent can notice. What made it work: fan-in initialisation with quiet residual branches (the default leaves
 12 dB after 90 s), Muon on the convolutions, a gradient term in the loss, and noise on the latents instead of a
-KL term. One process per core with averaged gradients: threads lose half their time on a busy machine. Rejected:
-an adversarial or perceptual loss, useless at 0.9 M parameters and for flat lettering.
+KL term. One process per core with averaged gradients: threads lose half their time on a busy machine. On a GPU one
+process takes large batches of what other processes make up. Rejected: an adversarial or perceptual loss, useless at
+0.9 M parameters and for flat lettering.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import random
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,16 +21,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lanting.nn.vae import AttentionBlock, AutoencoderKLQwenImage, ResidualBlock, VAEConfig
+from lanting.nn.vae import AttentionBlock, AutoencoderKLQwenImage, ResidualBlock, VAEConfig, to_image_weights
 from lanting.train.optim import Muon, average_gradients
-from lanting.train.redraw import held_out_signs, latent_statistics, psnr, reconstruction_loss, to_tensor
-from lanting.train.scraps import ScrapMaker
+from lanting.train.pieces import Scraps, scraps_for
+from lanting.train.redraw import held_out_designs, latent_statistics, psnr, reconstruction_loss, to_tensor
 
 WEIGHTS, DECODER, CONFIG = "vae.safetensors", "decoder_ft.safetensors", "config.json"
 CHECKPOINT, FROZEN = "train.pt", "ENCODER_FROZEN"
@@ -51,10 +52,14 @@ class VAERecipe:
     warmup_steps: int = 40
     processes: int = 2
     seed: int = 0
-    judged: int = 12  # held-out signs per log line
+    judged: int = 12  # held-out dedesigns per log line
     measured: int = 256  # signs behind the statistics of the latents
     log_every: float = 20.0
+    warm: str = ""  # model folder whose autoencoder is continued instead of random weights
     save_every: float = 60.0
+    device: str = "cpu"
+    feeders: int = 0  # processes that make up designs; 0: the trainer does it itself
+    until: float = float("inf")  # time.monotonic() at which this slice of the run ends
 
 
 def nano_config() -> VAEConfig:
@@ -86,7 +91,8 @@ def initialise(vae: AutoencoderKLQwenImage, seed: int) -> None:
 
 
 class VAETrainer:
-    """One stage of the training. `part` is "all" or "decoder"; `seconds` is the time of one core spent on steps."""
+    """One stage of the training. `part` is "all" or "decoder"; `seconds` is the time of one core spent on steps, on a
+    GPU the time on the clock."""
 
     def __init__(
         self, vae: AutoencoderKLQwenImage, recipe: VAERecipe, minutes: float, part: str, rank: int = 0
@@ -94,7 +100,9 @@ class VAETrainer:
         self.vae, self.recipe, self.minutes, self.part, self.rank = vae, recipe, minutes, part, rank
         self.step, self.seconds = 0, 0.0
         self.agreed = 0.0  # seconds as all processes last agreed on them: what the rate and the end go by
-        vae.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        self.device = torch.device(recipe.device)
+        self.ended = False  # whether the slice has, for any process
+        vae.to(self.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         vae.requires_grad_(part == "all")
         for module in (vae.decoder, vae.post_quant_conv):
             module.requires_grad_(True)
@@ -115,7 +123,7 @@ class VAETrainer:
 
     def train_step(self, wanted: Tensor) -> Tensor:
         """One update on pictures (B, 3, H, W) in [-1, 1]; returns the loss."""
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(self.device.type, dtype=torch.bfloat16):
             with torch.set_grad_enabled(self.part == "all"):
                 mean, logvar = (moment.float() for moment in self.vae.encode(wanted))
             drawn = self.vae.reconstruct(mean + self.recipe.noise * torch.randn_like(mean)).float()
@@ -136,28 +144,44 @@ class VAETrainer:
 
     def average(self) -> None:
         """Give all processes the mean of their gradients and of their clocks, so they also stop together."""
+        self.ended = time.monotonic() > self.recipe.until
         if self.recipe.processes == 1:
             return
         self.agreed = self.seconds = average_gradients(self.params, self.seconds, self.recipe.processes)
+        if self.recipe.until < float("inf"):
+            late = torch.tensor(float(self.ended))
+            dist.all_reduce(late, op=dist.ReduceOp.MAX)
+            self.ended = late.item() > 0
 
-    def next_batch(self, scraps: ScrapMaker) -> Tensor:
+    def next_batch(self, scraps: Scraps) -> Tensor:
         """Crops, or whole signs in `canvas_share` of the steps."""
         if scraps.rng.random() < self.recipe.canvas_share:
-            return to_tensor(scraps.canvases(self.recipe.canvas_batch))
-        return to_tensor(scraps.crops(self.recipe.batch, self.recipe.crop))
+            pictures = scraps.canvases(self.recipe.canvas_batch)
+        else:
+            pictures = scraps.crops(self.recipe.batch, self.recipe.crop)
+        return to_tensor(pictures) if isinstance(pictures, np.ndarray) else pictures
+
+    def watch(self) -> Callable[[], float]:
+        """The clock that counts."""
+        return time.process_time if self.device.type == "cpu" else time.monotonic
 
     def run(self, checkpoint: Path, log: Callable[[str], None]) -> None:
-        """Train until the budget is spent, saving to `checkpoint` every `save_every` seconds."""
+        """Train until the budget or the slice is spent, saving to `checkpoint` every `save_every` seconds."""
         seed = self.recipe.seed * 1_000_003 + self.step * self.recipe.processes + self.rank
         torch.manual_seed(seed)
-        scraps = ScrapMaker(random.Random(seed))
-        judged = held_out_signs(self.recipe.judged)
+        recipe, folder = self.recipe, checkpoint.parent
+        with scraps_for(recipe.feeders, recipe.crop, seed, folder, self.device) as scraps:
+            self.walk(scraps, checkpoint, log)
+
+    def walk(self, scraps: Scraps, checkpoint: Path, log: Callable[[str], None]) -> None:
+        """The loop of `run`."""
+        judged = [picture.to(self.device) for picture in held_out_designs(self.recipe.judged)]
         logged = saved = time.monotonic()
-        loss = torch.tensor(float("nan"))
-        while self.agreed < 60 * self.minutes:
-            started = time.process_time()
+        loss, watch = torch.tensor(float("nan")), self.watch()
+        while self.agreed < 60 * self.minutes and not self.ended:
+            started = watch()
             loss = self.train_step(self.next_batch(scraps))
-            self.seconds += time.process_time() - started
+            self.seconds += watch() - started
             if self.recipe.processes == 1:
                 self.agreed = self.seconds
             now = time.monotonic()
@@ -175,7 +199,7 @@ class VAETrainer:
 
     def report(self, loss: float, judged: list[Tensor]) -> str:
         clock = f"{self.seconds:.0f} s, step {self.step}, lr {self.rate():.1e}"
-        return f"vae {self.part}: {clock}, loss {loss:.4f}, held-out signs {psnr(self.vae, judged):.2f} dB"
+        return f"vae {self.part}: {clock}, loss {loss:.4f}, held-out designs {psnr(self.vae, judged):.2f} dB"
 
     def save(self, path: Path) -> None:
         """Everything a resumed run needs; a kill at any moment leaves the old or the new file whole."""
@@ -187,7 +211,7 @@ class VAETrainer:
         replace_file(path, lambda part: torch.save(state, part))
 
     def load(self, path: Path) -> None:
-        state = torch.load(path, weights_only=True)
+        state = torch.load(path, weights_only=True, map_location=self.device)
         self.vae.load_state_dict(state["vae"], strict=True)
         for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(kept)
@@ -231,14 +255,16 @@ def train_vae(
 ) -> AutoencoderKLQwenImage:
     """Train nano's VAE, freeze its encoder: `vae.safetensors`, `config.json`, `ENCODER_FROZEN` in `out`.
 
-    `minutes` count the time of one core, summed over resumed runs, so a busy machine trains longer but not less.
-    A finished folder is returned as it is.
+    `minutes` count the time of one core, summed over resumed runs, so a busy machine trains longer but not less; on a
+    GPU they are minutes. A finished folder is returned as it is. Where the slice ended first, nothing is frozen yet.
     """
     if resume and (out / FROZEN).exists():
         return load_vae(out)
     recipe = recipe or VAERecipe()
     trainer = _train_together(out, minutes, recipe, resume, log)
-    vae = trainer.vae
+    vae = trainer.vae.cpu()
+    if trainer.agreed < 60 * minutes:
+        return vae
     mean, std = latent_statistics(vae, recipe.measured)
     vae.config = replace(vae.config, latents_mean=tuple(mean.tolist()), latents_std=tuple(std.tolist()))
     save_vae(vae, out / WEIGHTS)
@@ -288,6 +314,9 @@ def _train_rank(rank: int, out: Path, minutes: float, recipe: VAERecipe, log: Ca
     torch.set_num_threads(1)
     vae = AutoencoderKLQwenImage(nano_config())
     initialise(vae, recipe.seed)
+    if recipe.warm:
+        vae.load_state_dict(to_image_weights(load_file(f"{recipe.warm}/vae/diffusion_pytorch_model.safetensors")))
+        vae.float()
     trainer = VAETrainer(vae, recipe, minutes, "all", rank)
     if (out / CHECKPOINT).exists():
         trainer.load(out / CHECKPOINT)

@@ -1,23 +1,27 @@
-"""The tokenizer of a tiny Qwen-Image model: the official format and specials, about a thousand entries.
+"""The tokenizer of a tiny Qwen-Image model: the official format and specials, a few thousand entries.
 
-A tiny model must spell, so text is bytes: there are no merges inside a word. Only the words of the sign
-prompts are whole tokens, and only behind a space, which is what the letters of a quoted text do not stand
-behind. Pipelines drop a fixed count of tokens in front of the prompt (34 for pictures from text, 64 for
-edits). Bytes would make those prefixes far longer, so most of each system message is one added token and
-just enough of its end stays bytes.
+A tiny model must spell, so text is bytes. A Chinese character and a Chinese mark are one token each, grown from
+their bytes; nothing ever merges across characters. Only the words of the prompts and the names of the pictograms
+are whole English tokens, and only behind a space, which is what the letters of a quoted text do not stand behind.
+Growing a word letter by letter makes its beginnings tokens too; they are most of the entries. Pipelines drop a
+fixed count of tokens in front of the prompt (34 for pictures from text, 64 for edits). Bytes would make those
+prefixes far longer, so most of each system message is one added token and just enough of its end stays bytes.
 Rejected: byte-pair merges learnt from text, as they hide the letters.
 """
 
 import json
 import re
+from functools import cache
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from lanting.train.signs import COLORS
-from lanting.train.wording import wording_words
+from lanting.train.assets import concepts, hanzi
+from lanting.train.wording import outside_quotes, wording_words
 
-VOCAB_SIZE = 1024  # rows of the embedding; the ids in use are fewer, the rest is room
+WHOLE_NAMES: int | None = None  # pictograms whose English names are whole tokens, commonest first; None: all
+ROUND = 64  # the embedding's rows are a multiple of this
+HANZI_MARKS = "，。！？、：；（）《》“”‘’「」￥"
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
     r"\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -34,10 +38,7 @@ MARKERS = (
     *("<tool_call>", "</tool_call>"),
     *(f"<|{name}|>" for name in ("fim_prefix", "fim_middle", "fim_suffix", "fim_pad", "repo_name", "file_sep")),
 )
-EDIT_WORDS = (
-    "add change color colour different from into it its keep make new no now of picture put remove replace "
-    "same to turn word words without"
-)
+PICTURES = tuple(f"Picture {number}: " for number in (1, 2, 3))  # how the edit template counts pictures
 _FRAME = "<|im_start|>system\n{}<|im_end|>\n<|im_start|>user\n"
 _DESCRIBE = (
     "Describe the image by detailing the color, shape, size, texture, quantity, text, spatial relationships "
@@ -52,8 +53,15 @@ PREFIXES = ((_FRAME.format(_DESCRIBE), 34), (_FRAME.format(_EDIT), 64))  # text,
 
 
 def template_words() -> list[str]:
-    """Every word that is one token behind a space, sorted."""
-    return sorted({*wording_words(), *COLORS, "grey", *EDIT_WORDS.split()})
+    """Every English word that is one token behind a space, sorted: those of the wording and of all pictograms."""
+    names = " ".join(concept.name_en.lower() for concept in concepts()[:WHOLE_NAMES])
+    return sorted({*wording_words(), *re.findall(r"(?<![a-z0-9])[a-z]+", names)})
+
+
+def characters() -> list[str]:
+    """The Chinese characters and marks that are one token, commonest first."""
+    names = (character for concept in concepts() for character in concept.name_zh if ord(character) > 0x2000)
+    return list(dict.fromkeys([*HANZI_MARKS, *hanzi().strip(), *names]))
 
 
 def byte_symbols() -> list[str]:
@@ -63,22 +71,41 @@ def byte_symbols() -> list[str]:
     return [chr(byte if byte in plain else next(spare)) for byte in range(256)]
 
 
-def _merges(words: list[str]) -> list[tuple[str, str]]:
-    """Merges that grow ` word` from its space, letter by letter: inside a word nothing ever merges."""
-    space = byte_symbols()[ord(" ")]
+def _merges(words: list[str], characters: list[str]) -> list[tuple[str, str]]:
+    """Merges that grow characters from their bytes, and ` word` from its space letter by letter.
+
+    Inside a word nothing ever merges: all beginnings hold the space.
+    """
+    symbols = byte_symbols()
+    space = symbols[ord(" ")]
     pairs: dict[tuple[str, str], None] = {(space, '"'): None}
-    for word in words:
-        grown = space
-        for letter in word:
-            pairs[grown, letter] = None
-            grown += letter
+    for unit in [*characters, *(" " + word for word in words)]:
+        first, *rest = (symbols[byte] for byte in unit.encode())
+        for symbol in rest:
+            pairs[first, symbol] = None
+            first += symbol
     return list(pairs)
+
+
+@cache
+def _vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """(ids, merges) of the byte pairs: bytes, then merges in their order."""
+    merges = _merges(template_words(), characters())
+    return {token: i for i, token in enumerate([*byte_symbols(), *(a + b for a, b in merges)])}, merges
+
+
+def vocabulary_size() -> int:
+    """Rows of the embedding: the number of entries, rounded up to a multiple of `ROUND`."""
+    used = len(_vocabulary()[0]) + len(SPECIALS) + len(MARKERS) + len(PICTURES) + 1 + len(PREFIXES)
+    return -(-used // ROUND) * ROUND
+
+
+VOCAB_SIZE = vocabulary_size()
 
 
 def make_tokenizer() -> Tokenizer:
     """The tokenizer in memory. Raises `ValueError` if it is too large or a prefix misses its length."""
-    merges = _merges(template_words())
-    vocab = {token: index for index, token in enumerate([*byte_symbols(), *(a + b for a, b in merges)])}
+    vocab, merges = _vocabulary()
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, fuse_unk=False, byte_fallback=False))
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -90,7 +117,7 @@ def make_tokenizer() -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in SPECIALS])
     heads = [_head(tokenizer, text, count) for text, count in PREFIXES]
-    plain = [*MARKERS, "assistant\n", *heads]
+    plain = [*MARKERS, "assistant\n", *heads, *PICTURES]
     tokenizer.add_tokens([AddedToken(text, normalized=False, special=False) for text in plain])
     counts = [len(tokenizer.encode(text, add_special_tokens=False)) for text, _ in PREFIXES]
     if tokenizer.get_vocab_size() > VOCAB_SIZE or counts != [count for _, count in PREFIXES]:
@@ -154,6 +181,14 @@ def _write(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def outside_quotes(prompt: str) -> list[str]:
-    """The lower-case words of a prompt that no quotation marks enclose."""
-    return re.findall(r"[a-z]+", re.sub(r'"[^"]*"', " ", prompt).lower())
+__all__ = [
+    "PREFIXES",
+    "SPECIALS",
+    "VOCAB_SIZE",
+    "build_tokenizer",
+    "byte_symbols",
+    "characters",
+    "make_tokenizer",
+    "outside_quotes",
+    "template_words",
+]

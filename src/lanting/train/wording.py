@@ -1,150 +1,134 @@
-"""How people ask for a sign: one wish, many sentences, from a vocabulary small enough to be one token a word.
+"""How people ask for a design: one design, many sentences, in English and Chinese.
 
-A sentence names what the wish states and leaves out the rest; the picture's rules fill it in (see `signs`).
-Rejected: writing the wish as keywords. A model trained on those draws nothing for a plain English request.
+A sentence names what `Said` states and leaves out the rest; the rules of the design fill it in. One skeleton in
+eight is reserved: only held-out prompts use it. Words outside quotes come from tables, so that the vocabulary can
+make each of them one token.
+Rejected: writing the wish as keywords. A model trained on those draws nothing for a plain request.
 """
+
+from __future__ import annotations
 
 import random
 import re
-from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING
 
-FACE_WORDS = {
-    "sans": ("sans", "sans", "sans-serif", "plain"),
-    "serif": ("serif", "serif", "typewriter"),
-    "handwritten": ("handwritten", "handwritten", "casual"),
-}
-FRAME_WORDS = ("frame", "frame", "border", "outline")
-SIGN_WORDS = ("sign", "sign", "sign", "board", "poster")
-LETTER_WORDS = ("letters", "letters", "text", "lettering")
-VIEWS = ("a picture", "an image", "a photo")
-JOINTS = (" in ", " in ", " with ")
-PLURAL_VERBS = ("saying", "reading", "that say")
-BACKGROUNDS = ("on {} background", "with {} background")
-VERBS = (
-    "that says",
-    "that says",
-    "that reads",
-    "saying",
-    "reading",
-    "with the text",
-    "with the word",
-    "with the words",
+from lanting.train import wording_edits, wording_en, wording_names, wording_zh
+from lanting.train.assets import concepts
+from lanting.train.wording_edits import instruct
+from lanting.train.wording_en import Facts, describe_en
+from lanting.train.wording_quotes import locate, outside_quotes, without_quotes
+from lanting.train.wording_signs import Wish, phrase
+from lanting.train.wording_zh import describe_zh
+
+if TYPE_CHECKING:
+    from lanting.train.design import Design, Said
+
+LANGUAGES = ("en", "zh")
+RESERVED = 8  # every so many-th skeleton is for held-out prompts only
+
+
+def describe(design: Design, said: Said, rng: random.Random, language: str, held_out: bool = False) -> str:
+    """One sentence for the design in `language` ("en" or "zh"); the same `rng` state gives the same sentence.
+
+    Lines are quoted from the top down. `held_out` uses only the skeletons that training never meets.
+    """
+    name = _name(design, language)
+    words, drawn = bool(design.lines), design.concept is not None
+    facts = Facts(
+        design=design,
+        name=name,
+        ground=said.ground,
+        texture=said.texture,
+        letters=said.letters and words,
+        face=said.face and words,
+        align=said.align and words,
+        place=said.place and (words or drawn),
+        border=said.border,
+        concept=drawn,
+    )
+    room = wording_zh if language == "zh" else wording_en
+    skeletons = _side_of_split(room.SKELETONS if words else room.WORDLESS, held_out)
+    if not words and not drawn:
+        skeletons = ()
+    tell = describe_zh if language == "zh" else describe_en
+    return tell(facts, skeletons, said.one_quote, rng)
+
+
+@cache
+def _side_of_split(skeletons: tuple[str, ...], held_out: bool) -> tuple[str, ...]:
+    return tuple(s for number, s in enumerate(skeletons) if (number % RESERVED == RESERVED - 2) == held_out)
+
+
+def _name(design: Design, language: str) -> str:
+    if design.concept is None:
+        return ""
+    concept = concepts()[design.concept]
+    return concept.name_zh if language == "zh" else concept.name_en
+
+
+def locate_concept(prompt: str, name: str) -> list[int]:
+    """Indices of the characters of a pictogram's name outside quotes, its plural ending included; [] if absent.
+
+    A name that is also a colour or a kind of picture (`orange`, `book`) is found where it is counted.
+    """
+    text = without_quotes(prompt)
+    if all(ord(character) < 0x2000 for character in name):
+        forms = sorted({name, wording_names.plural(name)}, key=len, reverse=True)
+        pattern = "(?<![A-Za-z])(?:" + "|".join(map(re.escape, forms)) + ")(?![A-Za-z])"
+        found = list(re.finditer(pattern, text, re.IGNORECASE))
+        counted = [m for m in found if _counted_en(text, m.start(), m.end())]
+    else:
+        found = list(re.finditer(re.escape(name), text))
+        counted = [m for m in found if text[: m.start()].endswith(("个", "只"))]
+    chosen = (counted or found or [None])[0]
+    return list(range(chosen.start(), chosen.end())) if chosen else []
+
+
+GROUND_WORDS = "background to gradient cover color colour striped dotted plain checked wavy paper"
+NOUNS = frozenset(
+    word
+    for group in (*wording_en.SCENES.values(), *wording_en.FACES.values(), wording_en.LETTERS, (GROUND_WORDS,))
+    for phrase_ in group
+    for word in phrase_.split()
 )
 
-TEMPLATES = (
-    "{sign} {verb} {quote}{in_letters}{frame}",
-    "{sign} {verb} {quote}{in_letters}{frame}",
-    "{sign} {verb} {quote}{comma_letters}{comma_frame}",
-    "{sign}{frame} {verb} {quote}{in_letters}",
-    "{sign}{in_letters}{frame} {verb} {quote}",
-    "{sign}{with_letters}{and_frame} {verb} {quote}",
-    "{sign}{with_letters} {quote}{and_frame}",
-    "{sign}{comma_letters}{comma_frame}, {quote}",
-    "{sign}{comma_frame}, {quote}{in_letters}",
-    "{sign}: {quote}{comma_letters}{comma_frame}",
-    "{sign} {quote}{in_letters}{frame}",
-    "{quote}{in_letters} on {sign}{frame}",
-    "the text {quote}{in_letters} on {sign}{frame}",
-    "{letters} {verb_letters} {quote} on {sign}{frame}",
-    "write {quote}{in_letters} on {sign}{frame}",
-    "{view} of {sign} {verb} {quote}{in_letters}{frame}",
-    "{view} of {sign}{with_letters}{and_frame} {verb} {quote}",
-)
+
+def _counted_en(text: str, start: int, end: int) -> bool:
+    """Whether a word stands as a counted thing: behind a number or an article, and not in front of a noun."""
+    before = re.search(r"(\w+)\s+$", text[:start])
+    after = re.match(r"\s+([a-z]+)", text[end:])
+    counted = start == 0 or (before is not None and before[1].lower() in ("a", "an", "the", "one", "two", "three"))
+    return counted and not (after and after[1] in NOUNS)
 
 
 def wording_words() -> set[str]:
-    """Every lower-case word a sentence can hold outside its quotes, colours left out."""
-    faces = (word for group in FACE_WORDS.values() for word in group)
-    groups = (
-        FRAME_WORDS,
-        SIGN_WORDS,
-        LETTER_WORDS,
-        VIEWS,
-        JOINTS,
-        PLURAL_VERBS,
-        BACKGROUNDS,
-        VERBS,
-        TEMPLATES,
-    )
-    text = " ".join([*faces, *(part for group in groups for part in group), "a an the and bold thin no"])
-    return set(re.findall(r"[a-z]+", re.sub(r"\{[a-z_]*\}", " ", text)))
+    """Every lower-case word that a sentence or an instruction can hold outside its quotes, names left out."""
+    words: set[str] = set()
+    for room in (wording_en, wording_edits, wording_names):
+        for key, table in vars(room).items():
+            if key.isupper() and key not in ("IRREGULAR", "UNCOUNTED"):
+                _collect(table, words)
+    return words | {"a", "an", "and", "icons", "symbols", "the", "with"}
 
 
-@dataclass(frozen=True)
-class Wish:
-    """What a sentence states. None is left unsaid. `one_quote` joins two lines into one quoted text."""
-
-    lines: tuple[str, ...]
-    one_quote: bool
-    ground: str | None
-    letters: str | None
-    face: str | None
-    frame: bool
+def _collect(table: object, words: set[str]) -> None:
+    """Add the words of a table, or of the values of a dictionary, without what stands in braces."""
+    if isinstance(table, str):
+        words.update(re.findall(r"[a-z]+", re.sub(r"\{[^}]*\}", " ", table)))
+    elif isinstance(table, dict | tuple):
+        for entry in table.values() if isinstance(table, dict) else table:
+            _collect(entry, words)
 
 
-def phrase(wish: Wish, rng: random.Random) -> str:
-    """One sentence for the wish; the same `rng` state gives the same sentence."""
-    described = _letters(wish, rng)
-    joint = rng.choice(JOINTS)
-    border = _frame(wish, rng)
-    text = rng.choice(TEMPLATES).format(
-        sign=_sign(wish, rng),
-        verb=rng.choice(VERBS),
-        verb_letters=rng.choice(PLURAL_VERBS),
-        view=rng.choice(VIEWS),
-        quote=_quote(wish, rng),
-        letters=described or rng.choice(LETTER_WORDS),
-        in_letters=joint + described if described else "",
-        with_letters=" with " + described if described else "",
-        comma_letters=", " + described if described else "",
-        frame=" with " + border if border else "",
-        and_frame=(" and " if described else " with ") + border if border else "",
-        comma_frame=rng.choice((", ", ", with ")) + border if border else "",
-    )
-    text = text[0].upper() + text[1:] if rng.random() < 0.4 and text[0] != '"' else text
-    return text + "." if rng.random() < 0.1 else text
-
-
-def _sign(wish: Wish, rng: random.Random) -> str:
-    """`a blue sign`, `sign on a blue background`, `a sign`, ..."""
-    noun = rng.choice(SIGN_WORDS)
-    if wish.ground is None:
-        return rng.choice(("a ", "a ", "the ", "")) + noun
-    ground = "grey" if wish.ground == "gray" and rng.random() < 0.3 else wish.ground
-    if rng.random() < 0.12:
-        return f"a {noun} " + rng.choice(BACKGROUNDS).format(_article(ground))
-    if rng.random() < 0.12:
-        return f"{ground} {noun}"
-    return (f"the {ground}" if rng.random() < 0.08 else _article(ground)) + f" {noun}"
-
-
-def _letters(wish: Wish, rng: random.Random) -> str:
-    """`bold serif white letters`, or nothing where neither colour nor face is stated."""
-    parts = []
-    if wish.letters:
-        parts.append("grey" if wish.letters == "gray" and rng.random() < 0.3 else wish.letters)
-    if wish.face:
-        parts.append(rng.choice(FACE_WORDS[wish.face]))
-    if not parts:
-        return ""
-    rng.shuffle(parts)
-    if rng.random() < 0.1:
-        parts.insert(0, "bold")
-    return " ".join([*parts, rng.choice(LETTER_WORDS)])
-
-
-def _frame(wish: Wish, rng: random.Random) -> str:
-    if not wish.frame:
-        return "no frame" if rng.random() < 0.05 else ""
-    noun = rng.choice(FRAME_WORDS)
-    return rng.choice((_article(noun), _article(noun), f"a thin {noun}"))
-
-
-def _article(noun: str) -> str:
-    return ("an " if noun[0] in "aeiou" else "a ") + noun
-
-
-def _quote(wish: Wish, rng: random.Random) -> str:
-    if wish.one_quote:
-        return '"' + " ".join(wish.lines) + '"'
-    return rng.choice((" and ", " and ", ", ", " ")).join(f'"{line}"' for line in wish.lines)
+__all__ = [
+    "LANGUAGES",
+    "Wish",
+    "describe",
+    "instruct",
+    "locate",
+    "locate_concept",
+    "outside_quotes",
+    "phrase",
+    "wording_words",
+]

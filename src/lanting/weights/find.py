@@ -13,6 +13,7 @@ from lanting.weights.checkpoint import Checkpoint, open_component, read_json
 from lanting.weights.home import REPO, downloaded, embedded_nano
 
 COMPONENTS = ("transformer", "vae", "text_encoder")
+LORAS = "lora"  # inside a model's folder: the LoRAs it brings, which may be called by name
 
 
 @dataclass(frozen=True)

@@ -7,21 +7,19 @@ them, and where a config says otherwise than its tensors, both are quoted. Used 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from lanting.core.errors import ModelError
 from lanting.specs import detect, get_spec, spec_names
 from lanting.weights.checkpoint import open_component, read_json
-from lanting.weights.find import COMPONENTS, disagreements
+from lanting.weights.find import COMPONENTS, LORAS, disagreements
 from lanting.weights.headers import TensorInfo, read_header
 from lanting.weights.home import REPO, downloaded, embedded_nano, lora_path, model_folder, read_marker, unfinished
-from lanting.weights.kinds import Kind, config_notes, guess_kind
+from lanting.weights.kinds import PICKLES, Kind, config_notes, guess_kind
 from lanting.weights.pull import gigabytes
-
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,12 +95,7 @@ def _describe_folder(folder: Path, name: str, release: str | None) -> Descriptio
                 "{folder} holds only pickled weights, which can run code: get the safetensors ones", folder=str(folder)
             )
         raise ModelError("{folder} holds no model: no model_index.json, no .safetensors", folder=str(folder))
-    parts, problems = [], []
-    for file in files:
-        try:
-            parts.append(_file_part(file))
-        except ModelError as error:
-            problems.append(str(error))
+    parts, problems = _files(files)
     return Description(name, folder, None, tuple(parts), _licence(folder), _source(folder), problems=tuple(problems))
 
 
@@ -110,12 +103,15 @@ def _describe_pipeline(folder: Path, name: str, release: str | None) -> Descript
     parts: list[Part] = []
     notes: list[str] = []
     problems: list[str] = []
-    others = sorted(path.parent.name for path in folder.glob("*/*.safetensors"))
+    others = sorted(path.parent.name for path in folder.glob("*/*.safetensors") if path.parent.name != LORAS)
     for component in dict.fromkeys((*COMPONENTS, *others)):
         part, told, wrong = _component(folder / component)
         parts += [part] if part is not None else []
         notes += told
         problems += wrong
+    more, broken = _files(sorted((folder / LORAS).glob("*.safetensors")))
+    parts += [replace(part, name=f"{LORAS}/{part.name}") for part in more]
+    problems += broken
     marker = read_marker(folder)
     try:
         found = _detect(folder, marker.repo if marker is not None else name)
@@ -154,6 +150,18 @@ def _describe_file(path: Path) -> Description:
             raise ModelError("{path} is a GGUF file, and this version reads safetensors: get that one", path=str(path))
     part = _file_part(path)
     return Description(path.name, path, part.kind.release, (part,))
+
+
+def _files(files: Iterable[Path]) -> tuple[list[Part], list[str]]:
+    """(what the readable ones are, what is wrong with the others)."""
+    parts: list[Part] = []
+    problems: list[str] = []
+    for file in files:
+        try:
+            parts.append(_file_part(file))
+        except ModelError as error:
+            problems.append(str(error))
+    return parts, problems
 
 
 def _file_part(path: Path) -> Part:

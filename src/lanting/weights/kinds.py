@@ -20,6 +20,7 @@ PREFIXES = (
     "vae.",
     "transformer.",
 )
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")  # endings of files that can run code when they are opened
 LORA = re.compile(r"(\.lora_(A|B|down|up|a|b)\b|lora_(down|up)\.weight|\.(hada|lokr)_w\d)")
 DOWN = re.compile(r"(lora_A|lora_down|lora_a)(\.|$)")
 SCALES = (".weight_scale", ".scale_weight", ".comfy_quant", ".weight_scale_2")

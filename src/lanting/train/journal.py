@@ -1,0 +1,103 @@
+"""What a run tells: an entry of figures every few seconds, kept in `log.jsonl` and said in words."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from lanting.train.loop import Trainer
+
+NAME = "log.jsonl"
+
+
+class Meter:
+    """Means and rates since the last entry of the log."""
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+        self.recent: list[dict[str, Tensor]] = []
+        self.seen, self.seconds = trainer.clock.seen, trainer.clock.seconds
+
+    def entry(self) -> dict[str, Any]:
+        """One line of the log, for people and plots alike; forgets what it was made of."""
+        clock, budget = self.trainer.clock, self.trainer.budget
+        gathered: dict[str, list[Tensor]] = {}
+        for figures in self.recent:
+            for key, value in figures.items():
+                gathered.setdefault(key, []).append(value)
+        means = {k: torch.stack(v).nanmean().item() for k, v in sorted(gathered.items())}
+        mean = {k: round(value, 3) for k, value in means.items() if not math.isnan(value)}
+        rate = (clock.seen - self.seen) / max(clock.seconds - self.seconds, 1e-9)
+        self.recent, self.seen, self.seconds = [], clock.seen, clock.seconds
+        return {
+            "step": clock.step,
+            "seen": clock.seen,
+            "seconds": round(clock.seconds),
+            "left": max(0, round(60 * budget.minutes - clock.seconds)),
+            "per_second": round(rate, 1),
+            "lr": round(budget.rate(clock.step - self.trainer.warm_from, clock.seconds), 6),
+            **mean,
+        }
+
+
+class Journal:
+    """Keeps every entry as one line of JSON and says it in words. The figures of `more()` join those of the loop."""
+
+    def __init__(self, folder: Path, say: Callable[[str], None], more: Callable[[], dict[str, float]] = dict):
+        self.path, self.say, self.more = folder / NAME, say, more
+
+    def __call__(self, entry: dict[str, Any]) -> None:
+        if "left" in entry:
+            entry = entry | self.more()
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        self.say(in_words(entry))
+
+    def note(self, words: str, **figures: Any) -> None:
+        """A remark, with figures that plots may want."""
+        self({"note": words, **figures})
+
+
+def in_words(entry: dict[str, Any]) -> str:
+    """An entry for people: how far, how fast, how well, how long still."""
+    if "note" in entry:
+        return str(entry["note"])
+    parts = [
+        f"{clock(entry['seconds'])} of {clock(entry['seconds'] + entry['left'])}",
+        f"step {entry['step']:,}",
+        f"{entry['seen']:,} designs, {entry['per_second']:,.0f}/s",
+    ]
+    for name, form in (("loss", "{:.3f}"), ("read", "{:.0%}"), ("placed", "{:.0%}")):
+        found = [value for key, value in entry.items() if key.endswith(" " + name)]
+        if found:
+            parts.append(f"{name} {form.format(sum(found) / len(found))}")
+    if "queue" in entry:
+        parts.append(f"queue {entry['queue']:.0%}, feeding {entry['feeding']:.0%}, each met {entry['reuse']:.0f}x")
+    return "  ".join(parts)
+
+
+def clock(seconds: float) -> str:
+    """Minutes and seconds: 5:07; with hours: 1:05:07."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def entries(path: Path) -> list[dict[str, Any]]:
+    """The entries of a log that are whole; a killed run may leave half a line, an older one lines of words."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(value, dict):
+            found.append(value)
+    return found

@@ -1,0 +1,65 @@
+"""What the helper heads are asked during training: what stands on each token, and where each quoted character goes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from lanting.train.atlas import alphabet, character_label
+from lanting.train.design import PICTOGRAM, UNIT, Design, Placement
+
+BASE = 76  # labels are two digits of this base: 1 + characters + pictograms stay below its square
+WHAT = (BASE, BASE)
+WHERE = (64, 32, 8)  # columns in units and rows in tokens, both from the middle of the canvas; width of the cell
+
+
+def label_grid(design: Design, placement: Placement) -> np.ndarray:
+    """The label on each token in two digits, zeros where nothing stands: (rows, columns, 2) uint8."""
+    wide, high = design.size[0] // UNIT, design.size[1] // UNIT
+    grid = np.zeros((high, wide), dtype=np.int64)  # by units first: two narrow letters share a token
+    for glyph in placement.glyphs:
+        grid[glyph.y : glyph.y + glyph.height, glyph.x : glyph.x + glyph.width] = character_label(glyph.character)
+    if placement.pictograms:
+        label = 1 + len(alphabet()) + (design.concept or 0)
+        for x, y in placement.pictograms:
+            grid[y : y + PICTOGRAM, x : x + PICTOGRAM] = label
+    tokens = grid[::2, ::2]
+    tokens = np.where(tokens > 0, tokens, grid[::2, 1::2])
+    return np.stack([tokens // BASE, tokens % BASE], -1).astype(np.uint8)
+
+
+def label_places(
+    design: Design, placement: Placement, prompt: str, starts: Sequence[int]
+) -> list[tuple[int, int, int, int]]:
+    """For each token that spells a character or names the pictogram: (token, column, row, width class).
+
+    `starts` holds the index in `prompt` of each token's first character.
+    """
+    from lanting.train.assets import concepts
+    from lanting.train.wording import locate, locate_concept
+
+    spots: dict[int, tuple[int, int, int]] = {}  # index in the prompt -> what is asked
+    middle_x, middle_y = design.size[0] // UNIT // 2, design.size[1] // UNIT // 2
+    try:
+        lines = locate(prompt, design.lines)
+    except ValueError:
+        lines = []
+    for glyph in placement.glyphs:
+        if lines and lines[glyph.line]:
+            spots[lines[glyph.line][glyph.index]] = (glyph.x, glyph.y, min(glyph.width, WHERE[2] - 1))
+    if design.concept is not None and placement.pictograms:
+        concept = concepts()[design.concept]
+        x, y = placement.pictograms[0]
+        for name in (concept.name_en, concept.name_zh):
+            for index in locate_concept(prompt, name)[:1]:
+                spots[index] = (x, y, WHERE[2] - 1)
+    found = []
+    for token, start in enumerate(starts):
+        key = start if start in spots else start + 1 if prompt[start : start + 1] == " " else -1
+        if start >= 0 and key in spots:
+            x, y, width = spots[key]
+            column = min(max(x - middle_x + WHERE[0] // 2, 0), WHERE[0] - 1)
+            row = min(max((y - middle_y) // 2 + WHERE[1] // 2, 0), WHERE[1] - 1)
+            found.append((token, column, row, width))
+    return found

@@ -1,0 +1,156 @@
+"""A run in a few small files, to go on with it on another machine.
+
+Rented GPUs come bare, for minutes, and give back little: files of 16 MB and no more than a handful. `pack` writes the
+average weights in bfloat16 first, then, while there is room, the weights as they are, then the optimizers. `unpack`
+makes a checkpoint of whatever was brought: without weights the run goes on from the average, without optimizers its
+rate warms up again.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lanting.core.errors import ModelError
+from lanting.train.journal import NAME as LOG
+from lanting.train.vae import CONFIG, FROZEN, WEIGHTS, replace_file
+
+FILE_LIMIT = 15_900_000  # bytes of tensors in one file: with its header below 16 MB
+TOTAL = 56_000_000  # bytes of everything
+RUN, VAE = "run.json", "vae.safetensors"
+EMA, STATE = "ema", "state"  # folders, and the beginnings of their files' names
+
+
+def write_parts(folder: Path, stem: str, tensors: Mapping[str, Tensor], limit: int = FILE_LIMIT) -> list[Path]:
+    """Tensors in as few files `stem-00001-of-00002.safetensors` as `limit` bytes each allow; older ones go."""
+    shares: list[dict[str, Tensor]] = [{}]
+    room = limit
+    for name, tensor in tensors.items():
+        size = tensor.numel() * tensor.element_size()
+        if size > room and shares[-1]:
+            shares.append({})
+            room = limit
+        shares[-1][name] = tensor.detach().cpu().contiguous()
+        room -= size
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{stem}-{i:05d}-of-{len(shares):05d}.safetensors" for i in range(1, len(shares) + 1)]
+    for path, share in zip(paths, shares, strict=True):
+        replace_file(path, lambda part, share=share: save_file(share, str(part), metadata={"format": "pt"}))
+    for old in set(folder.glob(f"{stem}-*.safetensors")) - set(paths):
+        old.unlink()
+    return paths
+
+
+def read_parts(folder: Path, stem: str) -> dict[str, Tensor]:
+    """All tensors of `write_parts`, {} where there are none. Raises ModelError where files are missing."""
+    paths = sorted(folder.glob(f"{stem}-*.safetensors"))
+    counts = {int(match[1]) for path in paths if (match := re.search(r"-of-(\d+)\.", path.name))}
+    if paths and counts != {len(paths)}:
+        raise ModelError(f"{folder} lacks some of the files {stem}-*.safetensors; bring all of them.")
+    tensors: dict[str, Tensor] = {}
+    for path in paths:
+        tensors |= load_file(str(path))
+    return tensors
+
+
+def pack(folder: Path, out: Path, most: int = TOTAL) -> list[Path]:
+    """Write what a run in `folder` needs to go on into `out`; returns the files. Raises ModelError for an empty run."""
+    if not (folder / "checkpoint.pt").is_file():
+        raise ModelError(f"{folder} holds no checkpoint yet; run 'lanting train nano' first.")
+    state = torch.load(folder / "checkpoint.pt", weights_only=True, map_location="cpu")
+    out.mkdir(parents=True, exist_ok=True)
+    files = [pack_vae(folder / "vae", out / VAE)]
+    if (folder / LOG).is_file():
+        replace_file(out / LOG, lambda part: shutil.copyfile(folder / LOG, part))
+        files.append(out / LOG)
+    average = {k: v.bfloat16() for k, v in state["average"].items()}
+    carried = {f"net.{k}": v.bfloat16() for k, v in state["net"].items()}
+    momenta = {
+        f"optimizer.{n}.{i}.{name}": value.float() if name == "step" else value.bfloat16()
+        for n, optimizer in enumerate(state["optimizers"])
+        for i, values in optimizer["state"].items()
+        for name, value in values.items()
+    }
+    left = most - sum(file.stat().st_size for file in files) - _size(average)
+    extra: dict[str, Tensor] = {}
+    for tensors in (carried, momenta):
+        if _size(tensors) > left:
+            break
+        extra |= tensors
+        left -= _size(tensors)
+    files += write_parts(out / EMA, EMA, average)
+    files += write_parts(out / STATE, STATE, extra) if extra else []
+    about = {"clock": state["clock"], "config": state["config"]}
+    replace_file(out / RUN, lambda part: part.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8"))
+    return [*files, out / RUN]
+
+
+def _size(tensors: Mapping[str, Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def pack_vae(folder: Path, path: Path) -> Path:
+    """The trained autoencoder as one file: its configuration and what froze it are in the file's header."""
+    words = {"config": (folder / CONFIG).read_text(), "frozen": (folder / FROZEN).read_text()}
+    tensors = load_file(str(folder / WEIGHTS))
+    replace_file(path, lambda part: save_file(tensors, str(part), metadata=words))
+    return path
+
+
+def unpack(source: Path, folder: Path) -> bool:
+    """Put what `pack` wrote where a run looks for it, unless that run has a checkpoint of its own; whether it did so.
+
+    Raises ModelError where `source` is no packed run.
+    """
+    if (folder / "checkpoint.pt").exists():
+        return False
+    if not (source / RUN).is_file():
+        raise ModelError(f"{source} holds no packed run ({RUN} is missing); give the folder that a slice wrote.")
+    about: dict[str, Any] = json.loads((source / RUN).read_text(encoding="utf-8"))
+    average = {k: v.float() for k, v in read_parts(source / EMA, EMA).items()}
+    extra = read_parts(source / STATE, STATE)
+    carried = {k.removeprefix("net."): v.float() for k, v in extra.items() if k.startswith("net.")}
+    state = {
+        "net": carried or {k: v.clone() for k, v in average.items()},
+        "average": average,
+        "optimizers": _optimizers(extra),
+        "clock": about["clock"],
+        "config": about["config"],
+    }
+    unpack_vae(source / VAE, folder / "vae")
+    if (source / LOG).is_file() and not (folder / LOG).exists():
+        shutil.copyfile(source / LOG, folder / LOG)
+    replace_file(folder / "checkpoint.pt", lambda part: torch.save(state, part))
+    return True
+
+
+def _optimizers(extra: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+    """States as `Optimizer.state_dict` has them, without groups; [] where none came along."""
+    found: dict[int, dict[int, dict[str, Tensor]]] = {}
+    for key, value in extra.items():
+        if key.startswith("optimizer."):
+            _, number, index, name = key.split(".")
+            found.setdefault(int(number), {}).setdefault(int(index), {})[name] = value.float()
+    return [{"state": found[number]} for number in sorted(found)]
+
+
+def unpack_vae(path: Path, folder: Path) -> None:
+    """Undo `pack_vae`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with safe_open(str(path), "pt") as file:
+        words = file.metadata()
+    replace_file(folder / WEIGHTS, lambda part: save_file(load_file(str(path)), str(part)))
+    for name, key in ((CONFIG, "config"), (FROZEN, "frozen")):
+        replace_file(folder / name, lambda part, key=key: part.write_text(words[key]))
+
+
+__all__ = ["pack", "pack_vae", "read_parts", "unpack", "unpack_vae", "write_parts"]

@@ -1,0 +1,116 @@
+"""What a run begins from: codes of glyphs and pictograms as embeddings, and the weights of an earlier model.
+
+A character's embedding starts as the principal components of its own latents. Drawing it is then one map for all
+characters, and a character met for the first time is already half drawn. The codes are trained on like any weight.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from lanting.nn.vae import AutoencoderKLQwenImage
+from lanting.train.atlas import LATIN, alphabet, default_atlas, hanzi_cell
+from lanting.train.model import NanoNet
+from lanting.train.replay import encode_pictures
+
+EVENNESS = 0.5  # 1: all components equally strong, 0: as strong as they are
+
+
+def principal_codes(rows: Tensor, width: int) -> Tensor:
+    """Rows (n, features) -> (n, width): leading principal components, evened out, turned at random, unit scale."""
+    centred = rows.double() - rows.double().mean(0)
+    u, s, _ = torch.linalg.svd(centred, full_matrices=False)
+    count = min(width, s.numel())
+    scores = u[:, :count] * s[:count] ** (1 - EVENNESS)
+    scores = scores / scores.square().mean().sqrt()
+    turn = torch.linalg.qr(torch.randn(width, width, generator=torch.Generator().manual_seed(0)).double())[0]
+    return (scores @ turn[:count]).float() * (count / width) ** 0.5
+
+
+@torch.no_grad()
+def glyph_codes(vae: AutoencoderKLQwenImage, width: int) -> tuple[str, Tensor]:
+    """(characters, (n, width)) of all Chinese characters and marks."""
+    characters = alphabet()[len(LATIN) :]
+    cells = np.stack([hanzi_cell("mono", c) for c in characters])  # (n, 32, 32)
+    pixels = torch.from_numpy(cells)[..., None].expand(-1, -1, -1, 3)
+    return characters, principal_codes(encode_pictures(vae, pixels, 256).flatten(1), width)
+
+
+@torch.no_grad()
+def pictogram_codes(vae: AutoencoderKLQwenImage, width: int) -> Tensor:
+    """(m, width) of all pictograms on grey."""
+    blocks = default_atlas().pictograms.float()  # (m, 64, 64, 4)
+    count = blocks.shape[0]
+    images = blocks.view(count, 8, 8, 8, 8, 4).transpose(2, 3).reshape(count, 64, 64, 4)
+    pixels = torch.lerp(torch.full_like(images[..., :3], 128.0), images[..., :3], images[..., 3:] / 255)
+    return principal_codes(encode_pictures(vae, pixels.to(torch.uint8), 64).flatten(1), width)
+
+
+@torch.no_grad()
+def seed_embeddings(net: NanoNet, tokenizer: Tokenizer, vae: AutoencoderKLQwenImage) -> int:
+    """Give characters and one-word concept names their codes, as strong as the other rows; returns how many."""
+    from lanting.train.assets import concepts
+
+    table = net.language.embed_tokens.weight
+    strength = table.square().mean().sqrt()
+    characters, codes = glyph_codes(vae, table.shape[1])
+    ids = [_only(tokenizer, c) for c in characters]
+    given = 0
+    for number, code in zip(ids, codes, strict=True):
+        if number is not None:
+            table[number] = code * strength
+            given += 1
+    for concept, code in zip(concepts(), pictogram_codes(vae, table.shape[1]), strict=True):
+        number = _only(tokenizer, " " + concept.name_en)
+        if number is not None:
+            table[number] = code * strength
+            given += 1
+    return given
+
+
+def _only(tokenizer: Tokenizer, text: str) -> int | None:
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    return ids[0] if len(ids) == 1 else None
+
+
+@torch.no_grad()
+def continue_from(net: NanoNet, tokenizer: Tokenizer, folder: Path) -> list[str]:
+    """Take over every tensor of an earlier nano that still has a place, and embeddings by their token.
+
+    Returns the names that found no place. Tensors of another shape are left as they are.
+    """
+    theirs = {f"transformer.{k}": v for k, v in load_file(folder / _TRANSFORMER).items()}
+    encoder = load_file(folder / "text_encoder" / "model.safetensors")
+    names = (("visual.", "visual."), ("model.", "language."))
+    for name, tensor in encoder.items():
+        theirs.update({ours + name.removeprefix(old): tensor for old, ours in names if name.startswith(old)})
+    old_table = theirs.pop("language.embed_tokens.weight")
+    own, lost = net.state_dict(), []
+    for name, tensor in theirs.items():
+        if name in own and own[name].shape == tensor.shape:
+            own[name].copy_(tensor)
+        else:
+            lost.append(name)
+    _carry_rows(net.language.embed_tokens.weight, tokenizer, old_table.float(), folder)
+    return lost
+
+
+_TRANSFORMER = Path("transformer") / "diffusion_pytorch_model.safetensors"
+
+
+def _carry_rows(table: Tensor, tokenizer: Tokenizer, old: Tensor, folder: Path) -> None:
+    vocabulary = json.loads((folder / "tokenizer" / "tokenizer.json").read_text())
+    before = dict(vocabulary["model"]["vocab"])
+    before.update({entry["content"]: entry["id"] for entry in vocabulary["added_tokens"]})
+    now = tokenizer.get_vocab(with_added_tokens=True)
+    pairs: Sequence[tuple[int, int]] = [(now[token], row) for token, row in before.items() if token in now]
+    mine, theirs = torch.tensor(pairs).T
+    table[mine] = old[theirs]

@@ -1,0 +1,107 @@
+"""A training run in miniature: a narrow network, an autoencoder that was never trained, a handful of designs."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tokenizers import Tokenizer
+
+from lanting.nn.vae import AutoencoderKLQwenImage
+from lanting.train.loop import Budget, Trainer, mean_gradients
+from lanting.train.model import NanoConfig, NanoNet, language_config, start, transformer_config
+from lanting.train.nano import NanoRun
+from lanting.train.replay import Batch
+from lanting.train.vae import CONFIG, FROZEN, WEIGHTS, initialise, nano_config, save_config, save_vae
+from lanting.train.vocabulary import VOCAB_SIZE, build_tokenizer, make_tokenizer
+
+WIDTH, LAYERS = 64, 1
+
+
+def small_vae(seed: int = 0) -> AutoencoderKLQwenImage:
+    vae = AutoencoderKLQwenImage(nano_config())
+    initialise(vae, seed)
+    return vae
+
+
+@cache
+def small_tokenizer() -> Tokenizer:
+    return make_tokenizer()
+
+
+def small_net(seed: int = 0) -> NanoNet:
+    torch.manual_seed(seed)
+    config = NanoConfig(transformer=transformer_config(WIDTH, LAYERS), language=language_config(VOCAB_SIZE))
+    return start(NanoNet(config))
+
+
+def small_run(folder: Path, **changes) -> NanoRun:
+    """Values under which a run takes seconds."""
+    values = {"vae_minutes": 0.0, "minutes": 0.02, "workers": 1, "capacity": 24, "width": WIDTH, "layers": LAYERS}
+    return NanoRun(folder, **{**values, "watch_minutes": 0.0, "device": "cpu", **changes})
+
+
+def begun(folder: Path, seconds: float = 0.0) -> Path:
+    """A run whose autoencoder is done and whose network has just begun, so that nothing needs to be seeded."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vae").mkdir()
+    vae = small_vae()
+    save_vae(vae, folder / "vae" / WEIGHTS)
+    save_config(vae.config, folder / "vae" / CONFIG)
+    (folder / "vae" / FROZEN).write_text("not trained\n")
+    build_tokenizer(folder / "tokenizer")
+    trainer = Trainer(small_net(), Budget(), folder)
+    trainer.clock.seconds = seconds
+    trainer.save()
+    return folder
+
+
+def union(seed: int = 0, count: int = 6) -> tuple[Batch, torch.Tensor, torch.Tensor]:
+    """A batch with its times and noise."""
+    torch.manual_seed(seed)
+    latents, ids = torch.randn(count, 6, 64), torch.randint(300, 900, (count, 5))
+    what, where = torch.randint(0, 70, (count, 6, 2)), torch.full((count, 5, 3), -1)
+    where[:, 2] = torch.tensor([3, 2, 1])
+    return Batch(latents, ids, None, what, where, (1, 2, 3)), torch.rand(count), torch.randn(count, 6, 64)
+
+
+def part_of(batch: Batch, rows: slice) -> Batch:
+    return Batch(batch.latents[rows], batch.ids[rows], None, batch.what[rows], batch.where[rows], batch.grid)
+
+
+def gradients(trainer: Trainer, rows: slice) -> None:
+    """The gradients of some rows of `union`, in the network."""
+    torch.nn.init.normal_(trainer.net.transformer.proj_out.weight, std=0.1, generator=torch.Generator().manual_seed(0))
+    batch, t, noise = union()
+    trainer.loss(part_of(batch, rows), [5, 6, 7], t[rows], noise[rows])[0].backward()
+
+
+def flat(trainer: Trainer) -> torch.Tensor:
+    """All gradients, zeros where nothing was seen of a weight."""
+    return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in trainer.net.parameters()])
+
+
+def one_of_two(rank: int, folder: Path) -> None:
+    """Half of the union in one process, averaged in both ways; the first keeps what came out."""
+    torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
+    found, agreed = [], 0.0
+    for _ in range(2):
+        trainer = Trainer(small_net(), Budget(), folder, world=2, rank=rank)
+        gradients(trainer, slice(3 * rank, 3 * rank + 3))
+        trainer.clock.seconds = 10.0 + 2 * rank
+        if found:
+            mean_gradients(list(trainer.net.parameters()), 2)  # the way of GPUs
+        else:
+            trainer.exchange()
+        found.append(flat(trainer))
+        agreed = max(agreed, trainer.agreed)
+    trainer.until = 1e12 if rank == 0 else 0.0  # the slice of the other is over
+    ended = trainer.out_of_time()
+    if rank == 0:
+        torch.save({"ways": found, "agreed": agreed, "ended": ended}, folder / "gradients.pt")
+    dist.destroy_process_group()

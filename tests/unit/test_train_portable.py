@@ -1,0 +1,143 @@
+"""A run that travels: small files, complete or not, and a run that goes on from them elsewhere."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lanting.core.errors import ModelError
+from lanting.train.journal import entries
+from lanting.train.loop import Budget, Trainer
+from lanting.train.nano import main, settled, vae_recipe
+from lanting.train.portable import EMA, STATE, pack, read_parts, unpack, write_parts
+from lanting.train.presets import on_gpu
+from lanting.train.vae import CHECKPOINT, FROZEN, VAERecipe, load_vae, train_vae
+from training import begun, gradients, small_net, small_run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run whose optimizers have moved once."""
+    folder = begun(tmp_path_factory.mktemp("run") / "nano")
+    trainer = Trainer(small_net(), Budget(lr=0.01, warmup_steps=1), folder)
+    gradients(trainer, slice(0, 2))
+    trainer.update()
+    trainer.clock.step, trainer.clock.seen, trainer.clock.seconds = 7, 99, 12.5
+    trainer.save()
+    (folder / "log.jsonl").write_text('{"note": "begun"}\n')
+    return folder
+
+
+def moved_to(folder, packed) -> Trainer:
+    assert unpack(packed, folder)
+    trainer = Trainer(small_net(seed=9), Budget(), folder)
+    assert trainer.resume()
+    return trainer
+
+
+def test_files_are_cut_to_size_and_read_back(tmp_path):
+    tensors = {f"part{i}": torch.randn(10, 10) for i in range(7)}
+    paths = write_parts(tmp_path, "x", tensors, limit=1000)
+    assert len(paths) == 4 and all(path.stat().st_size < 1400 for path in paths)
+    back = read_parts(tmp_path, "x")
+    assert all(torch.equal(back[name], tensors[name]) for name in tensors)
+    write_parts(tmp_path, "x", {"only": torch.zeros(3)})
+    assert set(read_parts(tmp_path, "x")) == {"only"}
+    write_parts(tmp_path, "x", tensors, limit=1000)[1].unlink()
+    with pytest.raises(ModelError, match="lacks"):
+        read_parts(tmp_path, "x")
+
+
+def test_a_run_goes_on_elsewhere_with_its_clock_and_momenta(run, tmp_path):
+    files = pack(run, tmp_path / "packed")
+    assert len(files) <= 8 and all(file.stat().st_size < 16e6 for file in files)
+    trainer = moved_to(tmp_path / "elsewhere", tmp_path / "packed")
+    assert (trainer.clock.step, trainer.clock.seen, trainer.agreed) == (7, 99, 12.5) and trainer.warm_from == 0
+    before = torch.load(run / "checkpoint.pt", weights_only=True)
+    for kept, now in ((before["net"], trainer.net.state_dict()), (before["average"], trainer.average)):
+        assert all(torch.equal(kept[name].bfloat16().float(), now[name]) for name in kept)
+    old = before["optimizers"][0]["state"]
+    new = trainer.optimizers[0].state_dict()["state"]
+    assert set(old) == set(new)
+    assert all(torch.allclose(old[i]["momentum"], new[i]["momentum"], rtol=0.01, atol=1e-6) for i in old)
+    gradients(trainer, slice(0, 2))
+    trainer.update()  # AdamW takes its states back too
+    assert entries(tmp_path / "elsewhere" / "log.jsonl") == [{"note": "begun"}]
+    ours, theirs = (load_vae(folder / "vae").state_dict() for folder in (run, tmp_path / "elsewhere"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_what_does_not_fit_stays_behind(run, tmp_path):
+    """The average always travels; without the rest a run goes on from it and warms up again."""
+    everything = sum(f.stat().st_size for f in pack(run, tmp_path / "all"))
+    net = sum(t.numel() * 2 for t in read_parts(tmp_path / "all" / EMA, EMA).values())
+    pack(run, tmp_path / "some", most=everything - 100_000)
+    assert not any(name.startswith("optimizer.") for name in read_parts(tmp_path / "some" / STATE, STATE))
+    files = pack(run, tmp_path / "least", most=net)
+    assert not (tmp_path / "least" / STATE).exists() and len(files) == 4
+    for packed in ("some", "least"):
+        trainer = moved_to(tmp_path / f"from {packed}", tmp_path / packed)
+        assert trainer.warm_from == 7 and trainer.clock.seconds == 12.5
+        assert trainer.budget.rate(7 - trainer.warm_from, 12.5) < trainer.budget.lr / 50
+    net_state = trainer.net.state_dict()
+    assert all(torch.equal(net_state[name], value) for name, value in trainer.average.items())
+
+
+def test_a_run_with_a_checkpoint_of_its_own_keeps_it(run, tmp_path):
+    pack(run, tmp_path / "packed")
+    begun(tmp_path / "own", seconds=77.0)
+    assert not unpack(tmp_path / "packed", tmp_path / "own")
+    assert torch.load(tmp_path / "own" / "checkpoint.pt", weights_only=True)["clock"]["seconds"] == 77.0
+
+
+def test_nothing_to_pack_or_unpack_is_a_sentence(tmp_path):
+    with pytest.raises(ModelError, match="no checkpoint"):
+        pack(tmp_path, tmp_path / "out")
+    with pytest.raises(ModelError, match="no packed run"):
+        unpack(tmp_path, tmp_path / "out")
+
+
+def test_the_average_can_be_opened_by_anyone(run, tmp_path):
+    pack(run, tmp_path)
+    (file,) = (tmp_path / EMA).glob("*.safetensors")
+    tensors = load_file(str(file))
+    assert {t.dtype for t in tensors.values()} == {torch.bfloat16}
+    assert {name.split(".")[0] for name in tensors} == {"language", "visual", "transformer", "what", "where"}
+
+
+def test_the_command_takes_up_a_slice_from_another_machine(run, tmp_path):
+    pack(run, tmp_path / "packed")
+    here = small_run(tmp_path / "here", resume_from=str(tmp_path / "packed"), minutes=0.0, slice_minutes=5.0)
+    model = main(replace(here, quiet=True))
+    assert (model / "model_index.json").is_file()
+    assert torch.load(tmp_path / "here" / "checkpoint.pt", weights_only=True)["clock"]["step"] == 7
+    assert (tmp_path / "here" / "portable" / "run.json").is_file()
+
+
+def test_a_slice_may_end_in_the_autoencoder(tmp_path, capsys):
+    quick = VAERecipe(batch=2, crop=32, canvas_share=0.0, processes=1, judged=1, until=time.monotonic())
+    train_vae(tmp_path / "vae", 60.0, recipe=quick, log=lambda line: None)
+    assert (tmp_path / "vae" / CHECKPOINT).exists() and not (tmp_path / "vae" / FROZEN).exists()
+    shutil.copytree(tmp_path / "vae", tmp_path / "run" / "vae")
+    run = small_run(tmp_path / "run", vae_minutes=60.0, slice_minutes=1.0, until=time.monotonic())
+    assert main(run) == tmp_path / "run"
+    assert "autoencoder is not finished" in capsys.readouterr().err
+
+
+def test_the_autoencoder_takes_large_batches_on_a_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr("lanting.train.nano.preset", lambda *_: on_gpu(79, 16))
+    small, large = (vae_recipe(replace(settled(small_run(tmp_path)), device=device)) for device in ("cpu", "cuda"))
+    assert (small.processes, small.feeders, small.batch) == (2, 0, VAERecipe().batch)
+    assert (large.processes, large.feeders, large.device) == (1, 14, "cuda") and large.batch > 40 * small.batch
+
+
+def test_the_autoencoder_fed_by_other_processes(tmp_path):
+    quick = VAERecipe(batch=4, crop=32, processes=1, judged=1, measured=2, feeders=1, canvas_batch=1, log_every=0.0)
+    told: list[str] = []
+    train_vae(tmp_path, 1e-4, recipe=quick, log=told.append)
+    assert (tmp_path / FROZEN).exists() and "dB" in told[-1]
