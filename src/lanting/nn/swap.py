@@ -7,7 +7,11 @@ from collections.abc import Callable
 from torch import nn
 
 
-def swap(root: nn.Module, kind: type[nn.Module], make: Callable[[str, nn.Module], nn.Module | None]) -> int:
+def swap(
+    root: nn.Module,
+    kind: type[nn.Module] | tuple[type[nn.Module], ...],
+    make: Callable[[str, nn.Module], nn.Module | None],
+) -> int:
     """Put `make(path, old)` where a `kind` was; None keeps the old one. Returns how many were replaced.
 
     Raises ValueError if `root` itself is of that kind: it has no parent to hang the new one on.

@@ -1,0 +1,320 @@
+"""Linears whose weights stay packed in memory and are expanded when they are used.
+
+A quantized Linear costs the memory of its packed form and, for the moment of one product, of one dense weight. All
+kinds share one seam, `dense`, so LoRA, merging and fused kernels need not know which kind they sit on. Buffers carry
+the names files use (`weight`, `weight_scale`, `bias`), so loading is assignment. A file's kinds:
+    Int8Linear  signed bytes, one scale per output channel, per group of inputs, or per block of both
+    Int4Linear  two values a byte, one scale per output channel and group of inputs
+    Fp8Linear   e4m3 or e5m2, bare or with scales
+    GgufLinear  any block type of GGUF, in the file's own bytes
+Rejected: int8 or fp8 matrix products here. They need scales of the activations too and pay only on some hardware, so
+they are kernels that replace a class as a whole, not the definition of the format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lanting.nn.rotate import rotate_blocks
+
+FP8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+GROUPS = (128, 64, 32, 16)  # inputs that share a scale of Int4Linear
+
+
+class PackedLinear(nn.Module):
+    """y = x W^T + b for a W that is stored in fewer bits.
+
+    Subclasses hold buffers and say in `values` what they mean. `rotate` is the block of the Hadamard rotation that
+    the stored weight went through (0: none); the inputs then go through it too.
+    """
+
+    kind = "packed"
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, rotate: int = 0):
+        super().__init__()
+        self.in_features, self.out_features, self.rotate = in_features, out_features, rotate
+        self.register_buffer("bias", torch.empty(out_features) if bias else None)
+
+    def values(self, dtype: torch.dtype, rows: Tensor | None = None) -> Tensor:
+        """The stored weight in `dtype`, as rotated as it is: (out, in), or (n, in) of the given rows (n,)."""
+        raise NotImplementedError
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The weight (out, in) that a plain Linear would have."""
+        stored = self.values(dtype)
+        return rotate_blocks(stored, self.rotate) if self.rotate else stored
+
+    def lookup(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        """Some rows of the weight: indices (...) -> (..., in)."""
+        found = self.values(dtype, rows.flatten())
+        found = rotate_blocks(found, self.rotate) if self.rotate else found
+        return found.view(*rows.shape, self.in_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = rotate_blocks(x, self.rotate) if self.rotate else x
+        return F.linear(x, self.values(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves to other devices, and keeps what is stored: a cast of packed weights or scales would spoil them."""
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(move, recurse)
+
+    def extra_repr(self) -> str:
+        rotated = f", rotated by {self.rotate}" if self.rotate else ""
+        return f"{self.in_features}, {self.out_features}, {self.kind}, bias={self.bias is not None}{rotated}"
+
+
+LINEARS: tuple[type[nn.Module], ...] = (nn.Linear, PackedLinear)
+"""What counts as a Linear for LoRA and whoever else swaps them."""
+
+
+class ScaledLinear(PackedLinear):
+    """One stored number per weight, times a scale that covers a tensor, a row, a group or a block of them.
+
+    `weight_scale` is () or (1,), (out,) or (out, 1), or (out / a, in / b) for blocks of a x b; None: no scale.
+    """
+
+    stored: torch.dtype
+    weight_scale: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        rotate: int = 0,
+        scale: tuple[int, ...] | None = (),
+    ):
+        super().__init__(in_features, out_features, bias, rotate)
+        check_scale(scale, out_features, in_features)
+        self.register_buffer("weight", torch.empty(out_features, in_features, dtype=self.stored))
+        self.register_buffer("weight_scale", None if scale is None else torch.empty(scale))
+
+    def numbers(self, dtype: torch.dtype, rows: Tensor | None) -> Tensor:
+        """The stored numbers as they are, in a tensor of their own."""
+        return (self.weight if rows is None else self.weight[rows]).to(dtype)
+
+    def values(self, dtype: torch.dtype, rows: Tensor | None = None) -> Tensor:
+        numbers, scale = self.numbers(dtype, rows), self.weight_scale
+        if scale is None:
+            return numbers
+        if scale.numel() == 1:  # two axes: a scalar would be rounded to `dtype` before the product
+            return numbers.mul_(scale.float().reshape(1, 1))
+        scale = scale[:, None] if scale.ndim == 1 else scale  # (out / a, in / b)
+        if rows is not None or scale.shape[0] != self.out_features:
+            every = self.out_features // scale.shape[0]
+            rows = torch.arange(self.out_features, device=scale.device) if rows is None else rows
+            scale = scale[rows // every]
+        numbers.unflatten(1, (scale.shape[1], -1)).mul_(scale.float()[:, :, None])
+        return numbers
+
+
+class Int8Linear(ScaledLinear):
+    """Signed bytes from -127 to 127."""
+
+    kind, stored = "int8", torch.int8
+
+    @classmethod
+    def from_dense(cls, weight: Tensor, bias: Tensor | None = None, *, group: int = 0, rotate: int = 0) -> Self:
+        """Round a weight (out, in) to the nearest, with a scale per row, or per `group` inputs of a row."""
+        made = empty(cls, weight, bias, rotate, scale=(weight.shape[0], weight.shape[1] // group if group else 1))
+        grouped = rotated(weight, rotate).unflatten(1, (-1, group or weight.shape[1]))  # (out, groups, g)
+        scale = positive(grouped.abs().amax(-1) / 127)
+        made.weight_scale = scale
+        made.weight = (grouped / scale[:, :, None]).round_().clamp_(-127, 127).to(torch.int8).flatten(1)
+        return made
+
+
+class Fp8Linear(ScaledLinear):
+    """8-bit floats. Where a device has none (Apple's GPUs) `weight` may hold their bytes and a table their values."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        kind: str = "e4m3",
+        scale: tuple[int, ...] | None = None,
+        rotate: int = 0,
+    ):
+        self.kind, self.stored = f"fp8 {kind}", FP8[kind]
+        super().__init__(in_features, out_features, bias, rotate, scale)
+
+    def numbers(self, dtype: torch.dtype, rows: Tensor | None) -> Tensor:
+        if self.weight.dtype != torch.uint8:
+            if rows is None:
+                return self.weight.to(dtype)
+            return self.weight.view(torch.uint8)[rows].view(self.stored).to(dtype)  # bytes: 8-bit floats can't gather
+        table = torch.arange(256, dtype=torch.uint8).view(self.stored).to(dtype).to(self.weight.device)
+        return table[(self.weight if rows is None else self.weight[rows]).int()]
+
+    @classmethod
+    def from_dense(
+        cls,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        kind: str = "e4m3",
+        scale: str | None = "channel",
+        rotate: int = 0,
+    ) -> Self:
+        """Round a weight (out, in); `scale` is "channel", "tensor", or None for a plain down-cast."""
+        shape = {"channel": (weight.shape[0], 1), "tensor": (), None: None}[scale]
+        made = empty(cls, weight, bias, rotate, kind=kind, scale=shape)
+        exact, most = rotated(weight, rotate), torch.finfo(FP8[kind]).max
+        if shape is not None:
+            peaks = exact.abs().amax(1, keepdim=True) if shape else exact.abs().amax()
+            made.weight_scale = positive(peaks / most)
+            exact = exact / made.weight_scale
+        made.weight = exact.clamp(-most, most).to(FP8[kind])
+        return made
+
+
+class Int4Linear(PackedLinear):
+    """Values from -8 to 7, stored with 8 added; a byte holds value i of a group's first half (low bits) and of its
+    second half (high bits), so both halves unpack to runs of neighbours.
+
+    weight (out, in / 2) uint8, weight_scale (out, in / group) bfloat16 or float16; scales may be negative.
+    """
+
+    kind = "int4"
+    weight_scale: Tensor
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, group: int = 64, rotate: int = 0):
+        super().__init__(in_features, out_features, bias, rotate)
+        if group % 2 or in_features % group:
+            raise ValueError(f"groups of {group} do not divide rows of {in_features} evenly")
+        self.group = group
+        self.register_buffer("weight", torch.empty(out_features, in_features // 2, dtype=torch.uint8))
+        self.register_buffer("weight_scale", torch.empty(out_features, in_features // group, dtype=torch.bfloat16))
+
+    def values(self, dtype: torch.dtype, rows: Tensor | None = None) -> Tensor:
+        packed, scale = self.weight, self.weight_scale
+        if rows is not None:
+            packed, scale = packed[rows], scale[rows]
+        packed = packed.unflatten(1, (-1, 1, self.group // 2))  # (out, groups, 1, g / 2)
+        numbers = torch.cat([packed & 15, packed >> 4], 2).to(dtype).sub_(8)  # (out, groups, 2, g / 2)
+        return numbers.mul_(scale.to(dtype)[:, :, None, None]).flatten(1)
+
+    @classmethod
+    def from_dense(
+        cls,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        group: int = 64,
+        rotate: int = 0,
+        scales: torch.dtype = torch.bfloat16,
+    ) -> Self:
+        """Round a weight (out, in), each group with the scale of `SHRINK` that errs least."""
+        made = empty(cls, weight, bias, rotate, group=group)
+        grouped = rotated(weight, rotate).unflatten(1, (-1, group))  # (out, groups, g)
+        scale = best_scale(grouped, scales)
+        codes = to_codes(grouped, scale).to(torch.uint8)
+        low, high = codes.chunk(2, -1)
+        made.weight, made.weight_scale = (low | high << 4).flatten(1), scale.to(scales)
+        return made
+
+
+SHRINK = (8.0, 7.5, 7.0, 8.5, 9.0)
+"""What the largest value of a group is divided by to get its scale: at 8 it is met exactly by the code -8; below,
+the other sign has room up to 7 too; above, it is clipped and the rest is finer."""
+
+
+def best_scale(grouped: Tensor, stored: torch.dtype) -> Tensor:
+    """The scale per group (out, groups), float32 but rounded as `stored`, with the least squared error."""
+    peak = grouped.gather(-1, grouped.abs().argmax(-1, keepdim=True)).squeeze(-1)  # with its sign
+    best, least = torch.ones_like(peak), torch.full_like(peak, torch.inf)
+    for divisor in SHRINK:
+        scale = (peak / -divisor).to(stored).float()
+        scale = torch.where(scale == 0, 1.0, scale)
+        error = (to_codes(grouped, scale).sub_(8).mul_(scale[:, :, None]) - grouped).square_().sum(-1)
+        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
+    return best
+
+
+def to_codes(grouped: Tensor, scale: Tensor) -> Tensor:
+    """0 to 15, as floats."""
+    return (grouped / scale[:, :, None]).round_().add_(8).clamp_(0, 15)
+
+
+class GgufLinear(PackedLinear):
+    """A weight in GGUF's bytes: `weight` is uint8 (out, bytes of one row) of the block type `kind` ("Q4_K")."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, kind: str = "Q8_0", row_bytes: int = 0):
+        super().__init__(in_features, out_features, bias)
+        self.kind = kind
+        self.register_buffer("weight", torch.empty(out_features, row_bytes, dtype=torch.uint8))
+
+    def values(self, dtype: torch.dtype, rows: Tensor | None = None) -> Tensor:
+        from lanting.nn.dequant import dequantize
+
+        return dequantize(self.weight if rows is None else self.weight[rows], self.kind, dtype)
+
+    @classmethod
+    def from_packed(cls, packed: Tensor, kind: str, in_features: int, bias: Tensor | None = None) -> Self:
+        """Around the bytes of a file (out, bytes of one row)."""
+        with torch.device("meta"):
+            made = cls(in_features, packed.shape[0], bias is not None, kind, packed.shape[1])
+        made.weight, made.bias = packed, bias
+        return made
+
+
+class PackedEmbedding(nn.Module):
+    """An embedding over a packed table: only the rows that are asked for are expanded."""
+
+    def __init__(self, table: PackedLinear, dtype: torch.dtype):
+        super().__init__()
+        self.table, self.dtype = table, dtype
+        self.num_embeddings, self.embedding_dim = table.out_features, table.in_features
+
+    @property
+    def weight(self) -> Tensor:
+        """The whole table (vocabulary, width), for a head that shares it."""
+        return self.table.dense(self.dtype)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.table.lookup(ids, self.dtype)
+
+
+def empty(cls: type[Any], weight: Tensor, bias: Tensor | None, rotate: int, **options: Any) -> Any:
+    """One of `cls` that fits a dense weight, still without contents but for the bias."""
+    with torch.device("meta"):
+        made = cls(weight.shape[1], weight.shape[0], bias is not None, rotate=rotate, **options)
+    made.bias = bias
+    return made
+
+
+def rotated(weight: Tensor, rotate: int) -> Tensor:
+    """The weight to be rounded, in float32."""
+    exact = weight.detach().float()
+    return rotate_blocks(exact, rotate) if rotate else exact
+
+
+def positive(scale: Tensor) -> Tensor:
+    """Rows of zeros get a scale of 1 instead of 0."""
+    return torch.where(scale > 0, scale, 1.0)
+
+
+def check_scale(scale: tuple[int, ...] | None, rows: int, columns: int) -> None:
+    """Raises ValueError for a scale that covers no (rows, columns)."""
+    if scale is None or scale in ((), (1,), (rows,)):
+        return
+    if len(scale) != 2 or 0 in scale or rows % scale[0] or columns % scale[1]:
+        raise ValueError(f"scales of shape {tuple(scale)} cover no weight of ({rows}, {columns})")
+
+
+def fitting_group(in_features: int, group: int) -> int:
+    """The largest group size up to `group` that divides a row; 0 where none does."""
+    return next((size for size in GROUPS if size <= group and in_features % size == 0), 0)
