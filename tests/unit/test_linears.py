@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -155,16 +157,26 @@ def test_groups_that_do_not_divide_are_refused():
 
 def test_rotation_is_its_own_inverse():
     x = torch.randn(5, 96, dtype=torch.float64)
-    assert largest_block(96) == 32
-    assert largest_block(3072) == 256
-    turned = rotate_blocks(x, 32)
+    assert [largest_block(n) for n in (96, 3072, 3420, 7)] == [16, 256, 4, 0]
+    turned = rotate_blocks(x, 16)
     assert not torch.allclose(turned, x)
-    torch.testing.assert_close(rotate_blocks(turned, 32), x)
+    torch.testing.assert_close(rotate_blocks(turned, 16), x)
     torch.testing.assert_close(hadamard(64) @ hadamard(64), torch.eye(64))
-    with pytest.raises(ValueError, match="power of two"):
-        hadamard(48)
+    for size in (2, 8, 48, 128):
+        with pytest.raises(ValueError, match="power of 4"):
+            hadamard(size)
     with pytest.raises(ValueError, match="do not divide"):
         rotate_blocks(x, 64)
+
+
+@pytest.mark.parametrize(
+    ("size", "digest"),
+    [(16, "9b46fb3c57a096bd"), (64, "42759176f7fc530e"), (256, "de75fba5a830070a")],
+)
+def test_rotation_is_the_one_of_convrot_files(size, digest):
+    """The pattern of signs that ComfyUI's kernels have, by its sha256; being orthogonal would not be enough."""
+    signs = (hadamard(size) * size**0.5).to(torch.int8).view(torch.uint8).flatten().tolist()
+    assert hashlib.sha256(bytes(signs)).hexdigest().startswith(digest)
 
 
 def test_swap_takes_every_linear():

@@ -1,13 +1,16 @@
 """Hadamard rotations in blocks: they spread an outlier over its neighbours, so that few bits suffice.
 
 An orthogonal matrix H with entries +-1/sqrt(n) turns the inputs and the weight's columns alike, and
-(x H)(W H)^T = x W^T: exact in arithmetic, better after rounding. Blocks of a power of two, because a whole row of
-3072 has no Sylvester matrix and a block is a small dense product on every device. Sylvester's matrix is symmetric,
-so it is its own inverse and the way back is the way there.
+(x H)(W H)^T = x W^T: exact in arithmetic, better after rounding. Blocks, because a whole row of 3072 has no matrix of
+this kind and a block is a small dense product on every device. The matrix is the regular one (all rows sum to the same:
+no output collects the mean of its block, as the first of Sylvester's does), and it is symmetric, so the way back is
+the way there. ComfyUI's `convrot` files are rotated by the same matrix.
 Source: "QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs" (Ashkboos et al., 2024).
 """
 
 from __future__ import annotations
+
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -15,14 +18,19 @@ from torch import Tensor
 LARGEST = 256  # a block beyond this costs more than the spreading gains
 
 
+@cache
 def hadamard(size: int, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> Tensor:
-    """The orthonormal Sylvester matrix (size, size); `size` is a power of two, else a ValueError."""
-    if size < 1 or size & (size - 1):
-        raise ValueError(f"a Hadamard block must be a power of two, not {size}")
-    matrix = torch.ones(1, 1)
+    """The regular orthonormal matrix (size, size): Kronecker powers of the one with -1 on its antidiagonal.
+
+    Raises ValueError unless `size` is a power of 4, at least 4.
+    """
+    if size < 4 or size & (size - 1) or size.bit_length() % 2 == 0:
+        raise ValueError(f"a block to rotate must be a power of 4, not {size}")
+    seed = 1 - 2 * torch.eye(4, device="cpu").flip(1)
+    matrix = seed
     while len(matrix) < size:
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    return (matrix / size**0.5).to(device=device, dtype=dtype)
+        matrix = torch.kron(matrix, seed)
+    return (matrix / size**0.5).to(device=device or "cpu", dtype=dtype)
 
 
 def rotate_blocks(x: Tensor, size: int) -> Tensor:
@@ -36,5 +44,5 @@ def rotate_blocks(x: Tensor, size: int) -> Tensor:
 
 
 def largest_block(features: int, most: int = LARGEST) -> int:
-    """The largest power of two that divides `features`, at most `most`; 1 where it is odd."""
-    return min(features & -features, most)
+    """The largest power of 4 that divides `features`, at most `most`; 0 where 4 does not."""
+    return next((size for size in (256, 64, 16, 4) if size <= most and features % size == 0), 0)
