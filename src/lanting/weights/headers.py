@@ -82,7 +82,7 @@ def read_metadata(path: Path | str) -> dict[str, str]:
     notes = _read_table(path)[0].get("__metadata__", {})
     if isinstance(notes, dict) and all(isinstance(value, str) for value in notes.values()):
         return notes
-    raise _damaged(path, "its notes are not a table of texts")
+    raise damaged(path, "its notes are not a table of texts")
 
 
 def _read_table(path: Path) -> tuple[dict[str, Any], int, int]:
@@ -95,9 +95,9 @@ def _read_table(path: Path) -> tuple[dict[str, Any], int, int]:
             if first == b"version ":  # "version https://git-lfs.github.com/spec/v1"
                 raise ModelError("{path} is a Git LFS pointer and not the weights: run git lfs pull", path=str(path))
             if len(first) < 8:
-                raise _damaged(path, f"it has only {size} bytes")
+                raise damaged(path, f"it has only {size} bytes")
             if length > min(LARGEST_HEADER, size - 8):
-                raise _damaged(path, f"its header claims {length:,} bytes and the file has {size:,}")
+                raise damaged(path, f"its header claims {length:,} bytes and the file has {size:,}")
             raw = file.read(length)
     except FileNotFoundError:
         raise ModelError("{path} does not exist", path=str(path)) from None
@@ -109,9 +109,9 @@ def _read_table(path: Path) -> tuple[dict[str, Any], int, int]:
         table = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_twins)
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
         reason = str(error) if isinstance(error, _TwinError) else "its header is not JSON"
-        raise _damaged(path, reason) from None
+        raise damaged(path, reason) from None
     if not isinstance(table, dict):
-        raise _damaged(path, "its header is not a table")
+        raise damaged(path, "its header is not a table")
     return table, 8 + length, size
 
 
@@ -129,20 +129,20 @@ def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _tensor(path: Path, name: str, entry: Any, begin: int, size: int) -> TensorInfo:
     """One checked entry; positions in the header count from the data's beginning."""
     if not isinstance(entry, Mapping) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise _damaged(path, f"the entry of {name} has not just dtype, shape and data_offsets")
+        raise damaged(path, f"the entry of {name} has not just dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in BITS:
-        raise _damaged(path, f"{name} has the unknown dtype {dtype!r}")
+        raise damaged(path, f"{name} has the unknown dtype {dtype!r}")
     if not _whole_numbers(shape) or math.prod(shape) > LARGEST_SIZE:
-        raise _damaged(path, f"{name} has no usable shape")
+        raise damaged(path, f"{name} has no usable shape")
     if not _whole_numbers(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise _damaged(path, f"{name} has no usable data_offsets")
+        raise damaged(path, f"{name} has no usable data_offsets")
     start, end = begin + offsets[0], begin + offsets[1]
     if end > size:
-        raise _damaged(path, f"{name} ends at byte {end:,} and the file at {size:,}, so it is cut short")
+        raise damaged(path, f"{name} ends at byte {end:,} and the file at {size:,}, so it is cut short")
     bits = math.prod(shape) * BITS[dtype]
     if bits != (end - start) * 8:
-        raise _damaged(path, f"{name} is {dtype} {tuple(shape)} and can't have {end - start:,} bytes")
+        raise damaged(path, f"{name} is {dtype} {tuple(shape)} and can't have {end - start:,} bytes")
     return TensorInfo(dtype, tuple(shape), start, end)
 
 
@@ -152,10 +152,10 @@ def _check_cover(path: Path, ordered: Mapping[str, TensorInfo], begin: int, size
     for name, info in ordered.items():
         if info.start != place:
             what = "overlaps another tensor" if info.start < place else "leaves a gap before it"
-            raise _damaged(path, f"{name} {what}")
+            raise damaged(path, f"{name} {what}")
         place = info.end
     if place != size:
-        raise _damaged(path, f"{size - place:,} bytes at its end belong to no tensor")
+        raise damaged(path, f"{size - place:,} bytes at its end belong to no tensor")
 
 
 def _whole_numbers(value: Any) -> bool:
@@ -164,5 +164,6 @@ def _whole_numbers(value: Any) -> bool:
     return all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n <= LARGEST_SIZE for n in value)
 
 
-def _damaged(path: Path, reason: str) -> ModelError:
+def damaged(path: Path, reason: str) -> ModelError:
+    """The sentence for a file that contradicts itself, to be raised by the caller."""
     return ModelError("{path} is damaged: {reason}; download it again", path=str(path), reason=reason)
