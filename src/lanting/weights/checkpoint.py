@@ -1,50 +1,105 @@
-"""One read-only view {name: tensor} over the safetensors files of a component, memory-mapped.
+"""One read-only view {name: tensor} over the weight files of a component, memory-mapped.
 
 Shards are found through their index and never counted; every header is validated before a byte is mapped, so a
 damaged, truncated or missing file is one sentence instead of a crash half way through 41 GB.
+
+Each tensor is a mapping of its own, made when it is asked for and gone when the last view of it is: reading one block
+of sixty, in any order and from any thread, touches that block's bytes and nothing else, and what has been copied
+elsewhere leaves no pages behind. Rejected: the safetensors library's handle, which maps a file as a whole and keeps
+all of it for as long as one tensor lives, and which knows no GGUF.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import mmap
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError, safe_open
-
 from lanting.core.errors import ModelError
-from lanting.weights.headers import TensorInfo, read_header
+from lanting.nn.blocks import TYPES
+from lanting.weights.headers import TensorInfo, read_file
 
 if TYPE_CHECKING:  # headers and configs are read without it: `lanting show` answers at once
     from torch import Tensor
 
 STEMS = ("diffusion_pytorch_model", "model")  # how diffusers and transformers name a component's weights
+TORCH = {  # what the formats call a type, and what torch does
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "I16": "int16",
+    "U16": "uint16",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I32": "int32",
+    "U32": "uint32",
+    "F32": "float32",
+    "C64": "complex64",
+    "F64": "float64",
+    "I64": "int64",
+    "U64": "uint64",
+}
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Tensors of one component. `where[name]` is the file that holds it, `infos[name]` its header entry."""
+    """Tensors of one component under our names. `where[name]` is the file that holds it, `infos[name]` its header
+    entry there; a GGUF entry has a block type for its dtype, and the shape that its values have."""
 
     label: str  # for messages: "transformer of DIR"
     where: Mapping[str, Path]
     infos: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str] = field(default_factory=dict[str, str])  # the files' own notes
 
     def names(self) -> tuple[str, ...]:
         return tuple(self.where)
 
-    def tensors(self, leave: tuple[str, ...] = ()) -> Iterator[tuple[str, Tensor]]:
-        """All (name, tensor), file by file; a tensor is a view of the mapped file until it is cast or moved.
-        Names that start with one of `leave` are passed over."""
-        for path in sorted(set(self.where.values())):
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """These tensors, as views of the mapped files; GGUF's packed ones as bytes, uint8 (rows, bytes of a row).
+
+        Writing to them changes this process's copy and never the file. Raises KeyError for a name that is not here.
+        """
+        found: dict[str, Tensor] = {}
+        for name in names:
             try:
-                with safe_open(str(path), framework="pt") as handle:
-                    for name in sorted(n for n, p in self.where.items() if p == path and not n.startswith(leave)):
-                        yield name, handle.get_tensor(name)
-            except (SafetensorError, OSError) as error:
-                raise ModelError(f"{path} can't be read ({error}); download it again.") from None
+                found[name] = map_tensor(self.where[name], self.infos[name])
+            except OSError as error:
+                raise ModelError(f"{self.where[name]} can't be read ({error}); download it again.") from None
+        return found
+
+    def raw(self, name: str, most: int = 1 << 20) -> bytes:
+        """A small tensor's bytes, without torch. Raises ModelError above `most` bytes."""
+        info, path = self.infos[name], self.where[name]
+        if info.size > most:
+            raise ModelError(f"{path} has {info.size} bytes in {name}, where a short note belongs; download it again.")
+        with path.open("rb") as file:
+            file.seek(info.start)
+            return file.read(info.size)
+
+    def tensors(self, leave: tuple[str, ...] = ()) -> Iterator[tuple[str, Tensor]]:
+        """All (name, tensor) in the order of their bytes, file by file; a tensor is a view of the mapped file until
+        it is cast or moved. Names that start with one of `leave` are passed over."""
+        for name in sorted(self.where, key=lambda name: (self.where[name], self.infos[name].start)):
+            if not name.startswith(leave):
+                yield name, self.read([name])[name]
+
+    def renamed(self, names: Mapping[str, str], label: str = "") -> Checkpoint:
+        """The same tensors under other names: ours -> what they are called here. Others are left out."""
+        return replace(
+            self,
+            label=label or self.label,
+            where={new: self.where[old] for new, old in names.items()},
+            infos={new: self.infos[old] for new, old in names.items()},
+        )
 
     def bytes(self) -> int:
         return sum(info.end - info.start for info in self.infos.values())
@@ -61,6 +116,32 @@ class Checkpoint:
                 file.seek(max(0, size // 2))
                 digest.update(file.read(1 << 16))
         return digest.hexdigest()
+
+
+def map_tensor(path: Path, info: TensorInfo) -> Tensor:
+    """One tensor of a file as a private mapping (changes stay in this process).
+
+    Its place was checked against the file's size when the header was read; a file that has shrunk since is an OSError.
+    """
+    import torch
+
+    block = TYPES.get(info.dtype)
+    packed = block is not None and block.packed
+    shape = (info.count // info.shape[-1], block.row_bytes(info.shape[-1])) if block and packed else info.shape
+    if not packed and info.dtype not in TORCH:
+        raise ModelError(f"{path} stores numbers as {info.dtype}, which this version can't read.")
+    dtype: torch.dtype = torch.uint8 if packed else getattr(torch, TORCH[info.dtype])
+    if info.size == 0:
+        return torch.empty(shape, dtype=dtype)
+    begin = info.start // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+    with path.open("rb") as file:
+        if info.end > file.seek(0, 2):
+            raise OSError("it is shorter than when it was opened")
+        view = mmap.mmap(file.fileno(), info.end - begin, access=mmap.ACCESS_COPY, offset=begin)
+    place = info.start - begin
+    if place % dtype.itemsize:  # not where such a number may begin: some writers align nothing
+        return torch.frombuffer(bytearray(view[place:]), dtype=dtype).view(shape)
+    return torch.frombuffer(view, dtype=dtype, offset=place).view(shape)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -88,8 +169,8 @@ def open_component(folder: Path) -> Checkpoint:
             return from_index(label, index)
         single = folder / f"{stem}.safetensors"
         if single.is_file():
-            infos = read_header(single)
-            return Checkpoint(label, dict.fromkeys(infos, single), infos)
+            infos, metadata = read_file(single)
+            return Checkpoint(label, dict.fromkeys(infos, single), infos, metadata)
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
         raise ModelError(f"{folder} holds pickled weights, which can run code; get the safetensors files instead.")
     raise ModelError(f"{folder} holds no safetensors weights; the model folder is incomplete, download it again.")
@@ -103,6 +184,7 @@ def from_index(label: str, index: Path) -> Checkpoint:
     where: dict[str, Path] = {}
     infos: dict[str, TensorInfo] = {}
     headers: dict[str, Mapping[str, TensorInfo]] = {}
+    metadata: dict[str, str] = {}
     for name, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file:
             raise ModelError(f"{index} points outside its folder ({file!r}); don't use this model.")
@@ -110,8 +192,9 @@ def from_index(label: str, index: Path) -> Checkpoint:
             path = index.with_name(file)
             if not path.is_file():
                 raise ModelError(f"{path} is missing: the index names it as a shard; download it again.")
-            headers[file] = read_header(path)
+            headers[file], notes = read_file(path)
+            metadata |= notes
         if name not in headers[file]:
             raise ModelError(f"{index.with_name(file)} lacks the tensor {name} that its index promises.")
         where[name], infos[name] = index.with_name(file), headers[file][name]
-    return Checkpoint(label, where, infos)
+    return Checkpoint(label, where, infos, metadata)

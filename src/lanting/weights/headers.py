@@ -65,21 +65,30 @@ class TensorInfo:
         return self.end - self.start
 
 
-def read_header(path: Path | str) -> dict[str, TensorInfo]:
-    """Every tensor of a safetensors file in the order of its bytes; a ModelError says what is wrong."""
+def read_file(path: Path | str) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """Every tensor of a safetensors file in the order of its bytes, and the file's own notes (`__metadata__`, empty
+    where it has none). A ModelError says what is wrong."""
     path = Path(path)
     table, begin, size = _read_table(path)
-    table.pop("__metadata__", None)
+    notes = _notes(path, table.pop("__metadata__", {}))
     found = {name: _tensor(path, name, entry, begin, size) for name, entry in table.items()}
     ordered = dict(sorted(found.items(), key=lambda item: (item[1].start, item[1].end)))
     _check_cover(path, ordered, begin, size)
-    return ordered
+    return ordered, notes
+
+
+def read_header(path: Path | str) -> dict[str, TensorInfo]:
+    """The tensors of `read_file` alone."""
+    return read_file(path)[0]
 
 
 def read_metadata(path: Path | str) -> dict[str, str]:
-    """The file's own notes (`__metadata__`), empty where it has none."""
+    """The notes of `read_file` alone; the tensors are not looked at."""
     path = Path(path)
-    notes = _read_table(path)[0].get("__metadata__", {})
+    return _notes(path, _read_table(path)[0].get("__metadata__", {}))
+
+
+def _notes(path: Path, notes: Any) -> dict[str, str]:
     if isinstance(notes, dict) and all(isinstance(value, str) for value in notes.values()):
         return notes
     raise damaged(path, "its notes are not a table of texts")
