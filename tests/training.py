@@ -65,11 +65,13 @@ def union(seed: int = 0, count: int = 6) -> tuple[Batch, torch.Tensor, torch.Ten
     latents, ids = torch.randn(count, 6, 64), torch.randint(300, 900, (count, 5))
     what, where = torch.randint(0, 70, (count, 6, 2)), torch.full((count, 5, 3), -1)
     where[:, 2] = torch.tensor([3, 2, 1])
-    return Batch(latents, ids, None, what, where, (1, 2, 3)), torch.rand(count), torch.randn(count, 6, 64)
+    ink = torch.randint(0, 256, (count, 6, 64), dtype=torch.uint8)
+    return Batch(latents, ids, None, what, where, ink, (1, 2, 3)), torch.rand(count), torch.randn(count, 6, 64)
 
 
 def part_of(batch: Batch, rows: slice) -> Batch:
-    return Batch(batch.latents[rows], batch.ids[rows], None, batch.what[rows], batch.where[rows], batch.grid)
+    what, where, ink = batch.what[rows], batch.where[rows], batch.ink[rows]
+    return Batch(batch.latents[rows], batch.ids[rows], None, what, where, ink, batch.grid)
 
 
 def gradients(trainer: Trainer, rows: slice) -> None:

@@ -20,9 +20,10 @@ from lanting.nn.mmdit import Attend
 from lanting.nn.qwen_language import Attend as CausalAttend
 from lanting.train.design import WIDE
 from lanting.train.designs import DesignMaker
+from lanting.train.draw import INK
 from lanting.train.export import export_nano
 from lanting.train.journal import Journal, Meter, clock, entries, in_words
-from lanting.train.labels import WHAT, WHERE
+from lanting.train.labels import SHAPE, WHAT, WHERE
 from lanting.train.loop import Budget, Trainer, make_smaller
 from lanting.train.model import NanoConfig, NanoNet, PlainAttend, PlainCausalAttend, matrices, start
 from lanting.train.nano import NanoRun, cost, courses, curriculum, main, settled, train_transformer
@@ -48,7 +49,8 @@ def a_batch(count: int = 2) -> Batch:
     what = torch.randint(0, WHAT[0], (count, 6, 2), generator=generator)
     where = torch.full((count, 5, 3), -1)
     where[:, 2] = torch.tensor([3, 2, 1])
-    return Batch(torch.randn(count, 6, 64, generator=generator), ids, None, what, where, (1, 2, 3))
+    ink = torch.randint(0, 256, (count, 6, 64), generator=generator, dtype=torch.uint8)
+    return Batch(torch.randn(count, 6, 64, generator=generator), ids, None, what, where, ink, (1, 2, 3))
 
 
 def test_newton_schulz_makes_all_singular_values_near_one():
@@ -88,10 +90,11 @@ def test_a_fresh_network_predicts_no_change_and_every_matrix_has_one_optimizer()
     assert len(muon) + len(adam) == len(list(net.parameters()))
     with torch.no_grad():
         batch = a_batch()
-        velocity, what, where = net(batch.latents, torch.rand(2), torch.ones(1, 4, dtype=torch.long), batch)
+        velocity, said = net(batch.latents, torch.rand(2), torch.ones(1, 4, dtype=torch.long), batch)
     assert velocity.abs().max() == 0
-    assert [logits.shape for logits in what] == [(2, 6, classes) for classes in WHAT]
-    assert [logits.shape for logits in where] == [(2, 5, classes) for classes in WHERE]
+    assert [logits.shape for logits in said.what] == [(2, 6, classes) for classes in WHAT]
+    assert [logits.shape for logits in said.where] == [(2, 5, classes) for classes in WHERE]
+    assert said.ink.shape == (2, 6, INK * INK) and said.read.shape == said.text.shape == (2, 5, SHAPE)
 
 
 def test_the_learning_rate_warms_up_stays_and_decays():
@@ -227,7 +230,7 @@ def test_the_curriculum_grows(tmp_path):
     begun(tmp_path / "run")
     found = courses(small_run(tmp_path / "run"), load_vae(tmp_path / "run" / "vae"), small_tokenizer(), 0)
     trainer = Trainer(small_net(), Budget(minutes=10), tmp_path)
-    for seconds, hanzi in ((0, 800), (60, 2000), (600, 3500)):
+    for seconds, hanzi in ((0, 1200), (60, 3500), (600, 3500)):
         trainer.agreed = float(seconds)
         curriculum(found, trainer)
         makers = [c.replay.maker for c in found]  # type: ignore[union-attr]

@@ -8,10 +8,11 @@ of its pictures.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lanting.train.atlas import Atlas, default_atlas
@@ -20,6 +21,7 @@ from lanting.train.design import COLORS, TOKEN, UNIT, Design, Placement, place
 from lanting.train.strips import STRIP, Placed, Sheet, placed, send
 
 CPU = torch.device("cpu")
+INK = TOKEN // 2  # squares of 2 x 2 pixels along a token
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,23 @@ def paint(plan: Plan, atlas: Atlas) -> Tensor:
     return sheet.pictures()
 
 
+def stencil(plan: Plan) -> Plan:
+    """The same plan in white on a black, even ground: the shapes without their colours."""
+    colours = np.zeros_like(plan.colours)
+    colours[:, 6:] = 255
+    return replace(plan, colours=colours, depth=np.zeros_like(plan.depth))
+
+
+@torch.no_grad()
+def paint_ink(plan: Plan, atlas: Atlas) -> Tensor:
+    """How much of each 2 x 2 pixels is ink, by tokens: (B, N, 64) uint8, rows of 8 squares after one another."""
+    grey = paint(stencil(plan), atlas).float().mean(-1)[:, None]  # (B, 1, H, W)
+    squares = F.avg_pool2d(grey, 2).squeeze(1)
+    count, height, width = squares.shape
+    cells = squares.view(count, height // INK, INK, width // INK, INK).transpose(2, 3)
+    return cells.reshape(count, -1, INK * INK).round().to(torch.uint8)
+
+
 def _draw(sheet: Sheet, plan: Plan, layout: Layout, chosen: np.ndarray, atlas: Atlas) -> None:
     """The chosen pictures of a plan without their pictograms."""
     device = atlas.device
@@ -151,4 +170,4 @@ def _packed(piece: Tensor, sheet: Sheet) -> Tensor:
     return piece.round().to(sheet.strips.dtype).flatten(3)[:, :, :, None].view(torch.int64)
 
 
-__all__ = ["Plan", "paint", "plan", "render"]
+__all__ = ["INK", "Plan", "paint", "paint_ink", "plan", "render", "stencil"]

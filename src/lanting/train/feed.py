@@ -135,7 +135,7 @@ class Feed(Workers):
         for kind in self.order.kinds:
             ring = Ring(kind, readers[bool(kind.pictures)], vae, atlas, self, room(kind, preset))
             self.rings.append(ring)
-            found.append(Course(kind.name, ring, kind.share, kind.batch, kind.fresh))
+            found.append(Course(kind.name, ring, kind.share, kind.batch, kind.fresh, kind.early))
         return found
 
     def fill(self) -> float:

@@ -1,17 +1,37 @@
-"""What the helper heads are asked during training: what stands on each token, and where each quoted character goes."""
+"""What the helper heads are asked during training: what stands on each token, where each quoted character goes, and
+what its character looks like."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+from torch import Tensor
 
-from lanting.train.atlas import alphabet, character_label
+from lanting.train.atlas import LATIN, alphabet, character_label, hanzi_cell, latin_cell
 from lanting.train.design import PICTOGRAM, UNIT, Design, Placement
 
 BASE = 76  # labels are two digits of this base: 1 + characters + pictograms stay below its square
 WHAT = (BASE, BASE)
 WHERE = (64, 32, 8)  # columns in units and rows in tokens, both from the middle of the canvas; width of the cell
+SHAPE = 16 * 16  # squares of 2 x 2 pixels that a character's cell has
+PICTURED = WHERE[2] - 1  # the width class of a pictogram's name
+
+
+def glyph_shapes(tokenizer: Tokenizer, size: int) -> Tensor:
+    """How much ink each square of a token's character has in the plain face: (size, 256) uint8, zeros for others."""
+    shapes = torch.zeros(size, SHAPE, dtype=torch.uint8)
+    for character in alphabet():
+        ids = tokenizer.encode(character, add_special_tokens=False).ids
+        if len(ids) == 1 and character != " ":
+            cell = np.zeros((32, 32), np.float32)
+            drawn = latin_cell("mono", character, 1) if character in LATIN else hanzi_cell("mono", character)
+            cell[: drawn.shape[0], : drawn.shape[1]] = drawn
+            shapes[ids[0]] = F.avg_pool2d(torch.from_numpy(cell)[None], 2).flatten().round().to(torch.uint8)
+    return shapes
 
 
 def label_grid(design: Design, placement: Placement) -> np.ndarray:

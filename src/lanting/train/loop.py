@@ -24,12 +24,15 @@ from torch import Tensor
 
 from lanting.core.errors import ModelError
 from lanting.train.journal import Meter
+from lanting.train.labels import PICTURED, SHAPE
 from lanting.train.model import NanoNet, matrices
 from lanting.train.optim import Muon, average_gradients
 from lanting.train.replay import Batch, Reader
 from lanting.train.vae import replace_file
 
 AGREE = 20  # steps on GPUs between two agreements on the time
+INK_VARIANCE = 0.15  # of the ink's coverage where there is ink
+TURN = (0.2, 0.5)  # of the budget: small canvases, where strokes are learnt fastest, give way to large ones
 STOCK = 512  # examples of every kind before the first step
 
 
@@ -49,13 +52,22 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Course:
-    """One kind of batch: where it comes from, how often, how large, and how many examples are new each time."""
+    """One kind of batch: where it comes from, how often, how large, and how many examples are new each time.
+
+    A share moves from `early` to `share` over the `TURN` of the budget.
+    """
 
     name: str
     replay: Source
     share: float
     batch: int
     fresh: int
+    early: float
+
+    def due(self, progress: float) -> float:
+        """The share at a progress of 0..1."""
+        begin, end = TURN
+        return self.early + (self.share - self.early) * min(1.0, max(0.0, (progress - begin) / (end - begin)))
 
 
 @dataclass(frozen=True)
@@ -67,8 +79,10 @@ class Budget:
     warmup_steps: int = 100
     decay_share: float = 0.35  # last part of the budget, linear to 2 %
     picks: int = 2  # batches per step and process
-    what: float = 0.2  # weights of the helper heads
+    what: float = 0.1  # weights of the helper heads
     where: float = 0.1
+    ink: float = 0.5
+    shape: float = 0.3
     shift: float = 3.0  # times are drawn uniformly, then shifted towards noise
     ema: float = 0.998
     save_every: float = 120.0  # seconds
@@ -107,6 +121,7 @@ class Trainer:
         self.warm_from = 0  # step at which the optimizers began with empty hands
         self.scale = 1.0  # of the batches, halved when a GPU's memory was too small
         self.ticked = 0.0
+        self.shapes = torch.zeros(net.config.language.vocab_size, SHAPE, dtype=torch.uint8)
         self._prefixes: dict[tuple[int, ...], Tensor] = {}
 
     @property
@@ -128,35 +143,38 @@ class Trainer:
         return self._prefixes[key]
 
     def loss(self, batch: Batch, prefix: Sequence[int], t: Tensor, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Velocity error at times t plus the helper heads' cross entropies."""
-        x0 = batch.latents
+        """Velocity error at times t plus what the helper heads missed."""
+        x0, weights = batch.latents, self.budget
         noisy = torch.lerp(x0, noise, t[:, None, None])
         with torch.autocast(self.device.type, dtype=torch.bfloat16):
-            velocity, what, where = self.net(noisy, t, self.prefix(prefix), batch)
+            velocity, said = self.net(noisy, t, self.prefix(prefix), batch)
         error = (velocity.float() - (noise - x0)).square().mean()
-        total = error
-        report = {"loss": error.detach()}
         asked = batch.what.clamp(min=0)
-        weight = torch.where(asked.sum(-1) > 0, 1.0, 0.2) * (batch.what[..., 0] >= 0)  # (B, N)
-        named = sum(_entropy(logits, asked[..., i], weight) for i, logits in enumerate(what))
-        right = torch.stack([logits.argmax(-1) == asked[..., i] for i, logits in enumerate(what)]).all(0)
-        inked = (batch.what.sum(-1) > 0).float()
-        report["read"] = (right * inked).sum() / inked.sum()  # NaN where nothing was asked
+        inked = (batch.what.sum(-1) > 0).float()  # (B, N)
+        weight = torch.where(inked > 0, 1.0, 0.2) * (batch.what[..., 0] >= 0)
         known = (batch.where[..., 0] >= 0).float()  # (B, T)
         spots = batch.where.clamp(min=0)
-        placed = sum(_entropy(logits, spots[..., i], known) for i, logits in enumerate(where))
-        right = torch.stack([logits.argmax(-1) == spots[..., i] for i, logits in enumerate(where)]).all(0)
-        report["placed"] = (right * known).sum() / known.sum()
-        total = total + self.budget.what * named + self.budget.where * placed
-        return total, report
+        report = {"loss": error.detach(), "read": _right(said.what, asked, inked)}  # NaN where nothing was asked
+        report["placed"] = _right(said.where, spots, known)
+        total = error + weights.what * _entropy(said.what, asked, weight)
+        total = total + weights.where * _entropy(said.where, spots, known)
+        ink = _mean(_missed(said.ink, batch.ink), inked)
+        letters = known * (batch.where[..., 2] != PICTURED)
+        shapes = self.shapes[batch.ids]  # (B, T, 256)
+        read, text = (_mean(_missed(each, shapes), letters) for each in (said.read, said.text))
+        report |= {"ink": ink.detach(), "shape": text.detach()}
+        return total + weights.ink * ink + weights.shape * (read + text), report
 
     def step(
         self, courses: Sequence[Course], rng: random.Random, generator: torch.Generator, seed: int
     ) -> dict[str, Tensor]:
-        """One update over `picks` batches; all processes pick the same kinds. Returns figures by course."""
+        """One update over `picks` batches of every process. Returns figures by course.
+
+        Each process picks its own kinds, so that a step sees more of them; all kinds cost about the same.
+        """
         began = time.monotonic()
-        picker = random.Random(seed * 7919 + self.clock.step)
-        shares = [c.share for c in courses]
+        picker = random.Random((seed * 7919 + self.clock.step) * 64 + self.rank)
+        shares = [c.due(self.progress) for c in courses]
         figures: dict[str, Tensor] = {}
         for course in picker.choices(courses, shares, k=self.budget.picks):
             course.replay.add(course.fresh, rng)
@@ -273,10 +291,28 @@ def mean_gradients(parameters: Sequence[torch.nn.Parameter], world: int) -> None
     torch._foreach_copy_(grads, [part.view_as(g) for part, g in zip(parts, grads, strict=True)])
 
 
-def _entropy(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    """Weighted mean cross entropy of logits (B, n, C) against target (B, n)."""
-    each = F.cross_entropy(logits.float().flatten(0, 1), target.flatten(), reduction="none")
-    return (each * weight.flatten()).sum() / weight.sum().clamp(min=1)
+def _entropy(logits: Sequence[Tensor], target: Tensor, weight: Tensor) -> Tensor:
+    """Weighted mean cross entropy of logits, each (B, n, C), against target (B, n, k), summed over the k."""
+    parts = [
+        F.cross_entropy(each.float().flatten(0, 1), target[..., i].flatten(), reduction="none")
+        for i, each in enumerate(logits)
+    ]
+    return _mean(torch.stack(parts).sum(0).view_as(weight), weight)
+
+
+def _right(logits: Sequence[Tensor], target: Tensor, weight: Tensor) -> Tensor:
+    """Share of the weighted places where all answers are right; NaN where there are none."""
+    right = torch.stack([each.argmax(-1) == target[..., i] for i, each in enumerate(logits)]).all(0)
+    return (right * weight).sum() / weight.sum()
+
+
+def _missed(drawn: Tensor, wanted: Tensor) -> Tensor:
+    """Error of ink (B, n, squares) against uint8 coverage, relative to its variance: (B, n)."""
+    return (drawn.float() - wanted / 255).square().mean(-1) / INK_VARIANCE
+
+
+def _mean(each: Tensor, weight: Tensor) -> Tensor:
+    return (each * weight).sum() / weight.sum().clamp(min=1)
 
 
 def train(

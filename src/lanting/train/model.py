@@ -5,7 +5,10 @@ What makes a tiny network spell within hours is the start and the help:
 - the embedding of a character begins as a code of its own picture (see `codes`), so that drawing it is a map shared
   by all characters, not one to be learnt for each;
 - a head on the text stream says where each quoted character stands, one on the picture stream says what stands on
-  each token. Both teach the routing from text to place, which otherwise takes most of the time.
+  each token. Both teach the routing from text to place, which otherwise takes most of the time;
+- a third draws each token's shapes in black and white, so that strokes are learnt apart from colour and noise;
+- two more draw the character of a text token, behind the reader and a third of the way through the transformer. Without
+  them the code of a character does not survive that far (docs/LOG.md), and drawing it stays a feat of memory.
 """
 
 from __future__ import annotations
@@ -25,7 +28,8 @@ from lanting.nn.qwen_language import LanguageConfig, QwenLanguageModel, expand_c
 from lanting.nn.qwen_vision import QwenVision, VisionConfig
 from lanting.nn.rope import Grid
 from lanting.nn.swap import swap
-from lanting.train.labels import WHAT, WHERE
+from lanting.train.draw import INK
+from lanting.train.labels import SHAPE, WHAT, WHERE
 from lanting.train.replay import Batch
 
 
@@ -166,6 +170,28 @@ class Head(nn.Module):
         return self.out(F.silu(self.norm(x))).split(self.classes, -1)  # each (B, n, classes)
 
 
+class Probe(nn.Module):
+    """Shapes of `count` squares off a stream, by one linear map: what the next layer can read too."""
+
+    def __init__(self, width: int, count: int):
+        super().__init__()
+        self.norm, self.out = nn.LayerNorm(width), nn.Linear(width, count)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.norm(x))
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What the helper heads say: logits, and ink as a share of each square."""
+
+    what: tuple[Tensor, ...]  # each (B, N, classes)
+    where: tuple[Tensor, ...]  # each (B, T, classes)
+    ink: Tensor  # (B, N, 64)
+    read: Tensor  # (B, T, 256) shapes behind the reader
+    text: Tensor  # (B, T, 256) shapes in the text stream
+
+
 class NanoNet(nn.Module):
     """Reader (with its vision tower), transformer and helper heads as one trainable module."""
 
@@ -177,6 +203,8 @@ class NanoNet(nn.Module):
         self.transformer = QwenImageTransformer(config.transformer)
         width = config.transformer.width
         self.what, self.where = Head(width, WHAT), Head(width, WHERE)
+        self.ink, self.drawn = Probe(width, INK * INK), Probe(width, SHAPE)
+        self.read = Probe(config.language.hidden_size, SHAPE)
         self.transformer.transformer_blocks = WatchedStack(self.transformer.transformer_blocks)
         swap(self, Attend, lambda path, old: PlainAttend())
         swap(self, CausalAttend, lambda path, old: PlainCausalAttend())
@@ -199,14 +227,16 @@ class NanoNet(nn.Module):
         embeds = embeds.masked_scatter((batch.ids == batch.image_token)[..., None], seen)
         return self.language(embeds, batch.positions, cache=cache)[0]
 
-    def forward(self, x: Tensor, t: Tensor, prefix: Tensor, batch: Batch) -> tuple[Tensor, Any, Any]:
-        """Velocity (B, N, C) of noisy targets x (B, N, C) at times t (B,), then the logits of both heads."""
+    def forward(self, x: Tensor, t: Tensor, prefix: Tensor, batch: Batch) -> tuple[Tensor, Answers]:
+        """Velocity (B, N, C) of noisy targets x (B, N, C) at times t (B,), then what the helper heads answer."""
         states = self.embed(prefix, batch)
         tokens = x.shape[1]
         whole = x if batch.references is None else torch.cat([x, batch.references], 1)
         grids: list[Grid] = [batch.grid] * (whole.shape[1] // tokens)
         velocity = self.transformer(whole, t, states, batch.mask, grids, tokens)[:, :tokens]
-        return velocity, self.what(self.stack.middle[:, :tokens]), self.where(self.stack.text)
+        middle, text = self.stack.middle[:, :tokens], self.stack.text
+        said = Answers(self.what(middle), self.where(text), self.ink(middle), self.read(states), self.drawn(text))
+        return velocity, said
 
 
 def compile_blocks(net: NanoNet) -> None:

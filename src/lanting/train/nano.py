@@ -27,6 +27,7 @@ from lanting.train.edits import EditMaker
 from lanting.train.export import export_nano
 from lanting.train.feed import Feed, FeedOrder, edit_mix
 from lanting.train.journal import Journal
+from lanting.train.labels import glyph_shapes
 from lanting.train.loop import Budget, Course, Trainer, train
 from lanting.train.model import NanoConfig, NanoNet, compile_blocks, language_config, start, transformer_config
 from lanting.train.portable import pack, unpack
@@ -104,7 +105,7 @@ class NanoRun:
 
 
 # progress at which a stage of the curriculum begins, and how many Chinese characters it draws from
-HANZI = ((0.0, 800), (0.06, 2000), (0.15, 3500))
+HANZI = ((0.0, 1200), (0.04, 3500))
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ def main(run: NanoRun) -> Path:
     run.folder.mkdir(parents=True, exist_ok=True)
     if not (run.tokenizer / "tokenizer.json").is_file():
         build_tokenizer(run.tokenizer)
-    if run.resume_from and not unpack(Path(run.resume_from), run.folder):
+    if run.resume_from and not unpack(Path(run.resume_from), run.folder, run.width):
         run.say(f"{run.folder} has a checkpoint of its own and goes on from that")
     train_vae(run.vae, run.vae_minutes, recipe=vae_recipe(run), log=run.say)
     if not (run.vae / FROZEN).exists():
@@ -204,7 +205,7 @@ def courses(
             replay = EditReplay(vae, editor, edits, kind.size, room(kind, chosen), kind.pictures)
         else:
             replay = Replay(vae, reader, designs, kind.size, room(kind, chosen))
-        found.append(Course(kind.name, replay, kind.share, kind.batch, kind.fresh))
+        found.append(Course(kind.name, replay, kind.share, kind.batch, kind.fresh, kind.early))
     return found
 
 
@@ -306,6 +307,7 @@ def prepared(
     budget: Budget = chosen.budget(run.minutes)
     trainer = Trainer(net, budget, run.folder, world, rank, device)
     trainer.until = run.until
+    trainer.shapes = glyph_shapes(tokenizer, VOCAB_SIZE).to(device)
     trainer.resume()
     return trainer, vae, tokenizer
 

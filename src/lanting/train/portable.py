@@ -23,6 +23,7 @@ from torch import Tensor
 from lanting.core.errors import ModelError
 from lanting.train.journal import NAME as LOG
 from lanting.train.vae import CONFIG, FROZEN, WEIGHTS, replace_file
+from lanting.train.widen import widen
 
 FILE_LIMIT = 15_900_000  # bytes of tensors in one file: with its header below 16 MB
 TOTAL = 56_000_000  # bytes of everything
@@ -106,10 +107,10 @@ def pack_vae(folder: Path, path: Path) -> Path:
     return path
 
 
-def unpack(source: Path, folder: Path) -> bool:
+def unpack(source: Path, folder: Path, width: int = 0) -> bool:
     """Put what `pack` wrote where a run looks for it, unless that run has a checkpoint of its own; whether it did so.
 
-    Raises ModelError where `source` is no packed run.
+    A transformer narrower than `width` is widened. Raises ModelError where `source` is no packed run.
     """
     if (folder / "checkpoint.pt").exists():
         return False
@@ -119,13 +120,19 @@ def unpack(source: Path, folder: Path) -> bool:
     average = {k: v.float() for k, v in read_parts(source / EMA, EMA).items()}
     extra = read_parts(source / STATE, STATE)
     carried = {k.removeprefix("net."): v.float() for k, v in extra.items() if k.startswith("net.")}
-    state = {
+    state: dict[str, Any] = {
         "net": carried or {k: v.clone() for k, v in average.items()},
         "average": average,
         "optimizers": _optimizers(extra),
         "clock": about["clock"],
         "config": about["config"],
     }
+    shape = about["config"]["transformer"]
+    old = shape["num_attention_heads"] * shape["attention_head_dim"]
+    if old < width:
+        state["net"], state["average"] = (widen(state[key], old, width) for key in ("net", "average"))
+        state["optimizers"] = []
+        shape["num_attention_heads"] = width // shape["attention_head_dim"]
     unpack_vae(source / VAE, folder / "vae")
     if (source / LOG).is_file() and not (folder / LOG).exists():
         shutil.copyfile(source / LOG, folder / LOG)

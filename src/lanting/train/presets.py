@@ -21,7 +21,8 @@ from lanting.train.loop import Budget
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of batch: its canvas, the pictures an edit refers to, how often it comes, its size, new designs."""
+    """One kind of batch: its canvas, the pictures an edit refers to, how often it comes, its size, new designs, and how
+    often it comes at the beginning of a run."""
 
     name: str
     size: tuple[int, int]
@@ -29,18 +30,19 @@ class Kind:
     share: float
     batch: int
     fresh: int
+    early: float
 
 
 KINDS = (  # sizes are chosen so that each costs about the same
-    Kind("strip", STRIP, 0, 0.14, 28, 6),
-    Kind("wide", WIDE, 0, 0.36, 20, 4),
-    Kind("square", SQUARE, 0, 0.30, 12, 3),
-    Kind("edit", WIDE, 1, 0.14, 10, 2),
-    Kind("edit2", WIDE, 2, 0.03, 6, 1),
-    Kind("editsquare", SQUARE, 1, 0.03, 6, 1),
+    Kind("strip", STRIP, 0, 0.12, 42, 8, 0.55),
+    Kind("wide", WIDE, 0, 0.34, 20, 4, 0.20),
+    Kind("square", SQUARE, 0, 0.32, 12, 3, 0.12),
+    Kind("edit", WIDE, 1, 0.15, 10, 2, 0.09),
+    Kind("edit2", WIDE, 2, 0.03, 6, 1, 0.02),
+    Kind("editsquare", SQUARE, 1, 0.04, 6, 1, 0.02),
 )
 GIB_PER_TIMES = 0.2  # what one batch of a core's size keeps for its backward pass at width 128 and 6 layers
-BIG = Kind("large", LARGE, 0, 0.25, 8, 2)
+BIG = Kind("large", LARGE, 0, 0.25, 8, 2, 0.05)
 
 
 @dataclass(frozen=True)
@@ -50,10 +52,10 @@ class Preset:
     times: int = 1
     reuse: float = 0.0  # 0: as the kinds say
     capacity: int = 12000
-    lr: float = 2e-3
+    lr: float = 3e-3
     warmup_steps: int = 100
     ema: float = 0.998
-    picks: int = 2  # batches a step
+    picks: int = 2  # batches a step and process
     feeders: int = 0  # processes that make up designs; 0: the trainer does it itself
 
     def budget(self, minutes: float) -> Budget:
@@ -108,7 +110,7 @@ def kinds(preset: Preset, large: bool = False) -> tuple[Kind, ...]:
     """The kinds of batches at a preset's size; `large` adds canvases of 256 x 256."""
     chosen: Sequence[Kind] = KINDS
     if large:
-        chosen = (*(replace(k, share=k.share * (1 - BIG.share)) for k in KINDS), BIG)
+        chosen = (*(replace(k, share=k.share * (1 - BIG.share), early=k.early * (1 - BIG.early)) for k in KINDS), BIG)
     return tuple(replace(k, batch=k.batch * preset.times, fresh=_fresh(k, preset)) for k in chosen)
 
 

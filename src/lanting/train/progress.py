@@ -59,7 +59,8 @@ def prompts_batch(reader: Reader, drawn: Sequence[Labelled], size: tuple[int, in
     grid = (1, size[1] // 16, size[0] // 16)
     tokens = grid[1] * grid[2]
     empty = torch.zeros(len(drawn), tokens, 2, dtype=torch.long)
-    return Batch(torch.zeros(len(drawn), tokens, 64), ids, mask, empty, torch.zeros(*ids.shape, 3), grid)
+    ink = torch.zeros(len(drawn), tokens, 64, dtype=torch.uint8)
+    return Batch(torch.zeros(len(drawn), tokens, 64), ids, mask, empty, torch.zeros(*ids.shape, 3), ink, grid)
 
 
 Scorer = Callable[[Sequence["np.ndarray"], Sequence[Sequence[str]]], float]

@@ -25,9 +25,10 @@ from lanting.nn.vae import AutoencoderKLQwenImage
 from lanting.specs.sizes import fit_area
 from lanting.text.pictures import PictureConfig, picture_patches, smart_resize
 from lanting.text.templates import IMAGE_PAD, fill, load_template, opening
+from lanting.train.atlas import default_atlas
 from lanting.train.design import TOKEN, Design, Placement, place
 from lanting.train.designs import DesignMaker
-from lanting.train.draw import render
+from lanting.train.draw import INK, paint, paint_ink, plan
 from lanting.train.edits import Edit, EditMaker
 from lanting.train.labels import label_grid, label_places
 
@@ -43,6 +44,7 @@ class Batch:
     mask: Tensor | None  # (B, T) bool; None: no row is padded
     what: Tensor  # (B, N, 2) digits of the label on each token, -1: do not ask
     where: Tensor  # (B, T, 3) column, row and width class of each quoted character, -1: none
+    ink: Tensor  # (B, N, 64) uint8, the shapes without their colours
     grid: Grid
     references: Tensor | None = None  # (B, k N, 64)
     patches: Tensor | None = None  # (B, k, P, 1176)
@@ -129,6 +131,7 @@ class Replay:
         self.tokens = self.grid[1] * self.grid[2]
         self.latents = torch.zeros(capacity, self.tokens * (1 + self.pictures), 64, dtype=torch.float16)
         self.what = torch.zeros(capacity, self.tokens, 2, dtype=torch.uint8)
+        self.ink = torch.zeros(capacity, self.tokens, INK * INK, dtype=torch.uint8)
         self.items: list[Item] = []
         self.lengths = np.zeros(capacity, dtype=np.int16)  # of the prompts, in tokens
         self.next = 0
@@ -144,8 +147,10 @@ class Replay:
         drawn = [self.maker.sample(rng, self.size) for _ in range(count)]
         designs = [labelled.design for labelled in drawn]
         placements = [place(d) for d in designs]
-        latents = encode_pictures(self.vae, render(designs, placements=placements)).half().cpu()
-        self.keep(latents, [d.prompt for d in drawn], designs, placements)
+        drawing, atlas = plan(designs, placements, default_atlas()), default_atlas()
+        latents = encode_pictures(self.vae, paint(drawing, atlas)).half().cpu()
+        slots = self.keep(latents, [d.prompt for d in drawn], designs, placements)
+        self.ink[slots] = paint_ink(drawing, atlas)
 
     def keep(
         self, latents: Tensor, prompts: Sequence[str], designs: Sequence[Design], placements: Sequence[Placement]
@@ -182,7 +187,7 @@ class Replay:
         if quiet:
             what.fill_(-1)
         latents = self.latents[chosen].float()
-        batch = Batch(latents[:, : self.tokens], ids, mask, what, where, self.grid)
+        batch = Batch(latents[:, : self.tokens], ids, mask, what, where, self.ink[chosen], self.grid)
         return batch if not self.pictures else self.with_pictures(batch, latents, chosen)
 
     def alike(self, count: int, rng: random.Random) -> list[int]:
@@ -228,10 +233,12 @@ class EditReplay(Replay):
         edits: list[Edit] = [self.maker.sample(rng, self.size, pictures=self.pictures) for _ in range(count)]
         targets = [e.target for e in edits]
         whole = [*targets, *(e.sources[k] for k in range(self.pictures) for e in edits)]
-        pixels = render(whole)
+        drawing, atlas = plan(whole, [place(d) for d in whole], default_atlas()), default_atlas()
+        pixels = paint(drawing, atlas)
         latents = encode_pictures(self.vae, pixels).half().cpu().unflatten(0, (1 + self.pictures, count))
         latents = latents.transpose(0, 1).flatten(1, 2)  # (count, (1 + k) N, 64)
         slots = self.keep(latents, [e.instruction for e in edits], targets, [place(t) for t in targets])
+        self.ink[slots] = paint_ink(drawing, atlas)[:count]
         references = pixels[count:].cpu().numpy()
         for j, slot in enumerate(slots):
             for k in range(self.pictures):

@@ -21,7 +21,7 @@ from lanting.specs.sizes import fit_area
 from lanting.text.pictures import PictureConfig, smart_resize
 from lanting.train.atlas import Atlas
 from lanting.train.design import TOKEN
-from lanting.train.draw import Plan, paint
+from lanting.train.draw import INK, Plan, paint, paint_ink
 from lanting.train.presets import Kind
 from lanting.train.replay import READER_AREA, Batch, Reader, encode_pictures
 from lanting.train.sight import patches_together
@@ -82,6 +82,7 @@ class Ring:
         pictures, patches = kind.pictures, self.patch_grid[0] * self.patch_grid[1]
         self.latents = self.room(self.tokens * (1 + pictures), 64, dtype=torch.float16)
         self.what = self.room(self.tokens, 2, dtype=torch.uint8)
+        self.ink = self.room(self.tokens, INK * INK, dtype=torch.uint8)
         self.ids = self.room(len(silent), dtype=torch.int16, value=self.pad)
         self.where = self.room(self.ids.shape[1], 3, dtype=torch.int8, value=-1)
         self.seen = self.room(pictures, patches, 588, dtype=torch.float16) if pictures else None
@@ -109,6 +110,7 @@ class Ring:
         width = chunk.ids.shape[1]
         self.latents[slots] = latents.transpose(0, 1).flatten(1, 2)
         self.what[slots] = send(chunk.what, self.device)
+        self.ink[slots] = paint_ink(chunk.plan, self.atlas)[:count]
         self.ids[slots, width:] = self.pad
         self.ids[slots, :width] = send(chunk.ids, self.device).to(torch.int16)
         self.where[slots] = -1
@@ -142,7 +144,7 @@ class Ring:
             width = int(self.lengths[chosen[0]])
             ids = self.ids[rows, :width].long()
             what, where = self.what[rows].long(), self.where[rows, :width].long()
-        batch = Batch(latents[:, : self.tokens], ids, None, what, where, self.grid)
+        batch = Batch(latents[:, : self.tokens], ids, None, what, where, self.ink[rows], self.grid)
         return batch if self.seen is None else self.with_pictures(batch, latents, self.seen[rows])
 
     def alike(self, count: int, chance: np.random.Generator) -> np.ndarray:

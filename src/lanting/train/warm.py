@@ -22,17 +22,21 @@ from lanting.train.model import NanoNet
 from lanting.train.replay import encode_pictures
 
 EVENNESS = 0.5  # 1: all components equally strong, 0: as strong as they are
+CODE = 0.75  # of the embedding's channels that a code may use; the reader needs some of its own
+STRENGTH = 1.0  # root mean square of a code's row: layers add to it and steps move it, neither may drown it
 
 
 def principal_codes(rows: Tensor, width: int) -> Tensor:
-    """Rows (n, features) -> (n, width): leading principal components, evened out, turned at random, unit scale."""
+    """Rows (n, features) -> (n, width) of root mean square 1: leading principal components, evened out, turned at
+    random within a share `CODE` of the channels' space."""
     centred = rows.double() - rows.double().mean(0)
     u, s, _ = torch.linalg.svd(centred, full_matrices=False)
-    count = min(width, s.numel())
+    count = min(int(CODE * width), s.numel())
     scores = u[:, :count] * s[:count] ** (1 - EVENNESS)
     scores = scores / scores.square().mean().sqrt()
     turn = torch.linalg.qr(torch.randn(width, width, generator=torch.Generator().manual_seed(0)).double())[0]
-    return (scores @ turn[:count]).float() * (count / width) ** 0.5
+    codes = (scores @ turn[:count]).float()
+    return codes / codes.square().mean().sqrt()
 
 
 @torch.no_grad()
@@ -56,22 +60,21 @@ def pictogram_codes(vae: AutoencoderKLQwenImage, width: int) -> Tensor:
 
 @torch.no_grad()
 def seed_embeddings(net: NanoNet, tokenizer: Tokenizer, vae: AutoencoderKLQwenImage) -> int:
-    """Give characters and one-word concept names their codes, as strong as the other rows; returns how many."""
+    """Give characters and one-word concept names their codes; returns how many."""
     from lanting.train.assets import concepts
 
     table = net.language.embed_tokens.weight
-    strength = table.square().mean().sqrt()
     characters, codes = glyph_codes(vae, table.shape[1])
     ids = [_only(tokenizer, c) for c in characters]
     given = 0
     for number, code in zip(ids, codes, strict=True):
         if number is not None:
-            table[number] = code * strength
+            table[number] = code * STRENGTH
             given += 1
     for concept, code in zip(concepts(), pictogram_codes(vae, table.shape[1]), strict=True):
         number = _only(tokenizer, " " + concept.name_en)
         if number is not None:
-            table[number] = code * strength
+            table[number] = code * STRENGTH
             given += 1
     return given
 
