@@ -1,0 +1,78 @@
+"""Kinds of weights: bytes per weight, what expanding one costs, and how far a Linear's output then is from exact.
+
+A kind packs the Linears of the transformer's blocks and of the text encoder's layers; what is small or sensitive
+(embeddings, norms, biases, the few Linears outside) keeps the 16 or 32 bits of the activations.
+
+`error` is the relative error of one Linear's output, Gaussian weights and inputs, 3072 to 3072 and 12288 to 3072,
+written by benchmarks/kind_errors.py. It ranks kinds; it does not say how a picture looks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lanting.core.errors import RequestError
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """`block` weights of one row take `stored` bytes; every row takes `row` bytes more.
+
+    expand  bytes per weight that are alive while it is expanded on a CPU, in units of the activations' bytes plus
+            `scratch`; 0 for kinds that are used as they are
+    """
+
+    name: str
+    block: int
+    stored: int
+    row: int = 0
+    error: float = 0.0
+    packed: bool = True
+    scratch: float = 0.0  # bytes per weight beside the expanded one while it is expanded
+
+    @property
+    def bits(self) -> float:
+        """Per weight, scales of blocks included."""
+        return 8 * self.stored / self.block
+
+    def bytes(self, rows: int, columns: int) -> int:
+        """Of a weight (rows, columns)."""
+        return rows * (-(-columns // self.block) * self.stored + self.row)
+
+
+KINDS = {
+    kind.name: kind
+    for kind in (
+        Kind("fp32", 1, 4, packed=False),
+        Kind("bf16", 1, 2, packed=False),
+        Kind("fp16", 1, 2, packed=False),
+        Kind("q8_0", 32, 34, error=0.0057, scratch=4),
+        Kind("int8", 1, 1, row=4, error=0.0095, scratch=4),
+        Kind("q6_k", 256, 210, error=0.0193, scratch=4),
+        Kind("fp8", 1, 1, row=4, error=0.0265, scratch=4),
+        Kind("q5_k", 256, 176, error=0.0388, scratch=4),
+        Kind("q5_1", 32, 24, error=0.0398, scratch=4),
+        Kind("q5_0", 32, 22, error=0.0424, scratch=4),
+        Kind("q4_k", 256, 144, error=0.0764, scratch=4),
+        Kind("q4_1", 32, 20, error=0.0826, scratch=4),
+        Kind("q4_0", 32, 18, error=0.0869, scratch=4),
+        Kind("int4", 64, 34, error=0.0914, scratch=1),
+        Kind("q3_k", 256, 110, error=0.1610, scratch=4),
+        Kind("q2_k", 256, 84, error=0.3000, scratch=4),
+    )
+}
+OURS = ("int8", "fp8", "int4")  # kinds that any model can be brought to while it loads
+
+
+def kind_named(name: str) -> Kind:
+    """The kind of that name, or a RequestError with all of them."""
+    if name.lower() in KINDS:
+        return KINDS[name.lower()]
+    raise RequestError(
+        "the kind of weights {name} is none we know; use one of {known}", name=name, known=", ".join(KINDS)
+    )
+
+
+def plain(dtype: str) -> Kind:
+    """Weights as activations are: bfloat16, float16 or float32."""
+    return KINDS[{"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[dtype]]
