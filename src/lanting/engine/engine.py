@@ -9,7 +9,7 @@ from __future__ import annotations
 import platform
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -48,18 +48,20 @@ class Engine:
         dtype: str | None = None,
         controlnet: str | None = None,
         loras: Sequence[str] = (),
+        parts: Mapping[str, str | None] | None = None,
     ) -> Engine:
         """Find a model and check its headers; weights are read when they are first needed.
 
-        model       a release's name ("nano", "qwen-image-2512") or a folder in diffusers' layout
+        model       a release's name ("nano", "qwen-image-2512"), a folder in diffusers' layout, or a weights file
         device      "cpu", "cuda", "cuda:1", "mps"; None: the best one present
         dtype       "bfloat16", "float16", "float32", or by component "vae=float32,transformer=bfloat16";
                     None: bfloat16, or float32 for small models on a CPU
         controlnet  a ControlNet folder, for the tasks `controlnet` and `controlnet_inpaint`
         loras       LoRA files or names of LoRAs the model brings, with a strength if it is not 1: "ink.safetensors:0.8"
+        parts       "text_encoder" and "vae": a file or folder that replaces the model's own, or that a file lacks
         Raises ModelError or RequestError in one sentence.
         """
-        return cls(Models(locate(model), device, dtype, controlnet, loras))
+        return cls(Models(locate(model, parts), device, dtype, controlnet, loras))
 
     @property
     def folder(self) -> ModelFolder:

@@ -22,11 +22,13 @@ from lanting.text.encoder import PromptEncoder
 from lanting.text.pictures import PictureConfig
 from lanting.text.templates import load_template, takes_pictures
 from lanting.text.tokenizer import load_tokenizer
-from lanting.weights.build import build_controlnet, build_text_encoder, build_transformer, build_vae
+from lanting.weights.build import Placing, build_controlnet, build_text_encoder, build_transformer, build_vae
 from lanting.weights.checkpoint import open_component, read_json
 from lanting.weights.find import ModelFolder
 from lanting.weights.home import lora_path
-from lanting.weights.lora import Lora, attach_loras, find_loras, with_wishes
+from lanting.weights.lora import attach_loras
+from lanting.weights.lora_file import Lora, find_loras
+from lanting.weights.lora_wishes import with_wishes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -113,17 +115,21 @@ class Models:
         if self.controlnet_folder is not None and not self.controlnet_folder.is_dir():
             raise ModelError(f"{controlnet} is no ControlNet folder; give one with config.json and safetensors.")
 
+    def placing(self, component: str) -> Placing:
+        """Where a component's weights go, and as what."""
+        return Placing(self.dtypes[component], self.device)
+
     @cached_property
     def transformer(self) -> QwenImageTransformer:
         config = self.folder.configs["transformer"]
-        net = build_transformer(self.checkpoints["transformer"], config, self.dtype, self.device)
+        net = build_transformer(self.checkpoints["transformer"], config, self.placing("transformer"))
         attach_loras(net, (*self.release_loras, *self.loras), self.dtype, self.device)
         return net
 
     @cached_property
     def codec(self) -> LatentCodec:
         config = self.folder.configs["vae"]
-        vae = build_vae(self.checkpoints["vae"], config, self.dtypes["vae"], self.device)
+        vae = build_vae(self.checkpoints["vae"], config, self.placing("vae"))
         numbers = vae.config
         return LatentCodec(
             vae,
@@ -143,8 +149,7 @@ class Models:
         model = build_text_encoder(
             self.checkpoints["text_encoder"],
             config,
-            self.dtypes["text_encoder"],
-            self.device,
+            self.placing("text_encoder"),
             vision=self.sees,
             head=self.captions,
         )
@@ -168,8 +173,8 @@ class Models:
         folder = self.controlnet_folder
         if folder is None:
             return None
-        config, dtype = read_json(folder / "config.json"), self.dtypes["controlnet"]
-        return build_controlnet(open_component(folder), config, dtype, self.device)
+        config = read_json(folder / "config.json")
+        return build_controlnet(open_component(folder), config, self.placing("controlnet"))
 
     @cached_property
     def fingerprint(self) -> str:

@@ -117,7 +117,7 @@ class QwenVL(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.model.embed_tokens.weight.device
+        return self.model.norm.weight.device  # an embedding may be packed
 
     def forward(self, ids: Tensor, patches: Tensor | None = None, grids: Sequence[Grid] = ()) -> Tensor:
         """Read ids (B, T), right-padded; every row sees the same pictures, given as `patches` and `grids`.

@@ -1,12 +1,15 @@
-"""Modules from checkpoints: built on the meta device, filled by assignment, strictly.
+"""Modules from checkpoints: built on the meta device, their Linears replaced by what the file holds, then filled by
+assignment, strictly.
 
 On meta nothing is allocated and no random numbers are drawn for weights that are replaced a moment later; with
-`assign=True` the mapped tensor becomes the parameter. Every missing, surplus or misshapen tensor is named.
+`assign=True` the mapped tensor becomes the parameter. Every missing, surplus or misshapen tensor is named. What is
+packed in the file stays packed in memory; what is not may be packed on the way, tensor by tensor.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -14,13 +17,29 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lanting.core.errors import ModelError
+from lanting.nn.blocks import TYPES
 from lanting.nn.controlnet import ControlNetConfig, QwenImageControlNet
+from lanting.nn.linears import Fp8Linear, GgufLinear, Int4Linear, Int8Linear, PackedEmbedding, PackedLinear
 from lanting.nn.mmdit import QwenImageTransformer, TransformerConfig
-from lanting.nn.qwen_vl import QwenVL, QwenVLConfig, official_name
+from lanting.nn.qwen_vl import QwenVL, QwenVLConfig
+from lanting.nn.swap import swap
 from lanting.nn.vae import AutoencoderKLQwenImage, VAEConfig, to_image_weights
 from lanting.weights.checkpoint import Checkpoint
+from lanting.weights.forms import Form, read_forms, side_tensors
 
 M = TypeVar("M", bound=nn.Module)
+Choose = Callable[[str, tuple[int, int]], Form | None]
+"""(path of a Linear, its (out, in)) -> what to pack it as; None leaves it as it is."""
+
+
+@dataclass(frozen=True)
+class Placing:
+    """Where weights go, and as what."""
+
+    dtype: torch.dtype
+    device: torch.device
+    choose: Choose | None = None  # packs the plain Linears of the file; None: they stay plain
+    leave: tuple[str, ...] = ()  # names that start so stay on disk
 
 
 def fill(module: M, state: Mapping[str, Tensor], label: str) -> M:
@@ -68,68 +87,165 @@ def construct(make: Callable[[], M], label: str) -> M:
         raise ModelError(f"The config.json of the {label} describes no network we know ({error}).") from None
 
 
-def load(
-    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, leave: tuple[str, ...] = ()
-) -> dict[str, Tensor]:
-    """Cast and move tensor by tensor, so nothing is held twice; names that start with one of `leave` stay on disk."""
-    state = {}
-    for name, tensor in checkpoint.tensors(leave):
-        if not tensor.is_floating_point():
+def build(module: M, checkpoint: Checkpoint, placing: Placing) -> M:
+    """Fill a module that is on meta: Linears become what the file holds (or `choose` asks), the rest is cast.
+
+    One tensor at a time is cast, moved or packed, so nothing is held twice.
+    """
+    forms = {path: form for path, form in read_forms(checkpoint).items() if not path.startswith(placing.leave)}
+    kept = _swap_in(module, forms, checkpoint.label, placing.dtype)
+    state: dict[str, Tensor] = {}
+    linears = {path for path, part in module.named_modules() if isinstance(part, nn.Linear)}
+    aside = side_tensors(checkpoint.infos)
+    for name, tensor in checkpoint.tensors(placing.leave):
+        path = name.removesuffix(".weight")
+        if name in aside:
+            continue
+        if path in kept and name != path:
+            place = f"{path}.table" if isinstance(module.get_submodule(path), PackedEmbedding) else path
+            state |= _packed(kept[path], place, forms[path], checkpoint, placing.device)
+        elif path in forms and name != path:  # packed where the network has no Linear: expanded for good
+            state[name] = expand(forms[path], checkpoint, placing)
+        elif not tensor.is_floating_point():
             raise ModelError(f"The {checkpoint.label} holds {name} as {tensor.dtype}, which is no weight type we know.")
-        state[name] = tensor.to(device=device, dtype=dtype)
+        elif path in linears and name != path and (form := _chosen(placing, path, tensor)) is not None:
+            state |= _pack_in(module, path, form, tensor.to(placing.device), placing)
+        else:
+            state[name] = tensor.to(device=placing.device, dtype=placing.dtype)
+    return fill(module, state, checkpoint.label)
+
+
+def make_linear(form: Form, bias: bool) -> PackedLinear:
+    """An empty Linear of a form, on the device of the moment. Raises ValueError where its numbers contradict."""
+    rows, columns = form.shape
+    if form.kind == "int8":
+        return Int8Linear(columns, rows, bias, form.rotate, form.scale)
+    if form.kind == "int4":
+        return Int4Linear(columns, rows, bias, form.group, form.rotate)
+    if form.kind.startswith("fp8 "):
+        return Fp8Linear(columns, rows, bias, form.kind.split()[1], form.scale, form.rotate)
+    return GgufLinear(columns, rows, bias, form.kind, TYPES[form.kind].row_bytes(columns))
+
+
+def pack(form: Form, weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
+    """A dense weight (out, in) in a form: rounded where it is. Of `form` the kind, group, rotation and the shape of
+    the scales count. Raises ValueError for a GGUF type, which is not rounded to here."""
+    rotate = form.rotate
+    if form.kind == "int8":
+        groups = form.scale[1] if form.scale is not None and len(form.scale) == 2 else 1
+        return Int8Linear.from_dense(weight, bias, group=weight.shape[1] // groups if groups > 1 else 0, rotate=rotate)
+    if form.kind == "int4":
+        return Int4Linear.from_dense(weight, bias, group=form.group, rotate=rotate)
+    if form.kind.startswith("fp8 "):
+        scale = None if form.scale is None else "tensor" if form.scale == () else "channel"
+        return Fp8Linear.from_dense(weight, bias, kind=form.kind.split()[1], scale=scale, rotate=rotate)
+    raise ValueError(f"no Linear is rounded to {form.kind} while it is loaded")
+
+
+def expand(form: Form, checkpoint: Checkpoint, placing: Placing) -> Tensor:
+    """A packed weight of the file as plain floats (out, in)."""
+    with torch.device("meta"):
+        linear = make_linear(form, bias=False)
+    linear.load_state_dict(_packed(linear, "", form, checkpoint, placing.device), assign=True)
+    return linear.dense(placing.dtype)
+
+
+def _swap_in(module: nn.Module, forms: Mapping[str, Form], label: str, dtype: torch.dtype) -> dict[str, PackedLinear]:
+    """Put packed Linears (and one packed embedding) where the file has them. Returns them by path."""
+    made: dict[str, PackedLinear] = {}
+
+    def make(path: str, old: nn.Module) -> nn.Module | None:
+        form = forms.get(path)
+        if form is None:
+            return None
+        if isinstance(old, nn.Embedding):
+            if not path.endswith("embed_tokens"):
+                return None
+            asked, bias = (old.num_embeddings, old.embedding_dim), False
+        else:
+            assert isinstance(old, nn.Linear)
+            asked, bias = (old.out_features, old.in_features), old.bias is not None
+        if form.shape != asked:
+            raise ModelError(
+                f"The {label} has {path}.weight of shape {form.shape} where its config.json asks for {asked}; "
+                "config and weights belong to different models."
+            )
+        try:
+            with torch.device("meta"):
+                made[path] = make_linear(form, bias)
+        except ValueError as error:
+            raise ModelError(f"The {label} contradicts itself in {path}: {error}; download it again.") from None
+        return made[path] if isinstance(old, nn.Linear) else PackedEmbedding(made[path], dtype)
+
+    swap(module, (nn.Linear, nn.Embedding), make)
+    return made
+
+
+def _packed(
+    linear: PackedLinear, path: str, form: Form, checkpoint: Checkpoint, device: torch.device
+) -> dict[str, Tensor]:
+    """The stored parts of one Linear, by the names they have in the module; nothing is cast."""
+    parts = checkpoint.read(form.names.values())
+    state: dict[str, Tensor] = {}
+    for part, name in form.names.items():
+        tensor = parts[name]
+        if part == "weight" and isinstance(linear, Fp8Linear):  # a file may call the bytes of 8-bit floats uint8
+            tensor = tensor.view(torch.uint8 if device.type == "mps" else linear.stored)
+        state[f"{path}.{part}".lstrip(".")] = tensor.to(device)
     return state
 
 
-def build_transformer(
-    checkpoint: Checkpoint, config: Mapping[str, Any], dtype: torch.dtype, device: torch.device
-) -> QwenImageTransformer:
-    """The MMDiT of a `transformer/` folder."""
-    label = checkpoint.label
-    module = construct(lambda: QwenImageTransformer(TransformerConfig.from_dict(config)), label)
-    return fill(module, load(checkpoint, dtype, device), label)
+def _chosen(placing: Placing, path: str, tensor: Tensor) -> Form | None:
+    return None if placing.choose is None else placing.choose(path, (tensor.shape[0], tensor.shape[1]))
 
 
-def build_controlnet(
-    checkpoint: Checkpoint, config: Mapping[str, Any], dtype: torch.dtype, device: torch.device
-) -> QwenImageControlNet:
+def _pack_in(module: nn.Module, path: str, form: Form, weight: Tensor, placing: Placing) -> dict[str, Tensor]:
+    """Round one Linear's weight and put the packed Linear in its place, empty, for `fill`."""
+    packed = pack(form, weight)
+    old = module.get_submodule(path)
+    assert isinstance(old, nn.Linear)
+    state = {f"{path}.{name}": tensor for name, tensor in packed.state_dict().items()}
+    if old.bias is not None:
+        packed.bias = torch.empty(len(weight), device="meta")
+    parent, _, name = path.rpartition(".")
+    setattr(module.get_submodule(parent), name, packed)
+    return state
+
+
+def build_transformer(checkpoint: Checkpoint, config: Mapping[str, Any], placing: Placing) -> QwenImageTransformer:
+    """The MMDiT of a `transformer/` folder or of a file."""
+    make = lambda: QwenImageTransformer(TransformerConfig.from_dict(config))  # noqa: E731
+    return build(construct(make, checkpoint.label), checkpoint, placing)
+
+
+def build_controlnet(checkpoint: Checkpoint, config: Mapping[str, Any], placing: Placing) -> QwenImageControlNet:
     """A ControlNet folder (Union: 5 blocks, Inpainting: 6 blocks and a mask channel)."""
-    label = checkpoint.label
-    module = construct(lambda: QwenImageControlNet(ControlNetConfig.from_dict(config)), label)
-    return fill(module, load(checkpoint, dtype, device), label)
+    make = lambda: QwenImageControlNet(ControlNetConfig.from_dict(config))  # noqa: E731
+    return build(construct(make, checkpoint.label), checkpoint, placing)
 
 
-def build_vae(
-    checkpoint: Checkpoint, config: Mapping[str, Any], dtype: torch.dtype, device: torch.device
-) -> AutoencoderKLQwenImage:
+def build_vae(checkpoint: Checkpoint, config: Mapping[str, Any], placing: Placing) -> AutoencoderKLQwenImage:
     """The autoencoder of a `vae/` folder, reduced to what single pictures need; channels-last."""
     label = checkpoint.label
     module = construct(lambda: AutoencoderKLQwenImage(VAEConfig.from_dict(config)), label)
     state = to_image_weights(dict(checkpoint.tensors()))
     moved = {}
     for name, tensor in state.items():
-        tensor = tensor.to(device=device, dtype=dtype)
+        tensor = tensor.to(device=placing.device, dtype=placing.dtype)
         moved[name] = tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
     return fill(module, moved, label)
 
 
 def build_text_encoder(
-    checkpoint: Checkpoint,
-    config: Mapping[str, Any],
-    dtype: torch.dtype,
-    device: torch.device,
-    *,
-    vision: bool = True,
-    head: bool = True,
+    checkpoint: Checkpoint, config: Mapping[str, Any], placing: Placing, *, vision: bool = True, head: bool = True
 ) -> QwenVL:
-    """Qwen2.5-VL of a `text_encoder/` folder, in the hub's or in transformers' newer naming.
+    """Qwen2.5-VL of a `text_encoder/` folder, or of a file.
 
     Without `vision` (releases that read words only) and `head` (unless it is to write words itself) those weights
     are not read: of the 7B model 1.35 GB and 1.09 GB in bfloat16.
     """
-    label = checkpoint.label
-    module = construct(lambda: QwenVL(QwenVLConfig.from_dict(config), vision=vision, head=head), label)
-    leave = () if vision else ("visual.", "model.visual.")
+    module = construct(lambda: QwenVL(QwenVLConfig.from_dict(config), vision=vision, head=head), checkpoint.label)
+    leave = placing.leave if vision else (*placing.leave, "visual.")
     if not head or module.config.tie_word_embeddings:  # some writers store the tied matrix twice
         leave += ("lm_head.",)
-    state = load(checkpoint, dtype, device, leave)
-    return fill(module, {official_name(name): tensor for name, tensor in state.items()}, label)
+    return build(module, checkpoint, replace(placing, leave=leave))

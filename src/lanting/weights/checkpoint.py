@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # headers and configs are read without it: `lanting show` ans
     from torch import Tensor
 
 STEMS = ("diffusion_pytorch_model", "model")  # how diffusers and transformers name a component's weights
+LAYER_NOTES = "_quantization_metadata"  # in a safetensors file's metadata: how single layers are packed
 TORCH = {  # what the formats call a type, and what torch does
     "BOOL": "bool",
     "U8": "uint8",
@@ -59,6 +60,7 @@ class Checkpoint:
     where: Mapping[str, Path]
     infos: Mapping[str, TensorInfo]
     metadata: Mapping[str, str] = field(default_factory=dict[str, str])  # the files' own notes
+    layers: Mapping[str, Any] = field(default_factory=dict[str, Any])  # what they note of single layers, by path
 
     def names(self) -> tuple[str, ...]:
         return tuple(self.where)
@@ -99,6 +101,11 @@ class Checkpoint:
             label=label or self.label,
             where={new: self.where[old] for new, old in names.items()},
             infos={new: self.infos[old] for new, old in names.items()},
+            layers={
+                new.removesuffix(".weight"): self.layers[path]
+                for new, old in names.items()
+                if (path := old.removesuffix(".weight")) != old and path in self.layers
+            },
         )
 
     def bytes(self) -> int:
@@ -144,6 +151,19 @@ def map_tensor(path: Path, info: TensorInfo) -> Tensor:
     return torch.frombuffer(view, dtype=dtype, offset=place).view(shape)
 
 
+def layer_notes(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What a safetensors file's notes say of its packed layers: path -> a table or the name of a format."""
+    if LAYER_NOTES not in metadata:
+        return {}
+    try:
+        layers = json.loads(metadata[LAYER_NOTES])["layers"]
+    except (ValueError, RecursionError, KeyError, TypeError):
+        layers = None
+    if not isinstance(layers, dict):
+        raise ModelError("{path} is damaged: {reason}; download it again", path=str(path), reason=LAYER_NOTES)
+    return layers
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file, or a sentence."""
     try:
@@ -170,7 +190,7 @@ def open_component(folder: Path) -> Checkpoint:
         single = folder / f"{stem}.safetensors"
         if single.is_file():
             infos, metadata = read_file(single)
-            return Checkpoint(label, dict.fromkeys(infos, single), infos, metadata)
+            return Checkpoint(label, dict.fromkeys(infos, single), infos, metadata, layer_notes(single, metadata))
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
         raise ModelError(f"{folder} holds pickled weights, which can run code; get the safetensors files instead.")
     raise ModelError(f"{folder} holds no safetensors weights; the model folder is incomplete, download it again.")
@@ -185,6 +205,7 @@ def from_index(label: str, index: Path) -> Checkpoint:
     infos: dict[str, TensorInfo] = {}
     headers: dict[str, Mapping[str, TensorInfo]] = {}
     metadata: dict[str, str] = {}
+    layers: dict[str, Any] = {}
     for name, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file:
             raise ModelError(f"{index} points outside its folder ({file!r}); don't use this model.")
@@ -194,7 +215,8 @@ def from_index(label: str, index: Path) -> Checkpoint:
                 raise ModelError(f"{path} is missing: the index names it as a shard; download it again.")
             headers[file], notes = read_file(path)
             metadata |= notes
+            layers |= layer_notes(path, notes)
         if name not in headers[file]:
             raise ModelError(f"{index.with_name(file)} lacks the tensor {name} that its index promises.")
         where[name], infos[name] = index.with_name(file), headers[file][name]
-    return Checkpoint(label, where, infos, metadata)
+    return Checkpoint(label, where, infos, metadata, layers)

@@ -1,44 +1,63 @@
-"""Where a model is: the embedded nano, a downloaded release, or a folder somebody points at."""
+"""Where a model is: the embedded nano, a downloaded release, a folder, or a file somebody points at.
+
+A file holds a transformer, seldom all three components. What it lacks comes from where the person says, else from the
+installed release of the same name, else from a related one: the text encoder is the same in all of them, and the VAE
+in all but the layered one.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from lanting.core.errors import ModelError
 from lanting.specs import ModelSpec, detect, get_spec, spec_names
-from lanting.weights.checkpoint import Checkpoint, open_component, read_json
+from lanting.weights.checkpoint import Checkpoint, read_json
+from lanting.weights.configs import SCHEDULER, config_of, own_notes
 from lanting.weights.home import REPO, downloaded, embedded_nano
+from lanting.weights.single import COMPONENTS, open_file, open_weights
 
-COMPONENTS = ("transformer", "vae", "text_encoder")
 LORAS = "lora"  # inside a model's folder: the LoRAs it brings, which may be called by name
+PARTS = ("text_encoder", "vae")  # what may be given apart
 
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A model in diffusers' folder layout: its configs read, its weights not yet."""
+    """A model in diffusers' folder layout, or put together from files: its configs read, its weights not yet."""
 
     name: str
-    path: Path
+    path: Path  # brings tokenizer, picture reader and LoRAs, and every component that `parts` has not
     spec: ModelSpec
     configs: Mapping[str, Mapping[str, Any]]  # model_index, scheduler and COMPONENTS
     notes: tuple[str, ...] = ()  # where the folder's own configs disagree with the release, in words
+    parts: Mapping[str, Path] = field(default_factory=dict[str, Path])  # component (or "tokenizer") -> file or folder
 
     def checkpoint(self, component: str) -> Checkpoint:
-        return open_component(self.path / component)
+        return open_weights(self.parts.get(component, self.path / component), component)
 
     @property
     def tokenizer(self) -> Path:
-        return self.path / "tokenizer"
+        return self.parts.get("tokenizer", self.path / "tokenizer")
 
 
-def locate(model: str) -> ModelFolder:
-    """A release's name ("nano", "qwen-image-2512"), a pulled "owner/name", or a path to a diffusers folder.
+def locate(model: str, parts: Mapping[str, str | None] | None = None) -> ModelFolder:
+    """A release's name ("nano", "qwen-image-2512"), a pulled "owner/name", a diffusers folder, or a weights file.
 
+    `parts` names files or folders for the text encoder and the VAE, in place of the model's own.
     Raises ModelError: unknown name, release not downloaded, or a path that holds no model.
     """
+    given = {part: _existing(place) for part, place in (parts or {}).items() if place}
+    path = Path(model).expanduser()
+    if model not in spec_names() and path.is_file():
+        return open_single(path, given)
+    folder = _locate_folder(model)
+    return with_parts(folder, given) if given else folder
+
+
+def _locate_folder(model: str) -> ModelFolder:
     if model in spec_names():
         path = embedded_nano() if model == "nano" else downloaded(model)
         if path is None or not (path / "model_index.json").is_file():
@@ -47,14 +66,12 @@ def locate(model: str) -> ModelFolder:
     path = Path(model).expanduser()
     if path.is_dir():
         return open_folder(path, name=path.resolve().name)
-    if path.exists():
-        raise ModelError(f"{model} is a file; give a model folder in diffusers' layout (with model_index.json).")
     if REPO.fullmatch(model):
         if (path := downloaded(model)) is not None:
             return open_folder(path, name=model)
         raise ModelError(f"{model} is neither a folder here nor a model we have: run 'lanting pull {model}' to get it.")
-    if "/" in model or "\\" in model:
-        raise ModelError(f"{model} does not exist; give a model folder or one of: {', '.join(spec_names())}.")
+    if "/" in model or "\\" in model or path.suffix in (".safetensors", ".gguf"):
+        raise ModelError(f"{model} does not exist; give a model folder, a file, or one of: {', '.join(spec_names())}.")
     get_spec(model)  # an unknown name: raises, naming the closest ones
     raise ModelError(f"{model} is neither a known release nor a folder.")
 
@@ -73,6 +90,122 @@ def open_folder(path: Path, name: str, spec: ModelSpec | None = None) -> ModelFo
         spec = get_spec(found)
     notes += disagreements(spec, configs["transformer"])
     return ModelFolder(name, path, spec, configs, tuple(notes))
+
+
+def open_single(path: Path, given: Mapping[str, Path]) -> ModelFolder:
+    """A model around a transformer file; see the module for where the rest comes from."""
+    found = open_file(path)
+    if "transformer" not in found:
+        what = ", ".join(found).replace("_", " ") or "nothing this version knows"
+        flag = next((f": give it with --{part.replace('_', '-')}" for part in PARTS if part in found), "")
+        raise ModelError(f"{path} holds no transformer but {what}{flag}; 'lanting show' tells what a file is.")
+    spec, notes = release_of(path, found["transformer"])
+    parts = dict.fromkeys(found, path) | dict(given)
+    base = _base(spec, parts)
+    if base is None and (lacking := [part for part in PARTS if part not in parts]):
+        options = " and ".join(f"--{part.replace('_', '-')}" for part in lacking)
+        pull = spec.name if not spec.name.startswith("qwen-image-lightning") else "qwen-image"
+        raise ModelError(
+            f"{path.name} holds {', '.join(found).replace('_', ' ')} of {spec.name} and nothing else: run "
+            f"'lanting pull {pull}' for the rest, or give files with {options}."
+        )
+    if base is None:
+        parts["tokenizer"] = _tokenizer_beside(path, parts["text_encoder"], spec)
+    configs: dict[str, Mapping[str, Any]] = {
+        "model_index": {},
+        "scheduler": base.configs["scheduler"] if base is not None else SCHEDULER,
+        **{part: base.configs[part] for part in COMPONENTS if base is not None and part not in parts},
+    }
+    folder = ModelFolder(path.name, base.path if base is not None else path.parent, spec, configs, notes, parts)
+    folder = _with_configs(folder, [part for part in COMPONENTS if part in parts])
+    # spec.shape once more: a file may have lost its marker, and then its name says what it is
+    return replace(folder, configs={**folder.configs, "transformer": {**folder.configs["transformer"], **spec.shape}})
+
+
+def with_parts(folder: ModelFolder, given: Mapping[str, Path]) -> ModelFolder:
+    """The same model with another text encoder or VAE."""
+    return _with_configs(replace(folder, parts={**folder.parts, **given}), list(given))
+
+
+def _with_configs(folder: ModelFolder, parts: list[str]) -> ModelFolder:
+    """The configs of parts that were given apart, from their folders or off their tensors."""
+    configs, places = dict(folder.configs), dict(folder.parts)
+    for part in parts:
+        place = places[part]
+        if (place / "model_index.json").is_file():  # a whole model: its part is meant
+            place = places[part] = place / part
+        if place.is_dir() and (place / "config.json").is_file():
+            configs[part] = read_json(place / "config.json")
+        else:
+            configs[part] = config_of(part, open_weights(place, part))
+    return replace(folder, configs=configs, parts=places)
+
+
+def release_of(path: Path, transformer: Checkpoint) -> tuple[ModelSpec, tuple[str, ...]]:
+    """The release a transformer file is of, and what a person should know of the guess.
+
+    Our own notes and the markers in the tensors decide; releases that differ in nothing but their weights are told by
+    the file's name, and the first of them is assumed where it does not help.
+    """
+    noted = own_notes(transformer).get("release")
+    if isinstance(noted, str) and noted in spec_names():
+        return get_spec(noted), ()
+    config = config_of("transformer", transformer)
+    if config.get("use_layer3d_rope"):
+        return get_spec("qwen-image-layered"), ()
+    words = set(re.split(r"[^a-z0-9]+", path.name.lower()))
+    if config.get("zero_cond_t"):
+        return _distilled(get_spec("qwen-image-edit-2511"), words), ()
+    for word in ("2511", "2509", "2512"):
+        if word in words:
+            spec = get_spec(f"qwen-image-{word}" if word == "2512" else f"qwen-image-edit-{word}")
+            lost = f"{path.name} has no marker of {spec.name}; its name is believed." if word == "2511" else ""
+            return _distilled(spec, words), (lost,) if lost else ()
+    spec = _distilled(get_spec("qwen-image-edit" if "edit" in words else "qwen-image"), words)
+    return spec, (f"{path.name} is taken for {spec.name}, by its name alone.",)
+
+
+def _distilled(spec: ModelSpec, words: set[str]) -> ModelSpec:
+    """The release as a file with a Lightning LoRA merged in is to be used: few steps, its schedule, no guidance."""
+    if "lightning" not in words:
+        return spec
+    few = get_spec("qwen-image-lightning-8" if words & {"8steps", "8step"} else "qwen-image-lightning-4")
+    own = replace(spec.defaults, steps=few.defaults.steps, guidance_scale=few.defaults.guidance_scale)
+    return replace(spec, defaults=own, schedule=few.schedule)
+
+
+def _base(spec: ModelSpec, parts: Mapping[str, Path]) -> ModelFolder | None:
+    """An installed release that can bring what is missing; the release itself first."""
+    layered = "layered" in spec.tasks
+    kin = [name for name in spec_names() if name != "nano" and ("layered" in get_spec(name).tasks) == layered]
+    if "vae" in parts:  # then every release will do
+        kin += [name for name in spec_names() if name not in kin and name != "nano"]
+    if spec.name == "nano":
+        kin = []
+    for name in (spec.name, *kin):
+        path = embedded_nano() if name == "nano" else downloaded(name)
+        if path is not None and (path / "model_index.json").is_file():
+            return open_folder(path, name, get_spec(name))
+    return None
+
+
+def _tokenizer_beside(path: Path, text_encoder: Path, spec: ModelSpec) -> Path:
+    """A tokenizer's folder near the text encoder or the model file."""
+    for near in (text_encoder, text_encoder.parent, path.parent):
+        for folder in (near, near / "tokenizer"):
+            if (folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file():
+                return folder
+    raise ModelError(
+        f"There is no tokenizer near {text_encoder}: put the release's tokenizer folder beside it, or run 'lanting "
+        f"pull {spec.name}'."
+    )
+
+
+def _existing(place: str) -> Path:
+    path = Path(place).expanduser()
+    if not path.exists():
+        raise ModelError("{path} does not exist", path=place)
+    return path
 
 
 def disagreements(spec: ModelSpec, transformer: Mapping[str, Any]) -> list[str]:

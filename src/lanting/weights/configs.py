@@ -1,0 +1,155 @@
+"""The config.json that a single file does not bring: read off the shapes of its tensors, without torch.
+
+Depths, widths and markers are all in the shapes; what is not (how a head's width is split for positions, the
+statistics of latents) is the same in every release. Files of our own carry their config in the header, which wins.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from lanting.core.errors import ModelError
+from lanting.weights.checkpoint import Checkpoint
+from lanting.weights.forms import FLAGS, shapes
+from lanting.weights.single import OWN_NOTES
+
+SCHEDULER: dict[str, Any] = {  # of every release; distilled ones replace parts of it by their spec's own
+    "_class_name": "FlowMatchEulerDiscreteScheduler",
+    "base_image_seq_len": 256,
+    "base_shift": 0.5,
+    "invert_sigmas": False,
+    "max_image_seq_len": 8192,
+    "max_shift": 0.9,
+    "num_train_timesteps": 1000,
+    "shift": 1.0,
+    "shift_terminal": 0.02,
+    "stochastic_sampling": False,
+    "time_shift_type": "exponential",
+    "use_beta_sigmas": False,
+    "use_dynamic_shifting": True,
+    "use_exponential_sigmas": False,
+    "use_karras_sigmas": False,
+}
+VISION_HEAD = 80  # width of a vision head in every Qwen2.5-VL
+
+
+def own_notes(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What our own writer noted in the header; empty for files of others."""
+    try:
+        notes = json.loads(checkpoint.metadata.get(OWN_NOTES, "{}"))
+    except (ValueError, RecursionError):
+        notes = None
+    if not isinstance(notes, dict) or not isinstance(notes.get("config", {}), dict):
+        raise ModelError(f"The {checkpoint.label} has notes of ours that can't be read; write it again.")
+    return notes
+
+
+def config_of(component: str, checkpoint: Checkpoint) -> dict[str, Any]:
+    """What config.json of this component would say. Raises ModelError where the tensors tell of no such network."""
+    if config := own_notes(checkpoint).get("config"):
+        return config
+    make = {"transformer": _transformer, "vae": _vae, "text_encoder": _text_encoder}[component]
+    flags = {name: info.shape for name, info in checkpoint.infos.items() if name in FLAGS}
+    try:
+        return make(Sides(shapes(checkpoint) | flags))
+    except (LookupError, ZeroDivisionError, ValueError) as error:
+        what = component.replace("_", " ")
+        raise ModelError(f"The {checkpoint.label} is no complete {what} (it lacks {error}); get another.") from None
+
+
+class Sides:
+    """Shapes by name, and what is counted in them."""
+
+    def __init__(self, table: Mapping[str, tuple[int, ...]]):
+        self.table = table
+
+    def __getitem__(self, name: str) -> tuple[int, ...]:
+        return self.table[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.table
+
+    def blocks(self, stem: str) -> int:
+        """How many there are: the highest index behind `stem` and one. Raises LookupError without any."""
+        rest = (name.removeprefix(stem).split(".")[0] for name in self.table if name.startswith(stem))
+        indices = {int(index) for index in rest if index.isdigit() and index.isascii()}
+        if not indices:
+            raise LookupError(stem)
+        return max(indices) + 1
+
+
+def _transformer(sides: Sides) -> dict[str, Any]:
+    width, channels = sides["img_in.weight"]
+    (head,) = sides["transformer_blocks.0.attn.norm_q.weight"]
+    layered = "time_text_embed.addition_t_embedding.weight" in sides
+    if head % 16:
+        raise ValueError(f"a config: heads of {head} tell nothing of their positions")
+    return {
+        "_class_name": "QwenImageTransformer2DModel",
+        "num_layers": sides.blocks("transformer_blocks."),
+        "num_attention_heads": width // head,
+        "attention_head_dim": head,
+        "joint_attention_dim": sides["txt_in.weight"][1],
+        "in_channels": channels,
+        "out_channels": sides["proj_out.weight"][0] // 4,
+        "patch_size": 2,
+        "axes_dims_rope": [head // 8, head * 7 // 16, head * 7 // 16],
+        "zero_cond_t": "__index_timestep_zero__" in sides,
+        "use_additional_t_cond": layered,
+        "use_layer3d_rope": layered,
+    }
+
+
+def _vae(sides: Sides) -> dict[str, Any]:
+    base, colours = sides["encoder.conv_in.weight"][:2]
+    return {
+        "_class_name": "AutoencoderKLQwenImage",
+        "base_dim": base,
+        "z_dim": sides["decoder.conv_in.weight"][1],
+        "dim_mult": [1, 2, 4, 4],
+        "num_res_blocks": sides.blocks("decoder.up_blocks.0.resnets.") - 1,
+        "attn_scales": [],
+        "temperal_downsample": [False, True, True],
+        "dropout": 0.0,
+        "input_channels": colours,
+    }
+
+
+def _text_encoder(sides: Sides) -> dict[str, Any]:
+    vocabulary, width = sides["model.embed_tokens.weight"]
+    queries = sides["model.layers.0.self_attn.q_proj.weight"][0]
+    head = 128  # in every Qwen2.5-VL
+    tied = "lm_head.weight" not in sides and width == 2048  # the 3B model's; of others some files leave the head out
+    text = {
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "intermediate_size": sides["model.layers.0.mlp.gate_proj.weight"][0],
+        "num_hidden_layers": sides.blocks("model.layers."),
+        "num_attention_heads": queries // head,
+        "num_key_value_heads": sides["model.layers.0.self_attn.k_proj.weight"][0] // head,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+        "rope_scaling": {"mrope_section": [16, 24, 24], "rope_type": "default"},
+        "tie_word_embeddings": tied,
+    }
+    config = {
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "model_type": "qwen2_5_vl",
+        "image_token_id": 151655,
+        "tie_word_embeddings": tied,
+        "text_config": text,
+    }
+    if "visual.patch_embed.proj.weight" in sides:
+        inner = sides["visual.patch_embed.proj.weight"][0]
+        config["vision_config"] = {
+            "depth": sides.blocks("visual.blocks."),
+            "hidden_size": inner,
+            "intermediate_size": sides["visual.blocks.0.mlp.gate_proj.weight"][0],
+            "num_heads": inner // VISION_HEAD,
+            "out_hidden_size": width,
+        }
+    else:
+        config["vision_config"] = {"out_hidden_size": width}
+    return config

@@ -1,0 +1,177 @@
+"""How a file's Linears are stored, told from headers and small notes, without torch.
+
+A packed weight is a tensor `X.weight` of an unusual type and side tensors or notes that say what it means. What is
+read here:
+    plain 8-bit floats                        a whole file cast down, no scales
+    `scaled_fp8`, `X.scale_weight`            ComfyUI's older scheme; `X.scale_input` is for kernels of fp8 inputs
+    `X.weight_scale`, `X.comfy_quant`         ComfyUI's newer one, a JSON note per layer as bytes or one for all in the
+                                              file's `_quantization_metadata`: fp8, int8 (also rotated), and our int4
+    a GGUF block type                         its own bytes
+A missing scale or an unknown scheme is refused: it would load, and draw plausible noise.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lanting.core.errors import ModelError
+from lanting.nn.blocks import TYPES
+from lanting.weights.checkpoint import Checkpoint
+from lanting.weights.headers import TensorInfo
+
+SCALE_NAMES = ("weight_scale", "scale_weight")
+UNUSED = ("scale_input", "input_scale", "comfy_quant")  # beside a weight, and of no use for its value
+UNKNOWN = ("weight_scale_2", "pre_quant_scale", "weight_s_rel", "weight_s_channel", "weight_codebook")
+FLAGS = ("scaled_fp8", "__index_timestep_zero__")  # tensors that only say something by being there
+FP8 = {"F8_E4M3": "fp8 e4m3", "F8_E5M2": "fp8 e5m2"}
+FORMATS = {  # what ComfyUI calls them, and what we do
+    "float8_e4m3fn": "fp8 e4m3",
+    "float8_e5m2": "fp8 e5m2",
+    "int8_tensorwise": "int8",
+    "int8_blockwise": "int8",
+    "lanting_int4": "int4",
+}
+FLOATS = ("F16", "BF16", "F32", "F64")
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How one weight (out, in) is stored.
+
+    kind    "int8", "int4", "fp8 e4m3", "fp8 e5m2", or a GGUF block type such as "Q4_K"
+    shape   (out, in) of the values
+    scale   the shape of its scales; None: it has none
+    group   int4: inputs that share a scale
+    rotate  block of the Hadamard rotation it went through; 0: none
+    names   what its parts are called in the file: "weight", and "weight_scale" where it has scales
+    """
+
+    kind: str
+    shape: tuple[int, int]
+    scale: tuple[int, ...] | None = None
+    group: int = 0
+    rotate: int = 0
+    names: Mapping[str, str] = field(default_factory=dict[str, str])
+
+
+def read_forms(checkpoint: Checkpoint) -> dict[str, Form]:
+    """Path -> form of every weight that is packed; what isn't named is stored as plain floats.
+
+    Raises ModelError for schemes this version can't read.
+    """
+    notes = layer_notes(checkpoint)
+    forms: dict[str, Form] = {}
+    for name, info in checkpoint.infos.items():
+        path, dot, part = name.rpartition(".")
+        if part in UNKNOWN:
+            raise _unreadable(checkpoint, path, str(notes.get(path, {}).get("format", f"a scheme with {part}")))
+        if not dot or part != "weight" or len(info.shape) != 2:
+            continue
+        form = _form(checkpoint, path, info, notes.get(path, {}))
+        if form is not None:
+            forms[path] = form
+    return forms
+
+
+def side_tensors(infos: Mapping[str, TensorInfo]) -> set[str]:
+    """The names that are no part of the network itself: scales, notes and flags."""
+    endings = tuple(f".{part}" for part in (*SCALE_NAMES, *UNUSED))
+    return {name for name in infos if name.endswith(endings) or name in FLAGS}
+
+
+def shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the values of every tensor of the network, packed or not."""
+    forms, aside = read_forms(checkpoint), side_tensors(checkpoint.infos)
+    return {
+        name: forms[path].shape if (path := name.removesuffix(".weight")) in forms and name != path else info.shape
+        for name, info in checkpoint.infos.items()
+        if name not in aside
+    }
+
+
+def layer_notes(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
+    """Path -> what the file says of that layer's scheme."""
+    found = {
+        path: {"format": note} if isinstance(note, str) else _table(checkpoint, note, path)
+        for path, note in checkpoint.layers.items()
+    }
+    for name in checkpoint.infos:
+        if name.endswith(".comfy_quant"):
+            found[name.removesuffix(".comfy_quant")] = _parse(checkpoint, checkpoint.raw(name), name)
+    return found
+
+
+def _form(checkpoint: Checkpoint, path: str, info: TensorInfo, note: Mapping[str, Any]) -> Form | None:
+    """The form of `path`; None for plain floats."""
+    rows, columns = info.shape
+    names = {"weight": f"{path}.weight"}
+    block = TYPES.get(info.dtype)
+    if block is not None and block.packed:
+        return Form(info.dtype, (rows, columns), names=names)
+    if info.dtype in FLOATS:
+        return None  # a scale beside it, if any, is a 1 that older converters wrote for every layer
+    kind = _kind(checkpoint, path, info.dtype, note)
+    scale_name = next((f"{path}.{part}" for part in SCALE_NAMES if f"{path}.{part}" in checkpoint.infos), None)
+    if scale_name is None and (kind in ("int8", "int4") or note.get("format")):
+        raise ModelError(f"The {checkpoint.label} has no scales for {path}, which is {kind}; download it again.")
+    scale = None if scale_name is None else checkpoint.infos[scale_name].shape
+    if scale_name is not None:
+        names["weight_scale"] = scale_name
+        if checkpoint.infos[scale_name].dtype not in FLOATS:
+            raise _unreadable(checkpoint, path, f"{kind} with scales of type {checkpoint.infos[scale_name].dtype}")
+    group = 0
+    if kind == "int4":
+        columns *= 2  # two values a byte
+        group = columns // scale[1] if scale is not None and len(scale) == 2 and scale[0] == rows and scale[1] else 0
+        if not group or group % 2 or columns % group:
+            raise ModelError(f"The {checkpoint.label} has scales of {scale} for {path}, which can't be; get another.")
+    return Form(kind, (rows, columns), scale, group, _rotation(checkpoint, path, columns, note), names)
+
+
+def _kind(checkpoint: Checkpoint, path: str, dtype: str, note: Mapping[str, Any]) -> str:
+    """What a weight of this type is, by its note or by its type alone."""
+    said = note.get("format")
+    if said is not None and said not in FORMATS:
+        raise _unreadable(checkpoint, path, repr(said))
+    kind = FORMATS[said] if said is not None else FP8.get(dtype, "int8" if dtype == "I8" else "")
+    fits = {"int8": ("I8",), "int4": ("U8",), "fp8 e4m3": ("F8_E4M3", "U8"), "fp8 e5m2": ("F8_E5M2", "U8")}
+    if dtype not in fits.get(kind, ()):
+        raise _unreadable(checkpoint, path, f"{said or 'numbers'} of type {dtype}")
+    return kind
+
+
+def _rotation(checkpoint: Checkpoint, path: str, columns: int, note: Mapping[str, Any]) -> int:
+    if not note.get("convrot"):
+        return 0
+    size = note.get("convrot_groupsize", 256)
+    if size not in (4, 16, 64, 256) or columns % size:
+        raise _unreadable(checkpoint, path, f"rotated in blocks of {size!r}")
+    return size
+
+
+def _parse(checkpoint: Checkpoint, text: str | bytes, name: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        raise _damaged(checkpoint, name) from None
+    return _table(checkpoint, value, name)
+
+
+def _table(checkpoint: Checkpoint, value: Any, name: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise _damaged(checkpoint, name)
+    return value
+
+
+def _damaged(checkpoint: Checkpoint, name: str) -> ModelError:
+    return ModelError(f"The {checkpoint.label} says in {name} what can't be read; download it again.")
+
+
+def _unreadable(checkpoint: Checkpoint, path: str, what: str) -> ModelError:
+    return ModelError(
+        f"The {checkpoint.label} stores {path} as {what}, which this version can't read; get a bf16, fp8, int8 or "
+        "GGUF file of the same model."
+    )
