@@ -23,15 +23,16 @@ MAY: dict[str, set[str]] = {
     "flow": {"core"},
     "plan": {"core", "specs"},
     "weights": {"core", "specs", "nn"},
+    "attach": {"core", "nn", "weights"},
     "text": {"core", "specs", "nn"},
     "tasks": {"core", "specs", "flow"},
-    "engine": {"core", "specs", "plan", "nn", "weights", "flow", "text", "tasks"},
+    "engine": {"core", "specs", "plan", "nn", "weights", "attach", "flow", "text", "tasks"},
     "train": {"core", "specs", "nn", "weights", "flow", "text", "engine"},
     "evals": {"core", "specs", "engine", "train"},  # its held-out sets are train's designs; train knows no judge
     "cli": {"core", "specs", "plan", "weights", "engine", "train", "evals"},
 }
 # heavy library -> rooms that may import it when they are imported themselves; everyone else inside functions
-TORCH_ROOMS = {"nn", "weights", "flow", "text", "tasks", "engine", "train", "evals"}
+TORCH_ROOMS = {"nn", "weights", "attach", "flow", "text", "tasks", "engine", "train", "evals"}
 HEAVY = {
     "torch": TORCH_ROOMS,
     "numpy": TORCH_ROOMS,
