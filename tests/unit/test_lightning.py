@@ -23,7 +23,8 @@ from lanting.train.lightning import Distiller, distil, export, student_of
 from lanting.train.walks import LightningRun, merge_levels, together
 from lanting.weights.find import locate
 from lanting.weights.headers import read_header, read_metadata
-from lanting.weights.lora import linears_of, open_lora
+from lanting.weights.linear_names import transformer_linears
+from lanting.weights.lora_file import open_lora
 
 QUICK = LightningRun(batch=4, fresh=2, capacity=8, teacher_steps=8, lr=1e-2, warmup_steps=1)
 
@@ -149,7 +150,7 @@ def test_a_killed_run_leaves_whole_files(folder, tmp_path):
     assert running.wait() == -signal.SIGKILL
     made = distiller(folder, rank=2)
     assert made.resume(out.with_suffix(".checkpoint")) and made.clock.step > 0
-    open_lora(out, linears_of(made.models.checkpoints["transformer"].infos))
+    open_lora(out, transformer_linears(made.models.folder.configs["transformer"]))
 
 
 def test_a_file_of_rank_16_at_width_128_is_small(tmp_path):

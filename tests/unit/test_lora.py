@@ -14,16 +14,10 @@ from lanting.core.errors import ModelError, RequestError
 from lanting.nn.lora import Factors, LoraLinear, attach, detach
 from lanting.nn.mmdit import QwenImageTransformer, TransformerConfig
 from lanting.specs import get_spec
-from lanting.weights.lora import (
-    attach_loras,
-    find_again,
-    find_lora,
-    hash_of,
-    linears_of,
-    open_lora,
-    split_strength,
-    with_wishes,
-)
+from lanting.weights.linear_names import transformer_linears
+from lanting.weights.lora import attach_loras
+from lanting.weights.lora_file import find_again, find_lora, hash_of, open_lora, split_strength
+from lanting.weights.lora_wishes import with_wishes
 
 CONFIG = TransformerConfig(2, 2, 16, 24, axes_dims_rope=(4, 6, 6))
 CPU = torch.device("cpu")
@@ -201,7 +195,6 @@ def test_the_first_tensor_that_fits_nothing_is_named(net, tmp_path):
     for stray in (
         "transformer_blocks.2.attn.to_q.lora_down.weight",
         "lora_unet_transformer_blocks_0_attn_to_z.lora_down.weight",
-        "text_encoder.layers.0.self_attn.q_proj.lora_down.weight",
         "transformer_blocks.0.attn.norm_q.lora_down.weight",
         "transformer_blocks.0.attn.to_q.weight",
     ):
@@ -230,10 +223,6 @@ def test_shapes_and_halves_are_checked(net, tmp_path):
     assert f"{name}.alpha" in refused(path, net)
     save_file({**plain, f"transformer.{name}.lora_A.weight": down.clone()}, str(path))
     assert "the same thing" in refused(path, net)
-    save_file({**plain, f"{name}.dora_scale": torch.ones(32)}, str(path))
-    assert "no plain LoRA" in refused(path, net)
-    save_file({f"{name}.lokr_w1": torch.ones(4, 4), f"{name}.alpha": torch.ones(())}, str(path))
-    assert "lokr_w1" in refused(path, net)
     save_file({}, str(path))
     assert "is empty" in refused(path, net)
     path.write_bytes(b"\x10\0\0\0\0\0\0\0{}")
@@ -312,23 +301,25 @@ def test_a_files_wishes_become_the_releases_defaults(net, tmp_path):
 
 def test_wished_noise_levels_are_those_of_lightning():
     from lanting.flow.schedule import Schedule
-    from lanting.weights.lora import static_shift
+    from lanting.weights.lora_wishes import static_shift
 
     config = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 0.9, "shift_terminal": 0.02}
     sigmas = Schedule.from_config({**config, **static_shift(3.0)}).sigmas(4, 4096)
     assert torch.allclose(sigmas, torch.tensor([1, 0.9, 0.75, 0.5, 0]))
 
 
-def test_linears_are_told_from_a_header(tmp_path):
-    from lanting.weights.headers import read_header
-
-    layered = QwenImageTransformer(
-        TransformerConfig(1, 2, 16, 24, axes_dims_rope=(4, 6, 6), use_additional_t_cond=True)
-    )
-    save_file({k: v.clone() for k, v in layered.state_dict().items()}, str(tmp_path / "t.safetensors"))
-    assert linears_of(read_header(tmp_path / "t.safetensors")) == shapes(layered)
-    flat = [name.replace(".", "_") for name in shapes(layered)]
+def test_linears_are_told_from_a_config():
+    numbers = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16, "joint_attention_dim": 24}
+    assert transformer_linears(numbers) == shapes(QwenImageTransformer(CONFIG))
+    with torch.device("meta"):
+        full = shapes(QwenImageTransformer(TransformerConfig(use_additional_t_cond=True)))
+    assert transformer_linears({}) == transformer_linears({"num_layers": None, "zero_cond_t": True}) == full
+    assert len(full) == 60 * 14 + 6
+    flat = [name.replace(".", "_") for name in full]
     assert len(set(flat)) == len(flat), "Kohya's names must be unambiguous"
+    for wrong in (0, -1, True, "60", 1.5, 10**9):
+        with pytest.raises(ModelError, match=r"config\.json says num_layers"):
+            transformer_linears({"num_layers": wrong})
 
 
 def test_attach_names_what_is_no_linear():

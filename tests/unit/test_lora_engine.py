@@ -18,7 +18,7 @@ from lanting import Engine, ModelError, PictureError, Request, RequestError
 from lanting.core.recipe import from_json, infotext, read_recipe, to_json
 from lanting.weights import home
 from lanting.weights.inspect import describe
-from lanting.weights.lora import linears_of
+from lanting.weights.linear_names import transformer_linears
 
 NOTES = {"lanting.steps": "3", "lanting.guidance_scale": "1", "lanting.shift": "3"}
 ASKED = {"prompt": "a sign", "size": (64, 48), "seed": 5}
@@ -35,11 +35,10 @@ def folder(tmp_path_factory) -> Path:
 
 def write(path: Path, folder: Path, seed: int, notes=None) -> Path:
     """A LoRA over the attention of the folder's transformer, in PEFT's dialect."""
-    from lanting.weights.checkpoint import open_component
-
     generator = torch.Generator().manual_seed(seed)
+    config = (folder / "transformer" / "config.json").read_text()
     tensors = {}
-    for name, (out, inner) in linears_of(open_component(folder / "transformer").infos).items():
+    for name, (out, inner) in transformer_linears(json.loads(config)).items():
         if ".attn." in name:
             tensors[f"{name}.lora_A.weight"] = torch.randn(2, inner, generator=generator) * 0.3
             tensors[f"{name}.lora_B.weight"] = torch.randn(out, 2, generator=generator) * 0.3

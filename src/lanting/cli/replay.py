@@ -89,7 +89,7 @@ def _loras(recipe: Recipe, given: list[str], model: str, beside: Path, screen: S
     if not recipe.loras:
         return tuple(given)
     from lanting.weights.find import locate
-    from lanting.weights.lora import find_again, split_strength
+    from lanting.weights.lora_file import find_again, split_strength
 
     folder = locate(model).path
     found: list[str] = []

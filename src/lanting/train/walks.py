@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lanting.engine.studio import EngineStudio
 from lanting.flow.loop import Canvas, Conditioning, Grid, Model, denoise
 from lanting.flow.schedule import Schedule
-from lanting.weights.lora import static_shift
+from lanting.weights.lora_wishes import static_shift
 
 Prompts = Callable[[random.Random], tuple[str, tuple[int, int]]]  # a prompt and the (width, height) to draw it at
 
