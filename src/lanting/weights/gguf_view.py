@@ -90,7 +90,8 @@ def view(path: Path, header: GgufHeader) -> GgufCheckpoint:
             infos[name] = info
     metadata = {key: value for key, value in header.metadata.items() if isinstance(value, str)}
     parts = Checkpoint(path.name, dict.fromkeys(header.tensors, path), header.tensors)
-    return GgufCheckpoint(path.name, dict.fromkeys(infos, path), infos, metadata, pieces, parts)
+    where = dict.fromkeys(infos, path)
+    return GgufCheckpoint(path.name, where, infos, metadata, pieces=pieces, parts=parts)
 
 
 def _pair(one: GgufCheckpoint, two: GgufCheckpoint) -> GgufCheckpoint:
@@ -104,8 +105,8 @@ def _pair(one: GgufCheckpoint, two: GgufCheckpoint) -> GgufCheckpoint:
         {**one.where, **two.where},
         {**one.infos, **two.infos},
         {**two.metadata, **one.metadata},
-        {**one.pieces, **two.pieces},
-        parts,
+        pieces={**one.pieces, **two.pieces},
+        parts=parts,
     )
 
 

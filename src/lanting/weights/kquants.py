@@ -23,7 +23,7 @@ from torch import Tensor
 from lanting.nn.blocks import TYPES
 
 RUN = 1 << 18  # weights at a time: intermediates stay in the cache
-GREATEST = 65504.0  # of float16
+GREATEST, LEAST = 65504.0, 2.0**-24  # of float16
 RANGES = tuple(step / 5 for step in range(-5, 6))
 """Ranges that are tried, as what is added to the highest code before a group's spread is divided by it: below 0 the
 codes leave room at both ends, above 0 the outermost weights are clipped and the others met more finely."""
@@ -75,8 +75,9 @@ def can_quantize(kind: str) -> bool:
 
 
 def stored(number: Tensor) -> Tensor:
-    """As float16 keeps it."""
-    return number.clamp(-GREATEST, GREATEST).half().float()
+    """As float16 keeps it, but never 0 for a number that isn't: a coarse scale loses less than none."""
+    kept = number.clamp(-GREATEST, GREATEST).half().float()
+    return torch.where((kept == 0) & (number != 0), number.sign() * LEAST, kept)
 
 
 def inverse(number: Tensor) -> Tensor:

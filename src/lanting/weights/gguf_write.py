@@ -1,0 +1,181 @@
+"""Writing GGUF files: all sizes first, then tensor after tensor, a few thousand rows at a time.
+
+A type fixes a tensor's size, so the header can be written before any weight is read, and memory never holds more than
+the tensor that is being read and some rows of its packed form. The file gets its name when it is complete; a run that
+is stopped leaves nothing under it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from lanting.core.errors import ModelError, OutputError
+from lanting.nn.blocks import TYPES
+from lanting.weights.gguf import ALIGNMENT, ARRAY, MAGIC, TEXT
+from lanting.weights.gguf_mix import MIXES, tensor_bytes, tensor_types
+from lanting.weights.kquants import can_quantize, quantize
+
+MARKER = "__index_timestep_zero__"  # by which ComfyUI knows Edit-2511
+ROWS = 1 << 22  # weights packed at a time
+FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+Value = str | bool | int | float | Sequence[str] | Sequence[int]
+Report = Callable[[int, int], None]
+"""Called with bytes written and bytes in all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A tensor to be written: its values are asked for when its turn comes."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: str  # of `nn.blocks.TYPES`
+    values: Callable[[], Tensor]
+
+
+def write_transformer(
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    read: Callable[[str], Tensor],
+    mix: str,
+    about: Mapping[str, object],
+    report: Report | None = None,
+) -> dict[str, str]:
+    """A transformer as one GGUF file in one of `gguf_mix.MIXES`.
+
+    shapes  official name -> shape of the values, in the order in which they are to be written
+    read    name -> those values, in any floating type
+    about   `config` (transformer/config.json), `release` and `name` are kept, where given
+
+    Returns name -> type. Raises ModelError for weights that can't be written, OutputError for a place that can't.
+    """
+    config = about.get("config")
+    types = tensor_types(shapes, mix)
+    entries = [Entry(name, shape, types[name], lambda name=name: read(name)) for name, shape in shapes.items()]
+    metadata: dict[str, Value] = {
+        "general.architecture": "qwen_image",
+        "general.type": "model",
+        "general.name": str(about.get("name") or about.get("release") or "qwen-image"),
+        "general.quantization_version": 2,
+        "general.file_type": MIXES[mix].number,
+        "lanting.mix": mix,
+    }
+    if about.get("release"):
+        metadata["lanting.release"] = str(about["release"])
+    if isinstance(config, Mapping):
+        metadata["lanting.config"] = json.dumps(dict(config), ensure_ascii=False, sort_keys=True)
+        if config.get("zero_cond_t") and MARKER not in shapes:
+            entries.append(Entry(MARKER, (1,), "F32", lambda: torch.zeros(1)))
+    write_gguf(path, metadata, entries, report)
+    return types
+
+
+def write_gguf(
+    path: Path, metadata: Mapping[str, Value], entries: Sequence[Entry], report: Report | None = None
+) -> None:
+    """A GGUF file of these notes and tensors, under its name only once it is complete.
+
+    `metadata` takes whole numbers as 32 bits, other numbers as float32. Raises ModelError for a tensor that is not
+    what its entry says or has values that are not finite, OutputError where the file can't be written.
+    """
+    header, places, end = layout(metadata, entries)
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        if (free := shutil.disk_usage(path.parent).free) < end:
+            raise OutputError(f"{path.parent} has {free / 1e9:.1f} GB free and the file needs {end / 1e9:.1f}.")
+        with part.open("wb") as file:
+            file.write(header)
+            for entry, place in zip(entries, places, strict=True):
+                file.write(bytes(place - file.tell()))
+                _write_tensor(file, entry, path, end, report)
+            file.write(bytes(end - file.tell()))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        raise OutputError(f"{path} can't be written ({error.strerror or error}).") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def layout(metadata: Mapping[str, Value], entries: Sequence[Entry]) -> tuple[bytes, list[int], int]:
+    """(the header's bytes, where each tensor begins in the file, the file's size)."""
+    pieces = [MAGIC, struct.pack("<IQQ", 3, len(entries), len(metadata))]
+    for key, value in metadata.items():
+        pieces += [text(key), typed(value)]
+    offsets, offset = [], 0
+    for entry in entries:
+        sides = tuple(reversed(entry.shape))
+        pieces += [text(entry.name), struct.pack(f"<I{len(sides)}Q", len(sides), *sides)]
+        pieces.append(struct.pack("<IQ", TYPES[entry.kind].code, offset))
+        offsets.append(offset)
+        offset = aligned(offset + tensor_bytes(entry.shape, entry.kind))
+    header = b"".join(pieces)
+    begin = aligned(len(header))
+    return header, [begin + offset for offset in offsets], begin + offset
+
+
+def aligned(place: int) -> int:
+    """The next place where a tensor may begin."""
+    return -(-place // ALIGNMENT) * ALIGNMENT
+
+
+def text(value: str) -> bytes:
+    """A string as the format has it: its length, its bytes."""
+    raw = value.encode("utf-8")
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def typed(value: Value) -> bytes:
+    """A note's value with its type before it."""
+    if isinstance(value, str):
+        return struct.pack("<I", TEXT) + text(value)
+    if isinstance(value, bool):
+        return struct.pack("<I?", 7, value)
+    if isinstance(value, int):
+        return struct.pack("<II", 4, value)
+    if isinstance(value, float):
+        return struct.pack("<If", 6, value)
+    words = [item for item in value if isinstance(item, str)]
+    if words:
+        return struct.pack("<IIQ", ARRAY, TEXT, len(words)) + b"".join(text(word) for word in words)
+    numbers = [item for item in value if isinstance(item, int)]
+    return struct.pack(f"<IIQ{len(numbers)}i", ARRAY, 5, len(numbers), *numbers)
+
+
+def encode(values: Tensor, kind: str) -> Tensor:
+    """Values (rows, columns) or (n,) as the bytes of a type, uint8 (n,). Raises ValueError where they don't fit it."""
+    if kind in FLOATS:
+        return values.to("cpu", FLOATS[kind]).contiguous().view(-1).view(torch.uint8)
+    return quantize(values, kind).view(-1)
+
+
+def _write_tensor(file: BinaryIO, entry: Entry, path: Path, end: int, report: Report | None) -> None:
+    values = entry.values()
+    if tuple(values.shape) != entry.shape or not values.is_floating_point():
+        found = f"{values.dtype} {tuple(values.shape)}"
+        raise ModelError(f"{entry.name} is {found} and should be floats of {entry.shape}; the model is damaged.")
+    if entry.kind not in FLOATS and not can_quantize(entry.kind):
+        raise ModelError(f"{entry.kind} is a type we read and don't write; choose another for {entry.name}.")
+    rows = values.reshape(-1, entry.shape[-1]) if entry.shape else values.reshape(1, 1)
+    step = max(1, ROWS // max(1, rows.shape[1]))
+    for first in range(0, rows.shape[0], step):
+        try:
+            packed = encode(rows[first : first + step], entry.kind)
+        except ValueError as error:
+            raise ModelError(f"{entry.name} can't be written as {entry.kind}: {error}.") from None
+        file.write(packed.numpy().data)
+        if report is not None:
+            report(min(file.tell(), end), end)
