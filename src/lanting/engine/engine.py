@@ -49,6 +49,7 @@ class Engine:
         controlnet: str | None = None,
         loras: Sequence[str] = (),
         parts: Mapping[str, str | None] | None = None,
+        quant: str = "none",
     ) -> Engine:
         """Find a model and check its headers; weights are read when they are first needed.
 
@@ -59,9 +60,10 @@ class Engine:
         controlnet  a ControlNet folder, for the tasks `controlnet` and `controlnet_inpaint`
         loras       LoRA files or names of LoRAs the model brings, with a strength if it is not 1: "ink.safetensors:0.8"
         parts       "text_encoder" and "vae": a file or folder that replaces the model's own, or that a file lacks
+        quant       "int8", "fp8" or "int4": pack Linears that are stored in 16 or 32 bits while they are loaded
         Raises ModelError or RequestError in one sentence.
         """
-        return cls(Models(locate(model, parts), device, dtype, controlnet, loras))
+        return cls(Models(locate(model, parts), device, dtype, controlnet, loras, quant))
 
     @property
     def folder(self) -> ModelFolder:
@@ -226,6 +228,7 @@ def versions_of(models: Models) -> dict[str, str]:
         "python": platform.python_version(),
         "device": str(models.device) if models.device.type == "cpu" else device_name(models.device),
         "dtype": say_dtypes(models.dtypes),
+        **({"quant": models.quant} if models.quant != "none" else {}),
     }
 
 

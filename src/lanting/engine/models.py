@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from lanting.attach.quant import chooser
 from lanting.core.errors import ModelError, RequestError
 from lanting.flow.latents import LatentCodec, Preview, fit_preview
 from lanting.flow.schedule import Schedule
@@ -99,8 +100,11 @@ class Models:
         dtype: str | None,
         controlnet: str | None = None,
         loras: Sequence[str] = (),
+        quant: str = "none",
     ):
         self.folder, self.release_loras = folder, release_loras(folder)
+        self.quant = quant  # what plain Linears are packed as while they are loaded, one of attach.quant.KINDS
+        chooser("transformer", quant)  # raises for a kind we don't know, before anything is read
         self.loras = find_loras(folder, loras)  # what a person asked for, on top of the release's own
         self.spec = with_wishes(folder.spec, self.loras)
         self.checkpoints = {name: folder.checkpoint(name) for name in ("transformer", "vae", "text_encoder")}
@@ -117,7 +121,7 @@ class Models:
 
     def placing(self, component: str) -> Placing:
         """Where a component's weights go, and as what."""
-        return Placing(self.dtypes[component], self.device)
+        return Placing(self.dtypes[component], self.device, chooser(component, self.quant))
 
     @cached_property
     def transformer(self) -> QwenImageTransformer:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from lanting.nn.rotate import rotate_blocks
 
 FP8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+RUN = 1 << 22  # weights that are rounded at a time: what is alive meanwhile is a few times as large
 GROUPS = (128, 64, 32, 16)  # inputs that share a scale of Int4Linear
 
 
@@ -129,10 +130,13 @@ class Int8Linear(ScaledLinear):
     def from_dense(cls, weight: Tensor, bias: Tensor | None = None, *, group: int = 0, rotate: int = 0) -> Self:
         """Round a weight (out, in) to the nearest, with a scale per row, or per `group` inputs of a row."""
         made = empty(cls, weight, bias, rotate, scale=(weight.shape[0], weight.shape[1] // group if group else 1))
-        grouped = rotated(weight, rotate).unflatten(1, (-1, group or weight.shape[1]))  # (out, groups, g)
-        scale = positive(grouped.abs().amax(-1) / 127)
-        made.weight_scale = scale
-        made.weight = (grouped / scale[:, :, None]).round_().clamp_(-127, 127).to(torch.int8).flatten(1)
+        packed, scales = [], []
+        for rows in runs(weight):
+            grouped = rotated(rows, rotate).unflatten(1, (-1, group or weight.shape[1]))  # (rows, groups, g)
+            scale = positive(grouped.abs().amax(-1) / 127)
+            packed.append((grouped / scale[:, :, None]).round_().clamp_(-127, 127).to(torch.int8).flatten(1))
+            scales.append(scale)
+        made.weight, made.weight_scale = torch.cat(packed), torch.cat(scales)
         return made
 
 
@@ -172,12 +176,18 @@ class Fp8Linear(ScaledLinear):
         """Round a weight (out, in); `scale` is "channel", "tensor", or None for a plain down-cast."""
         shape = {"channel": (weight.shape[0], 1), "tensor": (), None: None}[scale]
         made = empty(cls, weight, bias, rotate, kind=kind, scale=shape)
-        exact, most = rotated(weight, rotate), torch.finfo(FP8[kind]).max
+        most = torch.finfo(FP8[kind]).max
         if shape is not None:
-            peaks = exact.abs().amax(1, keepdim=True) if shape else exact.abs().amax()
-            made.weight_scale = positive(peaks / most)
-            exact = exact / made.weight_scale
-        made.weight = exact.clamp(-most, most).to(FP8[kind])
+            peaks = torch.cat([rotated(rows, rotate).abs().amax(1, keepdim=True) for rows in runs(weight)])
+            made.weight_scale = positive((peaks if shape else peaks.amax()) / most)
+        packed, done = [], 0
+        for rows in runs(weight):
+            exact = rotated(rows, rotate)
+            if made.weight_scale is not None:
+                exact = exact / (made.weight_scale[done : done + len(rows)] if shape else made.weight_scale)
+            packed.append(exact.clamp(-most, most).to(FP8[kind]))
+            done += len(rows)
+        made.weight = torch.cat([part.view(torch.uint8) for part in packed]).view(FP8[kind])
         return made
 
 
@@ -219,11 +229,14 @@ class Int4Linear(PackedLinear):
     ) -> Self:
         """Round a weight (out, in), each group with the scale of `SHRINK` that errs least."""
         made = empty(cls, weight, bias, rotate, group=group)
-        grouped = rotated(weight, rotate).unflatten(1, (-1, group))  # (out, groups, g)
-        scale = best_scale(grouped, scales)
-        codes = to_codes(grouped, scale).to(torch.uint8)
-        low, high = codes.chunk(2, -1)
-        made.weight, made.weight_scale = (low | high << 4).flatten(1), scale.to(scales)
+        packed, found = [], []
+        for rows in runs(weight):
+            grouped = rotated(rows, rotate).unflatten(1, (-1, group))  # (rows, groups, g)
+            scale = best_scale(grouped, scales)
+            low, high = to_codes(grouped, scale).to(torch.uint8).chunk(2, -1)
+            packed.append((low | high << 4).flatten(1))
+            found.append(scale.to(scales))
+        made.weight, made.weight_scale = torch.cat(packed), torch.cat(found)
         return made
 
 
@@ -294,6 +307,11 @@ def empty(cls: type[Any], weight: Tensor, bias: Tensor | None, rotate: int, **op
         made = cls(weight.shape[1], weight.shape[0], bias is not None, rotate=rotate, **options)
     made.bias = bias
     return made
+
+
+def runs(weight: Tensor) -> tuple[Tensor, ...]:
+    """A weight (out, in) in a few rows at a time."""
+    return weight.split(max(1, RUN // weight.shape[1]))
 
 
 def rotated(weight: Tensor, rotate: int) -> Tensor:

@@ -16,7 +16,7 @@ from pathlib import Path
 from lanting.core.errors import ModelError
 from lanting.weights.checkpoint import Checkpoint, layer_notes, open_component
 from lanting.weights.forms import FLAGS
-from lanting.weights.headers import read_file
+from lanting.weights.headers import damaged, read_file
 
 OWN_NOTES = "lanting"  # in a safetensors file's metadata: a JSON table of ours
 COMPONENTS = ("transformer", "vae", "text_encoder")
@@ -98,11 +98,21 @@ def open_gguf(path: Path) -> dict[str, Checkpoint]:
         encoder, config = open_text_encoder_gguf(path)
         notes = {**encoder.metadata, OWN_NOTES: json.dumps({"config": config})} if config else encoder.metadata
         return {"text_encoder": replace(encoder, label=f"text encoder in {path.name}", metadata=notes)}
-    whole = view(path, header)
+    whole = replace(view(path, header), metadata={OWN_NOTES: _gguf_notes(path, header.metadata)})
     return {
         component: whole.renamed(names, f"{component} in {path.name}")
         for component, names in split_names(whole.infos).items()
     }
+
+
+def _gguf_notes(path: Path, metadata: Mapping[str, object]) -> str:
+    """What our GGUF writer noted, as our safetensors writer would have put it."""
+    notes = {"release": metadata.get("lanting.release"), "config": metadata.get("lanting.config", "{}")}
+    try:
+        notes["config"] = json.loads(str(notes["config"]))
+    except (ValueError, RecursionError):
+        raise damaged(path, "its note lanting.config can't be read") from None
+    return json.dumps(notes)
 
 
 def open_weights(place: Path, component: str) -> Checkpoint:

@@ -1,0 +1,196 @@
+"""Safetensors files of our own: a component packed tensor by tensor and written as it goes.
+
+A form fixes what a tensor will measure, so the header is written first and memory holds one weight and its packed form
+at most. The file gets its name when it is complete; a run that is killed leaves a hidden `.part` and nothing else.
+fp8 and int8 are written as ComfyUI reads them; int4 is ours. The recipe and the config stand in the header.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lanting.core.errors import ModelError, OutputError
+from lanting.weights.build import Choose, Placing, expand, pack
+from lanting.weights.checkpoint import LAYER_NOTES, Checkpoint
+from lanting.weights.forms import FLAGS, Form, read_forms, shapes
+from lanting.weights.headers import BITS, read_header
+from lanting.weights.single import OWN_NOTES
+
+FORMATS = {"int8": "int8_tensorwise", "int4": "lanting_int4", "fp8 e4m3": "float8_e4m3fn", "fp8 e5m2": "float8_e5m2"}
+STORED = {"int8": "I8", "int4": "U8", "fp8 e4m3": "F8_E4M3", "fp8 e5m2": "F8_E5M2"}
+MARKER = "__index_timestep_zero__"  # by which ComfyUI and we know Edit-2511
+FEW = 1024  # values; vectors this short keep float32 where they have it
+Report = Callable[[int, int], None]
+"""Called with bytes written and bytes in all."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor to be written: what it measures, and its bytes when its turn comes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        count = 1
+        for side in self.shape:
+            count *= side
+        return count * BITS[self.dtype] // 8
+
+
+@dataclass(frozen=True)
+class Source:
+    """One weight of the model: where its values are, and what they become."""
+
+    name: str
+    shape: tuple[int, ...]
+    form: Form | None  # None: plain
+
+    def entries(self, dtype: str) -> list[Entry]:
+        if self.form is None:
+            return [Entry(self.name, dtype, self.shape)]
+        path, (rows, columns) = self.name.removesuffix(".weight"), self.form.shape
+        width = columns // 2 if self.form.kind == "int4" else columns
+        scales = "BF16" if self.form.kind == "int4" else "F32"
+        return [
+            Entry(self.name, STORED[self.form.kind], (rows, width)),
+            Entry(f"{path}.weight_scale", scales, self.form.scale or ()),
+        ]
+
+
+def quantize_safetensors(
+    checkpoint: Checkpoint, out: Path, choose: Choose | None, about: Mapping[str, Any], report: Report | None = None
+) -> None:
+    """A component as one file. What `choose` leaves becomes bfloat16.
+
+    about   noted in the header: `component`, `release`, `to`, `config`
+    Raises ModelError for weights that can't be read, OutputError for a place that can't be written.
+    """
+    stored, flags = read_forms(checkpoint), [name for name in checkpoint.infos if name in FLAGS and name == MARKER]
+    sources = [Source(name, shape, _chosen(choose, name, shape)) for name, shape in shapes(checkpoint).items()]
+    plan = [(source, source.entries(_plain_type(checkpoint, source, stored))) for source in sources]
+    config = about.get("config") or {}
+    if flags or (config.get("zero_cond_t") and about.get("component") == "transformer"):
+        plan.append((Source(MARKER, (0,), None), [Entry(MARKER, "F32", (0,))]))
+
+    def parts() -> Iterator[Tensor]:
+        for source, entries in plan:
+            yield from _values(checkpoint, source, entries, stored)
+
+    layers = {source.name.removesuffix(".weight"): _note(source.form) for source, _ in plan if source.form is not None}
+    notes = {"format": "pt", OWN_NOTES: json.dumps({"version": 1, **about}, ensure_ascii=False)}
+    if layers:
+        notes[LAYER_NOTES] = json.dumps({"format_version": "1.0", "layers": layers})
+    write_safetensors(out, [entry for _, entries in plan for entry in entries], parts(), notes, report)
+
+
+def dense_reader(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Callable[[str], Tensor]:
+    """name -> that weight's values as floats, expanded where they are packed; for writers of other formats."""
+    stored, placing = read_forms(checkpoint), Placing(dtype, torch.device("cpu"))
+
+    def read(name: str) -> Tensor:
+        path = name.removesuffix(".weight")
+        if path in stored and path != name:
+            return expand(stored[path], checkpoint, placing)
+        return checkpoint.read([name])[name]
+
+    return read
+
+
+def write_safetensors(
+    out: Path, entries: list[Entry], parts: Iterable[Tensor], notes: Mapping[str, str], report: Report | None = None
+) -> None:
+    """A file of these tensors, in their order, under its name only once it is complete and its header checked."""
+    table: dict[str, Any] = {"__metadata__": dict(notes)}
+    place = 0
+    for entry in entries:
+        table[entry.name] = {
+            "dtype": entry.dtype,
+            "shape": list(entry.shape),
+            "data_offsets": [place, place + entry.size],
+        }
+        place += entry.size
+    header = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode()
+    header += b" " * (-(len(header) + 8) % 64)  # data begin where any number may
+    total, scratch = len(header) + 8 + place, out.with_name(f".{out.name}.{secrets.token_hex(4)}.part")
+    try:
+        if (free := shutil.disk_usage(out.parent).free) < total:
+            raise OutputError(f"{out.parent} has {free / 1e9:.1f} GB free and the file needs {total / 1e9:.1f}.")
+        with scratch.open("wb") as file:
+            file.write(struct.pack("<Q", len(header)) + header)
+            for entry, tensor in zip(entries, parts, strict=True):
+                if tensor.numel():
+                    file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+                if file.tell() > total:
+                    raise ModelError(f"{entry.name} is not what its header says; the model is damaged.")
+                if report is not None:
+                    report(file.tell(), total)
+            file.flush()
+            os.fsync(file.fileno())
+        read_header(scratch)
+        os.replace(scratch, out)
+    except OSError as error:
+        raise OutputError(f"{out} can't be written ({error.strerror or error}).") from None
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def _chosen(choose: Choose | None, name: str, shape: tuple[int, ...]) -> Form | None:
+    if choose is None or len(shape) != 2 or not name.endswith(".weight"):
+        return None
+    return choose(name.removesuffix(".weight"), (shape[0], shape[1]))
+
+
+def _plain_type(checkpoint: Checkpoint, source: Source, stored: Mapping[str, Form]) -> str:
+    """bfloat16; but float16 stays what it is, and so do short vectors in float32."""
+    path = source.name.removesuffix(".weight")
+    dtype = "" if path in stored and path != source.name else checkpoint.infos[source.name].dtype
+    short = len(source.shape) < 2 and checkpoint.infos[source.name].count <= FEW
+    return dtype if dtype == "F16" or (dtype == "F32" and short) else "BF16"
+
+
+def _values(
+    checkpoint: Checkpoint, source: Source, entries: list[Entry], stored: Mapping[str, Form]
+) -> Iterator[Tensor]:
+    """The tensors of `entries`, one source's: packed, or cast."""
+    if source.name == MARKER:
+        yield torch.empty(0)
+        return
+    path = source.name.removesuffix(".weight")
+    packed = path in stored and path != source.name
+    exact = torch.float32 if source.form is not None else torch.bfloat16
+    if packed:
+        values = expand(stored[path], checkpoint, Placing(exact, torch.device("cpu")))
+    else:
+        values = checkpoint.read([source.name])[source.name]
+    if not values.is_floating_point():
+        raise ModelError(f"The {checkpoint.label} holds {source.name} as {values.dtype}, which is no weight type.")
+    if source.form is None:
+        yield values.to({"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[entries[0].dtype])
+        return
+    linear = pack(source.form, values)
+    yield linear.weight
+    yield linear.state_dict()["weight_scale"]
+
+
+def _note(form: Form) -> dict[str, Any]:
+    """How ComfyUI (and we) say what a layer is."""
+    note: dict[str, Any] = {"format": FORMATS[form.kind]}
+    if form.group:
+        note["group_size"] = form.group
+    if form.rotate:
+        note |= {"convrot": True, "convrot_groupsize": form.rotate}
+    return note
