@@ -55,7 +55,7 @@ def prompts() -> list[str]:
             other = replace(other, lines=design.lines, concept=7)
         found += [
             describe(design, said, rng, language),
-            instruct(kind, design, replace(other, concept=8), rng, language, rng.choice((1, 2))),
+            instruct(kind, (design, replace(other, concept=8)), rng, language, rng.choice((1, 2))),
         ]
     return found
 

@@ -5,10 +5,11 @@ from dataclasses import replace
 
 import pytest
 
-from lanting.train import wording_en, wording_zh
+from lanting.train import wording_edits, wording_edits_zh, wording_en, wording_held_out, wording_zh
 from lanting.train.assets import concepts
 from lanting.train.design import Design, Said
-from lanting.train.edits import KINDS
+from lanting.train.draw import render
+from lanting.train.edits import KINDS, EditMaker
 from lanting.train.wording import describe, instruct, locate, locate_concept, outside_quotes
 from lanting.train.wording_names import article, plural
 from random_designs import draw
@@ -145,7 +146,35 @@ def test_instructions(kind: str, language: str) -> None:
         after = replace(before, concept=None)
     for refs in (1, 2):
         for _ in range(60):
-            text = instruct(kind, before, after, rng, language, refs)
+            text = instruct(kind, (before, after), rng, language, refs)
             assert text and "{" not in text and "  " not in text
             seen.add(text)
     assert len(seen) >= 6
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_held_out_instructions_are_met_by_nobody(language: str) -> None:
+    met, kept = (
+        (wording_edits.EDITS, wording_held_out.HELD_OUT_EN)
+        if language == "en"
+        else (wording_edits_zh.EDITS, wording_held_out.HELD_OUT_ZH)
+    )
+    assert set(met) == set(kept)
+    for form, phrasings in kept.items():
+        assert len(phrasings) > 1 and not set(phrasings) & set(met[form])
+        known = set(
+            re.findall(r"{(\w+)}", " ".join([*met[form], "{side}{at}{it}{no}{the}{two}{one}{name}{face}{a_face}"]))
+        )
+        assert set(re.findall(r"{(\w+)}", " ".join(phrasings))) <= known
+    before = Design((192, 192), ("OPEN", "now"), "red", "white", concept=0)
+    after = replace(before, lines=("OPEN", "later"))
+    said = {instruct("rewrite", (before, after), random.Random(i), language, 1, True) for i in range(40)}
+    plain = {instruct("rewrite", (before, after), random.Random(i), language) for i in range(400)}
+    assert len(said) > 2 and not said & plain
+
+
+def test_a_new_face_of_chinese_is_one_that_looks_new() -> None:
+    maker = EditMaker(5)
+    for _ in range(30):
+        edit = maker.sample(size=(224, 96), kind="face")
+        assert (render([edit.sources[0]]) != render([edit.target])).any()

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 from lanting.core.errors import RequestError
+from lanting.train.atlas import HANZI_FONTS
 from lanting.train.design import (
     FACES,
     SCENES,
@@ -22,6 +23,7 @@ from lanting.train.design import (
     UNIT,
     WIDE,
     Design,
+    is_hanzi,
     place,
     readable_pairs,
 )
@@ -111,7 +113,7 @@ class EditMaker:
         chinese = any(ord(c) > 0x2000 for design in (*sources, target) for line in design.lines for c in line)
         language = "zh" if rng.random() < (0.75 if chinese else 0.2) else "en"
         other = sources[-1] if kind in TWO_PICTURES else target
-        instruction = instruct(kind, sources[0], other, rng, language, len(sources))
+        instruction = instruct(kind, (sources[0], other), rng, language, len(sources), self.held_out)
         return Edit(kind, sources, target, instruction, language, changed_boxes(sources[0], target))
 
     def _make(self, rng: random.Random, kind: str, source: Design) -> tuple[tuple[Design, ...], Design] | None:
@@ -206,7 +208,16 @@ def _move(rng: random.Random, source: Design) -> Design | None:
 
 
 def _face(rng: random.Random, source: Design) -> Design | None:
-    return replace(source, face=rng.choice([f for f in FACES if f != source.face])) if source.lines else None
+    """Another face that looks another: Chinese has one for all but two of them."""
+    chinese = all(map(is_hanzi, "".join(source.lines).replace(" ", "")))
+    own = _drawn_as(source.face, chinese)
+    return (
+        replace(source, face=rng.choice([f for f in FACES if _drawn_as(f, chinese) != own])) if source.lines else None
+    )
+
+
+def _drawn_as(face: str, chinese: bool) -> str:
+    return face if not chinese or face in HANZI_FONTS else "mono"
 
 
 def _border(rng: random.Random, source: Design) -> Design | None:

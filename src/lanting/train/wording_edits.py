@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from typing import TYPE_CHECKING
 
-from lanting.train import wording_edits_zh
+from lanting.train import wording_edits_zh, wording_held_out
 from lanting.train.assets import concepts
 from lanting.train.wording_en import FACES, PLACES, SCENES, SIDES, TEXTURES, grey, quote_en
 from lanting.train.wording_names import NUMBERS, article, concept_phrase, plural
@@ -230,16 +230,22 @@ LETTERS = ("letters", "letters", "text", "words")
 IN_FIRST = " in picture 1"
 
 
-def instruct(kind: str, before: Design, after: Design, rng: random.Random, language: str, refs: int = 1) -> str:
-    """The sentence that asks for `after` where `before` is given, in `language` ("en" or "zh").
+def instruct(
+    kind: str, pair: tuple[Design, Design], rng: random.Random, language: str, refs: int = 1, held_out: bool = False
+) -> str:
+    """The sentence that asks for the second design of `pair` where the first is given, in `language` ("en" or "zh").
 
-    `kind` is one of `lanting.train.edits.KINDS`. For the kinds that end in `_from`, `after` is the second picture.
-    `refs` is the number of pictures given: with two, the ordinary kinds say which picture they mean.
+    `kind` is one of `lanting.train.edits.KINDS`. For the kinds that end in `_from` the second design is the second
+    picture. `refs` is the number of pictures given: with two, the ordinary kinds say which picture they mean.
+    `held_out` uses only the phrasings that training never meets.
     """
+    before, after = pair
     form = edit_form(kind, before, after)
     if language == "zh":
-        return wording_edits_zh.instruct_zh(form, before, after, rng, refs)
-    text = rng.choice(EDITS[form]).format(**_parts(form, before, after, rng))
+        forms = wording_held_out.HELD_OUT_ZH if held_out else wording_edits_zh.EDITS
+        return wording_edits_zh.instruct_zh(form, forms[form], pair, rng, refs)
+    forms = wording_held_out.HELD_OUT_EN if held_out else EDITS
+    text = rng.choice(forms[form]).format(**_parts(form, before, after, rng))
     if rng.random() < 0.4:
         text = text.replace("color", rng.choice(SPELLINGS[:2]))
     if refs > 1 and not form.endswith("_from"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lanting.train.assets import concepts
@@ -208,11 +209,12 @@ KEEP = ("，其他不变", "，其余保持不变")
 PLAIN_NAMES = {"paper": "纸纹"}
 
 
-def instruct_zh(form: str, before: Design, after: Design, rng: random.Random, refs: int) -> str:
+def instruct_zh(form: str, phrasings: Sequence[str], pair: tuple[Design, Design], rng: random.Random, refs: int) -> str:
     """The Chinese sentence for one form of edit; see `lanting.train.wording_edits.instruct`."""
+    before, after = pair
     one, two = rng.choice(PICTURES)
     parts = {**_parts(before, after, rng), **_quotes(form, before, after, rng), "one": one, "two": two}
-    text = rng.choice(EDITS[form]).format(**parts)
+    text = rng.choice(phrasings).format(**parts)
     if refs > 1 and not form.endswith("_from"):
         text = f"{one}：{text}" if rng.random() < 0.5 else f"在{one}里，{text}"
     if rng.random() < 0.06:

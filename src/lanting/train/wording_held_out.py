@@ -1,0 +1,53 @@
+"""Instructions that training never meets: what edits are judged with.
+
+They are written anew for that and are no part of the vocabulary: a word that no other table has is read byte by byte.
+"""
+
+HELD_OUT_EN = {
+    "rewrite": ("{old} should read {new}", "where it says {old} write {new}"),
+    "rewrite_all": ("let the text be {new}", "write {new} on it instead"),
+    "ground": ("i want the background {ground}", "switch the background to {ground}"),
+    "letters": ("i want {colour} {letters}", "set the {letters} in {colour}"),
+    "add": ("i want {it}{side}", "there should be {it}{side}"),
+    "add_line": ("it should say {new} too", "put {new} on it as well"),
+    "more": ("put {many} in it", "make that {many}"),
+    "remove": ("the picture should be without {the}", "i want {no}"),
+    "remove_line": ("leave out {gone}", "take {gone} out"),
+    "replace": ("draw {it} instead of {the}", "{the} should be {it}"),
+    "move": ("i want {the}{side}", "show {the}{side}"),
+    "move_text": ("i want the text{at}", "the words should stand{at}"),
+    "face": ("i want {face} letters", "write the text in {a_face} font"),
+    "translate": ("{old} should be in {tongue}", "say it in {tongue}"),
+    "border_on": ("i want a border", "draw a border"),
+    "border_off": ("leave out the border", "take the frame away"),
+    "texture": ("i want {a_texture} background", "put {pattern} on the background"),
+    "texture_off": ("i want a plain background", "take the pattern away"),
+    "scene": ("i want {a_noun} instead", "it should be {a_noun}"),
+    "ground_from": ("picture 1 should have the background of picture 2", "take the background of picture 2"),
+    "concept_from": ("show the {name} of picture 2 above the text", "picture 1 should have the icon of picture 2"),
+    "text_from": ("say what picture 2 says", "put the text of picture 2 in picture 1"),
+}
+HELD_OUT_ZH = {
+    "rewrite": ("{old}要改成{new}", "请把{old}写成{new}"),
+    "rewrite_all": ("请写{new}", "文字要写成{new}"),
+    "ground": ("想要{ground}的背景", "背景变为{ground}"),
+    "letters": ("字改为{colour}色", "想要{colour}色的文字"),
+    "add": ("文字{side}画上{it}", "请在文字{side}画{it}"),
+    "add_line": ("请再加一行{new}", "下面还写{new}"),
+    "more": ("请画{it}", "想要{it}"),
+    "remove": ("{the}去掉", "画面里不要{the}"),
+    "remove_line": ("{gone}去掉", "不要写{gone}"),
+    "replace": ("{the}改成{it}", "请用{it}换掉{the}"),
+    "move": ("{the}移到文字{side}", "请把{the}放在{side}"),
+    "move_text": ("文字移到{at}", "字要在{at}"),
+    "face": ("字体改为{face}", "想要{face}的字"),
+    "translate": ("文字改成{tongue}", "请写成{tongue}"),
+    "border_on": ("加边框", "请画上边框"),
+    "border_off": ("边框去掉", "请删掉边框"),
+    "texture": ("背景加{texture}", "想要{texture}的背景"),
+    "texture_off": ("花纹去掉", "背景请不要花纹"),
+    "scene": ("变成{noun_to}", "请做成{noun_to}"),
+    "ground_from": ("{one}的背景改成{two}的", "背景和{two}一样"),
+    "concept_from": ("文字上方画{two}的{name}", "{one}也要有{two}的图标"),
+    "text_from": ("写上{two}的字", "{one}的文字换成{two}的"),
+}
