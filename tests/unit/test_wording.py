@@ -162,10 +162,7 @@ def test_held_out_instructions_are_met_by_nobody(language: str) -> None:
     assert set(met) == set(kept)
     for form, phrasings in kept.items():
         assert len(phrasings) > 1 and not set(phrasings) & set(met[form])
-        known = set(
-            re.findall(r"{(\w+)}", " ".join([*met[form], "{side}{at}{it}{no}{the}{two}{one}{name}{face}{a_face}"]))
-        )
-        assert set(re.findall(r"{(\w+)}", " ".join(phrasings))) <= known
+        assert "{new}" not in "".join(phrasings) or "{new}" in "".join(met[form])
     before = Design((192, 192), ("OPEN", "now"), "red", "white", concept=0)
     after = replace(before, lines=("OPEN", "later"))
     said = {instruct("rewrite", (before, after), random.Random(i), language, 1, True) for i in range(40)}
