@@ -28,6 +28,21 @@ STARTED = time.perf_counter()
 
 
 @dataclass(frozen=True, slots=True)
+class Weights:
+    """Where weights come from beside the model, and what they are packed as."""
+
+    quant: str = "none"
+    text_encoder: str | None = None
+    vae: str | None = None
+
+    def options(self) -> dict[str, Any]:
+        """For `Engine.open`, where they say anything."""
+        parts = {"text_encoder": self.text_encoder, "vae": self.vae}
+        chosen: dict[str, Any] = {"parts": parts} if any(parts.values()) else {}
+        return chosen if self.quant == "none" else chosen | {"quant": self.quant}
+
+
+@dataclass(frozen=True, slots=True)
 class Wish:
     """What the flags shared by all drawing verbs say."""
 
@@ -41,6 +56,7 @@ class Wish:
     title: str = ""  # names the file where the prompt is empty
     controlnet: str | None = None
     loras: tuple[str, ...] = ()  # FILE[:STRENGTH]
+    weights: Weights = Weights()
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,17 +69,22 @@ class Drawn:
 
 
 def open_engine(
-    model: str, device: str | None, dtype: str | None, controlnet: str | None = None, loras: tuple[str, ...] = ()
+    model: str,
+    device: str | None,
+    dtype: str | None,
+    controlnet: str | None = None,
+    loras: tuple[str, ...] = (),
+    **weights: Any,
 ) -> Engine:
-    """The engine; tests put a fake one here."""
+    """The engine; tests put a fake one here. `weights` are `Weights.options`."""
     from lanting.engine import Engine
 
-    return Engine.open(model, device=device, dtype=dtype, controlnet=controlnet, loras=loras)
+    return Engine.open(model, device=device, dtype=dtype, controlnet=controlnet, loras=loras, **weights)
 
 
 def draw(request: Request, wish: Wish, screen: Screen) -> Drawn:
     """Draws, saves, and says where. Raises LantingError before anything is written, or leaves nothing half-done."""
-    engine = open_engine(wish.model, wish.device, wish.dtype, wish.controlnet, wish.loras)
+    engine = open_engine(wish.model, wish.device, wish.dtype, wish.controlnet, wish.loras, **wish.weights.options())
     try:
         for note in engine.notes:
             screen.note("note: {note}", note=note)

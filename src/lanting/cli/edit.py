@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from lanting.cli import options as o
-from lanting.cli.draw import Wish, draw
+from lanting.cli.draw import Weights, Wish, draw
 from lanting.cli.screen import Screen
 from lanting.core.errors import RequestError
 from lanting.core.pictures import open_mask, open_picture
@@ -31,6 +31,9 @@ def edit(
     lora: o.Lora = None,
     device: o.Device = None,
     dtype: o.DtypeFlag = None,
+    text_encoder: o.TextEncoder = None,
+    vae: o.Vae = None,
+    quant: o.Quant = "none",
     output: o.Output = None,
     force: o.Force = False,
     preview: o.Preview = False,
@@ -58,5 +61,6 @@ def edit(
         count=count,
     )
     title = Path(paths[0]).stem
-    wish = Wish(model, size, device, dtype, output, force, preview, title, loras=tuple(lora or ()))
+    weights, loras = Weights(quant, text_encoder, vae), tuple(lora or ())
+    wish = Wish(model, size, device, dtype, output, force, preview, title, loras=loras, weights=weights)
     draw(request, wish, Screen(quiet, json))

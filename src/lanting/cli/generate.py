@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from lanting.cli import options as o
-from lanting.cli.draw import Wish, draw
+from lanting.cli.draw import Weights, Wish, draw
 from lanting.cli.screen import Screen
 from lanting.core.pictures import open_mask, open_picture
 from lanting.core.types import Request
@@ -31,6 +31,9 @@ def generate(
     mask: o.Mask = None,
     device: o.Device = None,
     dtype: o.DtypeFlag = None,
+    text_encoder: o.TextEncoder = None,
+    vae: o.Vae = None,
+    quant: o.Quant = "none",
     output: o.Output = None,
     force: o.Force = False,
     preview: o.Preview = False,
@@ -44,7 +47,8 @@ def generate(
     if control or controlnet or mask:
         request = controlled(request, control or [], mask, control_scale)
     loras = tuple(lora or ())
-    wish = Wish(model, size, device, dtype, output, force, preview, controlnet=controlnet, loras=loras)
+    weights = Weights(quant, text_encoder, vae)
+    wish = Wish(model, size, device, dtype, output, force, preview, controlnet=controlnet, loras=loras, weights=weights)
     screen = Screen(quiet, json)
     draw(request, wish, screen)
     if model == "nano":

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from lanting.cli import options as o
-from lanting.cli.draw import Wish, draw
+from lanting.cli.draw import Weights, Wish, draw
 from lanting.cli.screen import Screen
 from lanting.core.pictures import open_picture
 from lanting.core.types import Request
@@ -27,6 +27,9 @@ def layers(
     lora: o.Lora = None,
     device: o.Device = None,
     dtype: o.DtypeFlag = None,
+    text_encoder: o.TextEncoder = None,
+    vae: o.Vae = None,
+    quant: o.Quant = "none",
     output: o.Output = None,
     force: o.Force = False,
     preview: o.Preview = False,
@@ -47,5 +50,6 @@ def layers(
         options={name: value for name, value in asked.items() if value is not None},
     )
     title = Path(picture).stem
-    wish = Wish(model, None, device, dtype, output, force, preview, title, loras=tuple(lora or ()))
+    weights, loras = Weights(quant, text_encoder, vae), tuple(lora or ())
+    wish = Wish(model, None, device, dtype, output, force, preview, title, loras=loras, weights=weights)
     draw(request, wish, Screen(quiet, json))

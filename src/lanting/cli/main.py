@@ -21,6 +21,7 @@ from lanting.cli.generate import generate
 from lanting.cli.layers import layers
 from lanting.cli.list import list_models
 from lanting.cli.pull import pull
+from lanting.cli.quantize import quantize
 from lanting.cli.remove import remove
 from lanting.cli.replay import replay
 from lanting.cli.show import show
@@ -44,6 +45,7 @@ app.command("replay")(replay)
 app.command("list")(list_models)
 app.command("pull")(pull)
 app.command("show")(show)
+app.command("quantize")(quantize)
 app.command("remove")(remove)
 app.add_typer(train, name="train")
 app.add_typer(eval_, name="eval")

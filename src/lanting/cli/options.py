@@ -6,7 +6,23 @@ from typing import Annotated
 
 import typer
 
-Model = Annotated[str, typer.Option("--model", "-m", help="A release (see 'lanting list') or a model folder.")]
+Model = Annotated[
+    str, typer.Option("--model", "-m", help="A release (see 'lanting list'), a model folder, or a weights file.")
+]
+TextEncoder = Annotated[
+    str | None,
+    typer.Option(
+        "--text-encoder", metavar="FILE|FOLDER", help="The text encoder, where the model has none or another is wanted."
+    ),
+]
+Vae = Annotated[
+    str | None,
+    typer.Option("--vae", metavar="FILE|FOLDER", help="The VAE, where the model has none or another is wanted."),
+]
+Quant = Annotated[
+    str,
+    typer.Option("--quant", help="int8, fp8 or int4: pack 16-bit weights while they are loaded; none leaves them."),
+]
 Size = Annotated[str | None, typer.Option("--size", help="WIDTHxHEIGHT in multiples of 16, or a ratio such as 16:9.")]
 Steps = Annotated[int | None, typer.Option("--steps", help="Denoising steps, 1 to 1000.")]
 Guidance = Annotated[

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lanting.cli import options as o
-from lanting.cli.draw import Drawn, Wish, draw
+from lanting.cli.draw import Drawn, Weights, Wish, draw
 from lanting.cli.screen import Screen
 from lanting.core.errors import ModelError, PictureError
 from lanting.core.pictures import decode_picture, open_mask, open_picture, read_bytes
@@ -33,6 +33,9 @@ def replay(
     model: Annotated[str | None, typer.Option("--model", "-m", help="Default: the recipe's.")] = None,
     device: o.Device = None,
     dtype: o.DtypeFlag = None,
+    text_encoder: o.TextEncoder = None,
+    vae: o.Vae = None,
+    quant: Annotated[str | None, typer.Option("--quant", help="Default: the recipe's.")] = None,
     output: o.Output = None,
     force: o.Force = False,
     preview: o.Preview = False,
@@ -57,7 +60,8 @@ def replay(
         )
     name = model or recipe.model
     loras = _loras(recipe, lora or [], name, Path(picture).parent, screen)
-    wish = Wish(name, None, device, number, again, force, preview, Path(picture).stem, loras=loras)
+    weights = Weights(quant or recipe.versions.get("quant", "none"), text_encoder, vae)
+    wish = Wish(name, None, device, number, again, force, preview, Path(picture).stem, loras=loras, weights=weights)
     drawn = draw(request, wish, screen)
     _compare(Path(picture), recipe, drawn, screen)
 

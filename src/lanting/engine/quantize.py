@@ -1,0 +1,86 @@
+"""A model's component as one file in another kind: what `lanting quantize` does.
+
+Here, because the table of kinds is `attach`'s and the writers are `weights`', and only the engine knows both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lanting.attach.quant import GROUP, KINDS, chooser
+from lanting.core.errors import ModelError, RequestError
+from lanting.weights.checkpoint import Checkpoint
+from lanting.weights.find import locate
+from lanting.weights.forms import shapes
+from lanting.weights.gguf_mix import MIXES
+from lanting.weights.gguf_write import write_transformer
+from lanting.weights.quantize import Report, dense_reader, quantize_safetensors
+from lanting.weights.single import open_file
+
+COMPONENTS = ("transformer", "text_encoder")
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What to write: `kind` is "bf16", one of ours, or a GGUF mix."""
+
+    kind: str
+    component: str = "transformer"
+    group: int = GROUP
+    rotate: bool = False
+
+
+def quantize_model(model: str, out: Path, target: Target, report: Report | None = None) -> dict[str, Any]:
+    """Write one component of a model to `out`. Returns what was done, for programs.
+
+    Raises RequestError for a kind or component there is none of, ModelError and OutputError as the writers do.
+    """
+    if target.component not in COMPONENTS:
+        raise RequestError(
+            "the component {name} is none that is quantized; use one of {known}",
+            name=target.component,
+            known=", ".join(COMPONENTS),
+        )
+    gguf = target.kind in MIXES and (target.kind not in ("bf16", "f16") or out.suffix == ".gguf")
+    if not gguf and target.kind not in ("bf16", *KINDS):
+        raise RequestError(
+            "the kind of weights {name} is none we know; use one of {known}",
+            name=target.kind,
+            known=", ".join(dict.fromkeys(("bf16", *KINDS, *MIXES))),
+        )
+    wanted = ".gguf" if gguf else ".safetensors"
+    if out.suffix != wanted:
+        raise RequestError("{kind} is written to a {ending} file", kind=target.kind, ending=wanted)
+    checkpoint, config, release = _open(model, target.component)
+    if any(path.resolve() == out.resolve() for path in set(checkpoint.where.values())):
+        raise RequestError("{path} is the file that is read: choose another name", path=str(out))
+    about = {"component": target.component, "release": release, "to": target.kind, "config": dict(config)}
+    if gguf and target.component != "transformer":
+        raise RequestError("a text encoder is written as safetensors: use one of {known}", known=", ".join(KINDS))
+    if gguf:
+        write_transformer(out, shapes(checkpoint), dense_reader(checkpoint), target.kind, about, report)
+    else:
+        kind = "none" if target.kind == "bf16" else target.kind
+        choose = chooser(target.component, kind, target.group, target.rotate)
+        quantize_safetensors(checkpoint, out, choose, about, report)
+    done = {"to": target.kind, "component": target.component, "release": release}
+    return done | {"bytes": out.stat().st_size, "bytes_before": checkpoint.bytes()}
+
+
+def _open(model: str, component: str) -> tuple[Checkpoint, Any, str | None]:
+    """(tensors, config, release) of a component; a file need not be part of a whole model."""
+    from lanting.weights.configs import config_of
+    from lanting.weights.find import release_of
+
+    path = Path(model).expanduser()
+    if not path.is_file():
+        folder = locate(model)
+        return folder.checkpoint(component), folder.configs[component], folder.spec.name
+    found = open_file(path)
+    if component not in found:
+        what = ", ".join(found) or "nothing we know"
+        raise ModelError(f"{path} should hold a {component.replace('_', ' ')}, but its tensors are of: {what}.")
+    release = release_of(path, found["transformer"])[0].name if "transformer" in found else None
+    return found[component], config_of(component, found[component]), release
