@@ -190,6 +190,7 @@ def count(tensors: Iterable[Tensor]) -> int:
     return sum(math.prod(shape) for _, shape in tensors)
 
 
+@cache
 def live_weights(net: Vae) -> int:
     """Parameters of the VAE that a single picture meets: the last frame of every kernel, no time convolutions."""
     total = 0
@@ -236,6 +237,7 @@ def reader_bytes(geometry: Geometry, kind: Kind, other: Kind, sees: bool, writes
     return sum(tensor_bytes(name, shape, kind, other) for name, shape in tensors)
 
 
+@cache
 def parameters(geometry: Geometry) -> dict[str, int]:
     """Parameters of every component as it is published."""
     reader = count(language_tensors(geometry.language, not geometry.tied)) + count(vision_tensors(geometry.vision))

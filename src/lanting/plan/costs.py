@@ -1,0 +1,188 @@
+"""What one way to run a model costs: bytes at the worst moment, and seconds where the device's speed is known.
+
+A picture has three phases: the text encoder reads (and the VAE encodes pictures), the transformer takes its steps, the
+VAE decodes. Whatever is resident counts in all of them; what takes turns counts in its own. The largest phase is the
+peak.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from lanting.plan import activations as a
+from lanting.plan.activations import Job
+from lanting.plan.kinds import Kind
+from lanting.plan.machine import Device, Machine
+from lanting.plan.model import Model
+from lanting.plan.plan import Plan
+from lanting.plan.sizes import Sizes
+from lanting.plan.speeds import DISK_RATE, find_card
+
+T = TypeVar("T")
+LIVE = 2  # blocks in memory while they stream: one computes, one arrives
+PROGRAM = 330 * 10**6  # bytes of Python, torch and this package before a weight is read; measured on Linux, CPU build
+CUDA_PROGRAM = 1_400 * 10**6  # the same with CUDA's libraries; not measured here
+DRIVER = 550 * 10**6  # bytes of a card that its driver takes per process; not measured here
+DESKTOP_CPU = 2e11  # operations a second while it reads a prompt; an assumption
+SLACK = 0.02  # of weights and activations: what the allocator holds beside them
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """What may be chosen. See Plan for the words."""
+
+    kind: Kind
+    reader: Kind
+    resident: int
+    streamed: str
+    table: bool
+    encoder: str
+    parked: str
+    tile: int
+
+
+class Bill:
+    """Every part of the cost of drawing one job with one model on one device; parts are computed once and kept."""
+
+    def __init__(self, model: Model, job: Job, machine: Machine, device: Device) -> None:
+        self.model, self.job, self.machine, self.device = model, job, machine, device
+        self.net = model.geometry.transformer
+        self.dtype, self.on_cpu = model.dtype(device.name), device.name == "cpu"
+        self.card = None if self.on_cpu else find_card(device.title)
+        self.vae = model.vae(self.dtype)
+        self.table = a.table_bytes(self.net, job, self.dtype)
+        self.kept: dict[tuple[object, ...], Any] = {}
+
+    def once(self, make: Callable[..., T], *arguments: Any) -> T:
+        key = (make.__name__, *arguments)
+        if key not in self.kept:
+            self.kept[key] = make(*arguments)
+        return self.kept[key]
+
+    def sizes(self, kind: Kind) -> Sizes:
+        """Bytes of the transformer's weights."""
+        return self.once(self._sizes, kind)
+
+    def _sizes(self, kind: Kind) -> Sizes:
+        return self.model.transformer(kind, self.dtype)
+
+    def reader(self, kind: Kind) -> int:
+        """Bytes of the text encoder's weights."""
+        return self.once(self.model.reader, kind, self.dtype, bool(self.job.seen))
+
+    def reading(self, kind: Kind, on_cpu: bool) -> int:
+        """Activations of the text encoder."""
+        return self.once(a.reader_peak, self.model.geometry, self.job, kind, self.dtype, on_cpu)
+
+    def painting(self, kind: Kind, table: bool) -> int:
+        """Activations of a step."""
+        sizes = self.sizes(kind)
+        return self.once(a.transformer_peak, self.net, sizes, kind, self.job, self.dtype, self.on_cpu, table)
+
+    def coding(self, tile: int) -> tuple[int, int]:
+        """Activations of the VAE: (pictures to latents, latents to pictures)."""
+        vae = self.model.geometry.vae
+        encoding = self.once(a.encoding_peak, vae, self.job.encoded, self.dtype, tile)
+        return encoding, self.once(a.decoding_peak, vae, self.job, self.dtype, tile)
+
+    def transformer(self, way: Way) -> tuple[int, int]:
+        """(on the device, elsewhere in RAM) while it computes: weights."""
+        sizes = self.sizes(way.kind)
+        each = sizes.block + (0 if way.table else sizes.modulation)
+        outside = sizes.rest + (self.table if way.table else 0)
+        away = sizes.blocks - way.resident
+        if not away:
+            return sizes.blocks * each + outside, 0
+        here = min(way.resident + LIVE, sizes.blocks) * each + outside
+        if not self.device.own_memory:
+            return here, 0
+        return here, (away if way.streamed == "ram" else LIVE) * each
+
+    def peaks(self, way: Way) -> tuple[int, int]:
+        """(VRAM, RAM) at the worst moment."""
+        encoding, decoding = self.coding(way.tile)
+        body, pinned = self.transformer(way)
+        reader, reading = self.reader(way.reader), self.reading(way.reader, self.on_cpu or way.encoder == "cpu")
+        kept = reader if way.encoder == "keep" else 0  # beside the transformer
+        waiting = body if way.encoder != "unload" else 0  # beside the text encoder
+        phases = [body + kept + max(self.painting(way.kind, way.table), decoding)]
+        if way.encoder == "cpu":
+            phases.append(body + encoding)
+        else:
+            phases.append(waiting + reader + max(reading, encoding))
+        worst = int((self.vae + max(phases)) * (1 + SLACK))
+        if not self.device.own_memory:
+            return 0, PROGRAM + worst
+        ram = CUDA_PROGRAM + pinned
+        if way.encoder == "cpu":
+            ram += reader + reading
+        elif way.encoder == "unload" and way.parked == "ram":
+            ram += reader + body
+        return DRIVER + worst, int(ram)
+
+    def step(self, way: Way) -> tuple[float | None, float | None]:
+        """(seconds of one step, what streaming adds as a factor); None where the device's speed is not known."""
+        card = self.card
+        if card is None or card.operations is None:
+            return None, 1.0 if way.streamed == "none" else None
+        sizes, job = self.sizes(way.kind), self.job
+        passes = 1 if job.joined else job.branches
+        weights = sizes.blocks * 24 * self.net.width**2
+        expanded = weights * (way.kind.bits / 8 + 8) / (card.bandwidth * 1e9) if way.kind.packed else 0.0
+        computing = job.branches * a.work(self.net, job) / card.operations + passes * expanded
+        each = sizes.block + (0 if way.table else sizes.modulation)
+        moving = passes * (sizes.blocks - way.resident) * each / self.rate(way.streamed)
+        step = max(computing, moving)
+        return step, step / computing
+
+    def rate(self, source: str) -> float:
+        """Bytes a second from "ram" or "disk" to the device."""
+        if source == "ram":
+            return 1e9 * (self.card.link if self.card is not None and self.card.link else 25)
+        return self.machine.disk_rate or DISK_RATE
+
+    def image(self, way: Way, step: float | None) -> float | None:
+        """Seconds of one request: reading, steps, decoding; without the first loading, with taking turns."""
+        card, job, language = self.card, self.job, self.model.geometry.language
+        if step is None or card is None or card.operations is None:
+            return None
+        rows = job.prompts * (job.opening + job.text_tokens) * job.branches
+        per_token = language.hidden_size * (2 * language.hidden_size + 3 * language.intermediate_size)
+        reading = 2 * rows * language.num_hidden_layers * per_token
+        seconds = reading / (DESKTOP_CPU if way.encoder == "cpu" else card.operations)
+        seconds += step * job.steps + a.decoding_work(self.model.geometry.vae, job) / card.operations
+        if way.encoder == "unload":
+            seconds += (self.reader(way.reader) + self.transformer(way)[0]) / self.rate(way.parked)
+        return seconds
+
+
+def price(bill: Bill, way: Way) -> Plan:
+    """A way with everything it costs."""
+    model = bill.model
+    vram, ram = bill.peaks(way)
+    step, wait = bill.step(way)
+    disk = bill.once(model.disk, way.kind, way.reader, bill.dtype)
+    return Plan(
+        model=model.name,
+        device=bill.device.name,
+        dtype=bill.dtype,
+        transformer=way.kind.name if model.kind is not None else "as stored",
+        text_encoder=way.reader.name if model.reader_kind is not None else "as stored",
+        blocks=bill.net.num_layers,
+        resident_blocks=way.resident,
+        streamed=way.streamed,
+        modulation_table=way.table,
+        encoder=way.encoder,
+        parked=way.parked,
+        vae_tile=way.tile,
+        peak_vram=vram,
+        peak_ram=ram,
+        disk=disk,
+        load_seconds=disk / (bill.machine.disk_rate or DISK_RATE),
+        step_seconds=step,
+        image_seconds=bill.image(way, step),
+        error=way.kind.error,
+        wait=wait,
+    )

@@ -1,0 +1,210 @@
+"""What this computer has, found without torch: memory and its limits, cores, GPUs.
+
+Containers are told from machines by their cgroup: what is free is what may still be taken, not what the host has.
+Everything unknown is left out rather than guessed; the speed of the disk is unknown and plans say what they assume.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lanting.core.errors import RequestError
+
+GIB = 2**30
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+APPLE_SHARE = 0.7  # of a Mac's memory that its GPU may hold: the system's own limit is 2/3 to 3/4
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """One place to compute. `memory` and `free` are bytes of its own memory; 0 where it uses the computer's."""
+
+    name: str  # cpu, cuda, cuda:1, mps
+    title: str
+    memory: int = 0
+    free: int = 0
+
+    @property
+    def own_memory(self) -> bool:
+        return self.name.startswith("cuda")
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """`ram` bytes in all and `ram_free` that may still be taken; `devices` with the fastest first."""
+
+    ram: int
+    ram_free: int
+    cores: int
+    devices: tuple[Device, ...]
+    disk_rate: float | None = None  # bytes a second; None: not known
+
+    def device(self, name: str | None) -> Device:
+        """The device of that name, the first one for None; a RequestError names those there are."""
+        if name is None:
+            return self.devices[0]
+        for device in self.devices:
+            if name in (device.name, f"{device.name}:0"):
+                return device
+        raise RequestError(
+            "there is no device {name} here; there is {known}",
+            **{"name": name, "known": ", ".join(device.name for device in self.devices)},
+        )
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes from "12G", "12GB", "12GiB", "800M" or "7.5 GB"; G is 10^9 and Gi 2^30. Raises RequestError."""
+    match = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,6})?)\s*([KMGT]I?|)B?\s*", text.upper())
+    size = int(float(match[1]) * UNITS[match[2]]) if match else 0
+    if size < 10**6 or size > 10**15:
+        raise RequestError("the amount of memory {text} is not understood: write it as 12G or 800M", text=repr(text))
+    return size
+
+
+def detect(environ: Mapping[str, str] | None = None) -> Machine:
+    """This computer, now."""
+    env = os.environ if environ is None else environ
+    total, free = memory()
+    limit, left = cgroup_memory()
+    ram, ram_free = min(total, limit or total), min(free, left if left is not None else free)
+    cpu = Device("cpu", cpu_title())
+    return Machine(ram, ram_free, usable_cores(), (*gpus(env), *apple(ram, ram_free), cpu))
+
+
+def usable_cores() -> int:
+    """Those this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def memory() -> tuple[int, int]:
+    """(total, available) bytes of the computer; (0, 0) where it can't be told."""
+    if sys.platform == "darwin":
+        total = int(_run("sysctl", "-n", "hw.memsize") or 0)
+        return total, _mac_available(_run("vm_stat")) or total
+    if sys.platform == "win32":
+        return _windows_memory()
+    return parse_meminfo(_read(Path("/proc/meminfo")))
+
+
+def parse_meminfo(text: str) -> tuple[int, int]:
+    """(total, available) from /proc/meminfo."""
+    found = {key: int(value) * 1024 for key, value in re.findall(r"^(\w+):\s+(\d+) kB", text, re.MULTILINE)}
+    total = found.get("MemTotal", 0)
+    return total, found.get("MemAvailable", found.get("MemFree", total))
+
+
+def cgroup_memory(root: Path = Path("/sys/fs/cgroup"), own: str | None = None) -> tuple[int | None, int | None]:
+    """(limit, what is left of it) of the tightest cgroup this process is in; None without a limit.
+
+    Pages of files count as used there but can be taken back, so inactive ones count as left.
+    """
+    lines = (_read(Path("/proc/self/cgroup")) if own is None else own).splitlines()
+    path = next((line.split(":", 2)[2] for line in lines if line.startswith("0::")), "/")
+    folder = root / path.strip("/")
+    best: tuple[int | None, int | None] = (None, None)
+    for place in (folder, *folder.parents):
+        if not place.is_relative_to(root):
+            break
+        limit = _number(place / "memory.max") or _number(place / "memory/memory.limit_in_bytes")
+        if limit is None or limit >= 2**60:
+            continue
+        used = _number(place / "memory.current") or _number(place / "memory/memory.usage_in_bytes") or 0
+        files = re.search(r"^inactive_file (\d+)", _read(place / "memory.stat"), re.MULTILINE)
+        left = max(limit - used + (int(files[1]) if files else 0), 0)
+        if best[1] is None or left < best[1]:
+            best = (min(limit, best[0] or limit), min(left, limit))
+    return best
+
+
+def gpus(environ: Mapping[str, str]) -> tuple[Device, ...]:
+    """NVIDIA's cards by nvidia-smi, else AMD's by the kernel's own files."""
+    query = "--query-gpu=index,name,memory.total,memory.free"
+    found = parse_nvidia(_run("nvidia-smi", query, "--format=csv,noheader,nounits")) or amd_cards()
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        wanted = [int(word) for word in visible.split(",") if word.strip().isdigit()]
+        found = [found[index] for index in wanted if index < len(found)]
+    named = (replace(device, name=f"cuda:{i}" if i else "cuda") for i, device in enumerate(found))
+    return tuple(named)
+
+
+def parse_nvidia(text: str) -> list[Device]:
+    """Lines of "0, NVIDIA GeForce RTX 3060, 12288, 11872" (MiB)."""
+    rows = (line.split(", ") for line in text.splitlines())
+    return [
+        Device("cuda", row[1].strip(), int(row[2]) * 2**20, int(row[3]) * 2**20)
+        for row in rows
+        if len(row) == 4 and row[2].strip().isdigit() and row[3].strip().isdigit()
+    ]
+
+
+def amd_cards(root: Path = Path("/sys/class/drm")) -> list[Device]:
+    """Cards of AMD with memory of their own; torch calls them cuda too."""
+    found = []
+    for folder in sorted(root.glob("card[0-9]*/device")):
+        total, used = _number(folder / "mem_info_vram_total"), _number(folder / "mem_info_vram_used") or 0
+        if total and total > 2 * GIB:
+            title = _read(folder / "product_name").strip() or "AMD GPU"
+            found.append(Device("cuda", title, total, max(total - used, 0)))
+    return found
+
+
+def apple(ram: int, free: int) -> tuple[Device, ...]:
+    """The GPU of an Apple chip, which uses the computer's memory."""
+    if sys.platform != "darwin" or os.uname().machine != "arm64":
+        return ()
+    title = _run("sysctl", "-n", "machdep.cpu.brand_string").strip() or "Apple GPU"
+    return (Device("mps", title, int(ram * APPLE_SHARE), min(int(ram * APPLE_SHARE), free)),)
+
+
+def cpu_title() -> str:
+    """The processor's own name for itself."""
+    if sys.platform == "darwin":
+        return _run("sysctl", "-n", "machdep.cpu.brand_string").strip() or "CPU"
+    match = re.search(r"^model name\s*:\s*(.+)$", _read(Path("/proc/cpuinfo")), re.MULTILINE)
+    return match[1].strip() if match else "CPU"
+
+
+def _mac_available(text: str) -> int:
+    """Free, inactive and speculative pages of vm_stat."""
+    page = re.search(r"page size of (\d+) bytes", text)
+    pages = re.findall(r"Pages (?:free|inactive|speculative):\s+(\d+)", text)
+    return int(page[1]) * sum(map(int, pages)) if page else 0
+
+
+def _windows_memory() -> tuple[int, int]:
+    """(total, available) from GlobalMemoryStatusEx: two 32-bit numbers, then 64-bit ones."""
+    status = (ctypes.c_uint64 * 8)()
+    ctypes.cast(status, ctypes.POINTER(ctypes.c_uint32))[0] = ctypes.sizeof(status)
+    kernel = getattr(ctypes, "windll").kernel32  # noqa: B009  only Windows has it
+    return (status[1], status[2]) if kernel.GlobalMemoryStatusEx(status) else (0, 0)
+
+
+def _run(*command: str) -> str:
+    """A command's output; empty where it is missing, fails, or takes longer than three seconds."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=3, check=False)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout if done.returncode == 0 else ""
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _number(path: Path) -> int | None:
+    text = _read(path).strip()
+    return int(text) if text.isdigit() else None

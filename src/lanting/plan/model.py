@@ -1,0 +1,132 @@
+"""What a plan is made for: a release's networks, the kind its files are in, and the bytes a header says they take."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from lanting.core.types import Request
+from lanting.plan.activations import Job, Size
+from lanting.plan.geometry import Geometry
+from lanting.plan.kinds import Kind, plain
+from lanting.plan.sizes import Sizes, live_weights, parameters, reader_bytes, sum_up, transformer_sizes
+from lanting.specs import ModelSpec
+from lanting.specs.sizes import fit_area, reference_size
+
+SMALL = 1 << 30  # bytes of a transformer below which a CPU computes in float32, as the engine does
+LETTERS = 512  # tokens a prompt is cut to
+CLOSING = 5  # tokens of the template behind the prompt
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model as far as plans need it.
+
+    kind, reader_kind  how the transformer's and the text encoder's files hold them: "bf16", "fp32", or a packed kind;
+                       None where a file mixes kinds, which is then used as stored
+    held               bytes of every tensor of the transformer, by official names, where a header was read
+    files              bytes on disk; 0: nothing is here yet
+    here               it is on this machine, so the plan must do with its files as they are
+    """
+
+    name: str
+    spec: ModelSpec
+    geometry: Geometry = Geometry()
+    kind: str | None = "bf16"
+    reader_kind: str | None = "bf16"
+    held: Mapping[str, int] = field(default_factory=dict[str, int])
+    reader_held: int = 0
+    files: int = 0
+    here: bool = False
+
+    @property
+    def writes(self) -> bool:
+        """The text encoder puts pictures into words."""
+        return "layered" in self.spec.tasks
+
+    @property
+    def packed(self) -> bool:
+        """The transformer's file is quantized: it is used as it is."""
+        return self.kind not in ("bf16", "fp32", "fp16")
+
+    def dtype(self, device: str) -> str:
+        """Of activations, as the engine chooses it."""
+        stored = parameters(self.geometry)["transformer"] * (4 if self.kind == "fp32" else 2)
+        return "float32" if device == "cpu" and stored < SMALL else "bfloat16"
+
+    def transformer(self, kind: Kind, dtype: str) -> Sizes:
+        """Bytes in memory, its Linears held as `kind`."""
+        if self.packed and self.held:
+            return sum_up(self.held, self.geometry.transformer)
+        return transformer_sizes(self.geometry.transformer, kind, plain(dtype))
+
+    def reader(self, kind: Kind, dtype: str, sees: bool) -> int:
+        """Bytes in memory of the text encoder."""
+        if self.reader_held and self.reader_kind not in ("bf16", "fp32", "fp16"):
+            return self.reader_held
+        return reader_bytes(self.geometry, kind, plain(dtype), sees or self.writes, self.writes)
+
+    def vae(self, dtype: str) -> int:
+        return live_weights(self.geometry.vae) * plain(dtype).stored
+
+    def disk(self, kind: Kind, reader: Kind, dtype: str) -> int:
+        """Bytes of files that a plan with these kinds reads."""
+        if self.files:
+            return self.files
+        published = 2 * parameters(self.geometry)["vae"]
+        eye = bool(self.spec.edit_template or self.spec.template != "text-to-image") or self.writes
+        return self.transformer(kind, dtype).total + self.reader(reader, dtype, eye) + published
+
+
+def job_of(request: Request, model: Model, text: int | None = None) -> Job:
+    """What a settled request costs. `text`: tokens of the prompt with its closing, else as many as it may have."""
+    spec, own, task = model.spec, model.spec.defaults, request.task or "text_to_image"
+    prompts = (request.prompt,) if isinstance(request.prompt, str) else tuple(request.prompt)
+    count = max((len(words.encode()) for words in prompts), default=0)  # a token is at least a byte
+    sizes = tuple(image.size for image in request.images)
+    editing, size = task.startswith("edit"), request.size or own.size
+    references = tuple(reference_size(*one, own) for one in sizes) if editing else (size,) if task == "layered" else ()
+    encoded = references if editing or task == "layered" else (size,) * len(sizes)
+    return Job(
+        size=size,
+        references=references,
+        seen=tuple(fit_area(own.vl_area, w / h) for w, h in sizes) if editing else (),
+        encoded=encoded,
+        batch=len(prompts) * request.count,
+        frames=request.options.get("layers", own.layers) + 1 if task == "layered" else 1,
+        prompts=len(prompts),
+        text=text or min(LETTERS, count + CLOSING),
+        opening=64 if editing and spec.edit_template != "text-to-image" else 34,
+        steps=request.steps or own.steps,
+        guided=(own.guidance_scale if request.guidance_scale is None else request.guidance_scale) > 1,
+        joined=bool(request.options.get("batched_guidance", False)),
+    )
+
+
+def usual_job(model: Model, size: Size | None, references: int = 0, task: str | None = None) -> Job:
+    """A release's own steps and guidance, a long prompt, and input pictures of the default size."""
+    own = model.spec.defaults
+    task = task or ("edit" if references else "text_to_image")
+    if "edit" in model.spec.tasks and "text_to_image" not in model.spec.tasks and task == "text_to_image":
+        task, references = "edit", max(references, 1)
+    picture = (math.isqrt(own.vae_area),) * 2 if own.vae_area and task.startswith("edit") else own.size
+    job = Job(size=size or own.size, text=LETTERS, steps=own.steps, guided=own.guidance_scale > 1)
+    if task == "layered" or model.spec.tasks == ("layered",):
+        square = size or fit_area(own.resolution**2, 1.0)
+        return replace(job, size=square, references=(square,), encoded=(square,), frames=own.layers + 1)
+    if task.startswith("edit"):
+        pictures, seen = (picture,) * references, (fit_area(own.vl_area, 1.0),) * references
+        chosen = size or picture
+        return replace(job, size=chosen, references=pictures, encoded=pictures, seen=seen, opening=64)
+    return replace(job, encoded=(job.size,) if task != "text_to_image" else ())
+
+
+def release(spec: ModelSpec) -> Model:
+    """A release that is not here: its published geometry, with what its own file says about the shape."""
+    shape: dict[str, Any] = dict(spec.shape)
+    configs: dict[str, Mapping[str, Any]] = {"transformer": shape}
+    if spec.tasks == ("layered",):
+        configs["vae"] = {"input_channels": 4}
+    return Model(spec.name, spec, Geometry.from_configs(configs))
