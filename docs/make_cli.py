@@ -63,6 +63,7 @@ EXAMPLES = {
     "show": ("lanting show qwen-image-2512", "lanting show lora.safetensors --json"),
     "remove": ("lanting remove qwen-image-2512",),
     "train nano": ("lanting train nano --folder runs/nano",),
+    "train lightning": ("lanting train lightning --model runs/nano/nano -o lightning.safetensors",),
     "eval text": (
         "lanting eval text",
         "lanting eval text --lang zh --set random -n 400 -o zh/",

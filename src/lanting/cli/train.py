@@ -11,6 +11,7 @@ import typer
 from lanting.cli import options as o
 from lanting.cli import train_options as t
 from lanting.cli.screen import Screen
+from lanting.cli.train_lightning import lightning
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,6 +28,9 @@ train = typer.Typer(
 @train.callback()
 def _verbs() -> None:
     """Train models. What a run costs is told before it starts; by default nano takes about two hours of all cores."""
+
+
+train.command("lightning")(lightning)
 
 
 @train.command("nano")

@@ -1,0 +1,49 @@
+"""`lanting train lightning` from the shell: a LoRA that loads, and sentences for wrong prompts."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+
+from lanting.weights.headers import read_header, read_metadata
+
+
+def lanting(*words: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "lanting", *map(str, words)], capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tiny.save_folder(tmp_path_factory.mktemp("lightning-cli") / "tiny", layers=1)
+
+
+def test_a_file_of_prompts_makes_a_lora(folder, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red sign\n\nblue\n", encoding="utf-8")
+    out = tmp_path / "fast.safetensors"
+    made = lanting("train", "lightning", "--model", folder, "--prompts", tmp_path / "prompts.txt", "--size", "48x48",
+                   "--minutes", 0.01, "--rank", 2, "--steps", 2, "--device", "cpu", "-o", out)  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    assert made.stdout.strip() == str(out) and '"loss"' in made.stderr
+    assert read_metadata(out)["lanting.steps"] == "2"
+    assert any(name.endswith("lora_down.weight") for name in read_header(out))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--prompts", "nowhere.txt", "--size", "48x48"), "holds no prompts"),
+        (("--prompts", __file__), "--size"),
+        (("--model", "no-such-model"), "no-such-model"),
+        (("--device", "abacus"), "abacus"),
+    ],
+)
+def test_wrong_values_are_a_sentence(words, said, folder):
+    model = () if "--model" in words else ("--model", folder)
+    made = lanting("train", "lightning", *model, "--minutes", 0, *words)
+    assert made.returncode == 2 and said in made.stderr and "Traceback" not in made.stderr
