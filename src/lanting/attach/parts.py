@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
@@ -37,13 +38,24 @@ class Part:
 
     def __init__(self, module: nn.Module, prefix: str, leave: Sequence[str] = ()):
         self.places = tuple(each for each in _places(module, prefix) if not each.name.startswith(tuple(leave)))
-        self.names = tuple(place.name for place in self.places)
+        self.by_name = {place.name: place for place in self.places}
+        self.names = tuple(self.by_name)
 
     def put(self, tensors: Mapping[str, Tensor], device: torch.device | None = None) -> None:
-        """Set the weights, moved to `device` if that is given."""
+        """Set the weights, moved to `device` if that is given; what is not in `tensors` stays as it is."""
+        for name, tensor in tensors.items():
+            if name in self.by_name:
+                _set(self.by_name[name], tensor if device is None else tensor.to(device))
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) of what it holds now."""
         for place in self.places:
-            tensor = tensors[place.name] if device is None else tensors[place.name].to(device)
-            _set(place, tensor)
+            yield place.name, getattr(place.owner, place.attribute)
+
+    def owners(self) -> Iterator[tuple[str, ...]]:
+        """The names of the tensors that share a module, module by module."""
+        for _, places in groupby(self.places, key=lambda place: id(place.owner)):
+            yield tuple(place.name for place in places)
 
     def empty(self) -> None:
         """Let the weights go."""
@@ -53,8 +65,7 @@ class Part:
     @property
     def bytes(self) -> int:
         """What it holds in memory now."""
-        held = (getattr(place.owner, place.attribute) for place in self.places)
-        return sum(tensor.nbytes for tensor in held if tensor.device.type != "meta")
+        return sum(tensor.nbytes for _, tensor in self.tensors() if tensor.device.type != "meta")
 
 
 def _set(place: Place, tensor: Tensor) -> None:

@@ -10,8 +10,9 @@ import platform
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
 import torch
 
@@ -21,15 +22,23 @@ from lanting.core.types import Progress, Recipe, Request, Result
 from lanting.engine.models import Models, say_dtypes
 from lanting.engine.studio import EngineStudio
 from lanting.flow.loop import Canvas, Grid, Step, denoise
+from lanting.plan import Plan
 from lanting.specs import ModelSpec, settle
 from lanting.tasks import TASKS
 from lanting.tasks.pictures import pictures_from
 from lanting.weights.find import ModelFolder, locate
+from lanting.weights.lora_file import Lora
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 TILE_ABOVE = 2048 * 2048  # pixels; the VAE's memory grows with them, and tiles bound it at a small loss of exactness
+
+
+class Fit(TypedDict, total=False):
+    """How to fit a machine; see `Engine.open`."""
+
+    plan: Plan | None
 
 
 class Engine:
@@ -50,6 +59,7 @@ class Engine:
         loras: Sequence[str] = (),
         parts: Mapping[str, str | None] | None = None,
         quant: str = "none",
+        **fit: Unpack[Fit],
     ) -> Engine:
         """Find a model and check its headers; weights are read when they are first needed.
 
@@ -61,9 +71,10 @@ class Engine:
         loras       LoRA files or names of LoRAs the model brings, with a strength if it is not 1: "ink.safetensors:0.8"
         parts       "text_encoder" and "vae": a file or folder that replaces the model's own, or that a file lacks
         quant       "int8", "fp8" or "int4": pack Linears that are stored in 16 or 32 bits while they are loaded
+        plan        what stays in memory and what passes through, as `lanting.plan` decided; None: everything stays
         Raises ModelError or RequestError in one sentence.
         """
-        return cls(Models(locate(model, parts), device, dtype, controlnet, loras, quant))
+        return cls(Models(locate(model, parts), device, dtype, controlnet, loras, quant, fit.get("plan")))
 
     @property
     def folder(self) -> ModelFolder:
@@ -72,6 +83,17 @@ class Engine:
     @property
     def spec(self) -> ModelSpec:
         return self.models.spec
+
+    @property
+    def loras(self) -> tuple[Lora, ...]:
+        """The release's own LoRA, then those that were asked for."""
+        return (*self.models.release_loras, *self.models.loras)
+
+    def set_strengths(self, *strengths: float) -> None:
+        """One for each of the LoRAs that were asked for, -10 to 10, from the next picture on. Their files are not
+        read again. Raises RequestError."""
+        with self.turn:
+            self.models.set_strengths(strengths)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -94,8 +116,7 @@ class Engine:
     def close(self) -> None:
         """Let the weights go."""
         with self.turn:
-            for name in ("transformer", "codec", "encoder", "controlnet", "preview"):
-                self.models.__dict__.pop(name, None)
+            self.models.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -106,7 +127,7 @@ class Engine:
     def _draw(self, request: Request, previews: bool) -> Iterator[Progress | Result]:
         with self.turn:
             phases = Phases()
-            with sentences(self.models.device):
+            with sentences(self.models.device), resting(self.models):
                 request, canvas = self._prepare(request, phases)
                 yield from phases.finished()
                 last: Step | None = None
@@ -114,6 +135,7 @@ class Engine:
                     last = step
                     picture = self._preview(canvas.grids[-1], step) if previews else None
                     yield phases.tick("denoise", step.index, step.total, picture)
+                self.models.rest()
                 phases.end("denoise")
                 images = self._finish(canvas, last)
                 phases.end("decode")
@@ -127,14 +149,19 @@ class Engine:
         models = self.models
         if (request.task or "").startswith("edit"):
             models.see_pictures()
-        _ = models.transformer, models.codec, models.encoder, models.controlnet  # built once, kept
+        _ = models.codec, models.controlnet  # built once, kept
+        if not models.take_turns:
+            _ = models.transformer, models.encoder
         width, height = request.size or (0, 0)
-        models.codec.tile = width * height > TILE_ABOVE
+        tiles = models.plan is not None and models.plan.vae_tile > 0
+        models.codec.tile = tiles or width * height > TILE_ABOVE
         phases.end("load")
         if request.task == "layered" and not str(request.prompt).strip():
-            request = replace(request, prompt=models.encoder.caption(request.images[0]) or " ")
+            request = replace(request, prompt=models.reader().caption(request.images[0]) or " ")
         canvas = TASKS[request.task or "text_to_image"](EngineStudio(models), request)
         phases.end("encode")
+        models.painter(canvas.sigmas)
+        phases.end("load")
         return request, canvas
 
     @torch.no_grad()
@@ -185,7 +212,7 @@ class Phases:
 
     def end(self, phase: str) -> None:
         now = time.perf_counter()
-        self.seconds[phase] = now - self.began
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self.began
         self.began = now
 
     def tick(self, phase: str, step: int, steps: int, preview: Image | None = None) -> Progress:
@@ -216,6 +243,15 @@ class sentences:
             isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
         ):
             raise ModelError("This machine has too little memory for the model at this size.") from error
+
+
+@contextmanager
+def resting(models: Models) -> Iterator[None]:
+    """However a drawing ends, nothing that only passes through memory stays there."""
+    try:
+        yield
+    finally:
+        models.rest()
 
 
 def versions_of(models: Models) -> dict[str, str]:

@@ -1,34 +1,44 @@
 """A model's networks in memory: which device, which dtype, and the networks themselves, built when first needed.
 
 Networks are loaded one by one on first use, so a text-to-image run never reads a vision tower's weights twice and
-`Engine.open` answers at once for a wrong name or a damaged header.
+`Engine.open` answers at once for a wrong name or a damaged header. Where there is a Plan, each is placed by it, and
+`reader`, `painter` and `rest` say whose turn on the device it is.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from lanting.attach.quant import chooser
+from lanting.attach.quant import KINDS, chooser
 from lanting.core.errors import ModelError, RequestError
+from lanting.engine.placement import Placed, place_controlnet, place_encoder, place_transformer
 from lanting.flow.latents import LatentCodec, Preview, fit_preview
-from lanting.flow.schedule import Schedule
+from lanting.flow.loop import Conditioning
+from lanting.flow.schedule import Schedule, model_timestep
 from lanting.nn.controlnet import QwenImageControlNet
+from lanting.nn.lora import detach, set_strengths
 from lanting.nn.mmdit import QwenImageTransformer
+from lanting.nn.qwen_vl import QwenVL
+from lanting.plan import Plan
 from lanting.text.encoder import PromptEncoder
 from lanting.text.pictures import PictureConfig
 from lanting.text.templates import load_template, takes_pictures
 from lanting.text.tokenizer import load_tokenizer
-from lanting.weights.build import Placing, build_controlnet, build_text_encoder, build_transformer, build_vae
+from lanting.weights.build import Placing, build_vae, store_controlnet, store_text_encoder, store_transformer
 from lanting.weights.checkpoint import open_component, read_json
 from lanting.weights.find import ModelFolder
+from lanting.weights.forms import read_forms
 from lanting.weights.home import lora_path
 from lanting.weights.lora import attach_loras
-from lanting.weights.lora_file import Lora, find_loras
+from lanting.weights.lora_file import Lora, check_strength, find_loras
 from lanting.weights.lora_wishes import with_wishes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -101,7 +111,11 @@ class Models:
         controlnet: str | None = None,
         loras: Sequence[str] = (),
         quant: str = "none",
+        plan: Plan | None = None,
     ):
+        self.plan = plan
+        if plan is not None:
+            device, dtype = device or plan.device, dtype or plan.dtype
         self.folder, self.release_loras = folder, release_loras(folder)
         self.quant = quant  # what plain Linears are packed as while they are loaded, one of attach.quant.KINDS
         chooser("transformer", quant)  # raises for a kind we don't know, before anything is read
@@ -111,6 +125,7 @@ class Models:
         self.device = choose_device(device)
         self.dtypes = choose_dtypes(dtype, self.device, self.checkpoints["transformer"].bytes())
         self.dtype = self.dtypes["transformer"]  # also of latents and of what the tasks hand to it
+        self.prompts: dict[Any, Conditioning] = {}  # the last ones that were read; `EngineStudio` keeps them
         self.captions = "layered" in self.spec.tasks  # a picture to be layered is described when nobody does
         self.sees = self.captions or takes_pictures(load_template(self.spec.template))
         scheduler = {**folder.configs["scheduler"], **self.spec.schedule}
@@ -120,15 +135,47 @@ class Models:
             raise ModelError(f"{controlnet} is no ControlNet folder; give one with config.json and safetensors.")
 
     def placing(self, component: str) -> Placing:
-        """Where a component's weights go, and as what."""
-        return Placing(self.dtypes[component], self.device, chooser(component, self.quant))
+        """Where a component's weights go, and as what: by what was asked for, else by the plan."""
+        plan, kind = self.plan, self.quant
+        if plan is not None and kind == "none":
+            planned = plan.text_encoder if component == "text_encoder" else plan.transformer
+            packed = component in self.checkpoints and read_forms(self.checkpoints[component])
+            kind = planned if planned in KINDS and not packed else "none"
+        on_cpu = component == "text_encoder" and plan is not None and plan.encoder == "cpu"
+        device = torch.device("cpu") if on_cpu else self.device
+        return Placing(self.dtypes[component], device, chooser(component, kind))
 
     @cached_property
-    def transformer(self) -> QwenImageTransformer:
+    def placed_transformer(self) -> Placed[QwenImageTransformer]:
         config = self.folder.configs["transformer"]
-        net = build_transformer(self.checkpoints["transformer"], config, self.placing("transformer"))
-        attach_loras(net, (*self.release_loras, *self.loras), self.dtype, self.device)
-        return net
+        stored = store_transformer(self.checkpoints["transformer"], config, self.placing("transformer"))
+        placed = place_transformer(stored, self.plan)
+        attach_loras(placed.net, (*self.release_loras, *self.loras), self.dtype, self.device)
+        return placed
+
+    def set_strengths(self, strengths: Sequence[float]) -> None:
+        """How strongly each LoRA that was asked for counts from now on; nothing that is loaded is read again."""
+        if len(strengths) != len(self.loras):
+            raise RequestError(f"There are {len(self.loras)} LoRAs and {len(strengths)} strengths; give one for each.")
+        hung = all(lora.strength or not new for lora, new in zip(self.loras, strengths, strict=True))
+        pairs = zip(self.loras, strengths, strict=True)
+        self.loras = tuple(replace(lora, strength=check_strength(new)) for lora, new in pairs)
+        self.spec = with_wishes(self.folder.spec, self.loras)
+        self.schedule = Schedule.from_config({**self.folder.configs["scheduler"], **self.spec.schedule})
+        placed, every = self.__dict__.get("placed_transformer"), (*self.release_loras, *self.loras)
+        if placed is None:
+            return
+        if hung:
+            set_strengths(placed.net, [lora.strength for lora in every])
+        else:  # one that was left out because it counted for nothing
+            detach(placed.net)
+            attach_loras(placed.net, every, self.dtype, self.device)
+        if placed.table is not None:
+            placed.table.forget()
+
+    @property
+    def transformer(self) -> QwenImageTransformer:
+        return self.placed_transformer.net
 
     @cached_property
     def codec(self) -> LatentCodec:
@@ -148,17 +195,16 @@ class Models:
         return fit_preview(self.codec)
 
     @cached_property
+    def placed_encoder(self) -> Placed[QwenVL]:
+        config, placing = self.folder.configs["text_encoder"], self.placing("text_encoder")
+        files = self.checkpoints["text_encoder"]
+        stored = store_text_encoder(files, config, placing, vision=self.sees, head=self.captions)
+        return place_encoder(stored, self.plan)
+
+    @cached_property
     def encoder(self) -> PromptEncoder:
-        config = self.folder.configs["text_encoder"]
-        model = build_text_encoder(
-            self.checkpoints["text_encoder"],
-            config,
-            self.placing("text_encoder"),
-            vision=self.sees,
-            head=self.captions,
-        )
         tokenizer, spec = load_tokenizer(self.folder.tokenizer), self.spec
-        return PromptEncoder(tokenizer, model, spec.template, self.pictures(), spec.edit_template)
+        return PromptEncoder(tokenizer, self.placed_encoder.net, spec.template, self.pictures(), spec.edit_template)
 
     def see_pictures(self) -> None:
         """Give the encoder its vision tower. A release that can draw from words alone does without it until its
@@ -166,6 +212,53 @@ class Models:
         if not self.sees:
             self.sees = True
             self.__dict__.pop("encoder", None)
+            self._close("placed_encoder")
+
+    @property
+    def take_turns(self) -> bool:
+        """Text encoder and transformer are never on the device together."""
+        return self.plan is not None and self.plan.encoder == "unload"
+
+    def reader(self) -> PromptEncoder:
+        """The text encoder, ready to read."""
+        if self.take_turns:
+            self._leave("placed_transformer")
+        encoder = self.encoder
+        self.placed_encoder.come()
+        return encoder
+
+    def painter(self, sigmas: Tensor) -> QwenImageTransformer:
+        """The transformer, ready for the steps of a schedule (steps + 1 noise levels, the last one 0)."""
+        if self.take_turns:
+            self._leave("placed_encoder")
+        self.placed_transformer.come()
+        for placed in (self.placed_transformer, self.placed_controlnet):
+            if placed is not None and placed.table is not None:
+                placed.table.prepare(model_timestep(sigmas[:-1], self.dtype).to(placed.stored.placing.dtype))
+        return self.transformer
+
+    def rest(self) -> None:
+        """Let go what only passes through memory."""
+        for name in ("placed_transformer", "placed_encoder"):
+            if name in self.__dict__:
+                self.__dict__[name].rest()
+
+    def close(self) -> None:
+        """Let all weights go; they are read again when they are needed."""
+        for name in ("placed_transformer", "placed_encoder", "placed_controlnet"):
+            self._close(name)
+        for name in ("codec", "encoder", "preview"):
+            self.__dict__.pop(name, None)
+        self.prompts.clear()
+
+    def _leave(self, name: str) -> None:
+        if name in self.__dict__ and self.plan is not None:
+            self.__dict__[name].leave(self.plan.parked)
+
+    def _close(self, name: str) -> None:
+        placed = self.__dict__.pop(name, None)
+        if placed is not None:
+            placed.close()
 
     def pictures(self) -> PictureConfig | None:
         """How the reader's pictures are cut, where the model folder says so."""
@@ -173,12 +266,16 @@ class Models:
         return PictureConfig.from_dict(read_json(path)) if path.is_file() else None
 
     @cached_property
-    def controlnet(self) -> QwenImageControlNet | None:
+    def placed_controlnet(self) -> Placed[QwenImageControlNet] | None:
         folder = self.controlnet_folder
         if folder is None:
             return None
         config = read_json(folder / "config.json")
-        return build_controlnet(open_component(folder), config, self.placing("controlnet"))
+        return place_controlnet(store_controlnet(open_component(folder), config, self.placing("controlnet")), self.plan)
+
+    @property
+    def controlnet(self) -> QwenImageControlNet | None:
+        return None if self.placed_controlnet is None else self.placed_controlnet.net
 
     @cached_property
     def fingerprint(self) -> str:

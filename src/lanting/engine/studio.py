@@ -1,7 +1,11 @@
-"""What the tasks are handed: the engine's networks behind the `Studio` protocol of `lanting.tasks`."""
+"""What the tasks are handed: the engine's networks behind the `Studio` protocol of `lanting.tasks`.
+
+The states of the last prompts are kept: drawing one again needs no text encoder, which may be on the disk by then.
+"""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -12,6 +16,13 @@ from lanting.flow.loop import Conditioning
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+KEPT = 8  # prompts, with their pictures, whose states stay in RAM: 4 to 10 MB each for the full model
+
+
+def digest(image: Image) -> str:
+    """A picture's pixels as a name."""
+    return hashlib.sha256(repr((image.mode, image.size)).encode() + image.tobytes()).hexdigest()
 
 
 class EngineStudio:
@@ -27,8 +38,14 @@ class EngineStudio:
 
     def encode_prompt(self, prompts: Sequence[str], images: Sequence[Image] = ()) -> Conditioning:
         """Prompts (and pictures, for releases that read them) to the transformer's device and dtype."""
-        embeds, mask = self.models.encoder.encode(prompts, images)
-        return Conditioning(embeds.to(self.device, self.dtype), None if mask is None else mask.to(self.device))
+        asked, kept = (tuple(prompts), tuple(map(digest, images))), self.models.prompts
+        if asked not in kept:
+            embeds, mask = self.models.reader().encode(prompts, images)
+            kept[asked] = Conditioning(embeds.to("cpu", self.dtype), None if mask is None else mask.cpu())
+        kept[asked] = found = kept.pop(asked)  # to the end: it was used last
+        while len(kept) > KEPT:
+            del kept[next(iter(kept))]
+        return Conditioning(found.embeds.to(self.device), None if found.mask is None else found.mask.to(self.device))
 
     def generator(self, seed: int, index: int) -> torch.Generator:
         """A CPU generator, whatever the device: the same seed gives the same noise everywhere."""

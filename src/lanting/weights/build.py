@@ -8,9 +8,9 @@ packed in the file stays packed in memory; what is not may be packed on the way,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -44,9 +44,16 @@ class Placing:
 
 def fill(module: M, state: Mapping[str, Tensor], label: str) -> M:
     """Assign `state` to a module built on meta: the same names and shapes, no more and no less."""
+    check(module, {name: tuple(tensor.shape) for name, tensor in state.items()}, label)
+    module.load_state_dict(dict(state), strict=True, assign=True)
+    return module.eval().requires_grad_(False)
+
+
+def check(module: nn.Module, found: Mapping[str, tuple[int, ...]], label: str) -> None:
+    """Raises ModelError for the first tensor that is missing, surplus or of another shape than the module's."""
     wanted = {name: tuple(p.shape) for name, p in module.state_dict().items()}
-    missing = sorted(set(wanted) - set(state))
-    surplus = sorted(set(state) - set(wanted))
+    missing = sorted(set(wanted) - set(found))
+    surplus = sorted(set(found) - set(wanted))
     if missing:
         raise ModelError(f"The {label} lacks {len(missing)} tensors, the first is {missing[0]}; download it again.")
     if surplus:
@@ -54,14 +61,12 @@ def fill(module: M, state: Mapping[str, Tensor], label: str) -> M:
             f"The {label} has {len(surplus)} tensors its config.json has no place for, the first is {surplus[0]}; "
             "config and weights belong to different models."
         )
-    for name in wanted.keys() & state.keys():
-        if tuple(state[name].shape) != wanted[name]:
+    for name, shape in found.items():
+        if shape != wanted[name]:
             raise ModelError(
-                f"The {label} has {name} of shape {tuple(state[name].shape)} where its config.json asks for "
-                f"{wanted[name]}; config and weights belong to different models."
+                f"The {label} has {name} of shape {shape} where its config.json asks for {wanted[name]}; "
+                "config and weights belong to different models."
             )
-    module.load_state_dict(dict(state), strict=True, assign=True)
-    return module.eval().requires_grad_(False)
 
 
 class NoInit(TorchFunctionMode):
@@ -87,32 +92,73 @@ def construct(make: Callable[[], M], label: str) -> M:
         raise ModelError(f"The config.json of the {label} describes no network we know ({error}).") from None
 
 
-def build(module: M, checkpoint: Checkpoint, placing: Placing) -> M:
-    """Fill a module that is on meta: Linears become what the file holds (or `choose` asks), the rest is cast.
+class Stored(Generic[M]):
+    """A network and its weights on disk, to be read part by part, in any order, at any time and from any thread.
 
-    One tensor at a time is cast, moved or packed, so nothing is held twice.
+    Making one gives the module (on meta) the Linears that the file holds or `choose` asks for, still empty, and
+    compares names and shapes by the headers: nothing is read before everything is known to fit.
     """
-    forms = {path: form for path, form in read_forms(checkpoint).items() if not path.startswith(placing.leave)}
-    kept = _swap_in(module, forms, checkpoint.label, placing.dtype)
-    state: dict[str, Tensor] = {}
-    linears = {path for path, part in module.named_modules() if isinstance(part, nn.Linear)}
-    aside = side_tensors(checkpoint.infos)
-    for name, tensor in checkpoint.tensors(placing.leave):
+
+    def __init__(self, module: M, checkpoint: Checkpoint, placing: Placing):
+        self.module, self.checkpoint, self.placing = module, checkpoint, placing
+        forms = {path: form for path, form in read_forms(checkpoint).items() if not path.startswith(placing.leave)}
+        self.forms, self.kept = forms, _swap_in(module, forms, checkpoint.label, placing.dtype)
+        self.chosen = _swap_chosen(module, checkpoint, placing, set(forms))
+        aside = side_tensors(checkpoint.infos)
+        self.shapes: dict[str, tuple[int, ...]] = {}  # of all tensors, by their names in the module
+        self.paths: dict[str, str] = {}  # of those that belong to a packed weight, by the same names
+        for name in sorted(checkpoint.where, key=lambda name: (checkpoint.where[name], checkpoint.infos[name].start)):
+            if name not in aside and not name.startswith(placing.leave):
+                self._note(name, tuple(checkpoint.infos[name].shape))
+        check(module, self.shapes, checkpoint.label)
+
+    def _note(self, name: str, shape: tuple[int, ...]) -> None:
+        """Write down what becomes of one tensor of the file."""
         path = name.removesuffix(".weight")
-        if name in aside:
-            continue
-        if path in kept and name != path:
-            place = f"{path}.table" if isinstance(module.get_submodule(path), PackedEmbedding) else path
-            state |= _packed(kept[path], place, forms[path], checkpoint, placing.device)
-        elif path in forms and name != path:  # packed where the network has no Linear: expanded for good
-            state[name] = expand(forms[path], checkpoint, placing)
-        elif not tensor.is_floating_point():
-            raise ModelError(f"The {checkpoint.label} holds {name} as {tensor.dtype}, which is no weight type we know.")
-        elif path in linears and name != path and (form := _chosen(placing, path, tensor)) is not None:
-            state |= _pack_in(module, path, form, tensor.to(placing.device), placing)
+        made = self.kept.get(path) or self.chosen.get(path, (None,))[0]
+        if name == path or (made is None and path not in self.forms):
+            self.shapes[name] = shape
+        elif made is None:  # packed where the network has no Linear: expanded for good
+            self.shapes[name], self.paths[name] = self.forms[path].shape, path
         else:
-            state[name] = tensor.to(device=placing.device, dtype=placing.dtype)
-    return fill(module, state, checkpoint.label)
+            for part, tensor in made.named_buffers():
+                if part != "bias":
+                    self.shapes[f"{self._place(path)}.{part}"] = tuple(tensor.shape)
+                    self.paths[f"{self._place(path)}.{part}"] = path
+
+    def _place(self, path: str) -> str:
+        return f"{path}.table" if isinstance(self.module.get_submodule(path), PackedEmbedding) else path
+
+    def read(self, names: Iterable[str], device: torch.device | None = None) -> dict[str, Tensor]:
+        """Tensors by their names in the module, as it wants them, on `device` (None: the CPU, as views of the file
+        where nothing is cast). All parts of a packed weight come together. Raises ModelError."""
+        state: dict[str, Tensor] = {}
+        for name in names:
+            if name not in state:
+                state |= self._read(name, device or torch.device("cpu"))
+        return state
+
+    def _read(self, name: str, device: torch.device) -> dict[str, Tensor]:
+        path = self.paths.get(name)
+        if path in self.kept:
+            return _packed(self.kept[path], self._place(path), self.forms[path], self.checkpoint, device)
+        if path in self.forms:
+            return {name: expand(self.forms[path], self.checkpoint, replace(self.placing, device=device))}
+        tensor = self.checkpoint.read([name if path is None else f"{path}.weight"]).popitem()[1]
+        if not tensor.is_floating_point():
+            label = self.checkpoint.label
+            raise ModelError(f"The {label} holds {name} as {tensor.dtype}, which is no weight type we know.")
+        if path is None:
+            return {name: tensor.to(device=device, dtype=self.placing.dtype)}
+        packed = pack(self.chosen[path][1], tensor.to(self.placing.device))
+        return {f"{path}.{part}": each.to(device) for part, each in packed.state_dict().items()}
+
+    def fill(self, later: tuple[str, ...] = ()) -> M:
+        """Read everything but names that start with one of `later`, which stay empty; one tensor at a time is cast,
+        moved or packed, so nothing is held twice."""
+        names = [name for name in self.shapes if not name.startswith(later)]
+        self.module.load_state_dict(self.read(names, self.placing.device), strict=not later, assign=True)
+        return self.module.eval().requires_grad_(False)
 
 
 def make_linear(form: Form, bias: bool) -> PackedLinear:
@@ -195,33 +241,75 @@ def _packed(
     return state
 
 
-def _chosen(placing: Placing, path: str, tensor: Tensor) -> Form | None:
-    return None if placing.choose is None else placing.choose(path, (tensor.shape[0], tensor.shape[1]))
+def _swap_chosen(
+    module: nn.Module, checkpoint: Checkpoint, placing: Placing, packed: set[str]
+) -> dict[str, tuple[PackedLinear, Form]]:
+    """Put empty packed Linears where the file has plain ones that `choose` wants packed. Returns them by path."""
+    made: dict[str, tuple[PackedLinear, Form]] = {}
+
+    def make(path: str, old: nn.Module) -> nn.Module | None:
+        assert isinstance(old, nn.Linear)
+        shape = (old.out_features, old.in_features)
+        info = checkpoint.infos.get(f"{path}.weight")
+        if placing.choose is None or path in packed or info is None or tuple(info.shape) != shape:
+            return None
+        form = placing.choose(path, shape)
+        if form is None:
+            return None
+        with torch.device("meta"):
+            made[path] = make_linear(form, old.bias is not None), form
+        return made[path][0]
+
+    swap(module, nn.Linear, make)
+    return made
 
 
-def _pack_in(module: nn.Module, path: str, form: Form, weight: Tensor, placing: Placing) -> dict[str, Tensor]:
-    """Round one Linear's weight and put the packed Linear in its place, empty, for `fill`."""
-    packed = pack(form, weight)
-    old = module.get_submodule(path)
-    assert isinstance(old, nn.Linear)
-    state = {f"{path}.{name}": tensor for name, tensor in packed.state_dict().items()}
-    if old.bias is not None:
-        packed.bias = torch.empty(len(weight), device="meta")
-    parent, _, name = path.rpartition(".")
-    setattr(module.get_submodule(parent), name, packed)
-    return state
+def store_transformer(
+    checkpoint: Checkpoint, config: Mapping[str, Any], placing: Placing
+) -> Stored[QwenImageTransformer]:
+    """The MMDiT of a `transformer/` folder or of a file, still empty."""
+    make = lambda: QwenImageTransformer(TransformerConfig.from_dict(config))  # noqa: E731
+    return Stored(construct(make, checkpoint.label), checkpoint, placing)
+
+
+def store_controlnet(
+    checkpoint: Checkpoint, config: Mapping[str, Any], placing: Placing
+) -> Stored[QwenImageControlNet]:
+    """A ControlNet folder (Union: 5 blocks, Inpainting: 6 blocks and a mask channel), still empty."""
+    make = lambda: QwenImageControlNet(ControlNetConfig.from_dict(config))  # noqa: E731
+    return Stored(construct(make, checkpoint.label), checkpoint, placing)
+
+
+def store_text_encoder(
+    checkpoint: Checkpoint, config: Mapping[str, Any], placing: Placing, *, vision: bool = True, head: bool = True
+) -> Stored[QwenVL]:
+    """Qwen2.5-VL of a `text_encoder/` folder, or of a file, still empty.
+
+    Without `vision` (releases that read words only) and `head` (unless it is to write words itself) those weights
+    are not read: of the 7B model 1.35 GB and 1.09 GB in bfloat16.
+    """
+    module = construct(lambda: QwenVL(QwenVLConfig.from_dict(config), vision=vision, head=head), checkpoint.label)
+    leave = placing.leave if vision else (*placing.leave, "visual.")
+    if not head or module.config.tie_word_embeddings:  # some writers store the tied matrix twice
+        leave += ("lm_head.",)
+    return Stored(module, checkpoint, replace(placing, leave=leave))
 
 
 def build_transformer(checkpoint: Checkpoint, config: Mapping[str, Any], placing: Placing) -> QwenImageTransformer:
-    """The MMDiT of a `transformer/` folder or of a file."""
-    make = lambda: QwenImageTransformer(TransformerConfig.from_dict(config))  # noqa: E731
-    return build(construct(make, checkpoint.label), checkpoint, placing)
+    """The transformer with its weights."""
+    return store_transformer(checkpoint, config, placing).fill()
 
 
 def build_controlnet(checkpoint: Checkpoint, config: Mapping[str, Any], placing: Placing) -> QwenImageControlNet:
-    """A ControlNet folder (Union: 5 blocks, Inpainting: 6 blocks and a mask channel)."""
-    make = lambda: QwenImageControlNet(ControlNetConfig.from_dict(config))  # noqa: E731
-    return build(construct(make, checkpoint.label), checkpoint, placing)
+    """A ControlNet with its weights."""
+    return store_controlnet(checkpoint, config, placing).fill()
+
+
+def build_text_encoder(
+    checkpoint: Checkpoint, config: Mapping[str, Any], placing: Placing, *, vision: bool = True, head: bool = True
+) -> QwenVL:
+    """The text encoder with its weights; see `store_text_encoder`."""
+    return store_text_encoder(checkpoint, config, placing, vision=vision, head=head).fill()
 
 
 def build_vae(checkpoint: Checkpoint, config: Mapping[str, Any], placing: Placing) -> AutoencoderKLQwenImage:
@@ -234,18 +322,3 @@ def build_vae(checkpoint: Checkpoint, config: Mapping[str, Any], placing: Placin
         tensor = tensor.to(device=placing.device, dtype=placing.dtype)
         moved[name] = tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
     return fill(module, moved, label)
-
-
-def build_text_encoder(
-    checkpoint: Checkpoint, config: Mapping[str, Any], placing: Placing, *, vision: bool = True, head: bool = True
-) -> QwenVL:
-    """Qwen2.5-VL of a `text_encoder/` folder, or of a file.
-
-    Without `vision` (releases that read words only) and `head` (unless it is to write words itself) those weights
-    are not read: of the 7B model 1.35 GB and 1.09 GB in bfloat16.
-    """
-    module = construct(lambda: QwenVL(QwenVLConfig.from_dict(config), vision=vision, head=head), checkpoint.label)
-    leave = placing.leave if vision else (*placing.leave, "visual.")
-    if not head or module.config.tie_word_embeddings:  # some writers store the tied matrix twice
-        leave += ("lm_head.",)
-    return build(module, checkpoint, replace(placing, leave=leave))

@@ -1,0 +1,157 @@
+"""The engine under a Plan: the same pictures with less in memory, and an engine that survives whatever happens."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+import nets
+import plans
+from lanting import Engine, ModelError, Request
+from lanting.engine.placement import Placed
+from lanting.weights.build import Placing, store_transformer
+from lanting.weights.checkpoint import open_component, read_json
+
+ASKED = {"prompt": "a sign", "size": (64, 48), "seed": 5, "steps": 3, "guidance_scale": 3.0, "negative_prompt": "x"}
+STREAMED = {"streamed": "disk", "resident_blocks": 0}
+TURNS = {"encoder": "unload"}
+TABLE = {"modulation_table": True}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tiny.save_folder(tmp_path_factory.mktemp("placement") / "qwen-image", layers=4, shard="100KB")
+
+
+def open_engine(folder: Path, **changes) -> Engine:
+    options = {name: changes.pop(name) for name in ("loras", "quant", "controlnet") if name in changes}
+    return Engine.open(str(folder), plan=plans.plan(blocks=4, **changes), **options)
+
+
+def pixels(engine: Engine, **asked) -> bytes:
+    return engine.run(Request(**{**ASKED, **asked})).images[0].tobytes()
+
+
+def weights(placed: Placed) -> int:
+    return nets.bytes_of(placed.net)
+
+
+@pytest.fixture(scope="module")
+def plain(folder) -> bytes:
+    with Engine.open(str(folder), device="cpu", dtype="float32") as engine:
+        return pixels(engine)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, STREAMED, STREAMED | {"resident_blocks": 2}, TURNS, TURNS | STREAMED, {"encoder": "cpu"}],
+    ids=["resident", "streamed", "half streamed", "turns", "turns and streamed", "encoder on the CPU"],
+)
+def test_every_placement_draws_the_same_picture(folder, plain, changes):
+    with open_engine(folder, **changes) as engine:
+        assert pixels(engine) == plain
+        assert pixels(engine, prompt="another") != plain
+        assert pixels(engine) == plain
+
+
+@pytest.mark.parametrize("changes", [TABLE, TABLE | STREAMED | TURNS], ids=["resident", "streamed"])
+def test_the_table_changes_rounding_at_most(folder, plain, changes):
+    with open_engine(folder, **changes) as engine:
+        found = pixels(engine)
+        assert max(abs(a - b) for a, b in zip(found, plain, strict=True)) <= 1
+        assert pixels(engine, steps=2, size=(48, 48)) and pixels(engine) == found  # whatever was drawn in between
+
+
+def test_text_encoder_and_transformer_take_turns(folder):
+    with open_engine(folder, **TURNS) as engine:
+        models = engine.models
+        pixels(engine)
+        body, reader = models.placed_transformer, models.placed_encoder
+        assert weights(body) > 0 and weights(reader) == 0
+        seen = []
+        reader.net.register_forward_pre_hook(lambda *_: seen.append((weights(body), weights(reader))))
+        pixels(engine, prompt="another")
+        assert len(seen) == 1 and seen[0][0] == 0 and seen[0][1] > 0  # the negative prompt was known
+        pixels(engine)
+        assert len(seen) == 1  # so were both
+
+
+def test_streaming_leaves_nothing_behind(folder):
+    with open_engine(folder, **STREAMED, **TURNS, **TABLE) as engine:
+        pixels(engine)
+        body, reader = engine.models.placed_transformer, engine.models.placed_encoder
+        blocks = body.net.transformer_blocks
+        assert sum(nets.bytes_of(block) for block in blocks) == 0 and weights(reader) == 0
+        assert body.streamer.peak == 2 and reader.streamer.peak == 2
+        assert body.table.bytes == 4 * 2 * 3 * 6 * 32 * 4
+    gc.collect()
+    assert weights(body) == 0
+
+
+def test_closing_the_generator_half_way_leaves_a_usable_engine(folder, plain):
+    with open_engine(folder, **STREAMED, **TURNS) as engine:
+        for stop in (1, 3, 5):
+            events = engine.stream(Request(**ASKED))
+            for _ in range(stop):
+                next(events)
+            events.close()
+            blocks = engine.models.transformer.transformer_blocks
+            assert sum(nets.bytes_of(block) for block in blocks) == 0
+        assert pixels(engine) == plain
+
+
+def test_a_shard_that_vanishes_while_drawing_is_a_sentence(folder, tmp_path):
+    made = tiny.save_folder(tmp_path / "qwen-image", layers=4, shard="100KB")
+    with open_engine(made, **STREAMED) as engine:
+        before = pixels(engine)
+        events = engine.stream(Request(**ASKED))
+        while next(events).phase != "denoise":
+            pass
+        shards = sorted((made / "transformer").glob("*.safetensors"))
+        for shard in shards:
+            shard.rename(shard.with_suffix(".away"))
+        with pytest.raises(ModelError, match="can't be read"):
+            list(events)
+        with pytest.raises(ModelError, match="can't be read"):
+            pixels(engine)
+        for shard in shards:
+            shard.with_suffix(".away").rename(shard)
+        assert pixels(engine) == before
+
+
+def test_the_plan_says_kinds_and_tiles(folder):
+    with open_engine(folder, transformer="int8", text_encoder="int8", vae_tile=256) as engine:
+        pixels(engine)
+        assert nets.packed_linears(engine.models.transformer) == 4 * 14
+        assert nets.packed_linears(engine.models.placed_encoder.net.model) == 2 * 7
+        assert engine.models.codec.tile is True
+
+
+def test_controlnet_with_the_table(folder, tmp_path):
+    net = tiny.save_controlnet(tmp_path / "controlnet")
+    asked = {"task": "controlnet", "images": (tiny.picture(64, 48),)}
+    with Engine.open(str(folder), device="cpu", dtype="float32", controlnet=str(net)) as engine:
+        wanted = pixels(engine, **asked)
+    with open_engine(folder, controlnet=str(net), **TABLE, **STREAMED) as engine:
+        found = pixels(engine, **asked)
+        assert engine.models.placed_controlnet.table.times == engine.models.placed_transformer.table.times
+    assert max(abs(a - b) for a, b in zip(found, wanted, strict=True)) <= 1
+
+
+def test_parked_in_ram_comes_back_the_same(folder):
+    """On a device with memory of its own; the meta device stands in for one, so only the copy can be compared."""
+    files = folder / "transformer"
+    config = read_json(files / "config.json")
+    stored = store_transformer(open_component(files), config, Placing(torch.float32, torch.device("cpu")))
+    placed = Placed(stored, "transformer_blocks")
+    before = {name: tensor.clone() for name, tensor in placed.net.state_dict().items()}
+    placed.device = torch.device("meta")
+    placed.leave("ram")
+    assert weights(placed) == 0 and placed.copy is not None and placed.copy.keys() == before.keys()
+    placed.device = torch.device("cpu")
+    placed.come()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in placed.net.state_dict().items())
