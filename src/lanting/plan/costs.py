@@ -68,9 +68,13 @@ class Bill:
     def _sizes(self, kind: Kind) -> Sizes:
         return self.model.transformer(kind, self.dtype)
 
-    def reader(self, kind: Kind) -> int:
-        """Bytes of the text encoder's weights."""
-        return self.once(self.model.reader, kind, self.dtype, bool(self.job.seen))
+    def reader(self, way: Way) -> int:
+        """Bytes of the text encoder's weights. Where it is read anew each time and memory is so short that the
+        transformer streams from disk, its layers pass through one by one too."""
+        every, layers = self.once(self.model.reader, way.reader, self.dtype, bool(self.job.seen))
+        if (way.encoder, way.parked, way.streamed) != ("unload", "disk", "disk"):
+            return every
+        return every - layers + layers * LIVE // max(self.model.geometry.language.num_hidden_layers, LIVE)
 
     def reading(self, kind: Kind, on_cpu: bool) -> int:
         """Activations of the text encoder."""
@@ -91,7 +95,7 @@ class Bill:
         """(on the device, elsewhere in RAM) while it computes: weights."""
         sizes = self.sizes(way.kind)
         each = sizes.block + (0 if way.table else sizes.modulation)
-        outside = sizes.rest + (self.table if way.table else 0)
+        outside = sizes.rest + self.model.extra + (self.table if way.table else 0)
         away = sizes.blocks - way.resident
         if not away:
             return sizes.blocks * each + outside, 0
@@ -104,7 +108,7 @@ class Bill:
         """(VRAM, RAM) at the worst moment."""
         encoding, decoding = self.coding(way.tile)
         body, pinned = self.transformer(way)
-        reader, reading = self.reader(way.reader), self.reading(way.reader, self.on_cpu or way.encoder == "cpu")
+        reader, reading = self.reader(way), self.reading(way.reader, self.on_cpu or way.encoder == "cpu")
         kept = reader if way.encoder == "keep" else 0  # beside the transformer
         waiting = body if way.encoder != "unload" else 0  # beside the text encoder
         phases = [body + kept + max(self.painting(way.kind, way.table), decoding)]
@@ -154,7 +158,7 @@ class Bill:
         seconds = reading / (DESKTOP_CPU if way.encoder == "cpu" else card.operations)
         seconds += step * job.steps + a.decoding_work(self.model.geometry.vae, job) / card.operations
         if way.encoder == "unload":
-            seconds += (self.reader(way.reader) + self.transformer(way)[0]) / self.rate(way.parked)
+            seconds += (self.reader(way) + self.transformer(way)[0]) / self.rate(way.parked)
         return seconds
 
 

@@ -1,7 +1,7 @@
 """Kinds of weights: bytes per weight, what expanding one costs, and how far a Linear's output then is from exact.
 
 A kind packs the Linears of the transformer's blocks and of the text encoder's layers; what is small or sensitive
-(embeddings, norms, biases, the few Linears outside) keeps the 16 or 32 bits of the activations.
+(embeddings, the eye, norms, biases, the few Linears outside) keeps the 16 or 32 bits of the activations.
 
 `error` is the relative error of one Linear's output, Gaussian weights and inputs, 3072 to 3072 and 12288 to 3072,
 written by benchmarks/kind_errors.py. It ranks kinds; it does not say how a picture looks.
@@ -18,8 +18,7 @@ from lanting.core.errors import RequestError
 class Kind:
     """`block` weights of one row take `stored` bytes; every row takes `row` bytes more.
 
-    expand  bytes per weight that are alive while it is expanded on a CPU, in units of the activations' bytes plus
-            `scratch`; 0 for kinds that are used as they are
+    `scratch`: bytes per weight beside the expanded one while it is expanded on a CPU.
     """
 
     name: str
@@ -28,7 +27,7 @@ class Kind:
     row: int = 0
     error: float = 0.0
     packed: bool = True
-    scratch: float = 0.0  # bytes per weight beside the expanded one while it is expanded
+    scratch: float = 0.0
 
     @property
     def bits(self) -> float:
@@ -36,7 +35,10 @@ class Kind:
         return 8 * self.stored / self.block
 
     def bytes(self, rows: int, columns: int) -> int:
-        """Of a weight (rows, columns)."""
+        """Of a weight (rows, columns), packed as `lanting.attach.quant` does it."""
+        if self.name == "int4" and columns % self.block:  # smaller groups where 64 does not divide, else int8
+            group = next((size for size in (32, 16) if columns % size == 0), 0)
+            return rows * (columns // 2 + 2 * columns // group) if group else KINDS["int8"].bytes(rows, columns)
         return rows * (-(-columns // self.block) * self.stored + self.row)
 
 
@@ -49,7 +51,7 @@ KINDS = {
         Kind("q8_0", 32, 34, error=0.0057, scratch=4),
         Kind("int8", 1, 1, row=4, error=0.0095, scratch=4),
         Kind("q6_k", 256, 210, error=0.0193, scratch=4),
-        Kind("fp8", 1, 1, row=4, error=0.0265, scratch=4),
+        Kind("fp8", 1, 1, error=0.0265, scratch=4),
         Kind("q5_k", 256, 176, error=0.0388, scratch=4),
         Kind("q5_1", 32, 24, error=0.0398, scratch=4),
         Kind("q5_0", 32, 22, error=0.0424, scratch=4),
@@ -71,6 +73,11 @@ def kind_named(name: str) -> Kind:
     raise RequestError(
         "the kind of weights {name} is none we know; use one of {known}", name=name, known=", ".join(KINDS)
     )
+
+
+def nearest(bits: float) -> Kind:
+    """The packed kind with about that many bits per weight, for files that mix several."""
+    return min((kind for kind in KINDS.values() if kind.packed), key=lambda kind: abs(kind.bits - bits))
 
 
 def plain(dtype: str) -> Kind:

@@ -10,12 +10,13 @@ from typing import Any
 from lanting.core.types import Request
 from lanting.plan.activations import Job, Size
 from lanting.plan.geometry import Geometry
-from lanting.plan.kinds import Kind, plain
+from lanting.plan.kinds import KINDS, Kind, nearest, plain
 from lanting.plan.sizes import Sizes, live_weights, parameters, reader_bytes, sum_up, transformer_sizes
 from lanting.specs import ModelSpec
 from lanting.specs.sizes import fit_area, reference_size
 
 SMALL = 1 << 30  # bytes of a transformer below which a CPU computes in float32, as the engine does
+PLAIN = ("bf16", "fp32", "fp16")
 LETTERS = 512  # tokens a prompt is cut to
 CLOSING = 5  # tokens of the template behind the prompt
 
@@ -29,6 +30,8 @@ class Model:
     held               bytes of every tensor of the transformer, by official names, where a header was read
     files              bytes on disk; 0: nothing is here yet
     here               it is on this machine, so the plan must do with its files as they are
+    precision          of activations where somebody asks for one: "bfloat16", "float16" or "float32"
+    extra              bytes of what is hung on the transformer: LoRAs, a ControlNet
     """
 
     name: str
@@ -40,6 +43,8 @@ class Model:
     reader_held: int = 0
     files: int = 0
     here: bool = False
+    precision: str | None = None
+    extra: int = 0
 
     @property
     def writes(self) -> bool:
@@ -49,10 +54,12 @@ class Model:
     @property
     def packed(self) -> bool:
         """The transformer's file is quantized: it is used as it is."""
-        return self.kind not in ("bf16", "fp32", "fp16")
+        return self.kind not in PLAIN
 
     def dtype(self, device: str) -> str:
         """Of activations, as the engine chooses it."""
+        if self.precision is not None:
+            return self.precision
         stored = parameters(self.geometry)["transformer"] * (4 if self.kind == "fp32" else 2)
         return "float32" if device == "cpu" and stored < SMALL else "bfloat16"
 
@@ -62,11 +69,16 @@ class Model:
             return sum_up(self.held, self.geometry.transformer)
         return transformer_sizes(self.geometry.transformer, kind, plain(dtype))
 
-    def reader(self, kind: Kind, dtype: str, sees: bool) -> int:
-        """Bytes in memory of the text encoder."""
-        if self.reader_held and self.reader_kind not in ("bf16", "fp32", "fp16"):
-            return self.reader_held
+    def reader(self, kind: Kind, dtype: str, sees: bool) -> tuple[int, int]:
+        """Bytes in memory of the text encoder: all of it, and its layers."""
+        if self.reader_held and self.reader_kind not in PLAIN:
+            return self.reader_held, int(0.85 * self.reader_held)
         return reader_bytes(self.geometry, kind, plain(dtype), sees or self.writes, self.writes)
+
+    def body_kind(self) -> Kind:
+        """What a packed transformer file holds; for a mix, the kind with as many bits per weight."""
+        weights = parameters(self.geometry)["transformer"]
+        return KINDS.get(self.kind or "") or nearest(8 * sum(self.held.values()) / weights)
 
     def vae(self, dtype: str) -> int:
         return live_weights(self.geometry.vae) * plain(dtype).stored
@@ -77,7 +89,7 @@ class Model:
             return self.files
         published = 2 * parameters(self.geometry)["vae"]
         eye = bool(self.spec.edit_template or self.spec.template != "text-to-image") or self.writes
-        return self.transformer(kind, dtype).total + self.reader(reader, dtype, eye) + published
+        return self.transformer(kind, dtype).total + self.reader(reader, dtype, eye)[0] + published
 
 
 def job_of(request: Request, model: Model, text: int | None = None) -> Job:

@@ -16,12 +16,13 @@ from lanting.core.errors import RequestError
 from lanting.core.lang import say
 from lanting.plan.activations import TILE, Job
 from lanting.plan.costs import LIVE, Bill, Way, price
-from lanting.plan.kinds import KINDS, OURS, Kind, plain
+from lanting.plan.kinds import KINDS, OURS, Kind, kind_named, plain
 from lanting.plan.machine import Device, Machine
-from lanting.plan.model import Model
+from lanting.plan.model import PLAIN, Model
 from lanting.plan.plan import Plan
 from lanting.plan.words import size as in_words
 
+TILE_ABOVE = 2048 * 2048  # pixels; the engine always decodes larger pictures in tiles
 PATIENCE = 1.3  # how much longer streaming may make a step before it counts as waiting
 ENCODERS = {"keep": 0, "unload": 1, "cpu": 2}
 
@@ -51,31 +52,37 @@ class Budget:
 
 
 def plan(
-    model: Model, job: Job, machine: Machine, budget: Budget | None = None, device: str | None = None, quant: str | None = None
+    model: Model,
+    job: Job,
+    machine: Machine,
+    budget: Budget | None = None,
+    device: str | None = None,
+    quant: str | None = None,
 ) -> Plan:
     """The best plan within the budgets; a RefusalError where there is none. `quant`: only this kind."""
-    budget, place = budget or Budget(), machine.device(device)
-    vram, ram = budget.of(machine, place)
-    every = priced(Bill(model, job, machine, place), (vram, ram), quant)
-    fitting = [each for each in every if each.peak_vram <= vram and each.peak_ram <= ram]
+    place = machine.device(device)
+    limits = (budget or Budget()).of(machine, place)
+    every = priced(Bill(model, job, machine, place), limits, quant)
+    fitting = [each for each in every if fits(each, limits)]
     if not fitting:
-        raise refusal(model, job, every, place, (vram, ram))
+        raise refusal(model, job, every, limits)
     best = min(fitting, key=rank)
-    return replace(best, reasons=reasons(best, fitting, every, (vram, ram), model))
+    return replace(best, reasons=reasons(best, every, limits, model))
 
 
-def survey(model: Model, job: Job, machine: Machine, budget: Budget | None = None, device: str | None = None) -> list[Plan]:
-    """For every kind the best plan that fits, else the one that needs least; the best first, those that don't fit
-    last."""
-    budget, place = budget or Budget(), machine.device(device)
-    vram, ram = budget.of(machine, place)
-    every = priced(Bill(model, job, machine, place), (vram, ram), None)
+def survey(
+    model: Model, job: Job, machine: Machine, budget: Budget | None = None, device: str | None = None
+) -> list[tuple[Plan, bool]]:
+    """For every kind the best plan that fits and True, else the one that needs least and False; the best first."""
+    place = machine.device(device)
+    limits = (budget or Budget()).of(machine, place)
+    every = priced(Bill(model, job, machine, place), limits, None)
     rows = []
     for kind in dict.fromkeys(each.transformer for each in every):
         own = [each for each in every if each.transformer == kind]
-        fitting = [each for each in own if fits(each, (vram, ram))]
-        rows.append(min(fitting, key=rank) if fitting else min(own, key=lambda each: _excess(each, (vram, ram))))
-    return sorted(rows, key=lambda each: (not fits(each, (vram, ram)), rank(each)))
+        fitting = [each for each in own if fits(each, limits)]
+        rows.append(min(fitting, key=rank) if fitting else min(own, key=lambda each: _excess(each, limits)))
+    return sorted(((each, fits(each, limits)) for each in rows), key=lambda row: (not row[1], rank(row[0])))
 
 
 def fits(each: Plan, limits: tuple[int, int]) -> bool:
@@ -83,21 +90,21 @@ def fits(each: Plan, limits: tuple[int, int]) -> bool:
 
 
 def rank(each: Plan) -> tuple[float, ...]:
-    """Smaller is better."""
+    """Smaller is better: waiting (and how long), the error of the kinds, blocks that move, turns, tiles, the table."""
     unsure = each.streamed == "disk" or each.wait is None or each.wait > PATIENCE
     waits = (each.streamed != "none" and unsure) or each.encoder == "cpu"
+    slow = ((each.wait or 2.0) if each.streamed == "disk" else 1.0) if waits else 0.0
+    error = (each.error, 0.0 if each.text_encoder == "as stored" else KINDS[each.text_encoder].error)
     away = (each.blocks - each.resident_blocks) / each.blocks
-    turns = ENCODERS[each.encoder] + (0.5 if each.encoder == "unload" and each.parked == "disk" else 0)
-    reader = 0.0 if each.text_encoder == "as stored" else KINDS[each.text_encoder].error
-    slow = (each.wait or 2.0) if waits else 1.0
-    return (waits, slow * (each.streamed == "disk") if waits else 0, each.error, reader, away, turns, each.vae_tile, each.modulation_table)
+    turns = ENCODERS[each.encoder] + (0.5 if (each.encoder, each.parked) == ("unload", "disk") else 0.0)
+    return (waits, slow, *error, away, turns, each.vae_tile, each.modulation_table)
 
 
 def priced(bill: Bill, limits: tuple[int, int], quant: str | None) -> list[Plan]:
     """All candidates with their costs; of those that stream, the one that keeps as many blocks as fit."""
     found = []
     for kind, reader in kinds(bill.model, bill.device, quant):
-        for encoder, tile, table, streamed, parked in ways(bill.model, kind, bill.device):
+        for encoder, tile, table, streamed, parked in ways(bill, kind):
             way = Way(kind, reader, bill.net.num_layers, streamed, table, encoder, parked, tile)
             if streamed != "none":
                 way = replace(way, resident=most_resident(bill, way, limits))
@@ -110,18 +117,22 @@ def kinds(model: Model, device: Device, quant: str | None) -> Iterator[tuple[Kin
     own = plain(model.dtype(device.name))
     bodies = [own, *(KINDS[name] for name in OURS)]
     if model.packed:
-        bodies = [KINDS[model.kind] if model.kind in KINDS else KINDS["q8_0"]]
-    if quant is not None:
-        bodies = [kind for kind in [own, *KINDS.values()] if kind.name == quant]
+        bodies = [model.body_kind()]
+    elif quant not in (None, "none", "auto"):
+        bodies = [kind_named(str(quant))]
     for body in bodies:
-        readers = [own, *(KINDS[name] for name in OURS if KINDS[name].error <= max(body.error, KINDS["int8"].error))]
-        if model.reader_kind not in ("bf16", "fp32", "fp16"):
-            readers = [KINDS[model.reader_kind] if model.reader_kind in KINDS else KINDS["q8_0"]]
+        readers = [own, *(KINDS[name] for name in OURS)]
+        if model.reader_kind not in PLAIN:
+            readers = [KINDS.get(model.reader_kind or "", KINDS["q4_k"])]
+        elif bodies[0] is not own and quant not in (None, "none", "auto"):
+            readers = bodies  # an asked kind is meant for both
         yield from product([body], readers)
 
 
-def ways(model: Model, kind: Kind, device: Device) -> Iterator[tuple[str, int, bool, str, str]]:
+def ways(bill: Bill, kind: Kind) -> Iterator[tuple[str, int, bool, str, str]]:
     """(encoder, tile, table, streamed, parked)."""
+    model, device, size = bill.model, bill.device, bill.job.size
+    tiles = (0, TILE) if size[0] * size[1] <= TILE_ABOVE else (TILE,)
     streams = ["none", "disk"]
     if device.own_memory:
         streams.insert(1, "ram")
@@ -133,7 +144,7 @@ def ways(model: Model, kind: Kind, device: Device) -> Iterator[tuple[str, int, b
     if device.own_memory:
         encoders[1:1] = [("unload", "ram")]
         encoders.append(("cpu", "disk"))
-    for streamed, (encoder, parked), table, tile in product(streams, encoders, (False, True), (0, TILE)):
+    for streamed, (encoder, parked), table, tile in product(streams, encoders, (False, True), tiles):
         yield encoder, tile, table, streamed, parked
 
 
@@ -168,18 +179,24 @@ def least(every: Sequence[Plan], limits: tuple[int, int]) -> tuple[int | None, i
     return small.peak_vram, small.peak_ram
 
 
-def refusal(model: Model, job: Job, every: Sequence[Plan], device: Device, limits: tuple[int, int]) -> RefusalError:
-    """A sentence with the amount of memory that would do, rounded up to tenths of a GB (or MB)."""
+def refusal(model: Model, job: Job, every: Sequence[Plan], limits: tuple[int, int]) -> RefusalError:
+    """A sentence with the amount of memory that would do, rounded up to tenths of a GB (or tens of MB)."""
     vram, ram = (None if need is None else _round_up(need) for need in least(every, limits))
-    parts = []
-    for need, have, flag in ((vram, limits[0], "--vram"), (ram, limits[1], "--ram")):
-        if need is not None:
-            parts.append(say("{need} of {what} ({flag} {short})", **{"need": in_words(need), "what": flag[2:].upper(), "flag": flag, "short": short(need)}) + say(", and {have} are to be had", have=in_words(have)))
+    needs = [f"{in_words(vram)} VRAM (--vram {short(vram)})"] if vram is not None else []
+    needs += [f"{in_words(ram)} RAM (--ram {short(ram)})"] if ram is not None else []
+    has = [f"{in_words(limits[0])} VRAM"] if vram is not None else []
+    has += [f"{in_words(limits[1])} RAM"] if ram is not None else []
     return RefusalError(
-        "{model} at {width}×{height} needs at least {needs}; a smaller --size needs less",
+        "{model} at {width}×{height} needs at least {needs}, and {has} are there: give more or a smaller --size",
         vram,
         ram,
-        **{"model": model.name, "width": job.size[0], "height": job.size[1], "needs": "; ".join(parts)},
+        **{
+            "model": model.name,
+            "width": job.size[0],
+            "height": job.size[1],
+            "needs": " + ".join(needs),
+            "has": " + ".join(has),
+        },
     )
 
 
@@ -193,31 +210,35 @@ def _round_up(count: int) -> int:
     return -(-count // unit) * unit
 
 
-def reasons(best: Plan, fitting: Sequence[Plan], every: Sequence[Plan], limits: tuple[int, int], model: Model) -> tuple[str, ...]:
+def reasons(best: Plan, every: Sequence[Plan], limits: tuple[int, int], model: Model) -> tuple[str, ...]:
     """Why this plan, in words."""
-    said = []
-    better = [each for each in every if each.error < best.error and each not in fitting]
-    if best.error == 0:
-        said.append(say("the weights are used as published"))
-    elif better:
-        finer = min(better, key=lambda each: (each.error, _excess(each, limits)))
-        names = sorted({each.transformer for each in every if each.error < best.error}, key=lambda n: -KINDS[n].bits if n in KINDS else 0)
-        said.append(say("{kind} is the best precision that fits without waiting ({names} would not)", kind=best.transformer, names=", ".join(names)) if finer else "")
+    said = [_about_precision(best, every, model)]
+    source = say("RAM") if best.streamed == "ram" else say("disk")
     if best.streamed != "none":
-        source = say("RAM") if best.streamed == "ram" else say("disk")
+        hidden = rank(best)[0] == 0
         said.append(
-            say("blocks stream from {source} behind the computation", source=source)
-            if best.wait is not None and best.wait <= PATIENCE
-            else say("blocks stream from {source}, and steps wait for them", source=source)
+            say("blocks stream from {source} while others compute, at no loss of time", source=source)
+            if hidden
+            else say("blocks stream from {source}, and steps may wait for them", source=source)
         )
     if best.modulation_table:
         said.append(say("modulation is tabulated, so a third of the transformer leaves memory"))
     if best.encoder == "unload":
         said.append(say("text encoder and transformer take turns"))
     if best.encoder == "cpu":
-        said.append(say("the text encoder stays on the CPU"))
+        said.append(say("the text encoder stays on the CPU, which reads slowly"))
     if best.vae_tile:
         said.append(say("the VAE works in tiles of {tile} pixels", tile=best.vae_tile))
     if best.transformer in OURS and best.streamed == "disk" and not model.packed:
         said.append(say("pack it once: lanting quantize {model} --to {kind}", model=model.name, kind=best.transformer))
-    return tuple(filter(None, said))
+    return tuple(said)
+
+
+def _about_precision(best: Plan, every: Sequence[Plan], model: Model) -> str:
+    if model.packed:
+        return say("the file is packed already and used as it is")
+    finer = {each.transformer: each.error for each in every if each.error < best.error}
+    if not finer:
+        return say("the weights keep the precision they are published in")
+    names = ", ".join(sorted(finer, key=lambda name: finer[name]))
+    return say("{kind}, because {finer} would not fit or would wait", kind=best.transformer, finer=names)

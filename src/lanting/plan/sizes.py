@@ -202,7 +202,7 @@ def live_weights(net: Vae) -> int:
 
 def tensor_bytes(name: str, shape: tuple[int, ...], kind: Kind, other: Kind) -> int:
     """Of one tensor where `kind` packs the Linears of blocks and layers, and everything else is `other`."""
-    inside = "transformer_blocks." in name or ".layers." in name or "visual.blocks." in name
+    inside = name.startswith(("transformer_blocks.", "model.layers."))
     if kind.packed and inside and len(shape) == 2:
         return kind.bytes(*shape)
     return math.prod(shape) * other.stored
@@ -230,11 +230,13 @@ def sum_up(held: Mapping[str, int], net: Transformer) -> Sizes:
 
 
 @cache
-def reader_bytes(geometry: Geometry, kind: Kind, other: Kind, sees: bool, writes: bool) -> int:
-    """The text encoder as it is loaded: with its eye where pictures are read, with its head where it writes."""
+def reader_bytes(geometry: Geometry, kind: Kind, other: Kind, sees: bool, writes: bool) -> tuple[int, int]:
+    """(all, the layers alone) of the text encoder as it is loaded: with its eye where pictures are read, with its
+    head where it writes."""
     tensors = list(language_tensors(geometry.language, writes and not geometry.tied))
     tensors += vision_tensors(geometry.vision) if sees else ()
-    return sum(tensor_bytes(name, shape, kind, other) for name, shape in tensors)
+    held = [(name, tensor_bytes(name, shape, kind, other)) for name, shape in tensors]
+    return sum(size for _, size in held), sum(size for name, size in held if name.startswith("model.layers."))
 
 
 @cache

@@ -1,0 +1,52 @@
+"""A model on this machine as the planner sees it: its networks' numbers, and what its headers say they take."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from lanting.plan.geometry import Geometry
+from lanting.plan.model import Model
+from lanting.weights.checkpoint import Checkpoint
+from lanting.weights.find import ModelFolder
+from lanting.weights.forms import Form, read_forms
+from lanting.weights.headers import TensorInfo
+
+PLAIN = {"BF16": "bf16", "F32": "fp32", "F16": "fp16", "F64": "fp32"}
+
+
+def planned_model(folder: ModelFolder) -> Model:
+    """From configs and headers alone. Raises ModelError as opening the files does."""
+    geometry = Geometry.from_configs(folder.configs)
+    body, reader, vae = (folder.checkpoint(name) for name in ("transformer", "text_encoder", "vae"))
+    forms = read_forms(body)
+    return Model(
+        name=folder.name,
+        spec=folder.spec,
+        geometry=geometry,
+        kind=kind_of(body, forms),
+        reader_kind=kind_of(reader, read_forms(reader)),
+        held=held_bytes(body, forms),
+        reader_held=sum(held_bytes(reader, read_forms(reader)).values()),
+        files=body.bytes() + reader.bytes() + vae.bytes(),
+        here=True,
+    )
+
+
+def kind_of(checkpoint: Checkpoint, forms: dict[str, Form]) -> str | None:
+    """How most weights are stored, None for a mix of packed kinds."""
+    if not forms:
+        counts: Counter[str] = Counter()
+        for info in checkpoint.infos.values():
+            counts[PLAIN.get(info.dtype, "bf16")] += info.count
+        return counts.most_common(1)[0][0] if counts else "bf16"
+    kinds = {form.kind.lower().split()[0] for form in forms.values()}
+    return kinds.pop() if len(kinds) == 1 else None
+
+
+def held_bytes(checkpoint: Checkpoint, forms: dict[str, Form]) -> dict[str, int]:
+    """Bytes of every tensor in memory: packed ones as they are, the others in 16 bits."""
+    return {name: _held(info, name.rpartition(".")[0] in forms) for name, info in checkpoint.infos.items()}
+
+
+def _held(info: TensorInfo, packed: bool) -> int:
+    return info.end - info.start if packed else 2 * info.count
