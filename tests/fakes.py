@@ -9,6 +9,7 @@ import struct
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from PIL import Image
 
@@ -30,6 +31,7 @@ class FakeEngine:
     closed: int = 0
     cancelled: bool = False
     notes: tuple[str, ...] = ()
+    loras: tuple[Any, ...] = ()
     controlnet: str | None = None  # what the engine was opened with
 
     def stream(self, request: Request, previews: bool = False) -> Iterator[Progress | Result]:

@@ -67,6 +67,29 @@ def test_a_lora_changes_the_picture_and_nothing_does_not(folder, tmp_path):
     assert plain.recipes[0].loras == () and plain.recipes[0].weights == half.recipes[0].weights
 
 
+def test_strengths_change_without_loading(folder, tmp_path):
+    ink, options = str(write(tmp_path / "ink.safetensors", folder, 2)), {**ASKED, "steps": 2, "guidance_scale": 1.0}
+    with open_engine(folder, f"{ink}:0.5", "lightning:0") as engine:
+        half = engine.run(Request(**options))
+        net = engine.models.transformer
+        engine.set_strengths(0.25, 0)
+        quarter = engine.run(Request(**options))
+        engine.set_strengths(0.25, 0.5)
+        assert engine.spec.defaults.steps == 3, "its wishes count again"
+        both = engine.run(Request(**options))
+        engine.set_strengths(0.5, 0)
+        again = engine.run(Request(**options))
+        assert engine.models.transformer is net
+        for wrong in ((1.0,), (1.0, 11.0)):
+            with pytest.raises(RequestError, match="strength"):
+                engine.set_strengths(*wrong)
+    for got, strengths in ((half, (0.5, 0)), (quarter, (0.25, 0)), (both, (0.25, 0.5))):
+        want = run(folder, f"{ink}:{strengths[0]}", f"lightning:{strengths[1]}", steps=2, guidance_scale=1.0)
+        assert got.images[0].tobytes() == want.images[0].tobytes()
+        assert [lora["strength"] for lora in got.recipes[0].loras] == list(strengths)
+    assert again.images[0].tobytes() == half.images[0].tobytes()
+
+
 def _difference(a, b):
     from PIL import ImageChops
 

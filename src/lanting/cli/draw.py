@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lanting.cli.lora import tell_wishes
 from lanting.cli.screen import Screen
 from lanting.core.recipe import describe_request, request_of_picture
 from lanting.core.save import Place, names_for, plan_places, save_picture
@@ -90,6 +91,7 @@ def draw(request: Request, wish: Wish, screen: Screen) -> Drawn:
             screen.note("note: {note}", note=note)
         size = parse_size(wish.size, engine.spec) if wish.size else request.size
         settled = settle(replace(request, size=size), engine.spec)
+        tell_wishes(engine.loras, settled, screen, engine.spec.lora)
         places = _places(settled, wish)
         screen.begin(f"{engine.spec.name} · {_cross(settled.size)} · {_steps(settled)}")
         preview = _previewer(places[0].path, screen) if wish.preview else None

@@ -20,6 +20,8 @@ from lanting.cli.eval import eval_
 from lanting.cli.generate import generate
 from lanting.cli.layers import layers
 from lanting.cli.list import list_models
+from lanting.cli.lora import lora
+from lanting.cli.plan import plan
 from lanting.cli.pull import pull
 from lanting.cli.quantize import quantize
 from lanting.cli.remove import remove
@@ -43,10 +45,12 @@ app.command("edit")(edit)
 app.command("layers")(layers)
 app.command("replay")(replay)
 app.command("list")(list_models)
+app.command("plan")(plan)
 app.command("pull")(pull)
 app.command("show")(show)
 app.command("quantize")(quantize)
 app.command("remove")(remove)
+app.add_typer(lora, name="lora")
 app.add_typer(train, name="train")
 app.add_typer(eval_, name="eval")
 

@@ -30,6 +30,10 @@ class Wishes:
     guidance_scale: float | None = None
     shift: float | None = None
 
+    def __bool__(self) -> bool:
+        """Whether there are any."""
+        return (self.steps, self.guidance_scale, self.shift) != (None, None, None)
+
     @property
     def few(self) -> bool:
         """Made to be drawn without guidance."""
