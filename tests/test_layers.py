@@ -48,7 +48,8 @@ LIGHT = {"core", "specs", "plan", "cli"}  # importing these must not import torc
 MAX_FILE, MAX_FUNCTION, MAX_PARAMETERS = 400, 60, 7
 # the transformer's own arguments, and the protocol that repeats them for the loop
 CROWDED = {"nn/mmdit.py forward", "flow/loop.py __call__"}
-VERBS = {"generate", "edit", "layers", "replay", "quantize", "nano", "pull", "text", "follow", "lightning"}  # a verb's parameters are its flags
+# a verb's parameters are its flags
+VERBS = {"generate", "edit", "layers", "replay", "quantize", "nano", "pull", "text", "follow", "lightning"}
 
 
 def room_of(path: Path) -> str:

@@ -73,7 +73,11 @@ def sniff(path: Path) -> str:
         raise ModelError(
             "{path} is pickled, which can run code, and is never opened: get a safetensors file", path=str(path)
         )
-    return "gguf" if start.startswith(b"GGUF") else "safetensors"
+    if start.startswith(b"GGUF"):
+        return "gguf"
+    if len(start) > 8 and start[8:9] != b"{" and not start.startswith(b"version "):  # an LFS pointer is told later
+        raise ModelError("{path} is a file, but not of weights: give safetensors or GGUF", path=str(path))
+    return "safetensors"
 
 
 def open_file(path: Path) -> dict[str, Checkpoint]:
