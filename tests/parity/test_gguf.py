@@ -259,7 +259,10 @@ def test_words_alone_need_no_vision_file(tmp_path: Path):
     state = hub_state(net)
     write_language(tmp_path / "qwen.gguf", state, net.config.text_config)
     checkpoint, config = open_text_encoder_gguf(tmp_path / "qwen.gguf")
-    assert "vision_config" not in config and not any(name.startswith("visual.") for name in checkpoint.names())
+    assert not any(name.startswith("visual.") for name in checkpoint.names())
+    build_text_encoder(checkpoint, config, FLOAT, vision=False, head=False)
+    with pytest.raises(ModelError, match="mmproj"):
+        build_text_encoder(checkpoint, config, FLOAT)
 
 
 def test_the_half_precision_tower_is_preferred_and_strangers_are_passed_over(tmp_path: Path):

@@ -226,7 +226,7 @@ def test_files_that_are_never_opened(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="holds only pickled weights"):
         describe(str(tmp_path))
     (tmp_path / "x.gguf").write_bytes(b"GGUF\x03\0\0\0")
-    with pytest.raises(ModelError, match="is a GGUF file"):
+    with pytest.raises(ModelError, match="is damaged"):
         describe(str(tmp_path / "x.gguf"))
     for missing in ("none.safetensors", "no/such/folder", str(tmp_path / "none")):
         with pytest.raises(ModelError, match="does not exist"):

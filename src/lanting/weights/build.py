@@ -289,6 +289,11 @@ def store_text_encoder(
     are not read: of the 7B model 1.35 GB and 1.09 GB in bfloat16.
     """
     module = construct(lambda: QwenVL(QwenVLConfig.from_dict(config), vision=vision, head=head), checkpoint.label)
+    if vision and not any(name.startswith("visual.") for name in checkpoint.names()):
+        raise ModelError(
+            f"The {checkpoint.label} has no vision tower, and pictures are to be read: put its mmproj file beside a "
+            "GGUF file, or get the whole text encoder."
+        )
     leave = placing.leave if vision else (*placing.leave, "visual.")
     if not head or module.config.tie_word_embeddings:  # some writers store the tied matrix twice
         leave += ("lm_head.",)

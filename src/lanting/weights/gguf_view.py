@@ -113,8 +113,8 @@ def _pair(one: GgufCheckpoint, two: GgufCheckpoint) -> GgufCheckpoint:
 def open_text_encoder_gguf(path: Path) -> tuple[GgufCheckpoint, dict[str, Any]]:
     """Qwen2.5-VL from a language model file, with the vision tower of an "mmproj" file beside it where there is one.
 
-    Returns the checkpoint and what its metadata says of a config.json: without `vision_config` where no vision tower
-    was found, empty where the file says nothing of itself. Raises ModelError for another model's file.
+    Returns the checkpoint and what its metadata says of a config.json, empty where the file says nothing of itself.
+    Raises ModelError for another model's file.
     """
     header = read_gguf(path)
     if is_projector(header):
@@ -131,10 +131,9 @@ def open_text_encoder_gguf(path: Path) -> tuple[GgufCheckpoint, dict[str, Any]]:
     config = text_config(header)
     language = view(path, header)
     beside = find_projector(path, config.get("hidden_size"))
-    if beside is None:
-        return language, config
-    vision = vision_config(beside[1])
-    return _pair(language, view(*beside)), (config | {"vision_config": vision} if config and vision else config)
+    vision = {"out_hidden_size": config.get("hidden_size")} if beside is None else vision_config(beside[1])
+    config = config | {"vision_config": vision} if config and vision else config
+    return (language if beside is None else _pair(language, view(*beside))), config
 
 
 def find_projector(path: Path, width: int | None) -> tuple[Path, GgufHeader] | None:

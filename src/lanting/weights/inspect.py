@@ -15,11 +15,14 @@ from typing import Any
 from lanting.core.errors import ModelError
 from lanting.specs import detect, get_spec, spec_names
 from lanting.weights.checkpoint import open_component, read_json
-from lanting.weights.find import COMPONENTS, LORAS, disagreements
+from lanting.weights.find import COMPONENTS, LORAS, disagreements, release_of
+from lanting.weights.gguf import is_gguf
+from lanting.weights.gguf_view import open_gguf
 from lanting.weights.headers import TensorInfo, read_header
 from lanting.weights.home import REPO, downloaded, embedded_nano, lora_path, model_folder, read_marker, unfinished
 from lanting.weights.kinds import PICKLES, Kind, config_notes, guess_kind
 from lanting.weights.pull import gigabytes
+from lanting.weights.single import open_file
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +85,10 @@ def _describe_release(name: str) -> Description:
 
 def _describe_folder(folder: Path, name: str, release: str | None) -> Description:
     """A pipeline's folder, a component's folder, or a folder of single files."""
-    files = sorted(folder.glob("*.safetensors"))
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.gguf")])
     if (folder / "model_index.json").is_file():
         return _describe_pipeline(folder, name, release)
-    if (folder / "config.json").is_file() and files:
+    if (folder / "config.json").is_file() and any(file.suffix != ".gguf" for file in files):
         part, notes, problems = _component(folder)
         found = (part,) if part is not None else ()
         return Description(name, folder, None, found, _licence(folder), _source(folder), notes, problems)
@@ -94,7 +97,7 @@ def _describe_folder(folder: Path, name: str, release: str | None) -> Descriptio
             raise ModelError(
                 "{folder} holds only pickled weights, which can run code: get the safetensors ones", folder=str(folder)
             )
-        raise ModelError("{folder} holds no model: no model_index.json, no .safetensors", folder=str(folder))
+        raise ModelError("{folder} holds no model: no model_index.json, no .safetensors, no .gguf", folder=str(folder))
     parts, problems = _files(files)
     return Description(name, folder, None, tuple(parts), _licence(folder), _source(folder), problems=tuple(problems))
 
@@ -145,11 +148,11 @@ def _describe_file(path: Path) -> Description:
         raise ModelError(
             "{path} is pickled, which can run code, and is never opened: get a safetensors file", path=str(path)
         )
-    with path.open("rb") as file:
-        if file.read(4) == b"GGUF":
-            raise ModelError("{path} is a GGUF file, and this version reads safetensors: get that one", path=str(path))
     part = _file_part(path)
-    return Description(path.name, path, part.kind.release, (part,))
+    if part.kind.name != "transformer" or not is_gguf(path):
+        return Description(path.name, path, part.kind.release, (part,))
+    spec, notes = release_of(path, open_file(path)["transformer"])
+    return Description(path.name, path, spec.name, (part,), notes=notes)
 
 
 def _files(files: Iterable[Path]) -> tuple[list[Part], list[str]]:
@@ -165,7 +168,7 @@ def _files(files: Iterable[Path]) -> tuple[list[Part], list[str]]:
 
 
 def _file_part(path: Path) -> Part:
-    infos = read_header(path)
+    infos = open_gguf(path).infos if is_gguf(path) else read_header(path)
     return _part(path.name, guess_kind(infos), infos, 1)
 
 

@@ -110,6 +110,8 @@ def _vae(bare: Mapping[str, TensorInfo]) -> Kind | None:
 
 def _text_encoder(bare: Mapping[str, TensorInfo]) -> Kind | None:
     layers = _blocks(bare, "layers")
+    if not layers and "visual.blocks.0.norm1.weight" in bare:  # GGUF keeps the half that sees in a file of its own
+        return Kind("text_encoder", f"its picture reader alone, {_blocks(bare, 'blocks')} blocks")
     if not layers or not any(name.endswith("layers.0.self_attn.q_proj.weight") for name in bare):
         return None
     sees = any(name.split(".")[0] == "visual" or ".visual." in name for name in bare)
