@@ -134,7 +134,7 @@ def _form(checkpoint: Checkpoint, path: str, info: TensorInfo, note: Mapping[str
 def _kind(checkpoint: Checkpoint, path: str, dtype: str, note: Mapping[str, Any]) -> str:
     """What a weight of this type is, by its note or by its type alone."""
     said = note.get("format")
-    if said is not None and said not in FORMATS:
+    if said is not None and not (isinstance(said, str) and said in FORMATS):
         raise _unreadable(checkpoint, path, repr(said))
     kind = FORMATS[said] if said is not None else FP8.get(dtype, "int8" if dtype == "I8" else "")
     fits = {"int8": ("I8",), "int4": ("U8",), "fp8 e4m3": ("F8_E4M3", "U8"), "fp8 e5m2": ("F8_E5M2", "U8")}
@@ -147,7 +147,7 @@ def _rotation(checkpoint: Checkpoint, path: str, columns: int, note: Mapping[str
     if not note.get("convrot"):
         return 0
     size = note.get("convrot_groupsize", 256)
-    if size not in (4, 16, 64, 256) or columns % size:
+    if not isinstance(size, int) or size not in (4, 16, 64, 256) or columns % size:
         raise _unreadable(checkpoint, path, f"rotated in blocks of {size!r}")
     return size
 
