@@ -34,6 +34,8 @@ def show(
         _parts(screen, told.parts)
         for note in told.notes:
             screen.line("note: {text}", text=note)
+        if told.runs and not told.problems:
+            screen.line("to use it: {command}", command=told.runs)
         for problem in told.problems:
             screen.line("problem: {text}", text=problem)
     return 2 if told.problems else 0

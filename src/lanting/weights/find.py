@@ -8,7 +8,7 @@ in all but the layered one.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -101,7 +101,7 @@ def open_single(path: Path, given: Mapping[str, Path]) -> ModelFolder:
         raise ModelError(f"{path} holds no transformer but {what}{flag}; 'lanting show' tells what a file is.")
     spec, notes = release_of(path, found["transformer"])
     parts = dict.fromkeys(found, path) | dict(given)
-    base = _base(spec, parts)
+    base = base_of(spec, parts)
     if base is None and (lacking := [part for part in PARTS if part not in parts]):
         options = " and ".join(f"--{part.replace('_', '-')}" for part in lacking)
         pull = spec.name if not spec.name.startswith("qwen-image-lightning") else "qwen-image"
@@ -114,7 +114,7 @@ def open_single(path: Path, given: Mapping[str, Path]) -> ModelFolder:
     configs: dict[str, Mapping[str, Any]] = {
         "model_index": {},
         "scheduler": base.configs["scheduler"] if base is not None else SCHEDULER,
-        **{part: base.configs[part] for part in COMPONENTS if base is not None and part not in parts},
+        **{part: base.configs[part] for part in PARTS if base is not None},
     }
     folder = ModelFolder(path.name, base.path if base is not None else path.parent, spec, configs, notes, parts)
     folder = _with_configs(folder, [part for part in COMPONENTS if part in parts])
@@ -137,8 +137,17 @@ def _with_configs(folder: ModelFolder, parts: list[str]) -> ModelFolder:
         if place.is_dir() and (place / "config.json").is_file():
             configs[part] = read_json(place / "config.json")
         else:
-            configs[part] = config_of(part, open_weights(place, part))
+            configs[part] = _inherit(configs.get(part, {}), config_of(part, open_weights(place, part)))
     return replace(folder, configs=configs, parts=places)
+
+
+def _inherit(before: Mapping[str, Any], told: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A config that was read off tensors, with what those can't tell from the config of the part it replaces."""
+    text, known = told.get("text_config"), before.get("text_config") or before
+    if text is None or not before:
+        return {**before, **told}
+    sides = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+    return before if all(known.get(side) == text.get(side) for side in sides) else told
 
 
 def release_of(path: Path, transformer: Checkpoint) -> tuple[ModelSpec, tuple[str, ...]]:
@@ -174,8 +183,8 @@ def _distilled(spec: ModelSpec, words: set[str]) -> ModelSpec:
     return replace(spec, defaults=own, schedule=few.schedule)
 
 
-def _base(spec: ModelSpec, parts: Mapping[str, Path]) -> ModelFolder | None:
-    """An installed release that can bring what is missing; the release itself first."""
+def base_of(spec: ModelSpec, parts: Collection[str]) -> ModelFolder | None:
+    """An installed release that can bring what `parts` lack; the release itself first."""
     layered = "layered" in spec.tasks
     kin = [name for name in spec_names() if name != "nano" and ("layered" in get_spec(name).tasks) == layered]
     if "vae" in parts:  # then every release will do

@@ -56,6 +56,12 @@ class Form:
     rotate: int = 0
     names: Mapping[str, str] = field(default_factory=dict[str, str])
 
+    def words(self) -> str:
+        """For people: "fp8 e4m3 scaled", "int4 in groups of 64", "Q4_K"."""
+        scaled = " scaled" if self.kind.startswith("fp8") and self.scale is not None else ""
+        grouped = f" in groups of {self.group}" if self.group else ""
+        return self.kind + scaled + grouped + (" rotated" if self.rotate else "")
+
 
 def read_forms(checkpoint: Checkpoint) -> dict[str, Form]:
     """Path -> form of every weight that is packed; what isn't named is stored as plain floats.

@@ -6,7 +6,9 @@ them, and where a config says otherwise than its tensors, both are quoted. Used 
 
 from __future__ import annotations
 
+import math
 import re
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,8 +16,9 @@ from typing import Any
 
 from lanting.core.errors import ModelError
 from lanting.specs import detect, get_spec, spec_names
-from lanting.weights.checkpoint import open_component, read_json
-from lanting.weights.find import COMPONENTS, LORAS, disagreements, release_of
+from lanting.weights.checkpoint import Checkpoint, open_component, read_json
+from lanting.weights.find import COMPONENTS, LORAS, PARTS, base_of, disagreements, release_of
+from lanting.weights.forms import read_forms, side_tensors
 from lanting.weights.gguf import is_gguf
 from lanting.weights.gguf_view import open_gguf
 from lanting.weights.headers import TensorInfo, read_header
@@ -50,6 +53,7 @@ class Description:
     source: Mapping[str, str] = field(default_factory=dict[str, str])  # repo, commit, endpoint it was pulled from
     notes: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
+    runs: str = ""  # a command line that uses it
 
 
 def describe(model: str) -> Description:
@@ -148,11 +152,22 @@ def _describe_file(path: Path) -> Description:
         raise ModelError(
             "{path} is pickled, which can run code, and is never opened: get a safetensors file", path=str(path)
         )
+    found = open_file(path)
     part = _file_part(path)
-    if part.kind.name != "transformer" or not is_gguf(path):
-        return Description(path.name, path, part.kind.release, (part,))
-    spec, notes = release_of(path, open_file(path)["transformer"])
-    return Description(path.name, path, spec.name, (part,), notes=notes)
+    problems = []
+    try:
+        part = count_values(part, found)
+    except ModelError as error:
+        problems.append(str(error))
+    release, notes = part.kind.release, ()
+    if "transformer" in found:
+        try:
+            spec, notes = release_of(path, found["transformer"])
+            release = spec.name
+        except ModelError:  # too little of a transformer to tell more
+            pass
+    runs = how_to_run(path, part.kind.name, tuple(found), release)
+    return Description(path.name, path, release, (part,), notes=notes, problems=tuple(problems), runs=runs)
 
 
 def _files(files: Iterable[Path]) -> tuple[list[Part], list[str]]:
@@ -192,6 +207,39 @@ def _part(name: str, kind: Kind, infos: Mapping[str, TensorInfo], files: int) ->
     by_count = dict(sorted(dtypes.items(), key=lambda item: -item[1]))
     size = sum(info.size for info in infos.values())
     return Part(name, kind, len(infos), sum(dtypes.values()), by_count, size, files)
+
+
+def count_values(part: Part, components: Mapping[str, Checkpoint]) -> Part:
+    """The same with the network's values counted instead of stored numbers, where some are packed, by how they are
+    stored. Raises ModelError for a scheme this version can't read."""
+    forms = {component: read_forms(checkpoint) for component, checkpoint in components.items()}
+    if not any(forms.values()):
+        return part
+    counts: dict[str, int] = {}
+    for component, checkpoint in components.items():
+        aside = side_tensors(checkpoint.infos)
+        for name, info in checkpoint.infos.items():
+            path = name.removesuffix(".weight")
+            form = forms[component].get(path) if path != name else None
+            word, count = (form.words(), math.prod(form.shape)) if form is not None else (info.dtype, info.count)
+            if name not in aside:
+                counts[word] = counts.get(word, 0) + count
+    by_count = dict(sorted(counts.items(), key=lambda item: -item[1]))
+    return replace(part, dtypes=by_count, parameters=sum(counts.values()))
+
+
+def how_to_run(path: Path, kind: str, components: tuple[str, ...], release: str | None) -> str:
+    """A command line that draws with a file, "" where there is none; what the file lacks is named in it."""
+    quoted = shlex.quote(str(path))
+    if "transformer" in components:
+        spec = get_spec(release or "qwen-image")
+        verb = "layers PICTURE" if "layered" in spec.tasks else "generate 'WORDS'"
+        verb = "edit PICTURE 'WORDS'" if "text_to_image" not in spec.tasks and "edit" in spec.tasks else verb
+        lacking = [part for part in PARTS if part not in components] if base_of(spec, components) is None else []
+        return f"lanting {verb} --model {quoted}" + "".join(f" --{name.replace('_', '-')} FILE" for name in lacking)
+    if kind in ("vae", "text_encoder"):
+        return f"lanting generate 'WORDS' --model MODEL --{kind.replace('_', '-')} {quoted}"
+    return f"lanting generate 'WORDS' --model MODEL --lora {quoted}" if kind == "lora" else ""
 
 
 def _detect(folder: Path, hint: str) -> str:
