@@ -17,9 +17,12 @@ from tiny import randomise, text_encoder
 from torch import Tensor
 
 from lanting.core.errors import ModelError
+from lanting.nn.dequant import dequantize
 from lanting.nn.mmdit import QwenImageTransformer, TransformerConfig
 from lanting.nn.qwen_vl import QwenVLConfig
+from lanting.train.vocabulary import build_tokenizer, make_tokenizer
 from lanting.weights.build import Placing, build_text_encoder, build_transformer
+from lanting.weights.gguf_encoder import write_text_encoder
 from lanting.weights.gguf_mix import MIXES, tensor_types
 from lanting.weights.gguf_view import open_gguf, open_text_encoder_gguf
 from lanting.weights.gguf_write import write_transformer
@@ -252,6 +255,36 @@ def test_a_packed_reader_reads_as_the_expanded_one(tmp_path: Path):
         want = net(input_ids=ids, output_hidden_states=True).hidden_states[-1]
         got = ours(ids)
     assert (got - want).norm() < 1e-5 * want.norm()
+
+
+def test_the_reader_is_written_as_llama_cpp_names_it(tmp_path: Path):
+    """Our two files carry the package's names, a tokenizer and configs that give back the same network."""
+    net = text_encoder()
+    state, depth = hub_state(net), net.config.vision_config.depth
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    build_tokenizer(tmp_path)
+    about = {"config": net.config.to_dict(), "tokenizer": tmp_path}
+    beside = write_text_encoder(tmp_path / "qwen.gguf", shapes, state.__getitem__, "q8_0", about)
+    assert beside == tmp_path / "mmproj-qwen.gguf"
+    words, tower = GGUFReader(tmp_path / "qwen.gguf"), GGUFReader(beside)
+    assert {tensor.name for tensor in words.tensors} == {
+        named(gguf.MODEL_ARCH.QWEN2VL, 2, name) for name in state if not name.startswith("visual.")
+    }
+    pieces = {name.replace("attn.qkv", f"attn.{part}") for name in state if "visual" in name for part in "qkv"}
+    wanted = {named(gguf.MODEL_ARCH.MMPROJ, depth, name) for name in pieces} | {"v.patch_embd.weight.1"}
+    assert {tensor.name for tensor in tower.tensors} == wanted
+    fields = {key: field.contents() for key, field in words.fields.items()}
+    tokens = make_tokenizer()
+    assert fields["tokenizer.ggml.tokens"][300] == tokens.id_to_token(300) and len(fields["tokenizer.ggml.merges"]) > 0
+    assert fields["tokenizer.ggml.eos_token_id"] == tokens.token_to_id("<|im_end|>")
+    checkpoint, config = open_text_encoder_gguf(tmp_path / "qwen.gguf")
+    assert QwenVLConfig.from_dict(config) == QwenVLConfig.from_dict({**net.config.to_dict(), "image_token_id": 151655})
+    assert set(checkpoint.names()) == set(state)
+    for name, tensor in checkpoint.tensors():
+        kind = checkpoint.infos[name].dtype
+        values = dequantize(tensor, kind) if kind == "Q8_0" else tensor.float()
+        assert (values - state[name]).norm() <= {"F32": 0.0, "F16": 1e-3}.get(kind, 1e-2) * state[name].norm(), name
+    build_text_encoder(checkpoint, config, FLOAT)
 
 
 def test_words_alone_need_no_vision_file(tmp_path: Path):

@@ -5,6 +5,7 @@ Here, because the table of kinds is `attach`'s and the writers are `weights`', a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,12 @@ from lanting.core.errors import ModelError, RequestError
 from lanting.weights.checkpoint import Checkpoint
 from lanting.weights.find import locate
 from lanting.weights.forms import shapes
+from lanting.weights.gguf_encoder import write_text_encoder
 from lanting.weights.gguf_mix import MIXES
 from lanting.weights.gguf_write import write_transformer
+from lanting.weights.linear_names import transformer_linears
+from lanting.weights.lora_file import find_lora, open_lora, split_strength
+from lanting.weights.merge import merge_loras
 from lanting.weights.quantize import Report, dense_reader, quantize_safetensors
 from lanting.weights.single import open_file
 
@@ -30,6 +35,7 @@ class Target:
     component: str = "transformer"
     group: int = GROUP
     rotate: bool = False
+    loras: tuple[str, ...] = ()  # FILE[:STRENGTH], which become part of the weights
 
 
 def quantize_model(model: str, out: Path, target: Target, report: Report | None = None) -> dict[str, Any]:
@@ -56,17 +62,34 @@ def quantize_model(model: str, out: Path, target: Target, report: Report | None 
     checkpoint, config, release = _open(model, target.component)
     if any(path.resolve() == out.resolve() for path in set(checkpoint.where.values())):
         raise RequestError("{path} is the file that is read: choose another name", path=str(out))
-    about = {"component": target.component, "release": release, "to": target.kind, "config": dict(config)}
-    if gguf and target.component != "transformer":
-        raise RequestError("a text encoder is written as safetensors: use one of {known}", known=", ".join(KINDS))
-    if gguf:
+    before, (checkpoint, merged) = checkpoint.bytes(), _with_loras(checkpoint, model, config, target)
+    about = merged | {"component": target.component, "release": release, "to": target.kind, "config": dict(config)}
+    if gguf and target.component == "text_encoder":
+        about["tokenizer"] = None if Path(model).expanduser().is_file() else locate(model).tokenizer
+        write_text_encoder(out, shapes(checkpoint), dense_reader(checkpoint), target.kind, about, report)
+    elif gguf:
         write_transformer(out, shapes(checkpoint), dense_reader(checkpoint), target.kind, about, report)
     else:
         kind = "none" if target.kind == "bf16" else target.kind
         choose = chooser(target.component, kind, target.group, target.rotate)
         quantize_safetensors(checkpoint, out, choose, about, report)
-    done = {"to": target.kind, "component": target.component, "release": release}
-    return done | {"bytes": out.stat().st_size, "bytes_before": checkpoint.bytes()}
+    done = merged | {"to": target.kind, "component": target.component, "release": release}
+    return done | {"bytes": out.stat().st_size, "bytes_before": before}
+
+
+def _with_loras(
+    checkpoint: Checkpoint, model: str, config: Mapping[str, Any], target: Target
+) -> tuple[Checkpoint, dict[str, Any]]:
+    """The weights with the LoRAs in them, and what is noted of them."""
+    if not target.loras:
+        return checkpoint, {}
+    if target.component != "transformer":
+        raise RequestError("a LoRA changes the transformer: say --component transformer, or leave --lora away")
+    path = Path(model).expanduser()
+    folder = path.parent if path.is_file() else locate(model).path
+    linears, split = transformer_linears(config), [split_strength(text) for text in target.loras]
+    loras = [open_lora(find_lora(folder, name), linears, name, strength) for name, strength in split]
+    return merge_loras(checkpoint, loras), {"loras": [lora.describe() for lora in loras]}
 
 
 def _open(model: str, component: str) -> tuple[Checkpoint, Any, str | None]:

@@ -99,10 +99,10 @@ def _type(name: str, shape: tuple[int, ...], mix: Mix, last: int, plain: str) ->
         kind = mix.early[1] if 0 <= block < mix.early[0] else mix.value or kind
     elif DOWN.search(name):
         kind = mix.down or kind
-    return _fitting(kind, shape[-1], plain)
+    return fitting(kind, shape[-1], plain)
 
 
-def _fitting(kind: str, columns: int, plain: str) -> str:
+def fitting(kind: str, columns: int, plain: str) -> str:
     """The type itself, or one whose blocks fill the rows."""
     for candidate in (kind, NARROW.get(kind, kind)):
         if columns % TYPES[candidate].values == 0:

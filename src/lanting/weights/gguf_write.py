@@ -30,7 +30,7 @@ MARKER = "__index_timestep_zero__"  # by which ComfyUI knows Edit-2511
 ROWS = 1 << 22  # weights packed at a time
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
-Value = str | bool | int | float | Sequence[str] | Sequence[int]
+Value = str | bool | int | float | Sequence[str] | Sequence[int] | Sequence[float]
 Report = Callable[[int, int], None]
 """Called with bytes written and bytes in all."""
 
@@ -148,17 +148,20 @@ def typed(value: Value) -> bytes:
         return struct.pack("<II", 4, value)
     if isinstance(value, float):
         return struct.pack("<If", 6, value)
-    words = [item for item in value if isinstance(item, str)]
-    if words:
-        return struct.pack("<IIQ", ARRAY, TEXT, len(words)) + b"".join(text(word) for word in words)
-    numbers = [item for item in value if isinstance(item, int)]
-    return struct.pack(f"<IIQ{len(numbers)}i", ARRAY, 5, len(numbers), *numbers)
+    items = list(value)
+    if items and isinstance(items[0], str):
+        return struct.pack("<IIQ", ARRAY, TEXT, len(items)) + b"".join(text(str(item)) for item in items)
+    kind, form = (6, "f") if any(isinstance(item, float) for item in items) else (5, "i")
+    return struct.pack(f"<IIQ{len(items)}{form}", ARRAY, kind, len(items), *items)
 
 
 def encode(values: Tensor, kind: str) -> Tensor:
     """Values (rows, columns) or (n,) as the bytes of a type, uint8 (n,). Raises ValueError where they don't fit it."""
     if kind in FLOATS:
-        return values.to("cpu", FLOATS[kind]).contiguous().view(-1).view(torch.uint8)
+        cast = values.to("cpu", FLOATS[kind]).contiguous().view(-1)
+        if not torch.isfinite(cast).all():
+            raise ValueError("it has weights that are not finite")
+        return cast.view(torch.uint8)
     return quantize(values, kind).view(-1)
 
 
