@@ -32,6 +32,10 @@ def quantize(
     rotate: Annotated[
         bool, typer.Option("--rotate", help="int8 and int4: rotate weights and inputs, which spreads outliers.")
     ] = False,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option("--lora", metavar="FILE[:STRENGTH]", help="A LoRA that becomes part of the weights. Repeatable."),
+    ] = None,
     force: o.Force = False,
     json: o.Json = False,
     quiet: o.Quiet = False,
@@ -40,7 +44,7 @@ def quantize(
     """Write a model's transformer or text encoder in fewer bits. What is sensitive stays in 16."""
     from lanting.engine.quantize import Target, quantize_model
 
-    out, target = Path(output).expanduser(), Target(to.lower(), component, group, rotate)
+    out, target = Path(output).expanduser(), Target(to.lower(), component, group, rotate, tuple(lora or ()))
     if out.exists() and not force:
         raise OutputError("{path} exists: choose another name, or overwrite it with --force", path=output)
     if not out.parent.is_dir():

@@ -87,8 +87,7 @@ class LoraLinear(nn.Module):
     @torch.no_grad()
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The weight (out, in) with everything added, summed in float32."""
-        weight = dense_weight(self.base, torch.float32)
-        total = weight + (self.up.float() * self.scales) @ self.down.float()
+        total = torch.addmm(dense_weight(self.base, torch.float32), self.up.float() * self.scales, self.down.float())
         for i, change in enumerate(self.changes):
             if change.shift() is None:  # type: ignore[operator]
                 added = change.change_of(self.base) if isinstance(change, Decomposed) else change.dense()  # type: ignore[operator]

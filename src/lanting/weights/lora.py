@@ -30,12 +30,14 @@ def attach_loras(transformer: nn.Module, loras: Sequence[Lora], dtype: torch.dty
 
 
 def load_parts(
-    lora: Lora, dtype: torch.dtype, device: torch.device, index: int = 0
+    lora: Lora, dtype: torch.dtype, device: torch.device, index: int = 0, only: str | None = None
 ) -> Iterator[tuple[str, Factors | Change]]:
-    """(path of a Linear, what the file adds to it), its scale included and its strength not. Raises ModelError."""
+    """(path of a Linear, what the file adds to it), its scale included and its strength not; of all Linears, or of
+    `only` one. Raises ModelError."""
+    pieces = lora.pieces if only is None else {only: lora.pieces[only]} if only in lora.pieces else {}
     try:
         with safe_open(str(lora.path), framework="pt") as file:
-            for module, piece in lora.pieces.items():
+            for module, piece in pieces.items():
                 tensors = {
                     role: _rows(file.get_tensor(key), role, piece).to(
                         device, torch.float32 if role == "magnitude" else dtype
