@@ -61,6 +61,7 @@ EXAMPLES = {
     "list": ("lanting list",),
     "pull": ("lanting pull qwen-image-2512", "lanting pull qwen-image-2512 --dry-run"),
     "show": ("lanting show qwen-image-2512", "lanting show lora.safetensors --json"),
+    "lora show": ("lanting lora show ink.safetensors", "lanting lora show ink.safetensors --model qwen-image --json"),
     "remove": ("lanting remove qwen-image-2512",),
     "train nano": ("lanting train nano --folder runs/nano",),
     "train lightning": ("lanting train lightning --model runs/nano/nano -o lightning.safetensors",),

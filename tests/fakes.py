@@ -52,6 +52,9 @@ class FakeEngine:
         assert isinstance(result, Result)
         return result
 
+    def set_strengths(self, *strengths: float) -> None:
+        assert all(-10 <= strength <= 10 for strength in strengths)
+
     def close(self) -> None:
         self.closed += 1
 
