@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lanting.cli.fit import Limits, fit
 from lanting.cli.lora import tell_wishes
 from lanting.cli.screen import Screen
 from lanting.core.recipe import describe_request, request_of_picture
@@ -58,6 +59,7 @@ class Wish:
     controlnet: str | None = None
     loras: tuple[str, ...] = ()  # FILE[:STRENGTH]
     weights: Weights = Weights()
+    limits: Limits = Limits()
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +79,7 @@ def open_engine(
     loras: tuple[str, ...] = (),
     **weights: Any,
 ) -> Engine:
-    """The engine; tests put a fake one here. `weights` are `Weights.options`."""
+    """The engine; tests put a fake one here. `weights` are `Weights.options`, and the plan."""
     from lanting.engine import Engine
 
     return Engine.open(model, device=device, dtype=dtype, controlnet=controlnet, loras=loras, **weights)
@@ -85,7 +87,8 @@ def open_engine(
 
 def draw(request: Request, wish: Wish, screen: Screen) -> Drawn:
     """Draws, saves, and says where. Raises LantingError before anything is written, or leaves nothing half-done."""
-    engine = open_engine(wish.model, wish.device, wish.dtype, wish.controlnet, wish.loras, **wish.weights.options())
+    options = wish.weights.options() | fit(request, wish, screen)
+    engine = open_engine(wish.model, wish.device, wish.dtype, wish.controlnet, wish.loras, **options)
     try:
         for note in engine.notes:
             screen.note("note: {note}", note=note)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +10,7 @@ import typer
 
 from lanting.cli import options as o
 from lanting.cli.draw import Weights, Wish, draw
+from lanting.cli.fit import Limits
 from lanting.cli.screen import Screen
 from lanting.core.errors import RequestError
 from lanting.core.pictures import open_mask, open_picture
@@ -34,6 +36,8 @@ def edit(
     text_encoder: o.TextEncoder = None,
     vae: o.Vae = None,
     quant: o.Quant = "none",
+    vram: o.Vram = None,
+    ram: o.Ram = None,
     output: o.Output = None,
     force: o.Force = False,
     preview: o.Preview = False,
@@ -63,4 +67,4 @@ def edit(
     title = Path(paths[0]).stem
     weights, loras = Weights(quant, text_encoder, vae), tuple(lora or ())
     wish = Wish(model, size, device, dtype, output, force, preview, title, loras=loras, weights=weights)
-    draw(request, wish, Screen(quiet, json))
+    draw(request, replace(wish, limits=Limits(vram, ram)), Screen(quiet, json))

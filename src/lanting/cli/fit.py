@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from lanting.core.errors import LantingError, ModelError, RequestError
 from lanting.core.types import Request
-from lanting.plan import Budget, Machine, Plan, detect, job_of, parse_bytes, plan
 from lanting.specs import parse_size, settle
 
 if TYPE_CHECKING:
     from lanting.cli.draw import Wish
     from lanting.cli.screen import Screen
-    from lanting.plan import Model
+    from lanting.plan import Budget, Machine, Model, Plan
 
 PRECISIONS = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -35,23 +34,27 @@ class Limits:
 
     def budget(self) -> Budget:
         """In bytes. Raises RequestError."""
+        from lanting.plan import Budget, parse_bytes
+
         return Budget(*(None if text is None else parse_bytes(text) for text in (self.vram, self.ram)))
 
 
 def fit(request: Request, wish: Wish, screen: Screen) -> dict[str, Any]:
     """What `Engine.open` is to be told: {"plan": Plan}, or nothing. Raises RefusalError where nothing fits."""
-    budget = wish.limits.budget()
     if wish.model == "nano" and not wish.limits:
         return {}
+    from lanting.plan import detect
+
     try:
-        chosen = planned(request, wish, detect(), budget)
+        chosen = planned(request, wish, detect(), wish.limits.budget())
     except (ModelError, UnknownDeviceError):
         if wish.limits:
             raise
         return {}
     if wish.limits or not chosen.trivial:
-        screen.note("{sentence}", sentence=chosen.sentence())
-    return {"plan": chosen}
+        screen.note("{plan}", plan=chosen.sentence())
+        return {"plan": chosen}
+    return {}
 
 
 class UnknownDeviceError(RequestError):
@@ -60,6 +63,7 @@ class UnknownDeviceError(RequestError):
 
 def planned(request: Request, wish: Wish, machine: Machine, budget: Budget) -> Plan:
     """The plan for a request. Raises ModelError where there is no such model here."""
+    from lanting.plan import job_of, plan
     from lanting.weights.find import locate
     from lanting.weights.sized import planned_model
 

@@ -10,6 +10,7 @@ import typer
 
 from lanting.cli import options as o
 from lanting.cli.draw import Weights, Wish, draw
+from lanting.cli.fit import Limits
 from lanting.cli.screen import Screen
 from lanting.core.pictures import open_mask, open_picture
 from lanting.core.types import Request
@@ -34,6 +35,8 @@ def generate(
     text_encoder: o.TextEncoder = None,
     vae: o.Vae = None,
     quant: o.Quant = "none",
+    vram: o.Vram = None,
+    ram: o.Ram = None,
     output: o.Output = None,
     force: o.Force = False,
     preview: o.Preview = False,
@@ -49,6 +52,7 @@ def generate(
     loras = tuple(lora or ())
     weights = Weights(quant, text_encoder, vae)
     wish = Wish(model, size, device, dtype, output, force, preview, controlnet=controlnet, loras=loras, weights=weights)
+    wish = replace(wish, limits=Limits(vram, ram))
     screen = Screen(quiet, json)
     draw(request, wish, screen)
     if model == "nano":

@@ -32,6 +32,10 @@ Negative = Annotated[str | None, typer.Option("--negative", help="What should no
 Seed = Annotated[int | None, typer.Option("--seed", help="Same seed, same picture. Default: chosen, and shown.")]
 Count = Annotated[int, typer.Option("--count", help="Pictures to draw, 1 to 64; picture i uses seed + i.")]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, mps. Default: the fastest.")]
+Vram = Annotated[
+    str | None, typer.Option("--vram", help="Never take more of the device's memory: 12G, 11.5GB, 12GiB, 800M.")
+]
+Ram = Annotated[str | None, typer.Option("--ram", help="Never take more of the computer's memory, as 32G.")]
 DtypeFlag = Annotated[
     str | None,
     typer.Option(

@@ -26,7 +26,9 @@ def plan(
     ] = "nano",
     size: o.Size = None,
     references: Annotated[int, typer.Option("--references", help="Pictures an edit looks at, 0 to 10.")] = 0,
-    task: Annotated[str | None, typer.Option("--task", help="text_to_image, edit, layered, ...; default: usual.")] = None,
+    task: Annotated[
+        str | None, typer.Option("--task", help="text_to_image, edit, layered, ...; default: usual.")
+    ] = None,
     vram: o.Vram = None,
     ram: o.Ram = None,
     device: Annotated[
@@ -65,7 +67,9 @@ def plan(
     memory = say("{size} VRAM", size=_size(where.free)) + ", " if where.own_memory else ""
     memory += say("{size} RAM", size=_size(machine.ram_free))
     shape = f"{job.size[0]}×{job.size[1]}"
-    screen.line("{model} · {shape} · {device}, {memory} free", model=found.name, shape=shape, device=where.title, memory=memory)
+    screen.line(
+        "{model} · {shape} · {device}, {memory} free", model=found.name, shape=shape, device=where.title, memory=memory
+    )
     show(screen, chosen, rows, job.steps)
 
 
@@ -84,7 +88,8 @@ def place(device: str | None, budget: Budget) -> tuple[Machine, str | None, Budg
     card = find_card(str(device))
     if card is None:
         raise RequestError(
-            "the device {name} is none we know: use cpu, cuda, mps, or a card listed in docs/devices.md", name=repr(device)
+            "the device {name} is none we know: use cpu, cuda, mps, or a card listed in docs/devices.md",
+            name=repr(device),
         )
     return machine_of(card, budget.ram), None, budget
 

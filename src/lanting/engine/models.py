@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lanting.attach.quant import KINDS, chooser
 from lanting.core.errors import ModelError, RequestError
+from lanting.engine.allocator import return_memory
 from lanting.engine.placement import Placed, place_controlnet, place_encoder, place_transformer
 from lanting.flow.latents import LatentCodec, Preview, fit_preview
 from lanting.flow.loop import Conditioning
@@ -113,6 +114,7 @@ class Models:
         quant: str = "none",
         plan: Plan | None = None,
     ):
+        return_memory()
         self.plan = plan
         if plan is not None:
             device, dtype = device or plan.device, dtype or plan.dtype

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lanting.plan.geometry import Geometry, Language, Transformer, Vae, Vision
+from lanting.plan.geometry import Geometry, Transformer, Vae, Vision
 from lanting.plan.kinds import Kind
 from lanting.plan.sizes import Sizes
 
@@ -88,7 +88,9 @@ def expanding(weights: int, kind: Kind, width: int, on_cpu: bool) -> int:
     return int(weights * (width + (kind.scratch if on_cpu else min(kind.scratch, 2))))
 
 
-def transformer_peak(net: Transformer, sizes: Sizes, kind: Kind, job: Job, dtype: str, on_cpu: bool, table: bool) -> int:
+def transformer_peak(
+    net: Transformer, sizes: Sizes, kind: Kind, job: Job, dtype: str, on_cpu: bool, table: bool
+) -> int:
     """One step. N picture tokens and T text tokens of D numbers; S = N + T.
 
     Three places compete: the feed-forward of the pictures, the rotation of the keys, and the expansion of a packed

@@ -22,7 +22,7 @@ from lanting.plan.speeds import DISK_RATE, find_card
 
 T = TypeVar("T")
 LIVE = 2  # blocks in memory while they stream: one computes, one arrives
-PROGRAM = 330 * 10**6  # bytes of Python, torch and this package before a weight is read; measured on Linux, CPU build
+PROGRAM = 275 * 10**6  # bytes of Python, torch and this package before a weight is read; measured on Linux, CPU build
 CUDA_PROGRAM = 1_400 * 10**6  # the same with CUDA's libraries; not measured here
 DRIVER = 550 * 10**6  # bytes of a card that its driver takes per process; not measured here
 DESKTOP_CPU = 2e11  # operations a second while it reads a prompt; an assumption

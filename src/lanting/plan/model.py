@@ -17,6 +17,7 @@ from lanting.specs.sizes import fit_area, reference_size
 
 SMALL = 1 << 30  # bytes of a transformer below which a CPU computes in float32, as the engine does
 PLAIN = ("bf16", "fp32", "fp16")
+PUBLISHED = Geometry()
 LETTERS = 512  # tokens a prompt is cut to
 CLOSING = 5  # tokens of the template behind the prompt
 
@@ -36,7 +37,7 @@ class Model:
 
     name: str
     spec: ModelSpec
-    geometry: Geometry = Geometry()
+    geometry: Geometry = PUBLISHED
     kind: str | None = "bf16"
     reader_kind: str | None = "bf16"
     held: Mapping[str, int] = field(default_factory=dict[str, int])

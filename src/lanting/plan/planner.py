@@ -2,8 +2,9 @@
 
 The rule, in words: a plan that never waits beats one that does; among those the better precision; then whatever moves
 fewer bytes and takes fewer turns. "Waits" means that streaming makes a step more than 1.3 times as long, that blocks
-come from a disk whose speed is not known, or that a CPU reads the prompt for a GPU. All of it is arithmetic over a few hundred candidates, so more memory can only add candidates and never make the
-choice worse. Where nothing fits, the refusal names an amount of memory that would do.
+come from a disk whose speed is not known, or that a CPU reads the prompt for a GPU. All of it is arithmetic over some
+hundred candidates, so more memory can only add candidates and never make the choice worse. Where nothing fits, the
+refusal names an amount of memory that would do.
 """
 
 from __future__ import annotations
