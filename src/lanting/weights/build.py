@@ -264,10 +264,26 @@ def _swap_chosen(
     return made
 
 
+FEW = 64  # blocks that any config may ask for
+
+
+def check_depth(config: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+    """A config that asks for more blocks than there are tensors would be built for hours before it is refused."""
+    for table in (config, config.get("text_config"), config.get("vision_config")):
+        for key in ("num_layers", "num_hidden_layers", "depth"):
+            asked = table.get(key) if isinstance(table, Mapping) else None
+            if isinstance(asked, int) and asked > max(FEW, len(checkpoint.infos)):
+                raise ModelError(
+                    f"The {checkpoint.label} has {len(checkpoint.infos)} tensors and its config.json asks for {key} = "
+                    f"{asked}; config and weights belong to different models."
+                )
+
+
 def store_transformer(
     checkpoint: Checkpoint, config: Mapping[str, Any], placing: Placing
 ) -> Stored[QwenImageTransformer]:
     """The MMDiT of a `transformer/` folder or of a file, still empty."""
+    check_depth(config, checkpoint)
     make = lambda: QwenImageTransformer(TransformerConfig.from_dict(config))  # noqa: E731
     return Stored(construct(make, checkpoint.label), checkpoint, placing)
 
@@ -276,6 +292,7 @@ def store_controlnet(
     checkpoint: Checkpoint, config: Mapping[str, Any], placing: Placing
 ) -> Stored[QwenImageControlNet]:
     """A ControlNet folder (Union: 5 blocks, Inpainting: 6 blocks and a mask channel), still empty."""
+    check_depth(config, checkpoint)
     make = lambda: QwenImageControlNet(ControlNetConfig.from_dict(config))  # noqa: E731
     return Stored(construct(make, checkpoint.label), checkpoint, placing)
 
@@ -288,6 +305,7 @@ def store_text_encoder(
     Without `vision` (releases that read words only) and `head` (unless it is to write words itself) those weights
     are not read: of the 7B model 1.35 GB and 1.09 GB in bfloat16.
     """
+    check_depth(config, checkpoint)
     module = construct(lambda: QwenVL(QwenVLConfig.from_dict(config), vision=vision, head=head), checkpoint.label)
     if vision and not any(name.startswith("visual.") for name in checkpoint.names()):
         raise ModelError(

@@ -56,9 +56,11 @@ class GgufHeader:
         return found if isinstance(found, str) else ""
 
     def number(self, key: str) -> float | None:
-        """A number of the metadata; None where there is none."""
+        """A finite number of the metadata; None where there is none."""
         found = self.metadata.get(key)
-        return found if isinstance(found, int | float) and not isinstance(found, bool) else None
+        if isinstance(found, int | float) and not isinstance(found, bool) and math.isfinite(found):
+            return found
+        return None
 
 
 def is_gguf(path: Path | str) -> bool:
@@ -263,7 +265,7 @@ def _entry(source: _Source, name: str, alignment: int) -> tuple[str, tuple[int, 
         raise damaged(path, f"{name} is of the unknown type {kind}")
     block = BY_CODE[kind]
     shape = tuple(reversed(sides))
-    if block.packed and (not shape or shape[-1] % block.values):
+    if block.packed and (not shape or not shape[-1] or shape[-1] % block.values):
         raise damaged(path, f"{name} is {block.name} and its shape {shape} is no whole number of blocks")
     if place % alignment or place > source.size:
         raise damaged(path, f"{name} begins at an impossible place ({place:,})")

@@ -100,8 +100,8 @@ def text_config(header: GgufHeader) -> dict[str, Any]:
         config["rms_norm_eps"] = float(f"{eps:.6g}")  # float32 in the file
     rope: dict[str, Any] = {"rope_theta": about["rope.freq_base"]} if about.get("rope.freq_base") else {}
     sections = header.metadata.get("qwen2vl.rope.dimension_sections")
-    if isinstance(sections, tuple) and len(sections) >= 3:
-        rope["mrope_section"] = [int(side) for side in sections[:3]]
+    if isinstance(sections, tuple) and len(sections) >= 3 and all(isinstance(side, int) for side in sections):
+        rope["mrope_section"] = list(sections[:3])
     return config | {"rope_parameters": rope}
 
 
@@ -113,6 +113,8 @@ def vision_config(header: GgufHeader) -> dict[str, Any]:
     if not (patch and len(patch) == 4 and gate and out and heads):
         return {}
     depth = 1 + max(int(m[1]) for name in shapes if (m := re.match(r"v\.blk\.(\d+)\.", name)))
+    if depth > len(shapes):  # a block has tensors
+        return {}
     every = int(header.number("clip.vision.n_wa_pattern") or 8)  # every so many blocks see the whole picture
     return {
         "depth": depth,
