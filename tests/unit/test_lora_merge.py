@@ -88,7 +88,7 @@ def test_from_the_command_line(folder, tmp_path, capsys, monkeypatch):
     assert told["loras"][0]["strength"] == 0.8 and out.is_file()
     notes = open_file(out)["transformer"].metadata
     assert lora.sha256 in json.dumps(dict(notes))
-    assert main([*words[:6], str(tmp_path / "no.safetensors"), "--lora", "none.safetensors"]) == 2
+    assert main([*words[:5], str(tmp_path / "no.safetensors"), "--lora", "none.safetensors"]) == 2
     assert "there is no LoRA none.safetensors" in capsys.readouterr().err
     with pytest.raises(RequestError, match="changes the transformer"):
         quantize_model(str(folder), tmp_path / "x.safetensors", Target("bf16", "text_encoder", loras=(str(lora.path),)))
