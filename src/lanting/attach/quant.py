@@ -59,17 +59,17 @@ def packed_reason(component: str, path: str) -> tuple[bool, str]:
 def chooser(
     component: str, kind: str, group: int = GROUP, rotate: bool = False
 ) -> Callable[[str, tuple[int, int]], Form | None] | None:
-    """What `weights.build` asks for every plain Linear, for one of KINDS; None for "none".
+    """What `weights.build` asks for every plain Linear, for one of KINDS; None for "none" and "auto".
 
     A row that no group divides is packed as int8. Raises RequestError for a kind that is none of ours.
     """
-    if kind in ("none", ""):
+    if kind in ("none", "auto"):
         return None
     if kind not in KINDS:
         raise RequestError(
             "the kind of weights {name} is none we know; use one of {known}",
             name=kind,
-            known=", ".join((*KINDS, "none")),
+            known=", ".join((*KINDS, "none", "auto")),
         )
 
     def choose(path: str, shape: tuple[int, int]) -> Form | None:

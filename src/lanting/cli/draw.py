@@ -27,13 +27,14 @@ if TYPE_CHECKING:
     from lanting.engine import Engine
 
 STARTED = time.perf_counter()
+NO_LIMITS = Limits()
 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
     """Where weights come from beside the model, and what they are packed as."""
 
-    quant: str = "none"
+    quant: str = "auto"
     text_encoder: str | None = None
     vae: str | None = None
 
@@ -41,7 +42,7 @@ class Weights:
         """For `Engine.open`, where they say anything."""
         parts = {"text_encoder": self.text_encoder, "vae": self.vae}
         chosen: dict[str, Any] = {"parts": parts} if any(parts.values()) else {}
-        return chosen if self.quant == "none" else chosen | {"quant": self.quant}
+        return chosen if self.quant == "auto" else chosen | {"quant": self.quant}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,7 @@ class Wish:
     controlnet: str | None = None
     loras: tuple[str, ...] = ()  # FILE[:STRENGTH]
     weights: Weights = Weights()
-    limits: Limits = Limits()
+    limits: Limits = NO_LIMITS
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,7 +35,7 @@ def edit(
     dtype: o.DtypeFlag = None,
     text_encoder: o.TextEncoder = None,
     vae: o.Vae = None,
-    quant: o.Quant = "none",
+    quant: o.Quant = "auto",
     vram: o.Vram = None,
     ram: o.Ram = None,
     output: o.Output = None,

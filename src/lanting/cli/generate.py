@@ -34,7 +34,7 @@ def generate(
     dtype: o.DtypeFlag = None,
     text_encoder: o.TextEncoder = None,
     vae: o.Vae = None,
-    quant: o.Quant = "none",
+    quant: o.Quant = "auto",
     vram: o.Vram = None,
     ram: o.Ram = None,
     output: o.Output = None,

@@ -29,7 +29,7 @@ def layers(
     dtype: o.DtypeFlag = None,
     text_encoder: o.TextEncoder = None,
     vae: o.Vae = None,
-    quant: o.Quant = "none",
+    quant: o.Quant = "auto",
     output: o.Output = None,
     force: o.Force = False,
     preview: o.Preview = False,

@@ -21,7 +21,9 @@ Vae = Annotated[
 ]
 Quant = Annotated[
     str,
-    typer.Option("--quant", help="int8, fp8 or int4: pack 16-bit weights while they are loaded; none leaves them."),
+    typer.Option(
+        "--quant", help="int8, fp8, int4: pack 16-bit weights while loading; none: never; auto: as the plan says."
+    ),
 ]
 Size = Annotated[str | None, typer.Option("--size", help="WIDTHxHEIGHT in multiples of 16, or a ratio such as 16:9.")]
 Steps = Annotated[int | None, typer.Option("--steps", help="Denoising steps, 1 to 1000.")]

@@ -60,7 +60,7 @@ def replay(
         )
     name = model or recipe.model
     loras = _loras(recipe, lora or [], name, Path(picture).parent, screen)
-    weights = Weights(quant or recipe.versions.get("quant", "none"), text_encoder, vae)
+    weights = Weights(quant or recipe.versions.get("quant", "auto"), text_encoder, vae)
     wish = Wish(name, None, device, number, again, force, preview, Path(picture).stem, loras=loras, weights=weights)
     drawn = draw(request, wish, screen)
     _compare(Path(picture), recipe, drawn, screen)

@@ -12,13 +12,14 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypedDict, Unpack
+from typing import TYPE_CHECKING, Unpack
 
 import torch
 
 from lanting.core.errors import LantingError, ModelError, RequestError
 from lanting.core.recipe import describe_request, request_of_picture
 from lanting.core.types import Progress, Recipe, Request, Result
+from lanting.engine.fit import Fit, hold, planned
 from lanting.engine.models import Models, say_dtypes
 from lanting.engine.studio import EngineStudio
 from lanting.flow.loop import Canvas, Grid, Step, denoise
@@ -33,12 +34,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 TILE_ABOVE = 2048 * 2048  # pixels; the VAE's memory grows with them, and tiles bound it at a small loss of exactness
-
-
-class Fit(TypedDict, total=False):
-    """How to fit a machine; see `Engine.open`."""
-
-    plan: Plan | None
 
 
 class Engine:
@@ -58,7 +53,7 @@ class Engine:
         controlnet: str | None = None,
         loras: Sequence[str] = (),
         parts: Mapping[str, str | None] | None = None,
-        quant: str = "none",
+        quant: str = "auto",
         **fit: Unpack[Fit],
     ) -> Engine:
         """Find a model and check its headers; weights are read when they are first needed.
@@ -70,11 +65,18 @@ class Engine:
         controlnet  a ControlNet folder, for the tasks `controlnet` and `controlnet_inpaint`
         loras       LoRA files or names of LoRAs the model brings, with a strength if it is not 1: "ink.safetensors:0.8"
         parts       "text_encoder" and "vae": a file or folder that replaces the model's own, or that a file lacks
-        quant       "int8", "fp8" or "int4": pack Linears that are stored in 16 or 32 bits while they are loaded
+        quant       "int8", "fp8" or "int4": pack Linears that are stored in 16 or 32 bits while they are loaded;
+                    "none": never; "auto": as the plan says
+        vram, ram   budgets in bytes or as "12G": plan within them (the release's usual pictures), and keep to them
         plan        what stays in memory and what passes through, as `lanting.plan` decided; None: everything stays
         Raises ModelError or RequestError in one sentence.
         """
-        return cls(Models(locate(model, parts), device, dtype, controlnet, loras, quant, fit.get("plan")))
+        folder = locate(model, parts)
+        wish = {"device": device, "quant": quant}
+        plan = planned(folder, fit, (controlnet, *loras), **wish)
+        models = Models(folder, device, dtype, controlnet, loras, quant, plan)
+        hold(models.device, fit.get("vram"))
+        return cls(models)
 
     @property
     def folder(self) -> ModelFolder:
@@ -94,6 +96,11 @@ class Engine:
         read again. Raises RequestError."""
         with self.turn:
             self.models.set_strengths(strengths)
+
+    @property
+    def plan(self) -> Plan | None:
+        """What stays in memory and what passes through; None: everything stays."""
+        return self.models.plan
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -264,7 +271,7 @@ def versions_of(models: Models) -> dict[str, str]:
         "python": platform.python_version(),
         "device": str(models.device) if models.device.type == "cpu" else device_name(models.device),
         "dtype": say_dtypes(models.dtypes),
-        **({"quant": models.quant} if models.quant != "none" else {}),
+        **({"quant": kind} if (kind := models.kind("transformer")) != "none" else {}),
     }
 
 

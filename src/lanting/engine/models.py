@@ -111,7 +111,7 @@ class Models:
         dtype: str | None,
         controlnet: str | None = None,
         loras: Sequence[str] = (),
-        quant: str = "none",
+        quant: str = "auto",
         plan: Plan | None = None,
     ):
         return_memory()
@@ -119,7 +119,9 @@ class Models:
         if plan is not None:
             device, dtype = device or plan.device, dtype or plan.dtype
         self.folder, self.release_loras = folder, release_loras(folder)
-        self.quant = quant  # what plain Linears are packed as while they are loaded, one of attach.quant.KINDS
+        self.quant = (
+            quant  # what plain Linears are packed as while they are loaded, one of attach.quant.KINDS, "none" or "auto"
+        )
         chooser("transformer", quant)  # raises for a kind we don't know, before anything is read
         self.loras = find_loras(folder, loras)  # what a person asked for, on top of the release's own
         self.spec = with_wishes(folder.spec, self.loras)
@@ -136,16 +138,19 @@ class Models:
         if self.controlnet_folder is not None and not self.controlnet_folder.is_dir():
             raise ModelError(f"{controlnet} is no ControlNet folder; give one with config.json and safetensors.")
 
+    def kind(self, component: str) -> str:
+        """What plain Linears of a component are packed as: what was asked for, else what the plan says, or "none"."""
+        if self.quant != "auto" or self.plan is None:
+            return "none" if self.quant == "auto" else self.quant
+        planned = self.plan.text_encoder if component == "text_encoder" else self.plan.transformer
+        packed = component in self.checkpoints and read_forms(self.checkpoints[component])
+        return planned if planned in KINDS and not packed else "none"
+
     def placing(self, component: str) -> Placing:
-        """Where a component's weights go, and as what: by what was asked for, else by the plan."""
-        plan, kind = self.plan, self.quant
-        if plan is not None and kind == "none":
-            planned = plan.text_encoder if component == "text_encoder" else plan.transformer
-            packed = component in self.checkpoints and read_forms(self.checkpoints[component])
-            kind = planned if planned in KINDS and not packed else "none"
-        on_cpu = component == "text_encoder" and plan is not None and plan.encoder == "cpu"
+        """Where a component's weights go, and as what."""
+        on_cpu = component == "text_encoder" and self.plan is not None and self.plan.encoder == "cpu"
         device = torch.device("cpu") if on_cpu else self.device
-        return Placing(self.dtypes[component], device, chooser(component, kind))
+        return Placing(self.dtypes[component], device, chooser(component, self.kind(component)))
 
     @cached_property
     def placed_transformer(self) -> Placed[QwenImageTransformer]:

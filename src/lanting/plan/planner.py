@@ -119,13 +119,15 @@ def kinds(model: Model, device: Device, quant: str | None) -> Iterator[tuple[Kin
     bodies = [own, *(KINDS[name] for name in OURS)]
     if model.packed:
         bodies = [model.body_kind()]
-    elif quant not in (None, "none", "auto"):
+    elif quant == "none":
+        bodies = [own]
+    elif quant not in (None, "auto"):
         bodies = [kind_named(str(quant))]
     for body in bodies:
         readers = [own, *(KINDS[name] for name in OURS)]
         if model.reader_kind not in PLAIN:
             readers = [KINDS.get(model.reader_kind or "", KINDS["q4_k"])]
-        elif bodies[0] is not own and quant not in (None, "none", "auto"):
+        elif quant not in (None, "auto") and not model.packed:
             readers = bodies  # an asked kind is meant for both
         yield from product([body], readers)
 
