@@ -11,7 +11,8 @@ import torch
 
 import nets
 import plans
-from lanting import Engine, ModelError, Request
+from lanting import Engine, ModelError, Request, RequestError
+from lanting.engine.fit import bytes_at
 from lanting.engine.placement import Placed
 from lanting.weights.build import Placing, store_transformer
 from lanting.weights.checkpoint import open_component, read_json
@@ -155,3 +156,21 @@ def test_parked_in_ram_comes_back_the_same(folder):
     placed.device = torch.device("cpu")
     placed.come()
     assert all(torch.equal(tensor, before[name]) for name, tensor in placed.net.state_dict().items())
+
+
+def test_a_budget_in_place_of_a_plan(folder, plain):
+    with Engine.open(str(folder), device="cpu", dtype="float32", ram="64G") as engine:
+        assert engine.models.plan is not None and pixels(engine) == plain
+    with pytest.raises(RequestError, match="needs at least"):
+        Engine.open(str(folder), device="cpu", ram="20M")
+    with pytest.raises(RequestError):
+        Engine.open(str(folder), device="cpu", ram="much")
+
+
+def test_files_beside_the_model_are_counted(tmp_path):
+    (tmp_path / "net").mkdir()
+    (tmp_path / "net" / "a.safetensors").write_bytes(b"12345")
+    (tmp_path / "ink.safetensors").write_bytes(b"123")
+    assert bytes_at(str(tmp_path / "net")) == 5
+    assert bytes_at(f"{tmp_path}/ink.safetensors:0.5") == bytes_at(f"{tmp_path}/ink.safetensors") == 3
+    assert bytes_at("lightning") == bytes_at("lightning:0.5") == 0

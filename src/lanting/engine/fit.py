@@ -1,0 +1,62 @@
+"""From a budget to a plan, for `Engine.open`: how much memory may be used, in place of what to do about it.
+
+The size of the pictures is not known yet, so the plan is made for the release's usual ones; the command line, which
+knows the request, plans for that and hands the plan over.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypedDict
+
+import torch
+
+from lanting.plan import Budget, Plan, detect, parse_bytes, plan, usual_job
+from lanting.plan.costs import DRIVER
+from lanting.weights.find import ModelFolder
+from lanting.weights.sized import planned_model
+
+
+class Fit(TypedDict, total=False):
+    """How a model is to fit its machine; see `Engine.open`."""
+
+    plan: Plan | None
+    vram: str | int | None
+    ram: str | int | None
+
+
+def planned(folder: ModelFolder, fit: Fit, files: tuple[str | None, ...], **wish: Any) -> Plan | None:
+    """The plan that was given, or the best one within the budgets; None where there is neither.
+
+    files  LoRAs ("ink.safetensors:0.8") and a ControlNet's folder, which take their size beside the model
+    wish   `device` and `quant`, as `lanting.plan.plan` takes them
+    Raises RequestError where nothing fits, and for a budget that is no number.
+    """
+    budget = Budget(*(in_bytes(fit.get(name)) for name in ("vram", "ram")))
+    if fit.get("plan") is not None or (budget.vram is None and budget.ram is None):
+        return fit.get("plan")
+    model = replace(planned_model(folder), extra=sum(map(bytes_at, filter(None, files))))
+    return plan(model, usual_job(model, None), detect(), budget, **wish)
+
+
+def in_bytes(amount: str | int | None) -> int | None:
+    """ "12G", "850M" or a number."""
+    return parse_bytes(amount) if isinstance(amount, str) else amount
+
+
+def bytes_at(place: str) -> int:
+    """What is stored in a file, with a strength behind its name or without, or in a folder."""
+    names = (place, *([place.rpartition(":")[0]] if ":" in place else []))
+    path = next((each for name in names if (each := Path(name).expanduser()).exists()), None)
+    if path is None or path.is_file():
+        return 0 if path is None else path.stat().st_size
+    return sum(file.stat().st_size for file in path.glob("*.safetensors"))
+
+
+def hold(device: torch.device, vram: str | int | None) -> None:
+    """Make a budget hard where the allocator can: beyond it CUDA's says that memory is out, whatever the card has."""
+    limit = in_bytes(vram)
+    if limit is not None and device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(max(limit - DRIVER, 0) / total, 1.0), device)
