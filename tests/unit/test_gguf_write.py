@@ -147,9 +147,10 @@ def test_an_old_file_survives_a_failed_run(tmp_path: Path):
 
 
 KILLED = """
-import sys, time, torch
+import signal, sys, time, torch
 from pathlib import Path
 from lanting.weights.gguf_write import Entry, write_gguf
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background may have it ignored
 def slow():
     print("half", flush=True)
     time.sleep(600)

@@ -249,9 +249,15 @@ def spaced(field: Tensor, starts: Iterable[int], bits: int) -> Tensor:
     return torch.stack([field >> start & (1 << bits) - 1 for start in starts], 2).flatten(1)
 
 
+def magnitudes(name: str, codes: Tensor) -> Tensor:
+    """Groups of a codebook by their codes: (n, k) -> (n, k * width)."""
+    book = codebook(name, codes.device)
+    return book.index_select(0, codes.int().flatten()).view(codes.shape[0], -1)
+
+
 def looked_up(name: str, codes: Tensor, sign: Tensor, scale: Tensor) -> Tensor:
     """Groups of magnitudes by their codes (n, k), with signs (n, values), times scales (n, groups)."""
-    return scaled(codebook(name, codes.device)[codes.int()].flatten(1) * sign, scale)
+    return scaled(magnitudes(name, codes).mul_(sign), scale)
 
 
 def iq2_xxs(blocks: Tensor) -> Tensor:
@@ -292,9 +298,8 @@ def iq3_s(blocks: Tensor) -> Tensor:
 
 def iq1(codes: Tensor, delta: Tensor, scale: Tensor) -> Tensor:
     """Groups of -1, 0, 1, all moved by an eighth up or down: `delta` (n, any that divides the codes)."""
-    groups = codebook("IQ1_S", codes.device)[codes.int()]  # (n, codes, 8)
-    moved = groups.unflatten(1, (delta.shape[1], -1)) + delta[:, :, None, None]
-    return scaled(moved.flatten(1), scale)
+    groups = magnitudes("IQ1_S", codes).unflatten(1, (delta.shape[1], -1))
+    return scaled(groups.add_(delta[:, :, None]).flatten(1), scale)
 
 
 def iq1_s(blocks: Tensor) -> Tensor:
