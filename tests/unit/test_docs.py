@@ -28,7 +28,7 @@ CARD = PACKAGE / "nano" / "CARD.md"
 PAGES = sorted(
     [*ROOT.glob("README*.md"), ROOT / "CONTRIBUTING.md", CARD, *(ROOT / "docs").glob("*.md"), *ROOT.glob("docs/adr/*")]
 )
-PAIRS = [("README.md", "README.zh.md"), ("docs/how-it-works.md", "docs/how-it-works.zh.md")]
+PAIRS = [("README.md", "README.zh.md"), ("docs/how-it-works.md", "docs/how-it-works.zh.md"), ("docs/devices.md", "docs/devices.zh.md")]
 NOT_A_FILE = re.compile(r"[a-z]+:|#")  # https:, mailto:, a place on the same page
 
 
@@ -59,7 +59,12 @@ def squeezed(words: str) -> str:
 @pytest.fixture(scope="module")
 def maker() -> ModuleType:
     """docs/make_cli.py as a module."""
-    spec = importlib.util.spec_from_file_location("make_cli", ROOT / "docs" / "make_cli.py")
+    return script("make_cli")
+
+
+def script(name: str) -> ModuleType:
+    """A script of docs as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -68,6 +73,11 @@ def maker() -> ModuleType:
 
 def test_the_command_reference_is_up_to_date(maker):
     assert text("docs/cli.md") == maker.page(), "run: python docs/make_cli.py"
+
+
+@pytest.mark.parametrize(("language", "page"), [("en", "docs/devices.md"), ("zh", "docs/devices.zh.md")])
+def test_the_page_of_devices_is_what_the_planner_says(language, page):
+    assert text(page) == script("make_devices").page(language), "run: python docs/make_devices.py"
 
 
 def test_the_command_reference_agrees_with_help(maker, capsys):
@@ -127,8 +137,8 @@ def test_the_signatures_in_the_python_reference_are_the_real_ones():
     page = text("docs/python.md")
     for method in (Engine.open, Engine.run, Engine.stream):
         names = [name for name in inspect.signature(method).parameters if name != "self"]
-        shown = re.search(rf"^Engine\.{method.__name__}\((.*?)\)", page, re.MULTILINE | re.DOTALL)
-        shown = shown or re.search(rf"^engine\.{method.__name__}\((.*?)\)", page, re.MULTILINE | re.DOTALL)
+        shown = re.search(rf"^Engine\.{method.__name__}\((.*?)\) ->", page, re.MULTILINE | re.DOTALL)
+        shown = shown or re.search(rf"^engine\.{method.__name__}\((.*?)\) ->", page, re.MULTILINE | re.DOTALL)
         assert shown, method.__name__
         assert re.findall(r"(\w+)(?=:)", re.sub(r'"[^"]*"', "", shown[1])) == names
 

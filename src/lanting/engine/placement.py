@@ -82,17 +82,23 @@ class Placed(Generic[M]):
         """Have the weights on the device again. Raises ModelError when they can't be read."""
         if self.here:
             return
-        for names in self.part.owners():  # one module at a time, so that the CPU holds no second network on the way
-            kept = {name: self.copy[name] for name in names} if self.copy is not None else self.stored.read(names)
-            self.part.put(kept, self.device)
+        try:
+            for names in self.part.owners():  # one module at a time: no second network on the way
+                kept = {name: self.copy[name] for name in names} if self.copy is not None else self.stored.read(names)
+                self.part.put(kept, self.device)
+        except BaseException:
+            self.part.empty()
+            raise
         self.here = True
 
     def close(self) -> None:
-        """Stop the reading thread and let everything go."""
+        """Stop the reading thread and let everything go. A network on which nothing was hung is left to its owners."""
         if self.streamer is not None:
             self.streamer.close()
-        self.part.empty()
-        self.copy, self.here = None, False
+        if self.streamer is not None or self.table is not None or not self.here:
+            self.part.empty()
+            self.here = False
+        self.copy = None
 
 
 def empty_cache(device: torch.device) -> None:
