@@ -22,8 +22,10 @@ from lanting.nn.mmdit import QwenImageTransformer, TransformerConfig
 from lanting.nn.qwen_vl import QwenVLConfig
 from lanting.train.vocabulary import build_tokenizer, make_tokenizer
 from lanting.weights.build import Placing, build_text_encoder, build_transformer
+from lanting.weights.gguf import read_gguf
 from lanting.weights.gguf_encoder import write_text_encoder
 from lanting.weights.gguf_mix import MIXES, tensor_types
+from lanting.weights.gguf_names import text_config, vision_config
 from lanting.weights.gguf_view import open_gguf, open_text_encoder_gguf
 from lanting.weights.gguf_write import write_transformer
 
@@ -278,7 +280,9 @@ def test_the_reader_is_written_as_llama_cpp_names_it(tmp_path: Path):
     assert fields["tokenizer.ggml.tokens"][300] == tokens.id_to_token(300) and len(fields["tokenizer.ggml.merges"]) > 0
     assert fields["tokenizer.ggml.eos_token_id"] == tokens.token_to_id("<|im_end|>")
     checkpoint, config = open_text_encoder_gguf(tmp_path / "qwen.gguf")
-    assert QwenVLConfig.from_dict(config) == QwenVLConfig.from_dict({**net.config.to_dict(), "image_token_id": 151655})
+    assert QwenVLConfig.from_dict(config) == QwenVLConfig.from_dict(net.config.to_dict())
+    plain = text_config(read_gguf(tmp_path / "qwen.gguf")) | {"vision_config": vision_config(read_gguf(beside))}
+    assert QwenVLConfig.from_dict(plain) == QwenVLConfig.from_dict({**net.config.to_dict(), "image_token_id": 151655})
     assert set(checkpoint.names()) == set(state)
     for name, tensor in checkpoint.tensors():
         kind = checkpoint.infos[name].dtype

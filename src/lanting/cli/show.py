@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def show(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A release, a model folder, or a .safetensors file.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A release, a model folder, or a weights file.")],
     json: o.Json = False,
     quiet: o.Quiet = False,
     debug: o.Debug = False,

@@ -56,7 +56,8 @@ def write_text_encoder(
         for name, shape in words.items()
         for stored in [_language_name(name)]
     ]
-    notes = _language_notes(text, mix) | _tokens(about.get("tokenizer"), int(text["vocab_size"]))
+    own: dict[str, Value] = {"lanting.mix": mix, "lanting.config": json.dumps(dict(config), sort_keys=True)}
+    notes = _language_notes(text, mix) | own | _tokens(about.get("tokenizer"), int(text["vocab_size"]))
     write_gguf(path, notes, entries, report)
     return beside
 

@@ -6,6 +6,7 @@ knows what they mean. Pieces of one block type are joined as bytes too; of sever
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -133,7 +134,18 @@ def open_text_encoder_gguf(path: Path) -> tuple[GgufCheckpoint, dict[str, Any]]:
     beside = find_projector(path, config.get("hidden_size"))
     vision = {"out_hidden_size": config.get("hidden_size")} if beside is None else vision_config(beside[1])
     config = config | {"vision_config": vision} if config and vision else config
-    return (language if beside is None else _pair(language, view(*beside))), config
+    return (language if beside is None else _pair(language, view(*beside))), own_config(path, header) or config
+
+
+def own_config(path: Path, header: GgufHeader) -> dict[str, Any]:
+    """The config.json that our writer kept in a file; empty in files of others."""
+    try:
+        config = json.loads(str(header.metadata.get("lanting.config", "{}")))
+    except (ValueError, RecursionError):
+        config = None
+    if not isinstance(config, dict):
+        raise damaged(path, "its note lanting.config can't be read")
+    return config
 
 
 def find_projector(path: Path, width: int | None) -> tuple[Path, GgufHeader] | None:
