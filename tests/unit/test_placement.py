@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from safetensors.torch import save_file
 
 import nets
 import plans
@@ -174,3 +175,28 @@ def test_files_beside_the_model_are_counted(tmp_path):
     assert bytes_at(str(tmp_path / "net")) == 5
     assert bytes_at(f"{tmp_path}/ink.safetensors:0.5") == bytes_at(f"{tmp_path}/ink.safetensors") == 3
     assert bytes_at("lightning") == bytes_at("lightning:0.5") == 0
+
+
+def test_loras_over_streamed_blocks_and_the_table(folder, tmp_path, plain):
+    generator = torch.Generator().manual_seed(1)
+    tensors = {}
+    for i in range(4):
+        for name, out in (("attn.to_q", 32), ("img_mod.1", 192)):
+            path = f"transformer_blocks.{i}.{name}"
+            tensors[f"{path}.lora_A.weight"] = torch.randn(2, 32, generator=generator) * 0.3
+            tensors[f"{path}.lora_B.weight"] = torch.randn(out, 2, generator=generator) * 0.3
+    save_file(tensors, str(tmp_path / "ink.safetensors"))
+    ink = (str(tmp_path / "ink.safetensors"),)
+    with Engine.open(str(folder), device="cpu", dtype="float32", loras=ink) as engine:
+        wanted = pixels(engine)
+        engine.set_strengths(0.5)
+        half = pixels(engine)
+    assert len({plain, wanted, half}) == 3
+    with open_engine(folder, **STREAMED, **TURNS, loras=ink) as engine:
+        assert pixels(engine) == wanted
+    with open_engine(folder, **STREAMED, **TABLE, loras=ink) as engine:
+        assert max(abs(a - b) for a, b in zip(pixels(engine), wanted, strict=True)) <= 1
+        engine.set_strengths(0.5)
+        assert max(abs(a - b) for a, b in zip(pixels(engine), half, strict=True)) <= 1
+        engine.set_strengths(0.0)
+        assert max(abs(a - b) for a, b in zip(pixels(engine), plain, strict=True)) <= 1
