@@ -37,7 +37,6 @@ import lanting
 from lanting import Engine, Request
 from lanting.attach.quant import chooser
 from lanting.core.types import Progress
-from lanting.nn.blocks import TYPES
 from lanting.nn.mmdit import QwenImageTransformer, TransformerConfig
 from lanting.nn.qwen_language import LanguageConfig
 from lanting.nn.qwen_vl import QwenVL, QwenVLConfig
@@ -45,7 +44,7 @@ from lanting.nn.vae import AutoencoderKLQwenImage, VAEConfig
 from lanting.plan import Plan
 from lanting.weights.build import construct, pack
 from lanting.weights.checkpoint import LAYER_NOTES
-from lanting.weights.gguf_mix import tensor_types
+from lanting.weights.gguf_mix import tensor_bytes, tensor_types
 from lanting.weights.gguf_write import write_transformer
 from lanting.weights.quantize import FORMATS, Source, write_safetensors
 
@@ -151,7 +150,7 @@ def check_disk(folder: Path, wish: argparse.Namespace, parts: tuple[Mapping[str,
         need = sum(body.values()) * bits / 8
     else:
         types = tensor_types(parts[0], wish.kind)
-        need = sum(count * TYPES[types[name]].bits / 8 for name, count in body.items())
+        need = sum(tensor_bytes(parts[0][name], types[name]) for name in body)
     need += sum(count * (4.25 / 8 if ".layers." in name else 2) for name, count in text.items()) + 0.3e9
     free = shutil.disk_usage(folder).free
     print(f"disk: about {need / 1e9:.1f} GB in {folder}, where {free / 1e9:.1f} GB are free")
