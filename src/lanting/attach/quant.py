@@ -1,7 +1,7 @@
 """Which Linear is packed as what, and why. The first row that fits a Linear's path decides.
 
-A kind packs what is large: the Linears of the transformer's blocks and of the text encoder's layers, 97 and 85 % of
-their weights. What is small or sensitive stays in 16 bits: together under 2 % of the transformer.
+A kind packs what is large: the Linears of the transformer's blocks and of the text encoder's layers, 99.8 and 79 % of
+their weights. What is small or sensitive stays in 16 bits.
 """
 
 from __future__ import annotations
