@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from lanting.nn.rotate import rotate_blocks
 
 FP8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
-RUN = 1 << 22  # weights that are rounded at a time: what is alive meanwhile is a few times as large
+RUN = 1 << 19  # weights rounded at a time: few enough to stay in a core's cache
 GROUPS = (128, 64, 32, 16)  # inputs that share a scale of Int4Linear
 
 
