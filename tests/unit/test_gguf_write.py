@@ -200,6 +200,14 @@ def test_nano_as_a_file_is_shown_and_draws(tmp_path: Path):
     assert np.abs(pictures[0] - pictures[1]).mean() < 4  # of 255
 
 
+def test_the_half_that_sees_is_shown_for_what_it_is(tmp_path: Path):
+    path = tmp_path / "mmproj.gguf"
+    names = ("v.blk.0.ln1.weight", "v.blk.0.ffn_gate.weight", "mm.2.weight")
+    write_gguf(path, {"general.architecture": "clip"}, [entry(name, "F16") for name in names])
+    table = json.loads(lanting("show", str(path), "--json"))
+    assert table["parts"][0]["kind"]["detail"].startswith("its picture reader alone") and "beside" in table["notes"][0]
+
+
 def open_picture(path: Path):
     from PIL import Image
 

@@ -19,7 +19,8 @@ from lanting.specs import detect, get_spec, spec_names
 from lanting.weights.checkpoint import Checkpoint, open_component, read_json
 from lanting.weights.find import COMPONENTS, LORAS, PARTS, base_of, disagreements, release_of
 from lanting.weights.forms import read_forms, side_tensors
-from lanting.weights.gguf import is_gguf
+from lanting.weights.gguf import is_gguf, read_gguf
+from lanting.weights.gguf_names import is_projector
 from lanting.weights.gguf_view import open_gguf
 from lanting.weights.headers import TensorInfo, read_header
 from lanting.weights.home import REPO, downloaded, embedded_nano, lora_path, model_folder, read_marker, unfinished
@@ -152,6 +153,9 @@ def _describe_file(path: Path) -> Description:
         raise ModelError(
             "{path} is pickled, which can run code, and is never opened: get a safetensors file", path=str(path)
         )
+    if is_gguf(path) and is_projector(read_gguf(path)):
+        note = "this is the half of a text encoder that sees: leave it beside its language model's file and name that."
+        return Description(path.name, path, None, (_file_part(path),), notes=(note,))
     found = open_file(path)
     part = _file_part(path)
     problems = []
