@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 
+from lanting.core.errors import ModelError
 from lanting.plan.geometry import Geometry
 from lanting.plan.model import Model
+from lanting.plan.sizes import parameters
 from lanting.weights.checkpoint import Checkpoint
 from lanting.weights.find import ModelFolder
 from lanting.weights.forms import Form, read_forms
@@ -16,7 +18,11 @@ PLAIN = {"BF16": "bf16", "F32": "fp32", "F16": "fp16", "F64": "fp32"}
 
 def planned_model(folder: ModelFolder) -> Model:
     """From configs and headers alone. Raises ModelError as opening the files does."""
-    geometry = Geometry.from_configs(folder.configs)
+    try:
+        geometry = Geometry.from_configs(folder.configs)
+        parameters(geometry)  # configs come from strangers: their numbers must be numbers
+    except (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError) as error:
+        raise ModelError(f"A config.json of {folder.name} describes no network we know ({error}).") from None
     body, reader, vae = (folder.checkpoint(name) for name in ("transformer", "text_encoder", "vae"))
     forms = read_forms(body)
     return Model(
