@@ -71,8 +71,9 @@ CASES = (
     case("streamed, table", streamed="disk", resident=0, table=True),
     case("takes turns", encoder="unload"),
     case("streamed, takes turns", streamed="disk", resident=0, encoder="unload", table=True),
-    case("1 reference", references=1, size=384, tile=256),
-    case("2 references", references=2, size=384, tile=256),
+    case("1 reference", "mid-edit", references=1, size=384, tile=256),
+    case("2 references", "mid-edit", references=2, size=384, tile=256),
+    case("2 references, streamed", "mid-edit", references=2, size=384, tile=256, streamed="disk", resident=0),
 )
 
 
@@ -97,7 +98,8 @@ def build(folder: Path) -> Path:
     reader["vision_config"] |= {"out_hidden_size": 1024, "hidden_size": 320, "num_heads": 4, "intermediate_size": 864}
     reader["vision_config"] |= {"depth": 4, "fullatt_block_indexes": [3]}
     configs |= {"vae": vae, "text_encoder": reader}
-    index = {"_class_name": "QwenImageEditPlusPipeline", "_name_or_path": "nano"}
+    edits = folder.name.endswith("edit")
+    index = {"_class_name": "QwenImageEditPlusPipeline" if edits else "QwenImagePipeline"}
     (folder / "model_index.json").write_text(json.dumps(index))
     net = Geometry.from_configs(configs)
     parts = {
@@ -120,6 +122,7 @@ class Watch(threading.Thread):
     def __init__(self) -> None:
         super().__init__(daemon=True)
         self.peak, self.parts, self.going = 0, {}, True
+        self.lately, self.phases = 0, []
 
     def run(self) -> None:
         while self.going:
@@ -135,9 +138,15 @@ class Watch(threading.Thread):
                     key, value = line.split(":")
                     found[key] = int(value.split()[0]) * 1024
         total = sum(found.values())
+        self.lately = max(self.lately, total)
         if total > self.peak:
             self.peak, self.parts = total, found
         return total
+
+    def since(self) -> int:
+        """The largest sum since this was asked last."""
+        most, self.lately = self.lately, 0
+        return most
 
 
 def child(told: dict[str, Any]) -> None:
@@ -145,7 +154,7 @@ def child(told: dict[str, Any]) -> None:
     watch = Watch()
     from PIL import Image
 
-    from lanting import Engine, Request
+    from lanting import Engine, Progress, Request
     from lanting.plan import Plan
 
     plan = Plan(**{**told["plan"], "reasons": ()})
@@ -157,10 +166,15 @@ def child(told: dict[str, Any]) -> None:
         PROMPT, images=images, size=tuple(told["size"]), seed=1, steps=STEPS,
         guidance_scale=told["guidance"], count=told["count"], task="edit" if images else None,
     )  # fmt: skip
-    engine.run(request)
+    watch.phases = []
+    for event in engine.stream(request):
+        if isinstance(event, Progress):
+            watch.phases.append((event.phase, watch.since()))
     watch.going = False
+    phases = dict(watch.phases)
     words = [len(c.embeds[0]) for c in engine.models.prompts.values()]
-    print(json.dumps({"peak": watch.peak, "before": before, "parts": watch.parts, "text": max(words, default=0)}))
+    told = {"peak": watch.peak, "before": before, "parts": watch.parts, "text": max(words, default=0)}
+    print(json.dumps(told | {"phases": phases}))
 
 
 def predict(folder: str, one: Case) -> Any:
@@ -181,8 +195,7 @@ def predict(folder: str, one: Case) -> Any:
     images = tuple(Image.new("RGB", one.size) for _ in range(one.references))
     asked = Request(PROMPT, images=images, size=one.size, seed=1, steps=STEPS, count=one.count,
                     guidance_scale=one.guidance, task="edit" if images else None)  # fmt: skip
-    spec = located.spec if not images else replace(located.spec, tasks=(*located.spec.tasks, "edit"))
-    job = job_of(settle(asked, spec), model)
+    job = job_of(settle(asked, located.spec), model)
     way = dict(one.way)
     own = plain(one.dtype)
     chosen = Way(
@@ -219,13 +232,13 @@ def main() -> None:
     if asked.child:
         child(json.loads(asked.child))
         return
-    folder = asked.work / "mid"
-    if not folder.exists():
-        build(folder)
     rows = []
     for one in CASES:
         if asked.only and not any(word in f"{one.model} {one.name}" for word in asked.only.split(",")):
             continue
+        folder = asked.work / one.model
+        if one.model != "nano" and not folder.exists():
+            build(folder)
         row = measure("nano" if one.model == "nano" else str(folder), one)
         rows.append(row | {"model": one.model})
         if "failed" in row:

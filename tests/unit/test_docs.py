@@ -28,7 +28,11 @@ CARD = PACKAGE / "nano" / "CARD.md"
 PAGES = sorted(
     [*ROOT.glob("README*.md"), ROOT / "CONTRIBUTING.md", CARD, *(ROOT / "docs").glob("*.md"), *ROOT.glob("docs/adr/*")]
 )
-PAIRS = [("README.md", "README.zh.md"), ("docs/how-it-works.md", "docs/how-it-works.zh.md"), ("docs/devices.md", "docs/devices.zh.md")]
+PAIRS = [
+    ("README.md", "README.zh.md"),
+    ("docs/how-it-works.md", "docs/how-it-works.zh.md"),
+    ("docs/devices.md", "docs/devices.zh.md"),
+]
 NOT_A_FILE = re.compile(r"[a-z]+:|#")  # https:, mailto:, a place on the same page
 
 

@@ -53,7 +53,7 @@ def fit(request: Request, wish: Wish, screen: Screen) -> dict[str, Any]:
         return {}
     if wish.limits or not chosen.trivial:
         screen.note("{plan}", plan=chosen.sentence())
-        return {"plan": chosen}
+        return {"plan": chosen} if wish.limits.vram is None else {"plan": chosen, "vram": wish.limits.vram}
     return {}
 
 

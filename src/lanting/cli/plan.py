@@ -96,17 +96,17 @@ def place(device: str | None, budget: Budget) -> tuple[Machine, str | None, Budg
 
 def show(screen: Screen, chosen: Plan, rows: list[tuple[Plan, bool]], steps: int) -> None:
     """The table, the chosen row marked, and the reasons."""
-    from lanting.plan.words import ENCODER, residence, seconds
+    from lanting.plan.words import encoder, residence, seconds
 
     same = [(chosen if plan.transformer == chosen.transformer else plan, fits) for plan, fits in rows]
-    head = ["", "weights", "transformer", "text encoder", "VRAM", "RAM", "load", "image", "error"]
-    cells = [[say(word) if word else "" for word in head]]
+    head = ["", say("weights"), "transformer", say("text encoder"), say("VRAM"), say("RAM"), say("load"), say("image")]
+    cells = [[*head, say("error")]]
     for plan, fits in same:
-        encoder = f"{plan.text_encoder}, {say(ENCODER[plan.encoder])}"
+        reader = f"{plan.text_encoder}, {encoder(plan)}"
         memory = [_size(plan.peak_vram) if plan.peak_vram else "-", _size(plan.peak_ram)]
         times = [seconds(plan.load_seconds), seconds(plan.image_seconds)] if fits else [say("doesn't fit"), ""]
         mark = "▸" if plan is chosen else ""
-        cells.append([mark, plan.transformer, residence(plan), encoder, *memory, *times, f"{100 * plan.error:.1f} %"])
+        cells.append([mark, plan.transformer, residence(plan), reader, *memory, *times, f"{100 * plan.error:.1f} %"])
     columns(screen, cells)
     screen.line("chosen: {reasons}", reasons="; ".join(chosen.reasons))
     screen.line("one picture has {steps} steps; error: of one layer's output, by rounding its weights", steps=steps)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from lanting.plan import activations as a
+import lanting.plan.activations as a
 from lanting.plan.activations import Job
 from lanting.plan.kinds import Kind
 from lanting.plan.machine import Device, Machine
@@ -27,6 +27,7 @@ CUDA_PROGRAM = 1_400 * 10**6  # the same with CUDA's libraries; not measured her
 DRIVER = 550 * 10**6  # bytes of a card that its driver takes per process; not measured here
 DESKTOP_CPU = 2e11  # operations a second while it reads a prompt; an assumption
 SLACK = 0.02  # of weights and activations: what the allocator holds beside them
+CUDA_SLACK = 0.05  # the same of CUDA's caching allocator; not measured here
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +117,7 @@ class Bill:
             phases.append(body + encoding)
         else:
             phases.append(waiting + reader + max(reading, encoding))
-        worst = int((self.vae + max(phases)) * (1 + SLACK))
+        worst = int((self.vae + max(phases)) * (1 + (CUDA_SLACK if self.device.own_memory else SLACK)))
         if not self.device.own_memory:
             return 0, PROGRAM + worst
         ram = CUDA_PROGRAM + pinned

@@ -101,5 +101,6 @@ class Geometry:
 def _read(kind: type[T], config: Mapping[str, Any]) -> T:
     """Known keys that are not null; lists become tuples."""
     known = {field.name for field in fields(kind)}
-    given = {key: value for key, value in config.items() if key in known and value is not None}
-    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in given.items()})
+    given: dict[str, Any] = {key: value for key, value in config.items() if key in known and value is not None}
+    given |= {key: tuple(value) for key, value in given.items() if isinstance(value, list)}
+    return kind(**given)

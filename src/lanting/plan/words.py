@@ -9,7 +9,11 @@ from lanting.core.lang import say
 if TYPE_CHECKING:
     from lanting.plan.plan import Plan
 
-ENCODER = {"keep": "kept", "unload": "takes turns", "cpu": "on the CPU"}
+
+def encoder(plan: Plan) -> str:
+    """Where the text encoder is: "kept", "takes turns", "on the CPU"."""
+    words = {"keep": say("kept"), "unload": say("takes turns"), "cpu": say("on the CPU")}
+    return words[plan.encoder]
 
 
 def size(count: int) -> str:
@@ -54,7 +58,7 @@ def sentence(plan: Plan) -> str:
     if plan.text_encoder != plan.transformer:
         parts.append(say("text encoder {kind}", kind=plan.text_encoder))
     if plan.encoder != "keep":
-        parts.append(say("text encoder {placement}", placement=say(ENCODER[plan.encoder])))
+        parts.append(say("text encoder {kind}", kind=encoder(plan)))
     if plan.vae_tile:
         parts.append(say("VAE in tiles"))
     return say("plan: {parts}; at most {memory}", parts=", ".join(parts), memory=memory(plan))
