@@ -15,7 +15,7 @@ run: .venv/.base
 	@echo "  the picture is $(CURDIR)/lanting.png"
 
 test: .venv/.test
-	$(RUN) $(BIN)/python -m pytest
+	$(RUN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 check: .venv/.dev
 	$(RUN) $(BIN)/ruff check .

@@ -85,7 +85,8 @@ def test_strengths_change_without_loading(folder, tmp_path):
                 engine.set_strengths(*wrong)
     for got, strengths in ((half, (0.5, 0)), (quarter, (0.25, 0)), (both, (0.25, 0.5))):
         want = run(folder, f"{ink}:{strengths[0]}", f"lightning:{strengths[1]}", steps=2, guidance_scale=1.0)
-        assert got.images[0].tobytes() == want.images[0].tobytes()
+        # where a fresh engine's weights begin in memory may change the last bit of a product, so one grey level
+        assert max(high for _, high in _difference(got, want)) <= 1
         assert [lora["strength"] for lora in got.recipes[0].loras] == list(strengths)
     assert again.images[0].tobytes() == half.images[0].tobytes()
 

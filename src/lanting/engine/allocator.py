@@ -14,7 +14,7 @@ import sys
 from functools import cache
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # mallopt's numbers
-LARGE = 4 << 20  # bytes; nano's tensors are smaller
+LARGE = 1 << 20  # bytes; at 4 MB, packing a model while it is loaded left up to a third more behind
 
 
 @cache

@@ -144,7 +144,7 @@ def reader_peak(geometry: Geometry, job: Job, kind: Kind, dtype: str, on_cpu: bo
     language, width = geometry.language, BYTES[dtype]
     length = job.opening + job.text_tokens
     rows = job.prompts * length
-    layer = rows * (4 * language.hidden_size + 3 * language.intermediate_size) * width + 8 * language.head_dim * length
+    layer = rows * (5 * language.hidden_size + 3 * language.intermediate_size) * width + 8 * language.head_dim * length
     kept = rows * 2 * language.num_hidden_layers * language.num_key_value_heads * language.head_dim * width
     expanded = expanding(language.hidden_size * language.intermediate_size, kind, width, on_cpu)
     return max(layer + kept + expanded, vision_peak(geometry.vision, job.seen, width))

@@ -23,6 +23,7 @@ from lanting.plan.speeds import DISK_RATE, find_card
 T = TypeVar("T")
 LIVE = 2  # blocks in memory while they stream: one computes, one arrives
 PROGRAM = 275 * 10**6  # bytes of Python, torch and this package before a weight is read; measured on Linux, CPU build
+HALF = 18 * 10**6  # more of it when a CPU computes in 16 bits: code that is made for that
 CUDA_PROGRAM = 1_400 * 10**6  # the same with CUDA's libraries; not measured here
 DRIVER = 550 * 10**6  # bytes of a card that its driver takes per process; not measured here
 DESKTOP_CPU = 2e11  # operations a second while it reads a prompt; an assumption
@@ -119,7 +120,7 @@ class Bill:
             phases.append(waiting + reader + max(reading, encoding))
         worst = int((self.vae + max(phases)) * (1 + (CUDA_SLACK if self.device.own_memory else SLACK)))
         if not self.device.own_memory:
-            return 0, PROGRAM + worst
+            return 0, PROGRAM + worst + (HALF if self.on_cpu and a.BYTES[self.dtype] == 2 else 0)
         ram = CUDA_PROGRAM + pinned
         if way.encoder == "cpu":
             ram += reader + reading

@@ -62,7 +62,8 @@ def find_card(title: str) -> Card | None:
     exact = [card for card in cards() if _name(card) <= asked and not (asked - _words(card.name)) & VARIANTS]
     if exact:
         return max(exact, key=lambda card: len(_name(card)))
-    return min((card for card in cards() if asked and asked <= _words(card.name)), key=_length, default=None)
+    near = (card for card in cards() if asked and asked <= _words(card.name))
+    return min((card for card in near if not (_words(card.name) - asked) & VARIANTS), key=_length, default=None)
 
 
 def machine_of(card: Card, ram: int | None = None) -> Machine:
