@@ -8,10 +8,11 @@ vision tower, the VAE), tensor by tensor and packed on the way, by the project's
 to end, once per placement, each in a process of its own. Peak memory is that process's high-water mark, mapped pages
 included. The pictures are noise: sizes and times are real, contents are not.
 
-For int4 and fp8 some rows of each width are drawn and packed once, and every matrix is made of them, beginning with
-another one. q4_k_m packs every matrix anew, since that writer reads values: it takes an hour or more. `--cold` drops
-the files from the page cache before a run; while it runs the system may keep what fits, so on a machine with much
-memory "streamed" is a test of memory and not of the disk. Without `--keep` the checkpoint is removed at the end.
+Some rows of each width and kind are drawn and packed once, by the same quantizers that `lanting quantize` uses, and
+every matrix is made of them, beginning with another one: packing 20 billion different weights as q4_k_m takes one core
+half an hour, and the file would have the same size. `--cold` drops the files from the page cache before a run; while
+it runs the system may keep what fits, so on a machine with much memory "streamed" is a test of memory and not of the
+disk. Without `--keep` the checkpoint is removed at the end.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from lanting.plan import Plan
 from lanting.weights.build import construct, pack
 from lanting.weights.checkpoint import LAYER_NOTES
 from lanting.weights.gguf_mix import tensor_bytes, tensor_types
-from lanting.weights.gguf_write import write_transformer
+from lanting.weights.gguf_write import encode, write_transformer
 from lanting.weights.quantize import FORMATS, Source, write_safetensors
 
 PARAMETERS = 20_430_401_088
@@ -77,9 +78,21 @@ class Pool:
             else:
                 packed = pack(form, values).state_dict()
                 self.made[key] = [packed["weight"], packed["weight_scale"]]
+        return [each if each.ndim == 0 else self.turned(each, shape[0]) for each in self.made[key]]
+
+    def take_blocks(self, name: str, shape: tuple[int, ...], kind: str) -> Tensor:
+        """The bytes of one weight in a type of GGUF."""
+        if len(shape) < 2:
+            return encode(random_values(name, shape), kind)
+        key = (shape[1:], kind)
+        if key not in self.made:
+            self.made[key] = [encode(random_values(name, (ROWS, *shape[1:])), kind).view(ROWS, -1)]
+        return self.turned(self.made[key][0], shape[0])
+
+    def turned(self, rows: Tensor, count: int) -> Tensor:
+        """`count` rows of these, over and over, beginning with another one than last time."""
         self.uses += 1
-        rows = (torch.arange(shape[0]) + self.uses) % ROWS
-        return [each.view(BYTES.get(each.dtype, each.dtype))[rows] if each.ndim else each for each in self.made[key]]
+        return rows.view(BYTES.get(rows.dtype, rows.dtype))[(torch.arange(count) + self.uses) % ROWS]
 
 
 def random_values(name: str, shape: tuple[int, ...]) -> Tensor:
@@ -132,7 +145,8 @@ def make_model(folder: Path, wish: argparse.Namespace) -> dict[str, Any]:
     if wish.kind in ("int4", "fp8"):
         write_component(folder / "transformer" / "model.safetensors", "transformer", body, wish.kind, pool)
     else:
-        read = lambda name: random_values(name, body[name])  # noqa: E731
+        types = tensor_types(body, wish.kind)
+        read = lambda name: pool.take_blocks(name, body[name], types[name])  # noqa: E731
         write_transformer(folder / "transformer.gguf", body, read, wish.kind, {"config": asdict(net)})
     pool.made.clear()
     write_component(folder / "text_encoder" / "model.safetensors", "text_encoder", text, "int4", pool)

@@ -22,7 +22,7 @@ from lanting.weights.gguf import read_gguf
 from lanting.weights.gguf_encoder import language_type
 from lanting.weights.gguf_mix import MIXES, file_bytes, tensor_types
 from lanting.weights.gguf_view import open_gguf
-from lanting.weights.gguf_write import Entry, write_gguf
+from lanting.weights.gguf_write import Entry, encode, write_gguf
 from lanting.weights.kquants import can_quantize
 
 BLOCKS = {
@@ -149,7 +149,7 @@ def test_an_old_file_survives_a_failed_run(tmp_path: Path):
 KILLED = """
 import signal, sys, time, torch
 from pathlib import Path
-from lanting.weights.gguf_write import Entry, write_gguf
+from lanting.weights.gguf_write import Entry, encode, write_gguf
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background may have it ignored
 def slow():
     print("half", flush=True)
@@ -212,3 +212,14 @@ def open_picture(path: Path):
     from PIL import Image
 
     return Image.open(path).convert("RGB")
+
+
+def test_what_is_packed_already_is_written_as_it_is(tmp_path: Path):
+    values = torch.randn(4, 256, generator=torch.Generator().manual_seed(3))
+    packed = encode(values, "Q4_K")
+    write_gguf(tmp_path / "new.gguf", {}, [entry(kind="Q4_K", values=lambda: values)])
+    write_gguf(tmp_path / "same.gguf", {}, [entry(kind="Q4_K", values=lambda: packed)])
+    assert (tmp_path / "new.gguf").read_bytes() == (tmp_path / "same.gguf").read_bytes()
+    with pytest.raises(ModelError, match="should be floats"):
+        write_gguf(tmp_path / "less.gguf", {}, [entry(kind="Q4_K", values=lambda: packed[:-1])])
+    assert not (tmp_path / "less.gguf").exists()

@@ -37,7 +37,8 @@ Report = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A tensor to be written: its values are asked for when its turn comes."""
+    """A tensor to be written: its values are asked for when its turn comes. Values are floats of `shape`, or bytes
+    (uint8) that are packed as `kind` already."""
 
     name: str
     shape: tuple[int, ...]
@@ -56,7 +57,7 @@ def write_transformer(
     """A transformer as one GGUF file in one of `gguf_mix.MIXES`.
 
     shapes  official name -> shape of the values, in the order in which they are to be written
-    read    name -> those values, in any floating type
+    read    name -> those values, in any floating type, or packed already (uint8) as `tensor_types` says
     about   `config` (transformer/config.json), `release` and `name` are kept, where given
 
     Returns name -> type. Raises ModelError for weights that can't be written, OutputError for a place that can't.
@@ -167,6 +168,11 @@ def encode(values: Tensor, kind: str) -> Tensor:
 
 def _write_tensor(file: BinaryIO, entry: Entry, path: Path, end: int, report: Report | None) -> None:
     values = entry.values()
+    if values.dtype == torch.uint8 and values.numel() == tensor_bytes(entry.shape, entry.kind):
+        file.write(values.contiguous().view(-1).numpy().data)
+        if report is not None:
+            report(min(file.tell(), end), end)
+        return
     if tuple(values.shape) != entry.shape or not values.is_floating_point():
         found = f"{values.dtype} {tuple(values.shape)}"
         raise ModelError(f"{entry.name} is {found} and should be floats of {entry.shape}; the model is damaged.")
