@@ -29,10 +29,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 import torch
 from PIL import Image
 
+from lanting.core.errors import LantingError
 from lanting.train import nano
 from lanting.train.journal import NAME as LOG
 from lanting.train.journal import entries
 from lanting.train.nano import NanoRun
+from lanting.train.portable import STATE, pack
+from lanting.train.vae import FROZEN
 from lanting.train.workers import kept_atlas
 
 UNFINISHED = "train.pt"  # the autoencoder's checkpoint, brought back when a slice ends inside stage 1
@@ -44,6 +47,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder for what is brought back")
     parser.add_argument("--folder", type=Path, default=Path("runs/gpu"), help="folder of the run on this machine")
     parser.add_argument("--resume-from", type=Path, help="what an earlier slice brought back")
+    parser.add_argument("--anew", action="store_true", help="with --resume-from: its weights begin a new schedule")
+    parser.add_argument("--vae-anew", action="store_true", help="with --resume-from: train its autoencoder on first")
     parser.add_argument("--atlas", type=Path, help="atlas.npz made beforehand; otherwise drawn here in seconds")
     parser.add_argument("--minutes", type=float, default=27.0, help="of the transformer, over all slices")
     parser.add_argument("--vae-minutes", type=float, default=3.0)
@@ -96,6 +101,24 @@ def seconds_on_gpu(work: Any, times: int = 10) -> float:
     end.record()
     torch.cuda.synchronize()
     return begin.elapsed_time(end) / times / 1000
+
+
+class Keeper(threading.Thread):
+    """Leaves the latest checkpoint in `out`, so that a call that is cut off has not been for nothing."""
+
+    def __init__(self, run: NanoRun, out: Path, every: float = 20.0):
+        super().__init__(daemon=True)
+        self.run_of, self.out, self.every, self.done = run, out, every, threading.Event()
+
+    def run(self) -> None:
+        kept, path = 0.0, self.run_of.folder / "checkpoint.pt"
+        while not self.done.wait(self.every):
+            try:
+                if (self.run_of.vae / FROZEN).exists() and path.stat().st_mtime > kept:
+                    kept = path.stat().st_mtime
+                    pack(self.run_of.folder, self.out, 0)
+            except (OSError, RuntimeError, LantingError) as error:
+                print(f"not kept: {error}", file=sys.stderr, flush=True)
 
 
 class Load(threading.Thread):
@@ -167,6 +190,8 @@ def the_run(asked: argparse.Namespace) -> NanoRun:
         vae_minutes=asked.vae_minutes,
         slice_minutes=asked.slice_minutes,
         resume_from=str(asked.resume_from or "") if goes_on(asked.resume_from) else "",
+        anew=asked.anew,
+        vae_anew=asked.vae_anew,
         width=asked.width,
         layers=asked.layers,
         large=asked.large,
@@ -177,7 +202,7 @@ def the_run(asked: argparse.Namespace) -> NanoRun:
         warm=asked.warm,
         seed=asked.seed,
         device="cpu" if asked.dry_run else "cuda",
-        watch_minutes=2.0,
+        watch_minutes=3.0,
     )
     return rehearsal(run) if asked.dry_run else run
 
@@ -199,7 +224,8 @@ def rehearsal(run: NanoRun) -> NanoRun:
         vae.save_vae(net, run.vae / vae.WEIGHTS)
         vae.save_config(net.config, run.vae / vae.CONFIG)
         (run.vae / vae.FROZEN).write_text("not trained\n")
-    small = replace(run, width=64, layers=1, capacity=24, feeders=1, workers=1, concepts=32, vae_minutes=0.0)
+    shape = {} if run.resume_from else {"width": 64, "layers": 1, "concepts": 32}
+    small = replace(run, **shape, capacity=24, feeders=1, workers=1, vae_minutes=min(run.vae_minutes, 0.05))
     return replace(small, minutes=max(run.minutes, 0.0) / 1000, slice_minutes=1.0)
 
 
@@ -229,6 +255,9 @@ def bring_back(run: NanoRun, out: Path, report: dict[str, Any]) -> list[Path]:
         one_sheet(sheets).save(out / "sheet.png", optimize=True)
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     files = sorted(path for path in out.rglob("*") if path.is_file())
+    if len(files) > MOST_FILES:  # the average of the weights is enough to go on from
+        shutil.rmtree(out / STATE, ignore_errors=True)
+        files = [path for path in files if path.is_file()]
     if len(files) > MOST_FILES or any(path.stat().st_size > MOST_BYTES for path in files):
         raise SystemExit(f"{out} holds {len(files)} files, or one above 16 MB: begin with an empty --out")
     return files
@@ -264,7 +293,11 @@ def main() -> None:
     before = len(entries(asked.resume_from / LOG)) if goes_on(asked.resume_from) else len(entries(run.folder / LOG))
     load = Load()
     load.start()
+    keeper = Keeper(run, asked.out)
+    keeper.start()
     nano.main(run)
+    keeper.done.set()
+    keeper.join()
     log = entries(run.folder / LOG)[before:]
     scores = [entry for entry in log if any(key.startswith("ink ") for key in entry)][-1:]
     memory = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0

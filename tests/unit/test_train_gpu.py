@@ -216,7 +216,7 @@ def test_presets_use_what_a_device_has():
     assert sum(kind.share for kind in chosen) == pytest.approx(1) and chosen[-1].size == (256, 256)
     assert all(k.batch == o.batch * large.times for k, o in zip(chosen, KINDS, strict=False))
     assert all(room(kind, large) > 512 for kind in chosen)
-    assert large.budget(9).picks == 4 and large.budget(9).minutes == 9
+    assert large.budget(9).picks == 3 and large.budget(9).minutes == 9
 
 
 def test_a_device_that_is_not_there_is_a_sentence(monkeypatch):

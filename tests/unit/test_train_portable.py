@@ -74,6 +74,19 @@ def test_a_run_goes_on_elsewhere_with_its_clock_and_momenta(run, tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def test_weights_begin_a_new_schedule(run, tmp_path):
+    pack(run, tmp_path / "packed")
+    folder = tmp_path / "anew"
+    assert unpack(tmp_path / "packed", folder, anew=True, vae_anew=True)
+    trainer = Trainer(small_net(seed=9), Budget(), folder)
+    assert trainer.resume() and (trainer.clock.step, trainer.clock.seen, trainer.agreed) == (0, 99, 0.0)
+    assert not (folder / "vae" / FROZEN).exists()
+    begun_with = load_vae(run / "vae").state_dict()
+    quick = VAERecipe(processes=1, measured=2, judged=1, warmup_steps=1, lr=0.0)
+    trained = train_vae(folder / "vae", 0.0, recipe=quick, log=lambda words: None)
+    assert all(torch.equal(tensor, begun_with[name]) for name, tensor in trained.state_dict().items())
+
+
 def test_what_does_not_fit_stays_behind(run, tmp_path):
     """The average always travels; without the rest a run goes on from it and warms up again."""
     everything = sum(f.stat().st_size for f in pack(run, tmp_path / "all"))

@@ -21,6 +21,8 @@ SliceMinutes = Annotated[
 ResumeFrom = Annotated[
     Path | None, typer.Option("--resume-from", help="What a slice on another machine left: its folder 'portable'.")
 ]
+Anew = Annotated[bool, typer.Option("--anew", help="What --resume-from brings begins a new schedule, of --minutes.")]
+VaeAnew = Annotated[bool, typer.Option("--vae-anew", help="Train the autoencoder that --resume-from brings on first.")]
 Warm = Annotated[Path | None, typer.Option("--warm", help="A nano model folder whose weights are continued.")]
 Width = Annotated[int, typer.Option("--width", help="Width of the transformer, a multiple of 32.")]
 Layers = Annotated[int, typer.Option("--layers", help="Layers of the transformer.")]

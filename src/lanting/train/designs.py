@@ -36,7 +36,7 @@ from lanting.train.design import (
 from lanting.train.sign_texts import TextMaker, is_held_out
 
 KINDS = ("en", "zh", "mixed", "pictogram")
-FACE_WEIGHTS = {"mono": 44, "typewriter": 6, "sans": 20, "serif": 15, "handwritten": 15}
+FACE_WEIGHTS = {"mono": 34, "typewriter": 10, "sans": 20, "serif": 18, "handwritten": 18}
 TRIES = 40
 T = TypeVar("T")
 
@@ -45,7 +45,7 @@ T = TypeVar("T")
 class Mix:
     """Shares of content. `hanzi` and `concepts` limit what is drawn; the commonest come first."""
 
-    kinds: tuple[float, ...] = (0.42, 0.40, 0.06, 0.12)  # of `KINDS`
+    kinds: tuple[float, ...] = (0.40, 0.38, 0.07, 0.15)  # of `KINDS`
     hanzi: int = 3500
     concepts: int = 256
     pictogram: float = 0.15  # of the designs with text that also show a pictogram

@@ -32,7 +32,6 @@ from lanting.train.vae import replace_file
 
 AGREE = 20  # steps on GPUs between two agreements on the time
 INK_VARIANCE = 0.15  # of the ink's coverage where there is ink
-TURN = (0.2, 0.5)  # of the budget: small canvases, where strokes are learnt fastest, give way to large ones
 STOCK = 512  # examples of every kind before the first step
 
 
@@ -54,7 +53,7 @@ class Source(Protocol):
 class Course:
     """One kind of batch: where it comes from, how often, how large, and how many examples are new each time.
 
-    A share moves from `early` to `share` over the `TURN` of the budget.
+    A share moves from `early` to `share` over the budget's `turn`.
     """
 
     name: str
@@ -64,9 +63,9 @@ class Course:
     fresh: int
     early: float
 
-    def due(self, progress: float) -> float:
+    def due(self, progress: float, turn: tuple[float, float] = (0.2, 0.5)) -> float:
         """The share at a progress of 0..1."""
-        begin, end = TURN
+        begin, end = turn
         return self.early + (self.share - self.early) * min(1.0, max(0.0, (progress - begin) / (end - begin)))
 
 
@@ -85,6 +84,7 @@ class Budget:
     shape: float = 0.3
     shift: float = 3.0  # times are drawn uniformly, then shifted towards noise
     ema: float = 0.998
+    turn: tuple[float, float] = (0.2, 0.5)  # small canvases, where strokes are learnt fastest, give way to large ones
     save_every: float = 120.0  # seconds
     log_every: float = 20.0
 
@@ -174,7 +174,7 @@ class Trainer:
         """
         began = time.monotonic()
         picker = random.Random((seed * 7919 + self.clock.step) * 64 + self.rank)
-        shares = [c.due(self.progress) for c in courses]
+        shares = [c.due(self.progress, self.budget.turn) for c in courses]
         figures: dict[str, Tensor] = {}
         for course in picker.choices(courses, shares, k=self.budget.picks):
             course.replay.add(course.fresh, rng)

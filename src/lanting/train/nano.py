@@ -64,6 +64,8 @@ class NanoRun:
     large: bool = False  # canvases of 256 x 256 too
     slice_minutes: float = 0.0  # end cleanly after so much time in all; 0: when the budget is spent
     resume_from: str = ""  # folder a slice wrote, for a machine that has nothing yet
+    anew: bool = False  # what was brought begins a new schedule instead of going on with its own
+    vae_anew: bool = False  # its autoencoder is trained on first
     feeders: int = -1  # processes per trainer that make up designs; -1: what suits the device
     batch_times: int = 0  # batches as multiples of a core's; 0: what suits the device
     lr: float = 0.0  # highest learning rate; 0: what suits the device
@@ -156,7 +158,7 @@ def main(run: NanoRun) -> Path:
     run.folder.mkdir(parents=True, exist_ok=True)
     if not (run.tokenizer / "tokenizer.json").is_file():
         build_tokenizer(run.tokenizer)
-    if run.resume_from and not unpack(Path(run.resume_from), run.folder, run.width):
+    if run.resume_from and not unpack(Path(run.resume_from), run.folder, run.width, run.anew, run.vae_anew):
         run.say(f"{run.folder} has a checkpoint of its own and goes on from that")
     train_vae(run.vae, run.vae_minutes, recipe=vae_recipe(run), log=run.say)
     if not (run.vae / FROZEN).exists():

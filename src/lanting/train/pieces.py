@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lanting.train.atlas import Atlas
-from lanting.train.design import SQUARE, STRIP, WIDE, place
+from lanting.train.design import SIZES, STRIP, place
 from lanting.train.draw import Plan, paint, plan
 from lanting.train.scraps import DESIGN_SHARE, GRID_SHARE, PIECES, ScrapMaker, lettering, shapes
 from lanting.train.strips import send
@@ -63,7 +63,7 @@ class SheetMaker:
 
     def make(self, hanzi: int) -> tuple[Plan, np.ndarray]:
         """(a plan, (m, edge, edge, 3) uint8 shapes)."""
-        size = self.rng.choice((STRIP, WIDE, SQUARE))
+        size = self.rng.choice(SIZES)
         drawn = [self.designs.sample(self.rng, size).design for _ in range(self.order.sheet)]
         count = round(self.order.sheet * PIECES * (1 - DESIGN_SHARE) / DESIGN_SHARE)
         others = [shapes(self.rng, self.order.edge) for _ in range(count)]

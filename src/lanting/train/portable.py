@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lanting.core.errors import ModelError
 from lanting.train.journal import NAME as LOG
-from lanting.train.vae import CONFIG, FROZEN, WEIGHTS, replace_file
+from lanting.train.vae import BEGUN, CONFIG, FROZEN, WEIGHTS, replace_file
 from lanting.train.widen import widen
 
 FILE_LIMIT = 15_900_000  # bytes of tensors in one file: with its header below 16 MB
@@ -107,10 +107,11 @@ def pack_vae(folder: Path, path: Path) -> Path:
     return path
 
 
-def unpack(source: Path, folder: Path, width: int = 0) -> bool:
+def unpack(source: Path, folder: Path, width: int = 0, anew: bool = False, vae_anew: bool = False) -> bool:
     """Put what `pack` wrote where a run looks for it, unless that run has a checkpoint of its own; whether it did so.
 
-    A transformer narrower than `width` is widened. Raises ModelError where `source` is no packed run.
+    A transformer narrower than `width` is widened. `anew`: its weights begin a new run, with the clock at zero;
+    `vae_anew`: so do the autoencoder's. Raises ModelError where `source` is no packed run.
     """
     if (folder / "checkpoint.pt").exists():
         return False
@@ -133,7 +134,14 @@ def unpack(source: Path, folder: Path, width: int = 0) -> bool:
         state["net"], state["average"] = (widen(state[key], old, width) for key in ("net", "average"))
         state["optimizers"] = []
         shape["num_attention_heads"] = width // shape["attention_head_dim"]
-    unpack_vae(source / VAE, folder / "vae")
+    if anew:
+        state |= {"clock": {"step": 0, "seen": about["clock"]["seen"], "seconds": 0.0}, "optimizers": []}
+    if vae_anew:
+        (folder / "vae").mkdir(parents=True, exist_ok=True)
+        begun = load_file(str(source / VAE))
+        replace_file(folder / "vae" / BEGUN, lambda part: save_file(begun, str(part)))
+    else:
+        unpack_vae(source / VAE, folder / "vae")
     if (source / LOG).is_file() and not (folder / LOG).exists():
         shutil.copyfile(source / LOG, folder / LOG)
     replace_file(folder / "checkpoint.pt", lambda part: torch.save(state, part))

@@ -35,14 +35,14 @@ class Kind:
 
 KINDS = (  # sizes are chosen so that each costs about the same
     Kind("strip", STRIP, 0, 0.12, 42, 8, 0.55),
-    Kind("wide", WIDE, 0, 0.34, 20, 4, 0.20),
-    Kind("square", SQUARE, 0, 0.32, 12, 3, 0.12),
-    Kind("edit", WIDE, 1, 0.15, 10, 2, 0.09),
-    Kind("edit2", WIDE, 2, 0.03, 6, 1, 0.02),
-    Kind("editsquare", SQUARE, 1, 0.04, 6, 1, 0.02),
+    Kind("wide", WIDE, 0, 0.28, 20, 4, 0.20),
+    Kind("square", SQUARE, 0, 0.27, 12, 3, 0.12),
+    Kind("edit", WIDE, 1, 0.18, 10, 2, 0.08),
+    Kind("edit2", WIDE, 2, 0.06, 6, 1, 0.02),
+    Kind("editsquare", SQUARE, 1, 0.09, 6, 1, 0.03),
 )
 GIB_PER_TIMES = 0.2  # what one batch of a core's size keeps for its backward pass at width 128 and 6 layers
-BIG = Kind("large", LARGE, 0, 0.25, 8, 2, 0.05)
+BIG = (Kind("editlarge", LARGE, 1, 0.04, 3, 1, 0.01), Kind("large", LARGE, 0, 0.18, 8, 2, 0.06))
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,18 @@ class Preset:
     warmup_steps: int = 100
     ema: float = 0.998
     picks: int = 2  # batches a step and process
+    turn: tuple[float, float] = (0.2, 0.5)  # see `loop.Budget`
     feeders: int = 0  # processes that make up designs; 0: the trainer does it itself
 
     def budget(self, minutes: float) -> Budget:
-        return Budget(minutes=minutes, lr=self.lr, warmup_steps=self.warmup_steps, ema=self.ema, picks=self.picks)
+        return Budget(
+            minutes=minutes,
+            lr=self.lr,
+            warmup_steps=self.warmup_steps,
+            ema=self.ema,
+            picks=self.picks,
+            turn=self.turn,
+        )
 
 
 def pick_device(asked: str) -> str:
@@ -94,14 +102,16 @@ def on_gpu(memory: float, cores: int, size: int = 768) -> Preset:
 
     What a batch keeps for its backward pass grows with `size` and may fill a third of the memory.
     """
-    times = max(2, min(32, int((memory / 3 - 2) / (GIB_PER_TIMES * size / 768))))
+    times = max(2, min(24, int((memory / 3 - 2) / (GIB_PER_TIMES * size / 768))))
     return Preset(
         times=times,
         reuse=8.0,
         capacity=int(min(200_000, 2500 * memory)),
         lr=3e-3,
         warmup_steps=300,
-        picks=4,
+        ema=0.999,
+        picks=3,
+        turn=(0.1, 0.35),
         feeders=max(1, cores - 2),
     )
 
@@ -110,7 +120,8 @@ def kinds(preset: Preset, large: bool = False) -> tuple[Kind, ...]:
     """The kinds of batches at a preset's size; `large` adds canvases of 256 x 256."""
     chosen: Sequence[Kind] = KINDS
     if large:
-        chosen = (*(replace(k, share=k.share * (1 - BIG.share), early=k.early * (1 - BIG.early)) for k in KINDS), BIG)
+        share, early = (1 - sum(big) for big in zip(*((k.share, k.early) for k in BIG), strict=True))
+        chosen = (*(replace(k, share=k.share * share, early=k.early * early) for k in KINDS), *BIG)
     return tuple(replace(k, batch=k.batch * preset.times, fresh=_fresh(k, preset)) for k in chosen)
 
 

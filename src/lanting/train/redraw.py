@@ -46,10 +46,10 @@ def held_out_designs(count: int, seed: int = 77) -> list[Tensor]:
 def latent_statistics(vae: AutoencoderKLQwenImage, count: int, seed: int = 5) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each latent channel over training designs, both (z,)."""
     maker, rng = lettering(seed), random.Random(seed)
-    rows = []
+    device, rows = next(vae.parameters()).device, []
     for i in range(count):
         picture = render([maker.sample(rng, (WIDE, SQUARE)[i % 2]).design])
-        mean = vae.encode(to_tensor(picture.numpy()))[0]
+        mean = vae.encode(to_tensor(picture.numpy()).to(device))[0]
         rows.append(mean.flatten(2)[0].T)
-    values = torch.cat(rows)  # (positions, z)
+    values = torch.cat(rows).cpu()  # (positions, z)
     return values.mean(0), values.std(0)

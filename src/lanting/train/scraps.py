@@ -16,14 +16,14 @@ from PIL import Image, ImageDraw
 
 from lanting.train.atlas import LATIN, LATIN_FONTS, default_atlas
 from lanting.train.atlas import _font as font
-from lanting.train.design import COLORS, SQUARE, STRIP, WIDE
+from lanting.train.design import COLORS, LARGE, SQUARE, STRIP, WIDE
 from lanting.train.designs import DesignMaker, Mix
 from lanting.train.draw import render
 
 DESIGN_SHARE, GRID_SHARE = 0.85, 0.6
 SHEETS = 24  # designs drawn at once
 PIECES = 5  # per design: drawing one costs more than cutting it
-CANVASES = (STRIP, WIDE, SQUARE)
+CANVASES = (STRIP, WIDE, SQUARE, LARGE)
 LETTERING = Mix(kinds=(0.35, 0.45, 0.05, 0.15), concepts=0, dense=0.5, pictogram=0.2)
 
 

@@ -34,7 +34,7 @@ from lanting.train.pieces import Scraps, scraps_for
 from lanting.train.redraw import held_out_designs, latent_statistics, psnr, reconstruction_loss, to_tensor
 
 WEIGHTS, DECODER, CONFIG = "vae.safetensors", "decoder_ft.safetensors", "config.json"
-CHECKPOINT, FROZEN = "train.pt", "ENCODER_FROZEN"
+CHECKPOINT, FROZEN, BEGUN = "train.pt", "ENCODER_FROZEN", "begun.safetensors"
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,7 @@ class VAETrainer:
         self.device = torch.device(recipe.device)
         self.ended = False  # whether the slice has, for any process
         vae.to(self.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        torch.backends.cudnn.benchmark = self.device.type == "cuda"  # crops and canvases have few shapes
         vae.requires_grad_(part == "all")
         for module in (vae.decoder, vae.post_quant_conv):
             module.requires_grad_(True)
@@ -117,7 +118,7 @@ class VAETrainer:
 
     def rate(self) -> float:
         """The learning rate now: warm-up by steps, decay by the share of the time that is left."""
-        left = max(0.0, 1 - self.agreed / (60 * self.minutes))
+        left = max(0.0, 1 - self.agreed / max(1e-9, 60 * self.minutes))
         warm = min(1.0, (self.step + 1) / self.recipe.warmup_steps)
         return self.recipe.lr * warm * (min(1.0, left / self.recipe.decay_share) * 0.98 + 0.02)
 
@@ -262,10 +263,10 @@ def train_vae(
         return load_vae(out)
     recipe = recipe or VAERecipe()
     trainer = _train_together(out, minutes, recipe, resume, log)
-    vae = trainer.vae.cpu()
     if trainer.agreed < 60 * minutes:
-        return vae
-    mean, std = latent_statistics(vae, recipe.measured)
+        return trainer.vae.cpu()
+    mean, std = latent_statistics(trainer.vae, recipe.measured)
+    vae = trainer.vae.cpu()
     vae.config = replace(vae.config, latents_mean=tuple(mean.tolist()), latents_std=tuple(std.tolist()))
     save_vae(vae, out / WEIGHTS)
     save_config(vae.config, out / CONFIG)
@@ -317,6 +318,8 @@ def _train_rank(rank: int, out: Path, minutes: float, recipe: VAERecipe, log: Ca
     if recipe.warm:
         vae.load_state_dict(to_image_weights(load_file(f"{recipe.warm}/vae/diffusion_pytorch_model.safetensors")))
         vae.float()
+    if (out / BEGUN).exists():  # a frozen one that a run goes on with
+        vae.load_state_dict(load_file(str(out / BEGUN)))
     trainer = VAETrainer(vae, recipe, minutes, "all", rank)
     if (out / CHECKPOINT).exists():
         trainer.load(out / CHECKPOINT)
