@@ -1,6 +1,6 @@
 """The full geometry on a small machine: peak memory and time, resident with the table and streamed from disk.
 
-    python benchmarks/full_size.py [--dir DIR] [--kind int4|fp8|q4_k_m] [--steps 4] [--cold] [--json FILE] [--keep]
+    python benchmarks/full_size.py [--dir DIR] [--kind int4|fp8|q4_k_m] [--steps 4] [--rounds 1] [--cold] [--keep]
     python benchmarks/full_size.py --layers 3 --reader-layers 2        # the same at full width with few layers
 
 Writes a checkpoint of Qwen-Image's shape with random weights (20,430,401,088 in the transformer, Qwen2.5-VL-7B with its
@@ -12,7 +12,8 @@ Some rows of each width and kind are drawn and packed once, by the same quantize
 every matrix is made of them, beginning with another one: packing 20 billion different weights as q4_k_m takes one core
 half an hour, and the file would have the same size. `--cold` drops the files from the page cache before a run; while
 it runs the system may keep what fits, so on a machine with much memory "streamed" is a test of memory and not of the
-disk. Without `--keep` the checkpoint is removed at the end.
+disk. A step's time is the median of all rounds, in which the placements take turns: other programs on the machine then
+slow both. Without `--keep` the checkpoint is removed at the end; one that was kept is used again.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -131,7 +133,9 @@ def write_component(out: Path, component: str, shapes: Mapping[str, tuple[int, .
 
 def make_model(folder: Path, wish: argparse.Namespace) -> dict[str, Any]:
     """The whole checkpoint in diffusers' layout (a GGUF transformer beside it). Returns counts, sizes and seconds."""
-    began = time.perf_counter()
+    told, began = folder / "made.json", time.perf_counter()
+    if told.exists():
+        return json.loads(told.read_text(encoding="utf-8"))
     net, reader = TransformerConfig(num_layers=wish.layers), LanguageConfig(num_hidden_layers=wish.reader_layers)
     body = shapes_of(lambda: QwenImageTransformer(net))
     text = shapes_of(lambda: QwenVL(QwenVLConfig(reader), vision=True, head=True))
@@ -153,7 +157,9 @@ def make_model(folder: Path, wish: argparse.Namespace) -> dict[str, Any]:
     pool.made.clear()
     write_component(folder / "vae" / "diffusion_pytorch_model.safetensors", "vae", vae, "none", pool)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    return {"parameters": count, "bytes": size, "seconds": time.perf_counter() - began}
+    made = {"parameters": count, "bytes": size, "seconds": time.perf_counter() - began}
+    told.write_text(json.dumps(made), encoding="utf-8")
+    return made
 
 
 def check_disk(folder: Path, wish: argparse.Namespace, parts: tuple[Mapping[str, tuple[int, ...]], ...]) -> None:
@@ -226,7 +232,7 @@ def draw(folder: Path, wish: argparse.Namespace) -> dict[str, Any]:
             else:
                 seconds = dict(event.seconds)
     steps = [after - before for before, after in pairwise(times)]
-    return {"peak": peak(), "peaks": peaks, "seconds": seconds, "step": sum(steps) / max(len(steps), 1)}
+    return {"peak": peak(), "peaks": peaks, "seconds": seconds, "steps": steps}
 
 
 def peak() -> int:
@@ -255,6 +261,25 @@ def run(folder: Path, wish: argparse.Namespace, placement: str) -> dict[str, Any
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def measure(folder: Path, wish: argparse.Namespace) -> dict[str, Any]:
+    """Every placement once a round; of each the largest peak, the median step, and the seconds of its last run."""
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in LIMITS}
+    for _ in range(wish.rounds):
+        for name, done in runs.items():
+            done.append(run(folder, wish, name))
+            print(f"{name}: {done[-1]}", file=sys.stderr, flush=True)
+    return {
+        name: {
+            "peak": max(each["peak"] for each in done),
+            "peaks": done[-1]["peaks"],
+            "seconds": done[-1]["seconds"],
+            "steps": [each["steps"] for each in done],
+            "step": median([step for each in done for step in each["steps"]] or [0.0]),
+        }
+        for name, done in runs.items()
+    }
+
+
 def report(found: dict[str, Any], wish: argparse.Namespace) -> int:
     """Print what was measured; 1 where a bar of the full size was missed."""
     made = found["model"]
@@ -278,6 +303,7 @@ def main() -> int:
     parser.add_argument("--dir", type=Path, help="where the checkpoint goes; a temporary folder if not given")
     parser.add_argument("--kind", choices=("int4", "fp8", "q4_k_m"), default="int4")
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--layers", type=int, default=LAYERS)
     parser.add_argument("--reader-layers", type=int, default=READER_LAYERS)
     parser.add_argument("--cold", action="store_true")
@@ -291,8 +317,7 @@ def main() -> int:
     folder = wish.dir or Path(tempfile.mkdtemp(prefix="full-size-"))
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        found = {"model": make_model(folder, wish)} | {name: run(folder, wish, name) for name in LIMITS}
-        return report(found, wish)
+        return report({"model": make_model(folder, wish)} | measure(folder, wish), wish)
     finally:
         if not wish.keep:
             shutil.rmtree(folder)

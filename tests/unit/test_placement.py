@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -200,3 +202,18 @@ def test_loras_over_streamed_blocks_and_the_table(folder, tmp_path, plain):
         assert max(abs(a - b) for a, b in zip(pixels(engine), half, strict=True)) <= 1
         engine.set_strengths(0.0)
         assert max(abs(a - b) for a, b in zip(pixels(engine), plain, strict=True)) <= 1
+
+
+def test_placing_imports_no_compiler():
+    """`empty_like` on the meta device did: 15 MB and most of a second for shapes without memory."""
+    program = """
+import sys, torch
+from lanting.attach.parts import Part
+for tensor in (torch.zeros(2, 3), torch.zeros(2, 3, device="meta")):
+    net = torch.nn.Linear(3, 2, device="meta")
+    net.weight = torch.nn.Parameter(tensor)
+    Part(net, "a").empty()
+print("sympy" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "False", done.stderr

@@ -33,11 +33,13 @@ from lanting.plan import (
 )
 from lanting.plan import activations as a
 from lanting.plan.activations import Job
+from lanting.plan.costs import Bill, Way
 from lanting.plan.geometry import Geometry, Language, Transformer, Vae, Vision
 from lanting.plan.kinds import KINDS
 from lanting.plan.machine import cgroup_memory, parse_meminfo, parse_nvidia
 from lanting.plan.planner import rank
 from lanting.plan.sizes import (
+    Reader,
     language_tensors,
     live_weights,
     parameters,
@@ -238,7 +240,7 @@ def test_no_plan_exceeds_its_budget():
         assert (chosen.streamed == "none") == (chosen.resident_blocks == 60)
 
 
-@pytest.mark.parametrize(("vram", "ram"), [(G, 64 * G), (0, G), (12 * G, G), (G, G), (3 * G, G), (0, 2 * G)])
+@pytest.mark.parametrize(("vram", "ram"), [(G, 64 * G), (0, G), (12 * G, G), (G, G), (3 * G, G), (0, 4 * G // 5)])
 def test_a_refusal_says_a_number_that_then_works(vram, ram):
     with pytest.raises(RefusalError) as caught:
         tried(vram, ram)
@@ -359,6 +361,36 @@ def test_other_cards_are_not_mistaken(title):
 
 
 def test_the_text_encoder_without_eyes_and_head_is_smaller():
-    every = reader_bytes(Geometry(), BF16, BF16, True, True)[0]
+    every = reader_bytes(Geometry(), BF16, BF16, True, True).every
     assert every == 2 * 8_292_166_656
-    assert reader_bytes(Geometry(), BF16, BF16, False, False)[0] == every - 2 * (676_550_144 + 544_997_376)
+    assert reader_bytes(Geometry(), BF16, BF16, False, False).every == every - 2 * (676_550_144 + 544_997_376)
+
+
+def test_streamed_blocks_are_gone_while_a_cpu_decodes():
+    job, home = replace(JOB, size=(768, 768)), machine(0, 64 * G)
+    bill = Bill(MODEL, job, home, home.devices[0])
+    way = Way(KINDS["int4"], KINDS["int4"], 0, "disk", False, "unload", "disk", 0)
+    sizes = bill.sizes(way.kind)
+    assert bill.passing(way) == 2 * (sizes.block + sizes.modulation)
+    assert bill.passing(replace(way, table=True)) == 2 * sizes.block
+    assert bill.passing(replace(way, resident=60, streamed="none")) == 0
+    card = machine(8 * G, 64 * G)
+    assert Bill(MODEL, job, card, card.devices[0]).passing(way) == 0  # a device's buffers stay
+
+
+def test_a_cpu_keeps_the_rows_of_the_words_it_reads_and_not_the_table():
+    home, gpu = machine(0, 64 * G), machine(8 * G, 64 * G)
+    way = Way(BF16, BF16, 60, "none", False, "keep", "disk", 0)
+    table = 2 * 152_064 * 3584
+    whole = Bill(MODEL, JOB, gpu, gpu.devices[0]).reader(way)
+    assert whole == reader_bytes(Geometry(), BF16, BF16, False, False).every
+    assert 0 < Bill(MODEL, JOB, home, home.devices[0]).reader(way) - (whole - table) < table // 20
+    cast = replace(MODEL, precision="float32")
+    assert (
+        Bill(cast, JOB, home, home.devices[0]).reader(way)
+        == reader_bytes(Geometry(), BF16, KINDS["fp32"], False, False).every
+    )
+    held = {"model.layers.0.a": 7, "model.embed_tokens.weight": table, "lm_head.weight": 5, "visual.layers.x": 3}
+    packed = replace(MODEL, reader_kind="int4", reader_held=held)
+    assert packed.reader(KINDS["int4"], "bfloat16", False) == Reader(7 + table, 7, table)
+    assert packed.reader(KINDS["int4"], "bfloat16", True) == Reader(10 + table, 7, table)

@@ -85,7 +85,7 @@ def _places(module: nn.Module, path: str) -> Iterator[Place]:
     for attribute, tensor in (*module._parameters.items(), *module._buffers.items()):
         if tensor is None or attribute in module._non_persistent_buffers_set:
             continue
-        shell: Tensor = torch.empty_like(tensor, device="meta")
+        shell = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")  # `empty_like` imports a compiler
         if isinstance(tensor, nn.Parameter):
             shell = nn.Parameter(shell, requires_grad=False)
         yield Place(module, attribute, f"{path}.{attribute}".lstrip("."), shell)

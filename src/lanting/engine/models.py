@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lanting.attach.quant import KINDS, chooser
 from lanting.core.errors import ModelError, RequestError
-from lanting.engine.allocator import return_memory
+from lanting.engine.allocator import return_memory, tidy
 from lanting.engine.placement import Placed, place_controlnet, place_encoder, place_transformer
 from lanting.flow.latents import LatentCodec, Preview, fit_preview
 from lanting.flow.loop import Conditioning
@@ -158,6 +158,7 @@ class Models:
         stored = store_transformer(self.checkpoints["transformer"], config, self.placing("transformer"))
         placed = place_transformer(stored, self.plan)
         attach_loras(placed.net, (*self.release_loras, *self.loras), self.dtype, self.device)
+        tidy()
         return placed
 
     def set_strengths(self, strengths: Sequence[float]) -> None:
@@ -206,7 +207,9 @@ class Models:
         config, placing = self.folder.configs["text_encoder"], self.placing("text_encoder")
         files = self.checkpoints["text_encoder"]
         stored = store_text_encoder(files, config, placing, vision=self.sees, head=self.captions)
-        return place_encoder(stored, self.plan)
+        placed = place_encoder(stored, self.plan)
+        tidy()
+        return placed
 
     @cached_property
     def encoder(self) -> PromptEncoder:
@@ -242,6 +245,7 @@ class Models:
         for placed in (self.placed_transformer, self.placed_controlnet):
             if placed is not None and placed.table is not None:
                 placed.table.prepare(model_timestep(sigmas[:-1], self.dtype).to(placed.stored.placing.dtype))
+                tidy()
         return self.transformer
 
     def rest(self) -> None:
@@ -249,6 +253,7 @@ class Models:
         for name in ("placed_transformer", "placed_encoder"):
             if name in self.__dict__:
                 self.__dict__[name].rest()
+        tidy()
 
     def close(self) -> None:
         """Let all weights go; they are read again when they are needed."""

@@ -26,6 +26,7 @@ PROGRAM = 275 * 10**6  # bytes of Python, torch and this package before a weight
 HALF = 18 * 10**6  # more of it when a CPU computes in 16 bits: code that is made for that
 CUDA_PROGRAM = 1_400 * 10**6  # the same with CUDA's libraries; not measured here
 DRIVER = 550 * 10**6  # bytes of a card that its driver takes per process; not measured here
+FAULT = 1 << 16  # bytes of a file that a system maps around one that is asked for
 DESKTOP_CPU = 2e11  # operations a second while it reads a prompt; an assumption
 SLACK = 0.02  # of weights and activations: what the allocator holds beside them
 CUDA_SLACK = 0.05  # the same of CUDA's caching allocator; not measured here
@@ -73,10 +74,14 @@ class Bill:
     def reader(self, way: Way) -> int:
         """Bytes of the text encoder's weights. Where it is read anew each time and memory is so short that the
         transformer streams from disk, its layers pass through one by one too."""
-        every, layers = self.once(self.model.reader, way.reader, self.dtype, bool(self.job.seen))
+        held = self.once(self.model.reader, way.reader, self.dtype, bool(self.job.seen))
+        every = held.every
+        if (self.on_cpu or way.encoder == "cpu") and self.model.looked_up(self.dtype):
+            rows = self.job.prompts * (self.job.opening + self.job.text_tokens)
+            every += min(rows * FAULT, held.words) - held.words
         if (way.encoder, way.parked, way.streamed) != ("unload", "disk", "disk"):
             return every
-        return every - layers + layers * LIVE // max(self.model.geometry.language.num_hidden_layers, LIVE)
+        return every - held.layers + held.layers * LIVE // max(self.model.geometry.language.num_hidden_layers, LIVE)
 
     def reading(self, kind: Kind, on_cpu: bool) -> int:
         """Activations of the text encoder."""
@@ -106,6 +111,11 @@ class Bill:
             return here, 0
         return here, (away if way.streamed == "ram" else LIVE) * each
 
+    def passing(self, way: Way) -> int:
+        """Of these, weights that are let go after the last step: pages of a file are, buffers of a device stay."""
+        sizes, away = self.sizes(way.kind), self.net.num_layers - way.resident
+        return min(LIVE, away) * (sizes.block + (0 if way.table else sizes.modulation)) if self.on_cpu else 0
+
     def peaks(self, way: Way) -> tuple[int, int]:
         """(VRAM, RAM) at the worst moment."""
         encoding, decoding = self.coding(way.tile)
@@ -113,7 +123,7 @@ class Bill:
         reader, reading = self.reader(way), self.reading(way.reader, self.on_cpu or way.encoder == "cpu")
         kept = reader if way.encoder == "keep" else 0  # beside the transformer
         waiting = body if way.encoder != "unload" else 0  # beside the text encoder
-        phases = [body + kept + max(self.painting(way.kind, way.table), decoding)]
+        phases = [body + kept + self.painting(way.kind, way.table), body - self.passing(way) + kept + decoding]
         if way.encoder == "cpu":
             phases.append(body + encoding)
         else:

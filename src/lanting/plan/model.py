@@ -11,7 +11,16 @@ from lanting.core.types import Request
 from lanting.plan.activations import Job, Size
 from lanting.plan.geometry import Geometry
 from lanting.plan.kinds import KINDS, Kind, nearest, plain
-from lanting.plan.sizes import Sizes, live_weights, parameters, reader_bytes, sum_up, transformer_sizes
+from lanting.plan.sizes import (
+    Reader,
+    Sizes,
+    live_weights,
+    parameters,
+    reader_bytes,
+    sum_reader,
+    sum_up,
+    transformer_sizes,
+)
 from lanting.specs import ModelSpec
 from lanting.specs.sizes import fit_area, reference_size
 
@@ -28,7 +37,7 @@ class Model:
 
     kind, reader_kind  how the transformer's and the text encoder's files hold them: "bf16", "fp32", or a packed kind;
                        None where a file mixes kinds, which is then used as stored
-    held               bytes of every tensor of the transformer, by official names, where a header was read
+    held, reader_held  bytes of every tensor of the two, by official names, where a header was read
     files              bytes on disk; 0: nothing is here yet
     here               it is on this machine, so the plan must do with its files as they are
     precision          of activations where somebody asks for one: "bfloat16", "float16" or "float32"
@@ -41,7 +50,7 @@ class Model:
     kind: str | None = "bf16"
     reader_kind: str | None = "bf16"
     held: Mapping[str, int] = field(default_factory=dict[str, int])
-    reader_held: int = 0
+    reader_held: Mapping[str, int] = field(default_factory=dict[str, int])
     files: int = 0
     here: bool = False
     precision: str | None = None
@@ -70,11 +79,16 @@ class Model:
             return sum_up(self.held, self.geometry.transformer)
         return transformer_sizes(self.geometry.transformer, kind, plain(dtype))
 
-    def reader(self, kind: Kind, dtype: str, sees: bool) -> tuple[int, int]:
-        """Bytes in memory of the text encoder: all of it, and its layers."""
+    def reader(self, kind: Kind, dtype: str, sees: bool) -> Reader:
+        """Bytes in memory of the text encoder."""
         if self.reader_held and self.reader_kind not in PLAIN:
-            return self.reader_held, int(0.85 * self.reader_held)
+            return sum_reader(self.reader_held, sees or self.writes, self.writes)
         return reader_bytes(self.geometry, kind, plain(dtype), sees or self.writes, self.writes)
+
+    def looked_up(self, dtype: str) -> bool:
+        """On a CPU the table of words stays in its file, and memory holds the rows of the words that are read. Where
+        it has to be cast, all of it is in memory."""
+        return plain(dtype).name == (self.reader_kind if self.reader_kind in PLAIN else "bf16")
 
     def body_kind(self) -> Kind:
         """What a packed transformer file holds; for a mix, the kind with as many bits per weight."""
@@ -90,7 +104,7 @@ class Model:
             return self.files
         published = 2 * parameters(self.geometry)["vae"]
         eye = bool(self.spec.edit_template or self.spec.template != "text-to-image") or self.writes
-        return self.transformer(kind, dtype).total + self.reader(reader, dtype, eye)[0] + published
+        return self.transformer(kind, dtype).total + self.reader(reader, dtype, eye).every + published
 
 
 def job_of(request: Request, model: Model, text: int | None = None) -> Job:

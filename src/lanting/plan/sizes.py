@@ -229,14 +229,33 @@ def sum_up(held: Mapping[str, int], net: Transformer) -> Sizes:
     return Sizes(net.num_layers, block // layers, modulation // layers, rest, 4 * area, 6 * area)
 
 
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """Bytes of the text encoder as it is loaded: all of it, its layers, and the table of words."""
+
+    every: int
+    layers: int
+    words: int
+
+
 @cache
-def reader_bytes(geometry: Geometry, kind: Kind, other: Kind, sees: bool, writes: bool) -> tuple[int, int]:
-    """(all, the layers alone) of the text encoder as it is loaded: with its eye where pictures are read, with its
-    head where it writes."""
-    tensors = list(language_tensors(geometry.language, writes and not geometry.tied))
-    tensors += vision_tensors(geometry.vision) if sees else ()
-    held = [(name, tensor_bytes(name, shape, kind, other)) for name, shape in tensors]
-    return sum(size for _, size in held), sum(size for name, size in held if name.startswith("model.layers."))
+def reader_bytes(geometry: Geometry, kind: Kind, other: Kind, sees: bool, writes: bool) -> Reader:
+    """By arithmetic: with its eye where pictures are read, with its head where it writes."""
+    tensors = [*language_tensors(geometry.language, not geometry.tied), *vision_tensors(geometry.vision)]
+    return sum_reader({name: tensor_bytes(name, shape, kind, other) for name, shape in tensors}, sees, writes)
+
+
+def sum_reader(held: Mapping[str, int], sees: bool, writes: bool) -> Reader:
+    """From the bytes of every tensor, by official names."""
+    every = layers = words = 0
+    for name, size in held.items():
+        if (name.startswith("lm_head.") and not writes) or ("visual." in name and not sees):
+            continue
+        every += size
+        if "visual." not in name:
+            layers += size if ".layers." in name else 0
+            words += size if "embed_tokens." in name else 0
+    return Reader(every, layers, words)
 
 
 @cache

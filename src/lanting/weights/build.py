@@ -339,9 +339,9 @@ def build_vae(checkpoint: Checkpoint, config: Mapping[str, Any], placing: Placin
     """The autoencoder of a `vae/` folder, reduced to what single pictures need; channels-last."""
     label = checkpoint.label
     module = construct(lambda: AutoencoderKLQwenImage(VAEConfig.from_dict(config)), label)
-    state = to_image_weights(dict(checkpoint.tensors()))
     moved = {}
-    for name, tensor in state.items():
-        tensor = tensor.to(device=placing.device, dtype=placing.dtype)
-        moved[name] = tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
+    for stored in checkpoint.tensors():  # one by one: of the file's three slices two are let go at once
+        for name, tensor in to_image_weights(dict([stored])).items():
+            tensor = tensor.to(device=placing.device, dtype=placing.dtype)
+            moved[name] = tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
     return fill(module, moved, label)

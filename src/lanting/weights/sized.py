@@ -32,7 +32,7 @@ def planned_model(folder: ModelFolder) -> Model:
         kind=kind_of(body, forms),
         reader_kind=kind_of(reader, read_forms(reader)),
         held=held_bytes(body, forms),
-        reader_held=sum(held_bytes(reader, read_forms(reader)).values()),
+        reader_held=held_bytes(reader, read_forms(reader)),
         files=body.bytes() + reader.bytes() + vae.bytes(),
         here=True,
     )
