@@ -111,7 +111,7 @@ def test_a_batch_of_a_ring_trains_like_one_of_the_replay(order, tmp_path):
     generator = torch.Generator().manual_seed(0)
     for each in (batch, quiet):
         total, report = trainer.loss(each, ring.reader.prefix, *trainer.noised(each.latents, generator))
-        assert torch.isfinite(total) and set(report) == {"loss", "read", "placed", "ink", "shape"}
+        assert torch.isfinite(total) and set(report) == {"loss", "read", "placed", "ink", "shape", "scene"}
 
 
 @pytest.mark.parametrize("number", [1, 3], ids=["designs", "edits"])
@@ -121,7 +121,8 @@ def test_a_step_on_a_device_never_waits_for_a_number(order, number, monkeypatch,
     ring, _ = filled(order, number, "meta")
     batch = ring.draw(4, random.Random(0), silence=0.0)
     trainer = Trainer(small_net(), Budget(), tmp_path)
-    trainer.device, trainer.shapes = torch.device("meta"), trainer.shapes.to("meta")
+    trainer.device = torch.device("meta")
+    trainer.shapes, trainer.pictures = trainer.shapes.to("meta"), trainer.pictures.to("meta")
     trainer.net = prepare_for_gpu(small_net()).to("meta")
     total, report = trainer.loss(batch, ring.reader.prefix, *trainer.noised(batch.latents, None))
     total.backward()

@@ -45,10 +45,10 @@ T = TypeVar("T")
 class Mix:
     """Shares of content. `hanzi` and `concepts` limit what is drawn; the commonest come first."""
 
-    kinds: tuple[float, ...] = (0.40, 0.38, 0.07, 0.15)  # of `KINDS`
+    kinds: tuple[float, ...] = (0.37, 0.35, 0.06, 0.22)  # of `KINDS`
     hanzi: int = 3500
     concepts: int = 256
-    pictogram: float = 0.15  # of the designs with text that also show a pictogram
+    pictogram: float = 0.2  # of the designs with text that also show a pictogram
     random_text: float = 0.35  # of the texts that are random strings or characters
     dense: float = 0.3  # of the designs whose lines are as many and as long as fit
     open: float = 0.45  # how often what may be left to the seed is more than plain

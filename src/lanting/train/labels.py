@@ -18,6 +18,7 @@ BASE = 76  # labels are two digits of this base: 1 + characters + pictograms sta
 WHAT = (BASE, BASE)
 WHERE = (64, 32, 8)  # columns in units and rows in tokens, both from the middle of the canvas; width of the cell
 SHAPE = 16 * 16  # squares of 2 x 2 pixels that a character's cell has
+SCENE = 16 * 16 * 3  # colours of the squares of 4 x 4 pixels that a pictogram has
 PICTURED = WHERE[2] - 1  # the width class of a pictogram's name
 
 
@@ -32,6 +33,22 @@ def glyph_shapes(tokenizer: Tokenizer, size: int) -> Tensor:
             cell[: drawn.shape[0], : drawn.shape[1]] = drawn
             shapes[ids[0]] = F.avg_pool2d(torch.from_numpy(cell)[None], 2).flatten().round().to(torch.uint8)
     return shapes
+
+
+def concept_pictures() -> torch.Tensor:
+    """Every pictogram on grey in 16 x 16 squares, of mean 0 and variance 1 over all of them: (m, 768) float32."""
+    from lanting.train.assets import pictograms
+
+    drawn = torch.from_numpy(pictograms().copy()).float() / 255  # (m, 64, 64, 4)
+    laid = torch.lerp(torch.full_like(drawn[..., :3], 0.5), drawn[..., :3], drawn[..., 3:])
+    small = F.avg_pool2d(laid.permute(0, 3, 1, 2), 4).flatten(1)
+    return (small - small.mean()) / small.std()
+
+
+def concepts_of(what: Tensor) -> Tensor:
+    """The pictogram that each grid of labels (B, N, 2) shows: (B,), -1 for none."""
+    labels = what[..., 0] * BASE + what[..., 1] - 1 - len(alphabet())
+    return labels.amax(1).clamp(min=-1)
 
 
 def label_grid(design: Design, placement: Placement) -> np.ndarray:

@@ -23,8 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lanting.core.errors import ModelError
+from lanting.train.assets import concepts
 from lanting.train.journal import Meter
-from lanting.train.labels import PICTURED, SHAPE
+from lanting.train.labels import PICTURED, SCENE, SHAPE, concepts_of
 from lanting.train.model import NanoNet, matrices
 from lanting.train.optim import Muon, average_gradients
 from lanting.train.replay import Batch, Reader
@@ -82,6 +83,7 @@ class Budget:
     where: float = 0.1
     ink: float = 0.5
     shape: float = 0.3
+    scene: float = 0.3
     shift: float = 3.0  # times are drawn uniformly, then shifted towards noise
     ema: float = 0.998
     turn: tuple[float, float] = (0.2, 0.5)  # small canvases, where strokes are learnt fastest, give way to large ones
@@ -122,6 +124,7 @@ class Trainer:
         self.scale = 1.0  # of the batches, halved when a GPU's memory was too small
         self.ticked = 0.0
         self.shapes = torch.zeros(net.config.language.vocab_size, SHAPE, dtype=torch.uint8)
+        self.pictures = torch.zeros(len(concepts()), SCENE)
         self._prefixes: dict[tuple[int, ...], Tensor] = {}
 
     @property
@@ -160,10 +163,16 @@ class Trainer:
         total = total + weights.where * _entropy(said.where, spots, known)
         ink = _mean(_missed(said.ink, batch.ink), inked)
         letters = known * (batch.where[..., 2] != PICTURED)
+        scene = _mean(self.missed_scene(said.scene, batch.what), known - letters)
         shapes = self.shapes[batch.ids]  # (B, T, 256)
         read, text = (_mean(_missed(each, shapes), letters) for each in (said.read, said.text))
-        report |= {"ink": ink.detach(), "shape": text.detach()}
-        return total + weights.ink * ink + weights.shape * (read + text), report
+        report |= {"ink": ink.detach(), "shape": text.detach(), "scene": scene.detach()}
+        return total + weights.ink * ink + weights.shape * (read + text) + weights.scene * scene, report
+
+    def missed_scene(self, drawn: Tensor, what: Tensor) -> Tensor:
+        """Error of pictograms drawn at every token (B, T, 768), of which only the one that is named counts: (B, T)."""
+        wanted = self.pictures[concepts_of(what).clamp(0, len(self.pictures) - 1)]  # (B, 768)
+        return (drawn.float() - wanted[:, None]).square().mean(-1)
 
     def step(
         self, courses: Sequence[Course], rng: random.Random, generator: torch.Generator, seed: int
@@ -262,7 +271,10 @@ class Trainer:
         if not path.exists():
             return False
         state = torch.load(path, weights_only=True, map_location=self.device)
-        shapes = {k: v.shape for k, v in self.net.state_dict().items()}
+        fresh = self.net.state_dict()
+        for weights in (state["net"], state["average"]):  # a head that only helps may be newer than the checkpoint
+            weights |= {k: v.clone() for k, v in fresh.items() if k not in weights and k.split(".")[0] == "scene"}
+        shapes = {k: v.shape for k, v in fresh.items()}
         if {k: v.shape for k, v in state["net"].items()} != shapes:
             raise ModelError(
                 f"{path} holds a network of another shape; give its --width and --layers, or another folder."

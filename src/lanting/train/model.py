@@ -8,7 +8,8 @@ What makes a tiny network spell within hours is the start and the help:
   each token. Both teach the routing from text to place, which otherwise takes most of the time;
 - a third draws each token's shapes in black and white, so that strokes are learnt apart from colour and noise;
 - two more draw the character of a text token, behind the reader and a third of the way through the transformer. Without
-  them the code of a character does not survive that far (docs/LOG.md), and drawing it stays a feat of memory.
+  them the code of a character does not survive that far (docs/LOG.md), and drawing it stays a feat of memory;
+- the last draws a pictogram, small and in colours, at the token that names it.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from lanting.nn.qwen_vision import QwenVision, VisionConfig
 from lanting.nn.rope import Grid
 from lanting.nn.swap import swap
 from lanting.train.draw import INK
-from lanting.train.labels import SHAPE, WHAT, WHERE
+from lanting.train.labels import SCENE, SHAPE, WHAT, WHERE
 from lanting.train.replay import Batch
 
 
@@ -190,6 +191,7 @@ class Answers:
     ink: Tensor  # (B, N, 64)
     read: Tensor  # (B, T, 256) shapes behind the reader
     text: Tensor  # (B, T, 256) shapes in the text stream
+    scene: Tensor  # (B, T, 768) the pictogram named there, in colours
 
 
 class NanoNet(nn.Module):
@@ -205,6 +207,7 @@ class NanoNet(nn.Module):
         self.what, self.where = Head(width, WHAT), Head(width, WHERE)
         self.ink, self.drawn = Probe(width, INK * INK), Probe(width, SHAPE)
         self.read = Probe(config.language.hidden_size, SHAPE)
+        self.scene = Probe(width, SCENE)
         self.transformer.transformer_blocks = WatchedStack(self.transformer.transformer_blocks)
         swap(self, Attend, lambda path, old: PlainAttend())
         swap(self, CausalAttend, lambda path, old: PlainCausalAttend())
@@ -235,8 +238,8 @@ class NanoNet(nn.Module):
         grids: list[Grid] = [batch.grid] * (whole.shape[1] // tokens)
         velocity = self.transformer(whole, t, states, batch.mask, grids, tokens)[:, :tokens]
         middle, text = self.stack.middle[:, :tokens], self.stack.text
-        said = Answers(self.what(middle), self.where(text), self.ink(middle), self.read(states), self.drawn(text))
-        return velocity, said
+        drawn, scene = self.drawn(text), self.scene(text)
+        return velocity, Answers(self.what(middle), self.where(text), self.ink(middle), self.read(states), drawn, scene)
 
 
 def compile_blocks(net: NanoNet) -> None:

@@ -27,7 +27,7 @@ from lanting.train.edits import EditMaker
 from lanting.train.export import export_nano
 from lanting.train.feed import Feed, FeedOrder, edit_mix
 from lanting.train.journal import Journal
-from lanting.train.labels import glyph_shapes
+from lanting.train.labels import concept_pictures, glyph_shapes
 from lanting.train.loop import Budget, Course, Trainer, train
 from lanting.train.model import NanoConfig, NanoNet, compile_blocks, language_config, start, transformer_config
 from lanting.train.portable import pack, unpack
@@ -94,6 +94,8 @@ class NanoRun:
             chosen = replace(chosen, lr=self.lr)
         if self.feeders >= 0:
             chosen = replace(chosen, feeders=self.feeders)
+        if self.anew:  # what is known already needs no small canvases and no long plateau
+            chosen = replace(chosen, turn=(0.0, 0.1), decay_share=0.8)
         return replace(chosen, capacity=self.capacity) if self.capacity else chosen
 
     def say(self, words: str) -> None:
@@ -310,6 +312,7 @@ def prepared(
     trainer = Trainer(net, budget, run.folder, world, rank, device)
     trainer.until = run.until
     trainer.shapes = glyph_shapes(tokenizer, VOCAB_SIZE).to(device)
+    trainer.pictures = concept_pictures().to(device)
     trainer.resume()
     return trainer, vae, tokenizer
 

@@ -57,6 +57,7 @@ class Preset:
     ema: float = 0.998
     picks: int = 2  # batches a step and process
     turn: tuple[float, float] = (0.2, 0.5)  # see `loop.Budget`
+    decay_share: float = 0.35
     feeders: int = 0  # processes that make up designs; 0: the trainer does it itself
 
     def budget(self, minutes: float) -> Budget:
@@ -67,6 +68,7 @@ class Preset:
             ema=self.ema,
             picks=self.picks,
             turn=self.turn,
+            decay_share=self.decay_share,
         )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 CHUNKS = {"img_mod.1": 6, "txt_mod.1": 6, "norm_out.linear": 2}  # outputs are so many vectors of the stream's width
 GATES = {"img_mod.1": (2, 5), "txt_mod.1": (2, 5)}  # of them: gates, slightly open for new channels or nothing learns
 SCALES = {"img_mod.1": (1, 4), "txt_mod.1": (1, 4), "norm_out.linear": (0,)}  # of them: 1 + scale behind a norm
-HEADS = ("what", "where", "ink", "drawn")  # on the transformer's streams
+HEADS = ("what", "where", "ink", "drawn", "scene")  # on the transformer's streams
 FIXED_OUT = ("proj_out", *(f"{head}.out" for head in HEADS))
 FIXED_IN = ("img_in", "txt_in", "timestep_embedder.linear_1")
 WRITES = ("img_in", "txt_in", "to_out.0", "to_add_out", "net.2")  # Linears that write to the stream
