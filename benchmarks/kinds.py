@@ -1,15 +1,16 @@
 """What each kind of weights costs in quality: errors of a full-width block, and what becomes of nano's pictures.
 
-    python benchmarks/kinds.py -n 200                  # every kind, 200 English lines; half an hour on two cores
-    python benchmarks/kinds.py -n 40 --kinds int4 q4_k_m --language zh
+    python benchmarks/kinds.py --no-pictures --out F   # the full-width block, which no training changes
+    python benchmarks/kinds.py --no-block -n 200 --out F   # nano's pictures, added to the rows in F
+    python benchmarks/kinds.py -n 40 --kinds int4 q4_k_m --language zh --out G   # both at once
 
 For every kind the transformer is written to a file by `lanting quantize` and loaded from it, so the files are measured
 too. Pictures have the same seeds as those of the 16-bit file. Columns:
   block   error of the residual that one block of width 3072 adds, relative to its size (random weights and inputs,
           256 picture and 64 text tokens): root of the mean square, both streams together
   read    lines that PP-OCR reads exactly (case and spaces ignored), with a 95 % interval
-  FLIP    mean over the pictures, 0 the same to 1
-  SSIM2   SSIMULACRA2, mean over the pictures: 100 the same, 90 no visible difference, 70 high quality
+  FLIP    mean over the first 40 pictures, 0 the same to 1
+  SSIM2   SSIMULACRA2, mean over the same: 100 the same, 90 no visible difference, 70 high quality
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -44,6 +47,7 @@ from lanting.weights.single import open_file
 
 OWN = ("fp8", "int8", "int4", "int4 rotated")
 TOKENS, TEXT = 256, 64
+COMPARED = 40  # pictures for FLIP and SSIMULACRA2, which take longer than drawing and reading
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -54,7 +58,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--language", choices=("en", "zh"), default="en")
     parser.add_argument("--model", default="nano")
     parser.add_argument("--no-block", action="store_true", help="leave out the full-width block (3 GB of memory)")
-    parser.add_argument("--out", type=Path, help="JSON to write; left out: benchmarks/results/kinds-DATE.json")
+    parser.add_argument("--no-pictures", action="store_true", help="leave out nano")
+    parser.add_argument("--out", type=Path, help="JSON to add to; left out: benchmarks/results/kinds-LANGUAGE.json")
     return parser.parse_args()
 
 
@@ -87,8 +92,18 @@ def ssimulacra2_of(one: Any, other: Any) -> float:
     return float(compute_ssimulacra2(files[0], files[1]))
 
 
+def mean(numbers: Iterable[float], of_none: float) -> float:
+    every = list(numbers)
+    return sum(every) / len(every) if every else of_none
+
+
+@cache
+def judge_of(language: str) -> Any:
+    return judges(("pp",), language)[0][0]
+
+
 def lines_read(images: list[Any], cases: Any, language: str) -> Share:
-    judge = judges(("pp",), language)[0][0]
+    judge = judge_of(language)
     return add_up([compare(c.lines, judge.read(i, c.script)) for i, c in zip(images, cases, strict=True)]).lines
 
 
@@ -121,36 +136,43 @@ def residual(file: Path) -> Tensor:
     return torch.cat([(new - old).flatten() for new, old in zip(after, (img, txt), strict=True)])
 
 
-class Bench:
-    """The 16-bit files and what they give, against which every kind is held."""
+class Block:
+    """What a full-width block in 16 bits adds, against which every kind is held."""
+
+    def __init__(self, folder: Path):
+        (folder / "wide").mkdir()
+        self.folder, self.file = folder / "wide", full_width(folder)
+        self.added = residual(self.file)
+
+    def measure(self, kind: str) -> dict[str, Any]:
+        file = self.file if kind == "bf16" else written(str(self.file), kind, self.folder)
+        bits = 8 * file.stat().st_size / (self.file.stat().st_size / 2)
+        error = float((residual(file) - self.added).norm() / self.added.norm())
+        if kind != "bf16":
+            file.unlink()
+        return {"bits": bits, "block": error}
+
+
+class Pictures:
+    """nano's pictures with the 16-bit file, against which every kind is held."""
 
     def __init__(self, wish: argparse.Namespace, folder: Path):
         self.wish, self.folder = wish, folder
         self.cases = text_cases("words", wish.language, wish.n)
-        self.block = None if wish.no_block else full_width(folder)
-        self.added = None if self.block is None else residual(self.block)
-        self.file = written(wish.model, "bf16", folder)
-        self.images = pictures(wish.model, self.file, self.cases)
+        self.images = pictures(wish.model, written(wish.model, "bf16", folder), self.cases)
 
     def measure(self, kind: str) -> dict[str, Any]:
-        """One row of the table."""
-        file = self.file if kind == "bf16" else written(self.wish.model, kind, self.folder)
-        images = self.images if kind == "bf16" else pictures(self.wish.model, file, self.cases)
-        pairs = list(zip(images, self.images, strict=True))
-        found = {
-            "read": lines_read(images, self.cases, self.wish.language).as_json(),
-            "flip": sum(flip_of(*pair) for pair in pairs) / len(pairs),
-            "ssimulacra2": sum(ssimulacra2_of(*pair) for pair in pairs) / len(pairs),
-        }
-        if self.block is not None and self.added is not None:
-            block = self.block if kind == "bf16" else written(str(self.block), kind, self.folder / "wide")
-            found["bits"] = 8 * block.stat().st_size / (self.block.stat().st_size / 2)
-            found["block"] = float((residual(block) - self.added).norm() / self.added.norm())
-            if kind != "bf16":
-                block.unlink()
+        images = self.images
         if kind != "bf16":
+            file = written(self.wish.model, kind, self.folder)
+            images = pictures(self.wish.model, file, self.cases)
             file.unlink()
-        return found
+        pairs = list(zip(images, self.images, strict=True))[: 0 if kind == "bf16" else COMPARED]
+        return {
+            "read": lines_read(images, self.cases, self.wish.language).as_json(),
+            "flip": mean((flip_of(*pair) for pair in pairs), 0.0),
+            "ssimulacra2": mean((ssimulacra2_of(*pair) for pair in pairs), 100.0),
+        }
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
@@ -158,24 +180,30 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     lines = ["| kind | bits a weight | block | read | FLIP | SSIM2 |", "|---|---|---|---|---|---|"]
     for kind, row in rows.items():
         wide = f"{row['bits']:.2f} | {row['block']:.2%}" if "block" in row else " | "
-        read = "{share:.1%} [{low:.1%}, {high:.1%}]".format(**row["read"])
-        lines.append(f"| {kind} | {wide} | {read} | {row['flip']:.4f} | {row['ssimulacra2']:.1f} |")
+        seen = " |  | "
+        if "read" in row:
+            read = "{share:.1%} [{low:.1%}, {high:.1%}]".format(**row["read"])
+            seen = f"{read} | {row['flip']:.4f} | {row['ssimulacra2']:.1f}"
+        lines.append(f"| {kind} | {wide} | {seen} |")
     return "\n".join(lines)
 
 
 def main() -> None:
     wish = arguments()
-    out = wish.out or RESULTS / f"kinds-{wish.language}-{time.strftime('%Y-%m-%d')}.json"
+    out = wish.out or RESULTS / f"kinds-{wish.language}.json"
+    told = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {"settings": {}, "kinds": {}}
+    rows: dict[str, dict[str, Any]] = told["kinds"]
+    if not wish.no_pictures:
+        told["settings"] = {"model": wish.model, "language": wish.language, "n": wish.n, "torch": torch.__version__}
     with tempfile.TemporaryDirectory() as name:
-        (Path(name) / "wide").mkdir()
-        bench = Bench(wish, Path(name))
-        rows: dict[str, dict[str, Any]] = {}
+        benches: list[Block | Pictures] = [] if wish.no_block else [Block(Path(name))]
+        benches += [] if wish.no_pictures else [Pictures(wish, Path(name))]
         for kind in ("bf16", *wish.kinds):
             began = time.monotonic()
-            rows[kind] = bench.measure(kind)
+            for bench in benches:
+                rows.setdefault(kind, {}).update(bench.measure(kind))
             print(f"{kind} after {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
-            settings = {"model": wish.model, "language": wish.language, "n": wish.n, "torch": torch.__version__}
-            out.write_text(json.dumps({"settings": settings, "kinds": rows}, indent=1) + "\n", encoding="utf-8")
+            out.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
     print(table(rows))
 
 

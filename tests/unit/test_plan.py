@@ -37,7 +37,7 @@ from lanting.plan.costs import Bill, Way
 from lanting.plan.geometry import Geometry, Language, Transformer, Vae, Vision
 from lanting.plan.kinds import KINDS
 from lanting.plan.machine import cgroup_memory, parse_meminfo, parse_nvidia
-from lanting.plan.planner import rank
+from lanting.plan.planner import SPARE, rank
 from lanting.plan.sizes import (
     Reader,
     language_tensors,
@@ -254,7 +254,7 @@ def test_a_refusal_says_a_number_that_then_works(vram, ram):
 def test_budgets_are_hard_whatever_the_machine_has():
     roomy = machine(80 * G, 128 * G)
     chosen = plan(MODEL, JOB, roomy, Budget(vram=12 * G, ram=24 * G))
-    assert chosen.peak_vram <= 12 * G and chosen.peak_ram <= 24 * G
+    assert SPARE * chosen.peak_vram <= 12 * G and SPARE * chosen.peak_ram <= 24 * G  # predictions may be a little low
 
 
 def test_an_asked_kind_is_the_only_one():

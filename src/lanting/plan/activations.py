@@ -18,6 +18,7 @@ from lanting.plan.sizes import Sizes
 TILE, STRIDE = 256, 192  # pixels, those of lanting.nn.vae
 TOKEN = 16  # pixels per side of a token
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+RUN = 1 << 19  # weights of a GGUF block type that a CPU expands at a time, lanting.nn.dequant's
 Size = tuple[int, int]  # width, height in pixels
 
 
@@ -85,6 +86,8 @@ def expanding(weights: int, kind: Kind, width: int, on_cpu: bool) -> int:
     """Bytes alive while a packed weight is expanded: the result, and what making it needs beside."""
     if not kind.packed:
         return 0
+    if on_cpu and kind.in_runs:
+        return weights * width + min(weights, RUN) * 16
     return int(weights * (width + (kind.scratch if on_cpu else min(kind.scratch, 2))))
 
 

@@ -18,7 +18,8 @@ from lanting.core.errors import RequestError
 class Kind:
     """`block` weights of one row take `stored` bytes; every row takes `row` bytes more.
 
-    `scratch`: bytes per weight beside the expanded one while it is expanded on a CPU.
+    `scratch`: bytes per weight beside the expanded one while it is expanded; a CPU expands GGUF's types a few rows at
+    a time (`in_runs`) and needs next to none.
     """
 
     name: str
@@ -33,6 +34,10 @@ class Kind:
     def bits(self) -> float:
         """Per weight, scales of blocks included."""
         return 8 * self.stored / self.block
+
+    @property
+    def in_runs(self) -> bool:
+        return self.name.startswith("q")
 
     def bytes(self, rows: int, columns: int) -> int:
         """Of a weight (rows, columns), packed as `lanting.attach.quant` does it."""

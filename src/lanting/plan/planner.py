@@ -24,6 +24,7 @@ from lanting.plan.plan import Plan
 from lanting.plan.words import size as in_words
 
 TILE_ABOVE = 2048 * 2048  # pixels; the engine always decodes larger pictures in tiles
+SPARE = 1.04  # a budget holds even where a peak is this much above what is predicted: the most that was measured
 PATIENCE = 1.3  # how much longer streaming may make a step before it counts as waiting
 ENCODERS = {"keep": 0, "unload": 1, "cpu": 2}
 
@@ -62,11 +63,12 @@ def plan(
 ) -> Plan:
     """The best plan within the budgets; a RefusalError where there is none. `quant`: only this kind."""
     place = machine.device(device)
-    limits = (budget or Budget()).of(machine, place)
+    has = (budget or Budget()).of(machine, place)
+    limits = spared(has)
     every = priced(Bill(model, job, machine, place), limits, quant)
     fitting = [each for each in every if fits(each, limits)]
     if not fitting:
-        raise refusal(model, job, every, limits)
+        raise refusal(model, job, every, has)
     best = min(fitting, key=rank)
     return replace(best, reasons=reasons(best, every, limits, model))
 
@@ -76,7 +78,7 @@ def survey(
 ) -> list[tuple[Plan, bool]]:
     """For every kind the best plan that fits and True, else the one that needs least and False; the best first."""
     place = machine.device(device)
-    limits = (budget or Budget()).of(machine, place)
+    limits = spared((budget or Budget()).of(machine, place))
     every = priced(Bill(model, job, machine, place), limits, None)
     rows = []
     for kind in dict.fromkeys(each.transformer for each in every):
@@ -84,6 +86,11 @@ def survey(
         fitting = [each for each in own if fits(each, limits)]
         rows.append(min(fitting, key=rank) if fitting else min(own, key=lambda each: _excess(each, limits)))
     return sorted(((each, fits(each, limits)) for each in rows), key=lambda row: (not row[1], rank(row[0])))
+
+
+def spared(has: tuple[int, int]) -> tuple[int, int]:
+    """What a plan may be predicted to take of these."""
+    return int(has[0] / SPARE), int(has[1] / SPARE)
 
 
 def fits(each: Plan, limits: tuple[int, int]) -> bool:
@@ -182,13 +189,13 @@ def least(every: Sequence[Plan], limits: tuple[int, int]) -> tuple[int | None, i
     return small.peak_vram, small.peak_ram
 
 
-def refusal(model: Model, job: Job, every: Sequence[Plan], limits: tuple[int, int]) -> RefusalError:
+def refusal(model: Model, job: Job, every: Sequence[Plan], has: tuple[int, int]) -> RefusalError:
     """A sentence with the amount of memory that would do, rounded up to tenths of a GB (or tens of MB)."""
-    vram, ram = (None if need is None else _round_up(need) for need in least(every, limits))
+    vram, ram = (None if need is None else _round_up(int(need * SPARE) + 1) for need in least(every, spared(has)))
     needs = [f"{in_words(vram)} VRAM (--vram {short(vram)})"] if vram is not None else []
     needs += [f"{in_words(ram)} RAM (--ram {short(ram)})"] if ram is not None else []
-    has = [f"{in_words(limits[0])} VRAM"] if vram is not None else []
-    has += [f"{in_words(limits[1])} RAM"] if ram is not None else []
+    there = [f"{in_words(has[0])} VRAM"] if vram is not None else []
+    there += [f"{in_words(has[1])} RAM"] if ram is not None else []
     return RefusalError(
         "{model} at {width}×{height} needs at least {needs}, and {has} are there: give more or a smaller --size",
         vram,
@@ -198,7 +205,7 @@ def refusal(model: Model, job: Job, every: Sequence[Plan], limits: tuple[int, in
             "width": job.size[0],
             "height": job.size[1],
             "needs": " + ".join(needs),
-            "has": " + ".join(has),
+            "has": " + ".join(there),
         },
     )
 
