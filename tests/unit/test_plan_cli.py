@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from PIL import Image
 
 from fakes import FakeEngine
 from lanting.cli.main import main
@@ -109,3 +110,22 @@ def test_a_budget_is_kept_when_nano_really_draws(tmp_path, capsys):
     arguments = ["generate", "a sign", "--size", "1024x1024", "--steps", "1", "-o", str(tmp_path / "a.png")]
     assert main([*arguments, "--ram", "500M"]) == 0
     assert "VAE in tiles" in capsys.readouterr().err and (tmp_path / "a.png").exists()
+
+
+def test_every_drawing_verb_takes_a_budget(monkeypatch, tmp_path, capsys):
+    drawn = tmp_path / "a.png"
+    assert main(["generate", "a sign", "--steps", "1", "-o", str(drawn)]) == 0
+    capsys.readouterr()
+    for arguments in (["replay", str(drawn)], ["generate", "a sign"], ["edit", str(drawn), "make it red"]):
+        assert main([*arguments, "--model", "nano", "--ram", "100M", "-o", str(tmp_path / "b.png")]) == 2, arguments
+        told = capsys.readouterr()
+        assert "--ram" in told.err and len(told.err.splitlines()) == 1, arguments
+    assert main(["replay", str(drawn), "--ram", "2G", "-o", str(tmp_path / "b.png")]) == 0
+    assert "plan: " in capsys.readouterr().err
+
+
+def test_layers_takes_a_budget(tmp_path, capsys):
+    """Its release is not here, and the budget is looked at first."""
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    assert main(["layers", str(tmp_path / "a.png"), "--ram", "much"]) == 2
+    assert "much" in capsys.readouterr().err

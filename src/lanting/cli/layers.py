@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +10,7 @@ import typer
 
 from lanting.cli import options as o
 from lanting.cli.draw import Weights, Wish, draw
+from lanting.cli.fit import Limits
 from lanting.cli.screen import Screen
 from lanting.core.pictures import open_picture
 from lanting.core.types import Request
@@ -30,6 +32,8 @@ def layers(
     text_encoder: o.TextEncoder = None,
     vae: o.Vae = None,
     quant: o.Quant = "auto",
+    vram: o.Vram = None,
+    ram: o.Ram = None,
     output: o.Output = None,
     force: o.Force = False,
     preview: o.Preview = False,
@@ -52,4 +56,5 @@ def layers(
     title = Path(picture).stem
     weights, loras = Weights(quant, text_encoder, vae), tuple(lora or ())
     wish = Wish(model, None, device, dtype, output, force, preview, title, loras=loras, weights=weights)
+    wish = replace(wish, limits=Limits(vram, ram))
     draw(request, wish, Screen(quiet, json))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,6 +11,7 @@ import typer
 
 from lanting.cli import options as o
 from lanting.cli.draw import Drawn, Weights, Wish, draw
+from lanting.cli.fit import Limits
 from lanting.cli.screen import Screen
 from lanting.core.errors import ModelError, PictureError
 from lanting.core.pictures import decode_picture, open_mask, open_picture, read_bytes
@@ -36,6 +38,8 @@ def replay(
     text_encoder: o.TextEncoder = None,
     vae: o.Vae = None,
     quant: Annotated[str | None, typer.Option("--quant", help="Default: the recipe's.")] = None,
+    vram: o.Vram = None,
+    ram: o.Ram = None,
     output: o.Output = None,
     force: o.Force = False,
     preview: o.Preview = False,
@@ -62,6 +66,7 @@ def replay(
     loras = _loras(recipe, lora or [], name, Path(picture).parent, screen)
     weights = Weights(quant or recipe.versions.get("quant", "auto"), text_encoder, vae)
     wish = Wish(name, None, device, number, again, force, preview, Path(picture).stem, loras=loras, weights=weights)
+    wish = replace(wish, limits=Limits(vram, ram))
     drawn = draw(request, wish, screen)
     _compare(Path(picture), recipe, drawn, screen)
 
