@@ -25,6 +25,7 @@ from lanting.core.errors import ModelError, OutputError, RequestError
 from lanting.core.types import Request
 from lanting.engine import Engine
 from lanting.engine.quantize import Target, quantize_model
+from lanting.nn.mmdit import QwenImageTransformer, TransformerConfig
 from lanting.weights.checkpoint import open_component
 from lanting.weights.configs import config_of
 from lanting.weights.find import locate, release_of
@@ -153,6 +154,28 @@ def test_a_killed_run_leaves_nothing_under_the_name(tmp_path):
     assert not (tmp_path / "x.safetensors").exists()
     quantize_model("nano", tmp_path / "x.safetensors", Target("int8"))
     read_file(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["fp8", "q8_0"])
+def test_memory_holds_a_tensor_or_two_whatever_the_model_measures(kind, tmp_path):
+    """The high-water mark of writing 6 blocks is at most two weights (in float32) above that of writing one."""
+    code = (
+        "import pathlib, sys\n"
+        "from lanting.engine.quantize import Target, quantize_model\n"
+        "quantize_model(sys.argv[1], pathlib.Path(sys.argv[2]), Target(sys.argv[3]))\n"
+        "status = pathlib.Path('/proc/self/status').read_text()\n"
+        "print(next(line.split()[1] for line in status.splitlines() if line.startswith('VmHWM')))\n"
+    )
+    peaks = []
+    for layers in (1, 6):
+        source = tmp_path / f"{layers}.safetensors"
+        net = QwenImageTransformer(TransformerConfig(layers, 4, 128, 64))
+        save_file({name: p.detach().bfloat16() for name, p in net.named_parameters()}, str(source))
+        out = tmp_path / f"{layers}-{kind}{'.gguf' if kind == 'q8_0' else '.safetensors'}"
+        command = [sys.executable, "-c", code, str(source), str(out), kind]
+        peaks.append(1024 * int(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
+    assert (tmp_path / "6.safetensors").stat().st_size > 60e6
+    assert peaks[1] - peaks[0] < 2 * 4 * 6 * 512**2
 
 
 # ---------------------------------------------------------------- names

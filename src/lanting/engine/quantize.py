@@ -12,6 +12,7 @@ from typing import Any
 
 from lanting.attach.quant import GROUP, KINDS, chooser
 from lanting.core.errors import ModelError, RequestError
+from lanting.engine.allocator import return_memory
 from lanting.weights.checkpoint import Checkpoint
 from lanting.weights.find import locate
 from lanting.weights.forms import shapes
@@ -59,6 +60,7 @@ def quantize_model(model: str, out: Path, target: Target, report: Report | None 
     wanted = ".gguf" if gguf else ".safetensors"
     if out.suffix != wanted:
         raise RequestError("{kind} is written to a {ending} file", kind=target.kind, ending=wanted)
+    return_memory()
     checkpoint, config, release = _open(model, target.component)
     if any(path.resolve() == out.resolve() for path in set(checkpoint.where.values())):
         raise RequestError("{path} is the file that is read: choose another name", path=str(out))
