@@ -12,8 +12,9 @@ Some rows of each width and kind are drawn and packed once, by the same quantize
 every matrix is made of them, beginning with another one: packing 20 billion different weights as q4_k_m takes one core
 half an hour, and the file would have the same size. `--cold` drops the files from the page cache before a run; while
 it runs the system may keep what fits, so on a machine with much memory "streamed" is a test of memory and not of the
-disk. A step's time is the median of all rounds, in which the placements take turns: other programs on the machine then
-slow both. Without `--keep` the checkpoint is removed at the end; one that was kept is used again.
+disk. A step's time is the median of all rounds, in which the placements take turns. Processor time is told beside it:
+it leaves out waiting, for a disk and for other programs alike, so on a busy machine it is the better of the two.
+Without `--keep` the checkpoint is removed at the end; one that was kept is used again.
 """
 
 from __future__ import annotations
@@ -221,18 +222,18 @@ def draw(folder: Path, wish: argparse.Namespace) -> dict[str, Any]:
     gguf = folder / "transformer.gguf"
     parts = {"transformer": str(gguf)} if gguf.exists() else None
     request = Request(prompt="a tea house", size=(256, 256), steps=wish.steps, guidance_scale=1.0, seed=1)
-    times: list[float] = []
+    times: list[tuple[float, float]] = []
     peaks: dict[str, int] = {"start": peak()}
     with Engine.open(str(folder), plan=plan_for(wish.placement, wish.kind, wish.layers), parts=parts) as engine:
         for event in engine.stream(request):
             if isinstance(event, Progress):
                 peaks[event.phase] = peak()
                 if event.phase == "denoise":
-                    times.append(time.perf_counter())
+                    times.append((time.perf_counter(), time.process_time()))
             else:
                 seconds = dict(event.seconds)
-    steps = [after - before for before, after in pairwise(times)]
-    return {"peak": peak(), "peaks": peaks, "seconds": seconds, "steps": steps}
+    steps, busy = ([after[i] - before[i] for before, after in pairwise(times)] for i in (0, 1))
+    return {"peak": peak(), "peaks": peaks, "seconds": seconds, "steps": steps, "busy": busy}
 
 
 def peak() -> int:
@@ -275,6 +276,7 @@ def measure(folder: Path, wish: argparse.Namespace) -> dict[str, Any]:
             "seconds": done[-1]["seconds"],
             "steps": [each["steps"] for each in done],
             "step": median([step for each in done for step in each["steps"]] or [0.0]),
+            "busy": median([step for each in done for step in each["busy"]] or [0.0]),
         }
         for name, done in runs.items()
     }
@@ -288,10 +290,11 @@ def report(found: dict[str, Any], wish: argparse.Namespace) -> int:
         each = found[placement]
         phases = ", ".join(f"{name} {value:.1f} s" for name, value in each["seconds"].items())
         print(f"{placement}: peak {each['peak'] / 1e9:.2f} GB, {each['step']:.2f} s a step; {phases}")
-    ratio = found["streamed"]["step"] / max(found["resident"]["step"], 1e-9)
-    print(f"streamed over resident: {ratio:.2f}")
+    ratio, busy = (found["streamed"][key] / max(found["resident"][key], 1e-9) for key in ("step", "busy"))
+    print(f"streamed over resident: {ratio:.2f}, in processor time {busy:.2f}")
     if wish.json:
-        wish.json.write_text(json.dumps(found | {"ratio": ratio, "kind": wish.kind}, indent=1), encoding="utf-8")
+        told = found | {"ratio": ratio, "busy_ratio": busy, "kind": wish.kind, "threads": torch.get_num_threads()}
+        wish.json.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
     if (wish.layers, wish.reader_layers) != (LAYERS, READER_LAYERS):
         return 0
     over = [name for name, limit in LIMITS.items() if wish.kind == "int4" and found[name]["peak"] > limit]
