@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -254,12 +255,25 @@ def build(run: NanoRun, tokenizer: Tokenizer, vae: AutoencoderKLQwenImage) -> Na
     return net
 
 
+def end_with_parent(every: float = 2.0) -> None:
+    """Let this process end when the one that started it is gone: a killed command leaves nobody training on."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(every)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def join(rank: int, world: int, device: str) -> str:
     """Meet the other processes; returns the device of this one."""
     own = f"cuda:{rank}" if device == "cuda" else "cpu"
     if device == "cuda":
         torch.cuda.set_device(rank)
     if world > 1:
+        end_with_parent()
         address = f"tcp://127.0.0.1:{29500 + os.getppid() % 1000}"
         backend = "nccl" if device == "cuda" else "gloo"
         dist.init_process_group(backend, init_method=address, rank=rank, world_size=world)

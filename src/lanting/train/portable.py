@@ -21,13 +21,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lanting.core.errors import ModelError
+from lanting.nn.vae import to_image_weights
 from lanting.train.journal import NAME as LOG
 from lanting.train.vae import BEGUN, CONFIG, FROZEN, WEIGHTS, replace_file
 from lanting.train.widen import widen
+from lanting.weights.find import embedded_nano
 
 FILE_LIMIT = 15_900_000  # bytes of tensors in one file: with its header below 16 MB
 TOTAL = 56_000_000  # bytes of everything
 RUN, VAE = "run.json", "vae.safetensors"
+HEADS, TRANSFORMER = "heads.safetensors", "diffusion_pytorch_model"
+SHIPPED = ("transformer", "language", "visual")  # what becomes of a run; the rest only helps training
 EMA, STATE = "ema", "state"  # folders, and the beginnings of their files' names
 
 
@@ -95,6 +99,46 @@ def pack(folder: Path, out: Path, most: int = TOTAL) -> list[Path]:
     return [*files, out / RUN]
 
 
+def slim(source: Path, out: Path) -> list[Path]:
+    """What a packed run holds beyond the model that was exported from it: the helper heads, the log, the clock.
+
+    `unpack` takes the rest from the embedded model, so that its weights are kept once. Raises ModelError.
+    """
+    about = _about(source)
+    heads = {k: v for k, v in read_parts(source / EMA, EMA).items() if k.split(".")[0] not in SHIPPED}
+    out.mkdir(parents=True, exist_ok=True)
+    replace_file(out / HEADS, lambda part: save_file(heads, str(part), metadata={"format": "pt"}))
+    if (source / LOG).is_file():
+        replace_file(out / LOG, lambda part: shutil.copyfile(source / LOG, part))
+    replace_file(out / RUN, lambda part: part.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8"))
+    return [out / HEADS, out / RUN]
+
+
+def shipped(model: Path) -> dict[str, Tensor]:
+    """The trained tensors of an exported model folder under the names they have while training."""
+    tensors = load_file(str(model / "transformer" / f"{TRANSFORMER}.safetensors"))
+    found = {f"transformer.{k}": v for k, v in tensors.items()}
+    for name, tensor in load_file(str(model / "text_encoder" / "model.safetensors")).items():
+        found["language." + name.removeprefix("model.") if name.startswith("model.") else name] = tensor
+    return found
+
+
+def unfold_vae(model: Path, folder: Path) -> None:
+    """The autoencoder of an exported model folder, where stage 1 leaves its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    video = load_file(str(model / "vae" / f"{TRANSFORMER}.safetensors"))
+    state = {name: tensor.float().contiguous() for name, tensor in to_image_weights(video).items()}
+    replace_file(folder / WEIGHTS, lambda part: save_file(state, str(part)))
+    replace_file(folder / CONFIG, lambda part: shutil.copyfile(model / "vae" / "config.json", part))
+    (folder / FROZEN).write_text("taken from the embedded model\n")
+
+
+def _about(source: Path) -> dict[str, Any]:
+    if not (source / RUN).is_file():
+        raise ModelError(f"{source} holds no packed run ({RUN} is missing); give the folder that a slice wrote.")
+    return json.loads((source / RUN).read_text(encoding="utf-8"))
+
+
 def _size(tensors: Mapping[str, Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
@@ -115,10 +159,10 @@ def unpack(source: Path, folder: Path, width: int = 0, anew: bool = False, vae_a
     """
     if (folder / "checkpoint.pt").exists():
         return False
-    if not (source / RUN).is_file():
-        raise ModelError(f"{source} holds no packed run ({RUN} is missing); give the folder that a slice wrote.")
-    about: dict[str, Any] = json.loads((source / RUN).read_text(encoding="utf-8"))
-    average = {k: v.float() for k, v in read_parts(source / EMA, EMA).items()}
+    about = _about(source)
+    embedded = (source / HEADS).is_file()
+    trained = load_file(str(source / HEADS)) | shipped(embedded_nano()) if embedded else read_parts(source / EMA, EMA)
+    average = {k: v.float() for k, v in trained.items()}
     extra = read_parts(source / STATE, STATE)
     carried = {k.removeprefix("net."): v.float() for k, v in extra.items() if k.startswith("net.")}
     state: dict[str, Any] = {
@@ -136,12 +180,13 @@ def unpack(source: Path, folder: Path, width: int = 0, anew: bool = False, vae_a
         shape["num_attention_heads"] = width // shape["attention_head_dim"]
     if anew:
         state |= {"clock": {"step": 0, "seen": about["clock"]["seen"], "seconds": 0.0}, "optimizers": []}
-    if vae_anew:
-        (folder / "vae").mkdir(parents=True, exist_ok=True)
-        begun = load_file(str(source / VAE))
-        replace_file(folder / "vae" / BEGUN, lambda part: save_file(begun, str(part)))
+    if embedded:
+        unfold_vae(embedded_nano(), folder / "vae")
     else:
         unpack_vae(source / VAE, folder / "vae")
+    if vae_anew:
+        (folder / "vae" / FROZEN).unlink()
+        (folder / "vae" / WEIGHTS).rename(folder / "vae" / BEGUN)
     if (source / LOG).is_file() and not (folder / LOG).exists():
         shutil.copyfile(source / LOG, folder / LOG)
     replace_file(folder / "checkpoint.pt", lambda part: torch.save(state, part))
@@ -168,4 +213,4 @@ def unpack_vae(path: Path, folder: Path) -> None:
         replace_file(folder / name, lambda part, key=key: part.write_text(words[key]))
 
 
-__all__ = ["pack", "pack_vae", "read_parts", "unpack", "unpack_vae", "write_parts"]
+__all__ = ["pack", "pack_vae", "read_parts", "slim", "unpack", "unpack_vae", "write_parts"]
