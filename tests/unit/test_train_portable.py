@@ -5,16 +5,19 @@ from __future__ import annotations
 import shutil
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from lanting.core.errors import ModelError
+from lanting.train.export import export_nano
 from lanting.train.journal import entries
 from lanting.train.loop import Budget, Trainer
+from lanting.train.model import NanoConfig, NanoNet
 from lanting.train.nano import main, settled, vae_recipe
-from lanting.train.portable import EMA, STATE, pack, read_parts, unpack, write_parts
+from lanting.train.portable import EMA, STATE, pack, read_parts, slim, unpack, write_parts
 from lanting.train.presets import on_gpu
 from lanting.train.vae import CHECKPOINT, FROZEN, VAERecipe, load_vae, train_vae
 from training import begun, gradients, small_net, small_run
@@ -85,6 +88,29 @@ def test_weights_begin_a_new_schedule(run, tmp_path):
     quick = VAERecipe(processes=1, measured=2, judged=1, warmup_steps=1, lr=0.0)
     trained = train_vae(folder / "vae", 0.0, recipe=quick, log=lambda words: None)
     assert all(torch.equal(tensor, begun_with[name]) for name, tensor in trained.state_dict().items())
+
+
+def test_a_run_goes_on_from_the_shipped_model_and_what_only_helps_training(run, tmp_path, monkeypatch):
+    packed, slimmed = tmp_path / "packed", tmp_path / "slim"
+    pack(run, packed)
+    model = export_nano(run, tmp_path / "model")
+    slim(packed, slimmed)
+    assert not list(slimmed.glob("ema*")) and sum(f.stat().st_size for f in slimmed.iterdir()) < 1e6
+    monkeypatch.setattr("lanting.train.portable.embedded_nano", lambda: model)
+    for source, folder in ((packed, "whole"), (slimmed, "mended")):
+        assert unpack(source, tmp_path / folder)
+    whole, mended = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("whole", "mended"))
+    assert set(whole["average"]) == set(mended["average"]) and whole["clock"] == mended["clock"]
+    assert all(torch.equal(tensor, mended["average"][name]) for name, tensor in whole["average"].items())
+    ours, theirs = (load_vae(tmp_path / name / "vae").state_dict() for name in ("whole", "mended"))
+    assert all(torch.equal(ours[name].bfloat16(), theirs[name].bfloat16()) for name in ours)
+
+
+def test_what_is_in_the_repository_fits_the_shipped_model(tmp_path):
+    assert unpack(Path(__file__).parents[2] / "checkpoints" / "nano", tmp_path / "run")
+    kept = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    trainer = Trainer(NanoNet(NanoConfig.from_dict(kept["config"])), Budget(), tmp_path / "run")
+    assert trainer.resume()
 
 
 def test_what_does_not_fit_stays_behind(run, tmp_path):
