@@ -30,16 +30,20 @@ import torch
 from PIL import Image
 
 from lanting.core.errors import LantingError
-from lanting.train import nano
+from lanting.train import graphs, nano
 from lanting.train.journal import NAME as LOG
 from lanting.train.journal import entries
+from lanting.train.loop import train
 from lanting.train.nano import NanoRun
 from lanting.train.portable import STATE, pack
+from lanting.train.stopwatch import FILE as PROFILE
+from lanting.train.stopwatch import profiled
 from lanting.train.vae import FROZEN
 from lanting.train.workers import kept_atlas
 
 UNFINISHED = "train.pt"  # the autoencoder's checkpoint, brought back when a slice ends inside stage 1
 MOST_FILES, MOST_BYTES = 8, 16 * 2**20
+PROFILED = (40, 400)  # steps from which on a profile is taken: while shapes are new, and when most are known
 
 
 def arguments() -> argparse.Namespace:
@@ -60,6 +64,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=0.0)
     parser.add_argument("--concepts", type=int, default=256)
     parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--no-graphs", action="store_true", help="run every step's operations one by one")
+    parser.add_argument("--profile", action="store_true", help="say where the time of a few steps goes: profile.txt")
     parser.add_argument("--warm", default="", help="model folder whose weights are continued")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dry-run", action="store_true", help="a tiny network on the CPU, all steps")
@@ -224,9 +230,16 @@ def rehearsal(run: NanoRun) -> NanoRun:
         vae.save_vae(net, run.vae / vae.WEIGHTS)
         vae.save_config(net.config, run.vae / vae.CONFIG)
         (run.vae / vae.FROZEN).write_text("not trained\n")
-    shape = {} if run.resume_from else {"width": 64, "layers": 1, "concepts": 32}
+    shape = {"width": 64, "layers": 1, "concepts": 32} if layers_of(run.resume_from) == 1 else {}
     small = replace(run, **shape, capacity=24, feeders=1, workers=1, vae_minutes=min(run.vae_minutes, 0.05))
     return replace(small, minutes=max(run.minutes, 0.0) / 1000, slice_minutes=1.0)
+
+
+def layers_of(source: str) -> int:
+    """Layers of what is brought; those of a rehearsal where there is nothing."""
+    if not source:
+        return 1
+    return json.loads((Path(source) / "run.json").read_text())["config"]["transformer"]["num_layers"]
 
 
 def prepare(asked: argparse.Namespace) -> None:
@@ -253,6 +266,10 @@ def bring_back(run: NanoRun, out: Path, report: dict[str, Any]) -> list[Path]:
     sheets = latest_sheets(run.folder / "sheets")
     if sheets:
         one_sheet(sheets).save(out / "sheet.png", optimize=True)
+    told = out / PROFILE
+    if told.is_file() and len(list(out.rglob("*.*"))) >= MOST_FILES:
+        report["profile"] = told.read_text(encoding="utf-8").splitlines()
+        told.unlink()
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     files = sorted(path for path in out.rglob("*") if path.is_file())
     if len(files) > MOST_FILES:  # the average of the weights is enough to go on from
@@ -291,6 +308,11 @@ def main() -> None:
     prepare(asked)
     run = replace(the_run(asked), until=began + 60 * asked.slice_minutes - nano.CLOSING)
     before = len(entries(asked.resume_from / LOG)) if goes_on(asked.resume_from) else len(entries(run.folder / LOG))
+    if asked.no_graphs:
+        graphs.MOST = 0
+    if asked.profile:
+        starts, steps = ((0,), 1) if asked.dry_run else (PROFILED, 10)
+        nano.train = profiled(train, asked.out, starts, steps)
     load = Load()
     load.start()
     keeper = Keeper(run, asked.out)

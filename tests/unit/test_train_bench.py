@@ -37,11 +37,13 @@ def slice_of(tmp_path: Path, name: str, *words: str) -> dict:
 
 
 def test_a_slice_comes_back_and_another_machine_goes_on(tmp_path):
-    first = slice_of(tmp_path, "first", "--minutes", "10")
+    first = slice_of(tmp_path, "first", "--minutes", "10", "--profile")
     assert first["speed"]["steps"] >= 1 and "ink english" in first["scores"][0]
     files = [path for path in (tmp_path / "first").rglob("*") if path.is_file()]
     assert len(files) <= 8 and all(path.stat().st_size < 16e6 for path in files)
     assert {"run.json", "log.jsonl", "sheet.png", "vae.safetensors"} <= {path.name for path in files}
+    told = (tmp_path / "first" / "profile.txt").read_text()
+    assert "forward and backward" in told and "Self CPU" in told and "no profile" not in told
     second = slice_of(tmp_path, "second", "--minutes", "60", "--resume-from", str(tmp_path / "first"))
     assert second["speed"]["steps"] > first["speed"]["steps"]
 

@@ -19,20 +19,20 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from lanting.core.errors import ModelError
 from lanting.train.assets import concepts
+from lanting.train.graphs import Passes, passes_for
 from lanting.train.journal import Meter
-from lanting.train.labels import PICTURED, SCENE, SHAPE, concepts_of
+from lanting.train.labels import SCENE, SHAPE
+from lanting.train.losses import judged
 from lanting.train.model import NanoNet, matrices
-from lanting.train.optim import Muon, average_gradients
+from lanting.train.optim import Muon, average_gradients, mean_gradients
 from lanting.train.replay import Batch, Reader
 from lanting.train.vae import replace_file
 
 AGREE = 20  # steps on GPUs between two agreements on the time
-INK_VARIANCE = 0.15  # of the ink's coverage where there is ink
 STOCK = 512  # examples of every kind before the first step
 
 
@@ -126,6 +126,9 @@ class Trainer:
         self.shapes = torch.zeros(net.config.language.vocab_size, SHAPE, dtype=torch.uint8)
         self.pictures = torch.zeros(len(concepts()), SCENE)
         self._prefixes: dict[tuple[int, ...], Tensor] = {}
+        self._pairs: tuple[list[Tensor], list[Tensor]] = ([], [])  # what follows and what is followed
+        self._paired: tuple[object, object] = (None, None)  # whose they are
+        self.passes: Passes = passes_for(self)
 
     @property
     def progress(self) -> float:
@@ -152,27 +155,7 @@ class Trainer:
         with torch.autocast(self.device.type, dtype=torch.bfloat16):
             velocity, said = self.net(noisy, t, self.prefix(prefix), batch)
         error = (velocity.float() - (noise - x0)).square().mean()
-        asked = batch.what.clamp(min=0)
-        inked = (batch.what.sum(-1) > 0).float()  # (B, N)
-        weight = torch.where(inked > 0, 1.0, 0.2) * (batch.what[..., 0] >= 0)
-        known = (batch.where[..., 0] >= 0).float()  # (B, T)
-        spots = batch.where.clamp(min=0)
-        report = {"loss": error.detach(), "read": _right(said.what, asked, inked)}  # NaN where nothing was asked
-        report["placed"] = _right(said.where, spots, known)
-        total = error + weights.what * _entropy(said.what, asked, weight)
-        total = total + weights.where * _entropy(said.where, spots, known)
-        ink = _mean(_missed(said.ink, batch.ink), inked)
-        letters = known * (batch.where[..., 2] != PICTURED)
-        scene = _mean(self.missed_scene(said.scene, batch.what), known - letters)
-        shapes = self.shapes[batch.ids]  # (B, T, 256)
-        read, text = (_mean(_missed(each, shapes), letters) for each in (said.read, said.text))
-        report |= {"ink": ink.detach(), "shape": text.detach(), "scene": scene.detach()}
-        return total + weights.ink * ink + weights.shape * (read + text) + weights.scene * scene, report
-
-    def missed_scene(self, drawn: Tensor, what: Tensor) -> Tensor:
-        """Error of pictograms drawn at every token (B, T, 768), of which only the one that is named counts: (B, T)."""
-        wanted = self.pictures[concepts_of(what).clamp(0, len(self.pictures) - 1)]  # (B, 768)
-        return (drawn.float() - wanted[:, None]).square().mean(-1)
+        return judged(error, said, batch, (self.shapes, self.pictures), weights)
 
     def step(
         self, courses: Sequence[Course], rng: random.Random, generator: torch.Generator, seed: int
@@ -190,8 +173,7 @@ class Trainer:
             count = max(1, int(course.batch * self.scale))
             batch = course.replay.draw(count, rng).to(self.device)
             t, noise = self.noised(batch.latents, generator)
-            total, report = self.loss(batch, course.replay.reader.prefix, t, noise)
-            (total / self.budget.picks).backward()
+            report = self.passes(course.name, batch, course.replay.reader.prefix, t, noise)
             figures |= {f"{course.name} {k}": v for k, v in report.items()}
             self.clock.seen += count * self.world
         if self.world > 1:
@@ -203,6 +185,7 @@ class Trainer:
 
     def update(self) -> None:
         """Move the weights along the gradients, and the average behind them."""
+        self.passes.gather()
         torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
         rate = self.budget.rate(self.clock.step - self.warm_from, self.agreed)
         for optimizer in self.optimizers:
@@ -210,6 +193,7 @@ class Trainer:
                 group["lr"] = rate
             optimizer.step()
             optimizer.zero_grad(set_to_none=self.world == 1)
+        self.passes.clear()
         self.follow()
 
     def tick(self, began: float) -> None:
@@ -249,8 +233,11 @@ class Trainer:
     def follow(self) -> None:
         """The running average that is shipped; fast at first, so that early pictures mean something."""
         keep = min(self.budget.ema, (1 + self.clock.step) / (10 + self.clock.step))
-        now = self.net.state_dict()
-        torch._foreach_lerp_(list(self.average.values()), [now[k] for k in self.average], 1 - keep)
+        if self._paired[0] is not self.net or self._paired[1] is not self.average:
+            now = self.net.state_dict()  # a walk through all modules: once is enough
+            self._pairs = list(self.average.values()), [now[k] for k in self.average]
+            self._paired = self.net, self.average
+        torch._foreach_lerp_(*self._pairs, 1 - keep)
 
     def save(self) -> None:
         state = {
@@ -288,43 +275,6 @@ class Trainer:
             optimizer.load_state_dict({"state": kept["state"], "param_groups": kept.get("param_groups") or groups})
         self.warm_from = 0 if state["optimizers"] else self.clock.step
         return True
-
-
-def mean_gradients(parameters: Sequence[torch.nn.Parameter], world: int) -> None:
-    """Give all processes the mean of their gradients without asking the GPU for anything."""
-    for p in parameters:
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
-    grads = [p.grad for p in parameters if p.grad is not None]
-    flat = torch.cat([g.flatten() for g in grads])
-    dist.all_reduce(flat)
-    flat /= world
-    parts = flat.split([g.numel() for g in grads])
-    torch._foreach_copy_(grads, [part.view_as(g) for part, g in zip(parts, grads, strict=True)])
-
-
-def _entropy(logits: Sequence[Tensor], target: Tensor, weight: Tensor) -> Tensor:
-    """Weighted mean cross entropy of logits, each (B, n, C), against target (B, n, k), summed over the k."""
-    parts = [
-        F.cross_entropy(each.float().flatten(0, 1), target[..., i].flatten(), reduction="none")
-        for i, each in enumerate(logits)
-    ]
-    return _mean(torch.stack(parts).sum(0).view_as(weight), weight)
-
-
-def _right(logits: Sequence[Tensor], target: Tensor, weight: Tensor) -> Tensor:
-    """Share of the weighted places where all answers are right; NaN where there are none."""
-    right = torch.stack([each.argmax(-1) == target[..., i] for i, each in enumerate(logits)]).all(0)
-    return (right * weight).sum() / weight.sum()
-
-
-def _missed(drawn: Tensor, wanted: Tensor) -> Tensor:
-    """Error of ink (B, n, squares) against uint8 coverage, relative to its variance: (B, n)."""
-    return (drawn.float() - wanted / 255).square().mean(-1) / INK_VARIANCE
-
-
-def _mean(each: Tensor, weight: Tensor) -> Tensor:
-    return (each * weight).sum() / weight.sum().clamp(min=1)
 
 
 def train(
@@ -372,6 +322,5 @@ def make_smaller(trainer: Trainer) -> None:
     if trainer.world > 1 or trainer.scale < 0.1:
         raise ModelError("The GPU's memory is too small for these batches; give a smaller --batch-times.")
     trainer.scale /= 2
-    for parameter in trainer.net.parameters():
-        parameter.grad = None
+    trainer.passes.forget()
     torch.cuda.empty_cache()

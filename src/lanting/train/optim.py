@@ -26,7 +26,7 @@ def orthogonalize(matrices: Tensor, steps: int = 4) -> Tensor:
     for _ in range(steps):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x.mT if tall else x).to(matrices.dtype)
+    return (x.mT if tall else x).to(matrices.dtype, memory_format=torch.contiguous_format)
 
 
 class Muon(torch.optim.Optimizer):
@@ -72,8 +72,8 @@ class Muon(torch.optim.Optimizer):
         updates = orthogonalize(stacked, group["steps"]).unbind()
         scale = 0.2 * max(shape) ** 0.5  # the RMS an AdamW step would have
         torch._foreach_mul_(list[Tensor](params), 1 - group["lr"] * group["weight_decay"])
-        for p, update in zip(params, updates, strict=True):
-            p.add_(update.reshape(p.shape), alpha=-group["lr"] * scale)
+        moves = [update.reshape(p.shape) for p, update in zip(params, updates, strict=True)]
+        torch._foreach_add_(list[Tensor](params), moves, alpha=-group["lr"] * scale)
 
 
 def average_gradients(params: Sequence[nn.Parameter], seconds: float, world: int) -> float:
@@ -89,3 +89,16 @@ def average_gradients(params: Sequence[nn.Parameter], seconds: float, world: int
     for p, mean in zip(params, flat[:-1].split([g.numel() for g in grads]), strict=True):
         p.grad = mean.view_as(p)
     return flat[-1].item()
+
+
+def mean_gradients(parameters: Sequence[nn.Parameter], world: int) -> None:
+    """Give all processes the mean of their gradients without asking the GPU for anything."""
+    for p in parameters:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    grads = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in grads])
+    dist.all_reduce(flat)
+    flat /= world
+    parts = flat.split([g.numel() for g in grads])
+    torch._foreach_copy_(grads, [part.view_as(g) for part, g in zip(parts, grads, strict=True)])

@@ -1,13 +1,14 @@
 """Latent replay on a GPU: what `replay.Replay` does, with everything kept on the device and no loop over examples.
 
 Designs arrive in chunks that other processes made (`feed`); they are painted, encoded and stored here. A batch is then
-a handful of gathers. Only the lengths of the prompts stay on the CPU: prompts of a batch are equally long.
+a handful of gathers. Only the lengths of the prompts stay on the CPU: prompts of a batch are equally long. Encoding
+hundreds of pictures is two hundred little steps of the autoencoder, recorded once per kind on a GPU (`graphs`).
 """
 
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,6 +23,7 @@ from lanting.text.pictures import PictureConfig, smart_resize
 from lanting.train.atlas import Atlas
 from lanting.train.design import TOKEN
 from lanting.train.draw import INK, Plan, paint, paint_ink
+from lanting.train.graphs import MOST, Playback, recorder
 from lanting.train.presets import Kind
 from lanting.train.replay import READER_AREA, Batch, Reader, encode_pictures
 from lanting.train.sight import patches_together
@@ -62,6 +64,13 @@ def picture_tokens(kind: Kind) -> list[int]:
     return [rows * columns // 4] * kind.pictures
 
 
+@dataclass(frozen=True)
+class Pictured(Batch):
+    """A batch of edits, whose pictures' tokens stand in the same columns of all prompts."""
+
+    columns: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))  # (c,)
+
+
 class Ring:
     """Encoded examples of one kind on one device; the oldest make room."""
 
@@ -79,6 +88,9 @@ class Ring:
         self.lengths = np.zeros(capacity, np.int16)  # of the prompts, in tokens
         self.silent_ids = silent = reader.read([" "], picture_tokens(kind))[0][0]
         self.silent = torch.tensor(silent, device=self.device)
+        columns = [i for i, token in enumerate(silent) if token == self.image_token]
+        self.columns = torch.tensor(columns, dtype=torch.long, device=self.device)
+        self.playback = Playback(recorder()) if MOST and self.device.type == "cuda" else None
         pictures, patches = kind.pictures, self.patch_grid[0] * self.patch_grid[1]
         self.latents = self.room(self.tokens * (1 + pictures), 64, dtype=torch.float16)
         self.what = self.room(self.tokens, 2, dtype=torch.uint8)
@@ -104,7 +116,7 @@ class Ring:
         """Draw, encode and keep a chunk."""
         count, pictures = chunk.count, self.kind.pictures
         pixels = paint(chunk.plan, self.atlas)  # ((1 + k) B, H, W, 3)
-        latents = encode_pictures(self.vae, pixels, ENCODED).half().unflatten(0, (1 + pictures, count))
+        latents = self.encode(pixels).half().unflatten(0, (1 + pictures, count))
         slots = torch.arange(self.next, self.next + count, device=self.device) % self.capacity
         self.widen(chunk.ids.shape[1])
         width = chunk.ids.shape[1]
@@ -123,6 +135,11 @@ class Ring:
         self.lengths[np.arange(self.next, self.next + count) % self.capacity] = chunk.lengths
         self.filled = max(self.filled, min(self.capacity, self.next + count))
         self.next = (self.next + count) % self.capacity
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Latents (B, N, 64) of pictures (B, H, W, 3)."""
+        work = lambda x: (encode_pictures(self.vae, x, ENCODED),)  # noqa: E731
+        return (work(pixels) if self.playback is None else self.playback("encode", work, [pixels]))[0]
 
     def widen(self, tokens: int) -> None:
         """Make room for longer prompts than any before."""
@@ -160,13 +177,16 @@ class Ring:
     def with_pictures(self, batch: Batch, latents: Tensor, half: Tensor) -> Batch:
         """The same batch with its references: latents (B, (1 + k) N, 64), patches (B, k, P, 588)."""
         patches = half.float().unflatten(-1, (3, 1, 196)).expand(-1, -1, -1, -1, 2, -1).flatten(3)
-        return replace(
-            batch,
-            references=latents[:, self.tokens :],
-            patches=patches,
-            patch_grid=self.patch_grid,
-            positions=self.positions(batch.ids.shape[1])[:, None].expand(-1, len(latents), -1),
-            image_token=self.image_token,
+        return Pictured(
+            **vars(batch)
+            | {
+                "references": latents[:, self.tokens :],
+                "patches": patches,
+                "patch_grid": self.patch_grid,
+                "positions": self.positions(batch.ids.shape[1])[:, None].expand(-1, len(latents), -1),
+                "image_token": self.image_token,
+                "columns": self.columns,
+            }
         )
 
     def positions(self, width: int) -> Tensor:

@@ -1,20 +1,28 @@
-"""What makes the network of `model` fast on a GPU; nothing here changes what it computes beyond rounding."""
+"""What makes the network of `model` fast on a GPU; nothing here changes what it computes beyond rounding.
+
+A GPU waits for its host at every number that comes from a list or is asked for, so none may: neither for an index, nor
+for how many tokens are pictures. That is also what allows a step to be recorded (`graphs`).
+"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from lanting.nn.mmdit import Attend, Context
 from lanting.nn.qwen_language import Attend as CausalAttend
+from lanting.nn.qwen_language import Cache, LanguageConfig, QwenLanguageModel, expand_cache
 from lanting.nn.swap import swap
 from lanting.train.model import NanoNet, PlainAttend, PlainCausalAttend, WatchedStack, plain_block
+from lanting.train.replay import Batch
+from lanting.train.ring import Pictured
 from lanting.train.sight import TogetherVision
 
-TABLES = 256  # rotary tables kept: one per canvas and width of prompts
+TABLES = 8192  # rotary tables kept: one per canvas and width of prompts. Recordings read them where they are
 Run = Callable[[nn.Module, Tensor, Tensor, Context], tuple[Tensor, Tensor]]
 
 
@@ -23,10 +31,53 @@ def prepare_for_gpu(net: NanoNet) -> NanoNet:
     swap(net, PlainAttend, lambda path, old: Attend())
     swap(net, PlainCausalAttend, lambda path, old: CausalAttend())
     net.visual.__dict__["forward"] = TogetherVision(net.visual)
+    net.language.__dict__["forward"] = partial(read, net.language)
+    net.__dict__["embed"] = partial(embed, net)
     net.transformer.rope.size = TABLES
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
     return net
+
+
+def turns(positions: Tensor, config: LanguageConfig) -> tuple[Tensor, Tensor]:
+    """`qwen_language.rotary` without a list as an index, which a GPU would have to fetch."""
+    half = config.head_dim // 2
+    steps = torch.arange(half, dtype=torch.float32, device=positions.device) / half
+    parts = [positions[axis, ..., None].expand(-1, -1, n) for axis, n in enumerate(config.mrope_section)]
+    angles = torch.cat(parts, -1).float() * (1.0 / config.rope_theta**steps)  # (B, T, half)
+    angles = torch.cat([angles, angles], -1).unsqueeze(1)  # (B, 1, T, head_dim)
+    return angles.cos(), angles.sin()
+
+
+def read(
+    language: QwenLanguageModel, tokens: Tensor, positions: Tensor | None = None, cache: Cache | None = None
+) -> tuple[Tensor, Cache]:
+    """`QwenLanguageModel.forward` with `turns`."""
+    x = tokens if tokens.is_floating_point() else language.embed_tokens(tokens)
+    start = cache[0][0].shape[2] if cache else 0
+    if positions is None:
+        positions = torch.arange(start, start + x.shape[1], device=x.device).expand(3, 1, -1)
+    rope = turns(positions, language.config)
+    grown: Cache = []
+    for index, layer in enumerate(language.layers):
+        x, present = layer(x, rope, cache[index] if cache else None)
+        grown.append(present)
+    return language.norm(x), grown
+
+
+def embed(net: NanoNet, prefix: Tensor, batch: Batch) -> Tensor:
+    """`NanoNet.embed` where the tokens of pictures stand in the same columns of all rows."""
+    _, cache = net.language(prefix)
+    cache = expand_cache(cache, batch.ids.shape[0])
+    if batch.patches is None:
+        return net.language(batch.ids, cache=cache)[0]
+    if not isinstance(batch, Pictured):
+        raise TypeError("pictures for a network on a GPU come from a ring")
+    embeds = net.language.embed_tokens(batch.ids)
+    count = batch.patches.shape[0] * batch.patches.shape[1]
+    seen = net.visual(batch.patches.flatten(0, 2), [batch.patch_grid] * count).to(embeds.dtype)
+    embeds = embeds.index_copy(1, batch.columns, seen.view(len(batch.ids), -1, seen.shape[-1]))
+    return net.language(embeds, batch.positions, cache=cache)[0]
 
 
 def compile_for_gpu() -> None:
@@ -35,21 +86,32 @@ def compile_for_gpu() -> None:
 
 
 def compiled_block(plain: Run) -> Run:
-    """The compiled `plain`; where compiling fails (no compiler on the machine, say) `plain` itself from then on."""
+    """The compiled `plain`; where compiling fails (no compiler on the machine, say) `plain` itself from then on.
+
+    The first block would be compiled apart from the others, since it gets views: it gets copies instead.
+    """
     fast: Run = torch.compile(plain, dynamic=True)
     failed = False
 
     def run(block: nn.Module, img: Tensor, txt: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
         nonlocal failed
-        if not failed:
-            try:
-                return fast(block, img, txt, ctx)
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:
-                failed = True
-                words = str(error).strip().splitlines()[:1]
-                print(f"the blocks are not compiled ({type(error).__name__}: {words})", file=sys.stderr, flush=True)
+        if failed:
+            return plain(block, img, txt, ctx)
+        try:
+            return fast(block, whole(img), whole(txt), ctx)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            if img.is_cuda and torch.cuda.is_current_stream_capturing():
+                raise  # recording fails, not compiling
+            failed = True
+            words = str(error).strip().splitlines()[:1]
+            print(f"the blocks are not compiled ({type(error).__name__}: {words})", file=sys.stderr, flush=True)
         return plain(block, img, txt, ctx)
 
     return run
+
+
+def whole(x: Tensor) -> Tensor:
+    """x, copied where it is a view."""
+    return x.clone() if x._is_view() else x

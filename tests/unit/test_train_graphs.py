@@ -1,0 +1,147 @@
+"""Recorded training steps, with a stand-in for the recorder: the bookkeeping is all here, only the GPU is not."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from lanting.train.atlas import default_atlas
+from lanting.train.feed import FeedOrder
+from lanting.train.graphs import Playback, Recorded, passes_for
+from lanting.train.loop import Budget, Course, Trainer, make_smaller
+from lanting.train.presets import Kind
+from lanting.train.replay import Reader
+from lanting.train.ring import Ring
+from lanting.train.speed import prepare_for_gpu
+from lanting.train.workers import kept_atlas
+from training import small_net, small_tokenizer, small_vae
+
+KINDS = (Kind("design", (96, 32), 0, 0.5, 3, 2, 0.5), Kind("edit", (96, 96), 1, 0.5, 2, 1, 0.5))
+
+
+class Again:
+    """Records by doing the same once more; a GPU would not do it while recording either."""
+
+    def __init__(self, broken: type[Exception] | None = None):
+        self.broken, self.recorded, self.forgotten = broken, 0, 0
+
+    def ready(self) -> bool:
+        return True
+
+    def record(self, work: Callable[[], object]) -> Callable[[], object]:
+        if self.broken is not None:
+            raise self.broken("no\nat all")
+        self.recorded += 1
+        return work
+
+    def forget(self) -> None:
+        self.forgotten += 1
+
+
+@pytest.fixture(scope="module")
+def courses(tmp_path_factory) -> list[Course]:
+    folder = tmp_path_factory.mktemp("graphs")
+    small_tokenizer().save(str(folder / "tokenizer.json"))
+    kept_atlas(folder / "atlas.npz")
+    order = FeedOrder(KINDS, str(folder / "tokenizer.json"), str(folder / "atlas.npz"), 1, workers=1, chunk=6)
+    found = []
+    for number, kind in enumerate(KINDS):
+        reader = Reader(small_tokenizer(), "edit-plus" if kind.pictures else "text-to-image")
+        ring = Ring(kind, reader, small_vae(), default_atlas(), None, 6)  # type: ignore[arg-type]
+        ring.put(order.maker(0).chunk(number))
+        ring.add = lambda count, rng: None  # type: ignore[method-assign]
+        found.append(Course(kind.name, ring, kind.share, kind.batch, kind.fresh, kind.early))
+    return found
+
+
+def trainer_of(folder: Path, recorder: Again | None) -> Trainer:
+    trainer = Trainer(prepare_for_gpu(small_net()), Budget(warmup_steps=1), folder)
+    if recorder is not None:
+        trainer.passes = Recorded(trainer, recorder)  # type: ignore[arg-type]
+    return trainer
+
+
+def steps(trainer: Trainer, courses: list[Course], count: int) -> list[dict[str, torch.Tensor]]:
+    rng, generator = random.Random(5), torch.Generator().manual_seed(5)
+    return [trainer.step(courses, rng, generator, 2) for _ in range(count)]
+
+
+def test_recorded_steps_are_the_same_steps(courses, tmp_path):
+    recorder = Again()
+    plain, recorded = trainer_of(tmp_path, None), trainer_of(tmp_path, recorder)
+    told, heard = steps(plain, courses, 12), steps(recorded, courses, 12)
+    assert recorder.recorded >= 2  # kinds and lengths that came twice
+    alone = [figures for figures in told if {key.split()[0] for key in figures} == {"design"}]
+    assert 0 < len(alone) < 12  # the vision tower is left alone in some steps, and moved in others
+    for one, other in zip(told, heard, strict=True):
+        assert one.keys() == other.keys()
+        for key, value in one.items():
+            assert torch.allclose(value, other[key], atol=1e-3, equal_nan=True), key
+    assert all(p.grad is None for p in recorded.net.parameters())
+    for (name, one), other in zip(plain.net.named_parameters(), recorded.net.parameters(), strict=True):
+        assert torch.allclose(one, other, atol=1e-4), name
+    first, second = (t.optimizers[1].state[t.net.visual.merger.ln_q.weight]["step"] for t in (plain, recorded))
+    assert first == second < 12
+
+
+def test_figures_of_a_step_outlive_the_next(courses, tmp_path):
+    trainer = trainer_of(tmp_path, Again())
+    ring, generator = courses[0].replay, torch.Generator().manual_seed(0)
+    batch = ring.draw(3, random.Random(0), silence=0.0)  # type: ignore[call-arg]
+    told = []
+    for _ in range(4):
+        t, noise = trainer.noised(batch.latents, generator)
+        told.append(trainer.passes("design", batch, ring.reader.prefix, t, noise)["loss"])
+    assert len({float(loss) for loss in told}) == 4
+
+
+def test_where_recording_fails_steps_go_on_one_by_one(courses, tmp_path, capsys):
+    recorder = Again(RuntimeError)
+    plain, broken = trainer_of(tmp_path, None), trainer_of(tmp_path, recorder)
+    steps(plain, courses, 6)
+    steps(broken, courses, 6)
+    assert capsys.readouterr().err.count("not recorded") == 1
+    for one, other in zip(plain.net.parameters(), broken.net.parameters(), strict=True):
+        assert torch.allclose(one, other, atol=1e-4)
+
+
+def test_too_little_memory_while_recording_makes_batches_smaller(courses, tmp_path):
+    recorder = Again(torch.OutOfMemoryError)
+    trainer = trainer_of(tmp_path, recorder)
+    with pytest.raises(torch.OutOfMemoryError):
+        steps(trainer, courses, 12)
+    make_smaller(trainer)
+    assert trainer.scale == 0.5 and recorder.forgotten == 1
+    assert isinstance(trainer.passes, Recorded) and not trainer.passes.touched
+    assert all(not total.any() for total in trainer.passes.sums)
+    recorder.broken = None
+    steps(trainer, courses, 4)
+
+
+def test_only_so_much_is_recorded_and_inputs_share_memory():
+    playback = Playback(Again(), most=2)  # type: ignore[arg-type]
+    double = lambda x, y: (x * 2 + y.sum(),)  # noqa: E731
+    for width in (1, 2, 3, 1, 2, 3, 3, 1):
+        x, y = torch.rand(width), torch.rand(4)
+        assert torch.equal(playback("double", double, [x, y])[0], x * 2 + y.sum())
+    assert len(playback.kept) == 2
+    one, other = playback.kept.values()
+    assert one.inputs[1] is other.inputs[1] and one.inputs[0] is not other.inputs[0]
+
+
+def test_a_ring_that_records_its_encoding_keeps_the_same(courses, monkeypatch):
+    ring = courses[0].replay
+    assert isinstance(ring, Ring)
+    pixels = torch.randint(0, 256, (3, 32, 96, 3), dtype=torch.uint8)
+    wanted = ring.encode(pixels).clone()
+    monkeypatch.setattr(ring, "playback", Playback(Again()))  # type: ignore[arg-type]
+    for _ in range(3):
+        assert torch.equal(ring.encode(pixels), wanted)
+
+
+def test_a_cpu_and_several_gpus_go_without(tmp_path):
+    assert type(passes_for(trainer_of(tmp_path, None))).__name__ == "Plain"
