@@ -30,7 +30,7 @@ import torch
 from PIL import Image
 
 from lanting.core.errors import LantingError
-from lanting.train import graphs, nano
+from lanting.train import graphs, nano, vae_speed
 from lanting.train.journal import NAME as LOG
 from lanting.train.journal import entries
 from lanting.train.loop import train
@@ -310,6 +310,7 @@ def main() -> None:
     before = len(entries(asked.resume_from / LOG)) if goes_on(asked.resume_from) else len(entries(run.folder / LOG))
     if asked.no_graphs:
         graphs.MOST = 0
+    vae_speed.COMPILED = not asked.no_compile
     if asked.profile:
         starts, steps = ((0,), 1) if asked.dry_run else (PROFILED, 10)
         nano.train = profiled(train, asked.out, starts, steps)

@@ -1,4 +1,4 @@
-"""What a batch of nano's training is judged by: the velocity, and what the helper heads missed.
+"""What a batch of nano's training is judged by: the velocity and what the helper heads missed, or pictures drawn again.
 
 Nothing here asks for a number, nor brings one: a GPU never waits, and a step can be recorded as a CUDA graph.
 """
@@ -12,8 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lanting.nn.vae import AutoencoderKLQwenImage
 from lanting.train.labels import PICTURED, concepts_of
 from lanting.train.model import Answers
+from lanting.train.redraw import reconstruction_loss
 from lanting.train.replay import Batch
 
 INK_VARIANCE = 0.15  # of the ink's coverage where there is ink
@@ -88,3 +90,18 @@ def missed(drawn: Tensor, wanted: Tensor) -> Tensor:
 
 def mean(each: Tensor, weight: Tensor) -> Tensor:
     return (each * weight).sum() / weight.sum().clamp(min=1)
+
+
+def redrawn(vae: AutoencoderKLQwenImage, wanted: Tensor, noise: float, edges: float, whole: bool) -> Tensor:
+    """How badly an autoencoder draws pictures (B, 3, H, W) again from noisy latents; `whole`: its encoder learns too.
+
+    `edges` is the weight of differences between neighbouring pixels.
+    """
+    with torch.autocast(wanted.device.type, dtype=torch.bfloat16):
+        with torch.set_grad_enabled(whole):
+            mu, logvar = (moment.float() for moment in vae.encode(wanted))
+        drawn = vae.reconstruct(mu + noise * torch.randn_like(mu)).float()
+    loss = reconstruction_loss(drawn, wanted, edges)
+    if whole:  # latents near unit size; the published variance is e^-4.6, the usual noise squared
+        loss = loss + 1e-3 * (mu.square().mean() + (logvar + 4.6).square().mean())
+    return loss
