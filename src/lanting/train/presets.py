@@ -3,7 +3,7 @@
 On CPU cores small batches cost no speed, and more steps learn more. A GPU is only busy with batches about thirty times
 as large. They get a larger rate, more kinds a step (a batch holds one kind and one length of prompt only), and fewer
 new designs, since encoding pictures with thin layers is what a GPU does worst. Rates and sizes for GPUs are estimates:
-memory was counted on a CPU (8 MB for a picture of 224 x 96), speed was not measured yet.
+memory was counted on a CPU (8 MB for a picture of 224 x 96), speed was measured once, when the host was the limit.
 """
 
 from __future__ import annotations
@@ -102,9 +102,10 @@ def preset(device: str, world: int, width: int = 128, layers: int = 6) -> Preset
 def on_gpu(memory: float, cores: int, size: int = 768) -> Preset:
     """For a GPU with `memory` GiB beside `cores` cores; `size` is width times layers of the network.
 
-    What a batch keeps for its backward pass grows with `size` and may fill a third of the memory.
+    What a batch keeps for its backward pass grows with `size` and may fill a quarter of the memory; recorded steps keep
+    as much again (`graphs`).
     """
-    times = max(2, min(24, int((memory / 3 - 2) / (GIB_PER_TIMES * size / 768))))
+    times = max(2, min(24, int((memory / 4 - 1) / (GIB_PER_TIMES * size / 768))))
     return Preset(
         times=times,
         reuse=8.0,
