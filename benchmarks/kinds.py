@@ -33,6 +33,7 @@ from ssimulacra2 import compute_ssimulacra2
 from torch import Tensor
 
 from lanting import Engine
+from lanting.attach.quant import GROUP
 from lanting.engine.quantize import Target, quantize_model
 from lanting.evals.draw import How, Tell, draw
 from lanting.evals.flip import mean_flip
@@ -45,7 +46,7 @@ from lanting.weights.configs import config_of
 from lanting.weights.gguf_mix import MIXES
 from lanting.weights.single import open_file
 
-OWN = ("fp8", "int8", "int4", "int4 rotated")
+OWN = ("fp8", "int8", "int4", "int4 rotated", "int4 32", "int4 128")  # a number: inputs that share a scale
 TOKENS, TEXT = 256, 64
 COMPARED = 40  # pictures for FLIP and SSIMULACRA2, which take longer than drawing and reading
 RESULTS = Path(__file__).parent / "results"
@@ -65,10 +66,11 @@ def arguments() -> argparse.Namespace:
 
 def written(model: str, kind: str, folder: Path) -> Path:
     """The model's transformer in a kind, as a file."""
-    word, _, rotated = kind.partition(" ")
+    word, *more = kind.split()
+    group = next((int(each) for each in more if each.isdigit()), GROUP)
     gguf = word in MIXES and word not in ("bf16", "f16")
     out = folder / f"{kind.replace(' ', '-')}{'.gguf' if gguf else '.safetensors'}"
-    quantize_model(model, out, Target(word, rotate=bool(rotated)))
+    quantize_model(model, out, Target(word, group=group, rotate="rotated" in more))
     return out
 
 
