@@ -171,6 +171,25 @@ def finished(out: Path) -> dict[str, Any]:
     return found
 
 
+def as_table(found: dict[str, Any]) -> str:
+    """The finished rows in Markdown, as the card has them."""
+    head = ["| measure | n | reached | bar, CPU alone | bar, with a GPU |", "|---|---|---|---|---|"]
+    return "\n".join([*head, *(_line(row, found[row.name]) for row in ROWS if row.name in found)])
+
+
+def _line(row: Row, one: dict[str, Any]) -> str:
+    value, (low, high) = one["value"], one.get("interval", (None, None))
+    if value <= 1 and "FLIP" not in row.name:
+        ends = (
+            f" [{100 * low:.1f}, {100 * high:.1f}]" if "share" not in one else f" (of all: {100 * one['share']:.1f} %)"
+        )
+        reached, bars = f"{100 * value:.1f} %{ends}", [f"{100 * bar:.0f} %" for bar in row.bars]
+    else:
+        reached, bars = f"{value:.3g}", [f"{bar:g}" for bar in row.bars]
+    kept = f"; the rest kept at {one['kept_median_db']:.1f} dB" if "kept_median_db" in one else ""
+    return f"| {row.name} | {one['n']} | {reached}{kept} | {bars[0]} | {bars[1]} |"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="nano")
@@ -179,6 +198,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--guidance", type=float)
     parser.add_argument("--only", default="", help="rows whose name contains this")
+    parser.add_argument("--skip", default="-", help="rows whose name contains this are left out")
     parser.add_argument("--resume", action="store_true", help="keep the rows that are finished")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--processes", type=int, default=1)
@@ -189,7 +209,8 @@ def main() -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     (given.out / "rows").mkdir(exist_ok=True)
     done = finished(given.out) if given.resume else {}
-    names = [row.name for row in ROWS if given.only.lower() in row.name.lower() and row.name not in done]
+    named = [(row.name, row.name.lower()) for row in ROWS if row.name not in done]
+    names = [name for name, low in named if given.only.lower() in low and given.skip.lower() not in low]
     context = multiprocessing.get_context("spawn")
     shares = [names[number :: given.processes] for number in range(given.processes)]
     working = [context.Process(target=work, args=(given, share)) for share in shares if share]
@@ -198,6 +219,7 @@ def main() -> None:
     for process in working:
         process.join()
     save(given.out, finished(given.out), [])
+    print(as_table(finished(given.out)))
 
 
 if __name__ == "__main__":

@@ -1,33 +1,34 @@
-"""What nano was built to do, on a sample: held-out words read back by an optical reader.
+"""What nano was built to do, on a sample: held-out texts read back by an optical reader, edits that do what was asked.
 
-The full measurement (hundreds of lines a set, with intervals) is benchmarks/nano_bars.py; this is the alarm. The
-bounds here are its bars less the noise of the smaller sample.
+The full measurement (hundreds of lines a set, with intervals) is benchmarks/nano_measures.py; this is the alarm. The
+bounds here are what that measured less the noise of the smaller sample.
 """
 
 from __future__ import annotations
 
-import random
-
 import pytest
 
-from lanting import Request
-from lanting.evals.reading import hits, read_lines
-from lanting.train.sign_texts import is_held_out
-from lanting.train.signs import SQUARE, WIDE, Sign, SignMaker
+from lanting.evals.draw import How, Tell
+from lanting.evals.edit import judge_edit
+from lanting.evals.ocr import judges
+from lanting.evals.sets import edit_cases, text_cases
+from lanting.evals.text import MODEL, judge_text
 
 
 @pytest.mark.parametrize(
-    ("size", "share", "bar"),
-    [(WIDE, 0.0, 0.86), (SQUARE, 0.0, 0.70), (WIDE, 1.0, 0.65)],
-    ids=["words-wide", "words-square", "random-strings"],
+    ("name", "language", "bar"),
+    [("words", "en", 0.8), ("random", "en", 0.6), ("posters", "en", 0.6), ("faces", "en", 0.25), ("words", "zh", 0.85)],
 )
-def test_held_out_lines_are_read_back(nano, size, share, bar):
-    maker, rng = SignMaker(1, held_out=True, random_share=share), random.Random(9)
-    signs: list[Sign] = []
-    while len(signs) < 24:
-        sign = maker.sample(rng, size=size)
-        if share or all(line.isalpha() and is_held_out(line) for line in sign.lines):
-            signs.append(sign)
-    images = nano.run(Request(prompt=tuple(s.prompt for s in signs), size=size, seed=50)).images
-    right = [hit for sign, image in zip(signs, images, strict=True) for hit in hits(sign.lines, read_lines(image))]
-    assert sum(right) / len(right) >= bar
+def test_held_out_lines_are_read_back(nano, name, language, bar):
+    """Lines of English, characters of Chinese."""
+    judge = judges(["pp"], language)[0]
+    report = judge_text(nano, text_cases(name, language, 16), How(seed=50), judge, Tell(), False)
+    scores = report.scores[MODEL]["pp"]
+    assert (scores.characters if language == "zh" else scores.lines).value >= bar
+
+
+def test_edits_do_what_was_asked_and_keep_the_rest(nano):
+    judge = judges(["pp"], "en")[0][0]
+    kinds = ("ground", "letters", "rewrite", "border")
+    row = judge_edit(nano, edit_cases(kinds, 12), How(seed=60), judge, Tell(), False).row(None)
+    assert row["done"].value >= 0.5 and row["kept_median"] >= 24

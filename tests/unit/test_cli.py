@@ -50,7 +50,7 @@ def test_generate_writes_a_file_named_from_the_prompt(engine, capsys, tmp_path):
     assert read_recipe(path).request["seed"] == 7
     assert f'{path.name}   "A blue sign' in out.out
     assert f"again: lanting replay {path.name}" in out.out
-    assert "nano · 224×96 · 12 steps · " in out.err
+    assert "nano · 224×96 · 6 steps · " in out.err
     assert "\x1b" not in out.out + out.err  # no colours in a pipe
     assert engine.closed == 1
 

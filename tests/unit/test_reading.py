@@ -17,11 +17,12 @@ from lanting.evals.reading import (
     squeeze,
     wilson,
 )
-from lanting.train.signs import SQUARE, WIDE, Sign, render
+from lanting.train.design import SQUARE, WIDE, Design
+from lanting.train.draw import render
 
 
 def sign(*lines, size=WIDE):
-    return render(Sign("", tuple(lines), "blue", "white", "sans", False, size))
+    return Image.fromarray(render([Design(size, tuple(lines), "blue", "white")])[0].numpy())
 
 
 @pytest.mark.parametrize(("lines", "size"), [(("HELLO",), WIDE), (("Fresh", "Bread"), WIDE), (("Open 24 h",), SQUARE)])
