@@ -179,7 +179,7 @@ def as_table(found: dict[str, Any]) -> str:
 
 def _line(row: Row, one: dict[str, Any]) -> str:
     value, (low, high) = one["value"], one.get("interval", (None, None))
-    if value <= 1 and "FLIP" not in row.name:
+    if low is not None:
         ends = (
             f" [{100 * low:.1f}, {100 * high:.1f}]" if "share" not in one else f" (of all: {100 * one['share']:.1f} %)"
         )

@@ -12,12 +12,7 @@ from lanting.core.types import TASK_NAMES, Request
 from lanting.specs import detect, fit_area, get_spec, parse_size, read_spec, settle, spec_names
 from lanting.specs.sizes import largest_area, reference_size
 
-QWEN, LAYERED, PLAIN_NANO = get_spec("qwen-image"), get_spec("qwen-image-layered"), get_spec("nano")
-NANO = replace(  # as its recipe trains it now: it edits, on more canvases
-    PLAIN_NANO,
-    tasks=(*PLAIN_NANO.tasks, "edit", "edit_inpaint"),
-    defaults=replace(PLAIN_NANO.defaults, sizes={**PLAIN_NANO.defaults.sizes, "large": (256, 256)}),
-)
+QWEN, LAYERED, NANO = get_spec("qwen-image"), get_spec("qwen-image-layered"), get_spec("nano")
 EDIT, PLUS = get_spec("qwen-image-edit"), get_spec("qwen-image-edit-2511")
 
 
@@ -121,6 +116,16 @@ def test_task_is_inferred(spec, request_, task):
     settled = settle(request_, spec)
     assert settled.task == task
     assert settle(settled, spec) == settled
+
+
+def test_edits_may_want_another_guidance():
+    nano, picture = get_spec("nano"), Image.new("RGB", (224, 96))
+    drawn, edited = settle(Request("a"), nano), settle(Request("a", images=(picture,)), nano)
+    assert (drawn.task, edited.task) == ("text_to_image", "edit")
+    assert drawn.guidance_scale == nano.defaults.guidance_scale != edited.guidance_scale
+    assert settle(Request("a", images=(picture,), guidance_scale=3.0), nano).guidance_scale == 3.0
+    plain = get_spec("qwen-image-edit").defaults
+    assert plain.guidance_for("edit") == plain.guidance_for("text_to_image") == plain.guidance_scale
 
 
 def test_sizes_follow_the_picture():

@@ -64,9 +64,8 @@ def nano(
 
     A killed run goes on where it was: run the same command again. At most two minutes are lost.
 
-    On a CPU one process per core trains: about two hours, 3.5 GB of memory each and 0.3 GB of disk in all. On GPUs one
-    process per GPU trains, in bfloat16 and with batches about thirty times as large, while the CPU's cores make up
-    designs; say fewer --minutes there (--vae-minutes 3 --minutes 24, say). The autoencoder takes one GPU only.
+    On a CPU one process per core trains: about two hours, 3.5 GB of memory each, 0.3 GB of disk. On GPUs one process
+    per GPU trains, while the CPU's cores make up designs; say fewer --minutes there (--vae-minutes 3 --minutes 24).
 
     With --slice-minutes a run ends early and leaves FOLDER/portable, files below 16 MB that --resume-from takes up on
     another machine. Samples go to FOLDER/sheets, figures to FOLDER/log.jsonl, the model to FOLDER/nano.
@@ -87,8 +86,7 @@ def nano(
         watch_minutes=sheet_minutes,
         slice_minutes=slice_minutes,
         resume_from=str(resume_from or ""),
-        anew=anew,
-        vae_anew=vae_anew,
+        **{"anew": anew, "vae_anew": vae_anew},
         feeders=feeders,
         scorer=share_read if read else None,
         quiet=quiet,
