@@ -91,7 +91,20 @@ def test_prompt_from_stdin(engine, monkeypatch):
 def test_edit_and_mask(engine, cat, tmp_path):
     Image.new("L", (64, 48), 255).save(tmp_path / "mask.png")
     assert main(["edit", "cat.png", "make it blue", "--model", "qwen-image-edit", "-o", "a.png"]) == 0
-    assert main(["edit", "cat.png", "blue", "--mask", "mask.png", "--strength", "0.5", "-o", "b.png"]) == 0
+    words = [
+        "edit",
+        "cat.png",
+        "blue",
+        "--mask",
+        "mask.png",
+        "--strength",
+        "0.5",
+        "--model",
+        "qwen-image",
+        "-o",
+        "b.png",
+    ]
+    assert main(words) == 0
     first, second = engine.requests
     assert (first.task, first.images[0].size, first.prompt) == ("edit", (64, 48), "make it blue")
     assert (second.task, second.strength, second.mask.mode) == ("inpaint", 0.5, "L")

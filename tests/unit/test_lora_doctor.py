@@ -27,7 +27,7 @@ from lanting.weights.lora_names import dialect_of, parse
 from lanting.weights.lora_wishes import Wishes, wishes_of, with_wishes
 from loras import DIALECTS, FORMS, NUMBERS, Made, make, network
 
-NANO = {"num_layers": 6, "num_attention_heads": 4, "attention_head_dim": 32, "joint_attention_dim": 128}
+NANO = {"num_layers": 6, "num_attention_heads": 7, "attention_head_dim": 32, "joint_attention_dim": 128}
 SIDES = transformer_linears(NUMBERS)
 BASES = tuple(name for name in spec_names() if name != "nano" and not get_spec(name).lora)
 QUERY = "transformer_blocks.0.attn.to_q"

@@ -204,7 +204,7 @@ def test_edit_shows_small_copies_to_the_reader_and_large_ones_to_the_vae():
 def test_a_release_without_a_vae_area_shows_the_vae_pictures_as_they_are():
     desk = studio("nano", area=0)
     canvas = TASKS["edit"](desk, wish("edit", images=(grey(128, 64), grey(60, 50), grey(1024, 1024))))
-    assert [r.grid for r in canvas.references] == [(1, 4, 8), (1, 3, 4), (1, 12, 12)]
+    assert [r.grid for r in canvas.references] == [(1, 4, 8), (1, 3, 4), (1, 16, 16)]
 
 
 def test_edit_inpaint_looks_at_the_picture_it_keeps_and_at_the_others():

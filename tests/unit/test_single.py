@@ -83,7 +83,7 @@ def test_what_a_file_of_ours_says(tmp_path):
     assert (own["release"], own["to"], own["component"]) == ("nano", "int4", "transformer")
     assert own["config"] == json.loads((NANO / "transformer" / "config.json").read_text())
     layer = json.loads(notes["_quantization_metadata"])["layers"]["transformer_blocks.0.img_mlp.net.2"]
-    assert layer == {"format": "lanting_int4", "group_size": 64, "convrot": True, "convrot_groupsize": 256}
+    assert layer == {"format": "lanting_int4", "group_size": 64, "convrot": True, "convrot_groupsize": 64}
     assert infos["img_in.weight"].dtype == "BF16"
     assert done["bytes"] < 0.35 * done["bytes_before"]
     assert all(info.start % 4 == 0 for info in infos.values())

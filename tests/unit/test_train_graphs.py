@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,7 @@ import torch
 
 from lanting.train.atlas import default_atlas
 from lanting.train.feed import FeedOrder
-from lanting.train.graphs import Playback, Recorded, passes_for
+from lanting.train.graphs import Playback, Recorded, Recorder, passes_for
 from lanting.train.loop import Budget, Course, Trainer, make_smaller
 from lanting.train.presets import Kind
 from lanting.train.replay import Reader
@@ -74,7 +77,8 @@ def test_recorded_steps_are_the_same_steps(courses, tmp_path):
     recorder = Again()
     plain, recorded = trainer_of(tmp_path, None), trainer_of(tmp_path, recorder)
     told, heard = steps(plain, courses, 12), steps(recorded, courses, 12)
-    assert recorder.recorded >= 2  # kinds and lengths that came twice
+    assert len(recorded.passes.playback.kept) >= 2  # type: ignore[attr-defined]  kinds and lengths that came twice
+    assert len(recorded.optimizers[0].playback.kept) >= 1  # type: ignore[attr-defined]
     alone = [figures for figures in told if {key.split()[0] for key in figures} == {"design"}]
     assert 0 < len(alone) < 12  # the vision tower is left alone in some steps, and moved in others
     for one, other in zip(told, heard, strict=True):
@@ -104,7 +108,7 @@ def test_where_recording_fails_steps_go_on_one_by_one(courses, tmp_path, capsys)
     plain, broken = trainer_of(tmp_path, None), trainer_of(tmp_path, recorder)
     steps(plain, courses, 6)
     steps(broken, courses, 6)
-    assert capsys.readouterr().err.count("not recorded") == 1
+    assert capsys.readouterr().err.count("are not recorded") == 2  # batches, updates
     for one, other in zip(plain.net.parameters(), broken.net.parameters(), strict=True):
         assert torch.allclose(one, other, atol=1e-4)
 
@@ -143,5 +147,78 @@ def test_a_ring_that_records_its_encoding_keeps_the_same(courses, monkeypatch):
         assert torch.equal(ring.encode(pixels), wanted)
 
 
+def test_a_chunk_is_as_large_as_a_batch_within_limits():
+    order, small = FeedOrder(KINDS, "", "", 1, workers=1), FeedOrder(KINDS, "", "", 1, workers=1, chunk=6)
+    sizes = [replace(KINDS[0], batch=batch) for batch in (20, 240, 2000)]
+    assert [order.count(kind) for kind in sizes] == [128, 240, 384]
+    assert [small.count(kind) for kind in sizes] == [6, 6, 6]
+
+
 def test_a_cpu_and_several_gpus_go_without(tmp_path):
     assert type(passes_for(trainer_of(tmp_path, None))).__name__ == "Plain"
+
+
+class Cuda:
+    """What of `torch.cuda` a recorder asks for, told in order."""
+
+    def __init__(self):
+        self.told: list[str] = []
+
+    def Stream(self):
+        return self
+
+    def wait_stream(self, other: object) -> None:
+        self.told.append("wait")
+
+    def graph_pool_handle(self) -> tuple[int, int]:
+        return (0, 1)
+
+    def CUDAGraph(self):
+        return self
+
+    def current_stream(self):
+        return self
+
+    def stream(self, _: object):
+        return contextlib.nullcontext()
+
+    def capture_begin(self, pool: object) -> None:
+        assert pool == (0, 1) and not gc.isenabled()
+        self.told.append("begin")
+
+    def capture_end(self) -> None:
+        self.told.append("end")
+        if "broken" in self.told:
+            raise RuntimeError("invalid capture")
+
+    def replay(self) -> None:
+        self.told.append("replay")
+
+
+@pytest.mark.parametrize("error", [None, ValueError, torch.OutOfMemoryError])
+def test_a_recording_begins_and_ends_whatever_happens(monkeypatch, error):
+    cuda = Cuda()
+    for name in ("Stream", "graph_pool_handle", "CUDAGraph", "current_stream", "stream"):
+        monkeypatch.setattr(f"torch.cuda.{name}", getattr(cuda, name))
+
+    def work() -> None:
+        cuda.told.append("work" if error is None else "broken")
+        if error is not None:
+            raise error("no")
+
+    if error is None:
+        Recorder().record(work)()
+        assert cuda.told == ["wait", "begin", "work", "end", "wait", "replay"]
+    else:
+        with pytest.raises(error):  # and not what ending the broken recording raises
+            Recorder().record(work)
+        assert cuda.told == ["wait", "begin", "broken", "end"]
+    assert gc.isenabled()
+
+
+def test_nothing_is_recorded_where_memory_is_short(monkeypatch):
+    for name, value in (("memory_reserved", 30), ("memory_allocated", 25)):
+        monkeypatch.setattr(f"torch.cuda.{name}", lambda value=value: value)
+    for free, ready in ((10, True), (4, False)):
+        monkeypatch.setattr("torch.cuda.mem_get_info", lambda free=free: (free, 100))
+        assert Recorder().ready() == ready
