@@ -29,6 +29,7 @@ from lanting.train.ring import Chunk, Ring, picture_tokens
 from lanting.train.workers import Workers, kept_atlas
 
 BURST = 4  # chunks taken in at once when the trainer lags behind
+CHUNK, LARGE = 128, 384  # examples of a chunk: taking in a large one is hardly more work for the trainer
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,12 @@ class FeedOrder:
     atlas: str  # file, see `workers.kept_atlas`
     seed: int
     workers: int
-    chunk: int = 128  # examples
+    chunk: int = CHUNK  # examples at least; fewer than usual where rings are small
     mix: Mix = field(default_factory=Mix)
+
+    def count(self, kind: Kind) -> int:
+        """Examples of a chunk of this kind: as many as a batch has, within limits."""
+        return self.chunk if self.chunk < CHUNK else max(self.chunk, min(LARGE, kind.batch))
 
     def maker(self, number: int) -> ChunkMaker:
         return ChunkMaker(self, number)
@@ -62,7 +67,7 @@ class ChunkMaker:
         self.rng = random.Random(order.seed * 100_003 + number)
         self.designs = DesignMaker(0, mix=order.mix)
         self.edits = EditMaker(0, mix=edit_mix(order.mix))
-        self.weights = [kind.share * kind.fresh for kind in order.kinds]
+        self.weights = [kind.share * kind.fresh / order.count(kind) for kind in order.kinds]
         self.turn = number  # of the chunks of all workers together
 
     def choose(self) -> int:
@@ -81,7 +86,8 @@ class ChunkMaker:
 
     def chunk(self, number: int) -> Chunk:
         """A chunk of one kind."""
-        chosen, count = self.order.kinds[number], self.order.chunk
+        chosen = self.order.kinds[number]
+        count = self.order.count(chosen)
         if not chosen.pictures:
             drawn = [self.designs.sample(self.rng, chosen.size) for _ in range(count)]
             designs, prompts = [d.design for d in drawn], [d.prompt for d in drawn]
@@ -133,7 +139,9 @@ class Feed(Workers):
         readers = Reader(tokenizer), Reader(tokenizer, "edit-plus")
         found = []
         for kind in self.order.kinds:
-            ring = Ring(kind, readers[bool(kind.pictures)], vae, atlas, self, room(kind, preset))
+            ring = Ring(
+                kind, readers[bool(kind.pictures)], vae, atlas, self, max(room(kind, preset), self.order.count(kind))
+            )
             self.rings.append(ring)
             found.append(Course(kind.name, ring, kind.share, kind.batch, kind.fresh, kind.early))
         return found

@@ -18,7 +18,7 @@ from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from functools import cache
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -40,6 +40,7 @@ class Recorder:
     def __init__(self) -> None:
         self.stream: Any = None
         self.pool: Any = None
+        self.first: Any = None  # in this pool, which ends with the last recording in it
 
     def ready(self) -> bool:
         """Whether memory is left for it."""
@@ -50,7 +51,7 @@ class Recorder:
     def record(self, work: Callable[[], object]) -> Callable[[], object]:
         """Record what `work` asks for, without running it."""
         if self.pool is None:
-            self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+            self.stream, self.pool = self.stream or torch.cuda.Stream(), torch.cuda.graph_pool_handle()
         graph, outside, collecting = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), gc.isenabled()
         self.stream.wait_stream(outside)
         gc.disable()  # what a collection frees could ask for what a recording must not contain
@@ -59,25 +60,27 @@ class Recorder:
                 graph.capture_begin(pool=self.pool)
                 try:
                     work()
+                    graph.capture_end()
                 except BaseException:
+                    self.forget()
                     with suppress(RuntimeError):
                         graph.capture_end()
                     raise
-                graph.capture_end()
         finally:
             if collecting:
                 gc.enable()
         outside.wait_stream(self.stream)
+        self.first = self.first or graph
         return graph.replay
 
     def forget(self) -> None:
         """Begin a new pool: recordings that are dropped give back the memory of theirs."""
-        self.pool = None
+        self.pool = self.first = None
 
 
 @cache
 def recorder() -> Recorder:
-    """The one for everything that runs on this process's GPU, one after the other."""
+    """The one for everything that the second stage runs on this process's GPU, one after the other."""
     return Recorder()
 
 
@@ -96,9 +99,9 @@ class Playback:
     Inputs of one shape share their memory, whatever the key. What a call returns may be overwritten by the next.
     """
 
-    def __init__(self, recorder: Recorder, most: int = MOST):
-        self.recorder, self.most = recorder, most
-        self.met: dict[Hashable, list[Tensor]] = {}  # what came of the first call, on no device
+    def __init__(self, recorder: Recorder, what: str = "work", most: int = MOST):
+        self.recorder, self.what, self.most = recorder, what, most
+        self.met: dict[Hashable, list[tuple[Tensor, torch.device]]] = {}  # what the first call gave, without values
         self.inputs: dict[Hashable, Tensor] = {}
         self.kept: dict[Hashable, Recording] = {}
         self.failed = False
@@ -111,7 +114,7 @@ class Playback:
         recording = self.kept.get(whole)
         if recording is None:
             found = work(*tensors)
-            self.met[whole] = [x.to("meta") for x in found]
+            self.met[whole] = [(x.to("meta"), x.device) for x in found]
             return found
         for place, value in zip(recording.inputs, tensors, strict=True):
             place.copy_(value)
@@ -124,7 +127,7 @@ class Playback:
     def keep(self, whole: Hashable, work: Work, tensors: Sequence[Tensor]) -> None:
         """Record the work on inputs that look like these. Raises torch.OutOfMemoryError."""
         inputs = [self.place(number, x) for number, x in enumerate(tensors)]
-        outputs = tuple(torch.empty_like(x, device=inputs[0].device) for x in self.met[whole])
+        outputs = tuple(torch.empty_like(like, device=device) for like, device in self.met[whole])
 
         def write() -> None:
             for place, found in zip(outputs, work(*inputs), strict=True):
@@ -137,9 +140,7 @@ class Playback:
         except Exception as error:
             self.failed = True
             words = str(error).strip().splitlines()[:1]
-            print(
-                f"not recorded, one by one from now on ({type(error).__name__}: {words})", file=sys.stderr, flush=True
-            )
+            print(f"{self.what} not recorded ({type(error).__name__}: {words})", file=sys.stderr, flush=True)
 
     def place(self, number: int, like: Tensor) -> Tensor:
         key = (number, like.shape, like.dtype)
@@ -153,6 +154,20 @@ class Playback:
         self.kept.clear()
         self.inputs.clear()
         self.recorder.forget()
+
+
+@runtime_checkable
+class Playing(Protocol):
+    """An optimizer whose work can be recorded, as `optim.Muon`'s can. Gradients must stay where they are."""
+
+    playback: Playback | None
+
+
+def record_updates(optimizers: Sequence[object], records: Recorder) -> None:
+    """Let optimizers record their work."""
+    for optimizer in optimizers:
+        if isinstance(optimizer, Playing):
+            optimizer.playback = Playback(records, "updates are")
 
 
 class Passes(Protocol):
@@ -198,7 +213,8 @@ class Recorded:
     """
 
     def __init__(self, trainer: Trainer, records: Recorder | None = None):
-        self.trainer, self.playback = trainer, Playback(records or recorder())
+        self.trainer, self.playback = trainer, Playback(records or recorder(), "batches are")
+        record_updates(trainer.optimizers, self.playback.recorder)
         self.parameters = list(trainer.net.parameters())
         self.sums = [torch.zeros_like(p) for p in self.parameters]
         self.reaches: dict[str, list[int]] = {}  # the parameters that a kind of batch has gradients for

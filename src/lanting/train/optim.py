@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from lanting.train.graphs import Playback
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
 
@@ -48,6 +51,8 @@ class Muon(torch.optim.Optimizer):
         }
         super().__init__(params, settings)
 
+        self.playback: Playback | None = None  # on a GPU, where gradients stay where they are
+
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         for group in self.param_groups:
@@ -55,11 +60,20 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is not None:
                     same[(p.shape[0], p.numel() // p.shape[0])].append(p)
-            for shape, params in same.items():
-                self.update(params, shape, group)
+            work = partial(self.updates, same, group)
+            if self.playback is None:
+                found = work()
+            else:
+                found = self.playback(tuple(id(p) for params in same.values() for p in params), work, [])
+            for (shape, params), stacked in zip(same.items(), found, strict=True):
+                self.move(params, stacked, shape, group)
 
-    def update(self, params: list[nn.Parameter], shape: tuple[int, int], group: dict) -> None:
-        """One step for all parameters that flatten to the same matrix shape."""
+    def updates(self, same: dict[tuple[int, int], list[nn.Parameter]], group: dict) -> tuple[Tensor, ...]:
+        """For every shape the updates of its parameters (k, m, n); momenta move on."""
+        return tuple(self.update(params, shape, group) for shape, params in same.items())
+
+    def update(self, params: list[nn.Parameter], shape: tuple[int, int], group: dict) -> Tensor:
+        """The updates of all parameters that flatten to the same matrix shape: (k, m, n)."""
         for p in params:
             if "momentum" not in self.state[p]:
                 self.state[p]["momentum"] = torch.zeros_like(p)
@@ -68,11 +82,13 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_mul_(kept, group["momentum"])
         torch._foreach_add_(kept, grads)
         ahead = torch._foreach_add(grads, kept, alpha=group["momentum"])  # Nesterov's look-ahead
-        stacked = torch.stack([g.reshape(shape) for g in ahead])  # (k, m, n)
-        updates = orthogonalize(stacked, group["steps"]).unbind()
+        return orthogonalize(torch.stack([g.reshape(shape) for g in ahead]), group["steps"])
+
+    def move(self, params: list[nn.Parameter], updates: Tensor, shape: tuple[int, int], group: dict) -> None:
+        """Decay the parameters and move them."""
         scale = 0.2 * max(shape) ** 0.5  # the RMS an AdamW step would have
         torch._foreach_mul_(list[Tensor](params), 1 - group["lr"] * group["weight_decay"])
-        moves = [update.reshape(p.shape) for p, update in zip(params, updates, strict=True)]
+        moves = [update.reshape(p.shape) for p, update in zip(params, updates.unbind(), strict=True)]
         torch._foreach_add_(list[Tensor](params), moves, alpha=-group["lr"] * scale)
 
 

@@ -90,7 +90,9 @@ class Ring:
         self.silent = torch.tensor(silent, device=self.device)
         columns = [i for i, token in enumerate(silent) if token == self.image_token]
         self.columns = torch.tensor(columns, dtype=torch.long, device=self.device)
-        self.playback = Playback(recorder()) if MOST and self.device.type == "cuda" else None
+        self.playback = (
+            Playback(recorder(), "pictures to be encoded are") if MOST and self.device.type == "cuda" else None
+        )
         pictures, patches = kind.pictures, self.patch_grid[0] * self.patch_grid[1]
         self.latents = self.room(self.tokens * (1 + pictures), 64, dtype=torch.float16)
         self.what = self.room(self.tokens, 2, dtype=torch.uint8)

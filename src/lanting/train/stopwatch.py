@@ -165,7 +165,7 @@ class Profile:
             return
         sorts = ["self_cpu_time_total"]
         if self.trainer.device.type == "cuda":
-            sorts.append("self_cuda_time_total")
+            sorts.append("self_device_time_total")
         for sort in sorts:
             self.tell([found.table(sort_by=sort, row_limit=ROWS, max_name_column_width=60)])
 

@@ -18,7 +18,7 @@ from torch.fx.experimental import _config as shapes
 
 from lanting.nn.vae import AutoencoderKLQwenImage, ChannelNorm, ResidualBlock
 from lanting.train import graphs
-from lanting.train.graphs import Playback, Recorder, recorder
+from lanting.train.graphs import Playback, Recorder, record_updates
 
 if TYPE_CHECKING:
     from lanting.train.vae import VAETrainer
@@ -84,8 +84,9 @@ class RecordedSteps:
     """Forward and backward pass of an autoencoder's trainer, recorded for each of its few shapes of batches."""
 
     def __init__(self, trainer: VAETrainer, records: Recorder | None = None):
-        self.trainer, self.playback = trainer, Playback(records or recorder())
+        self.trainer, self.playback = trainer, Playback(records or Recorder(), "steps are")
         self.sums = [torch.zeros_like(p) for p in trainer.params]
+        record_updates(trainer.optimizers, self.playback.recorder)
 
     def __call__(self, wanted: Tensor) -> Tensor:
         """Gradients of the loss on pictures (B, 3, H, W), in place; returns the loss."""
