@@ -58,23 +58,21 @@ class Bill:
         self.table = a.table_bytes(self.net, job, self.dtype)
         self.kept: dict[tuple[object, ...], Any] = {}
 
-    def once(self, make: Callable[..., T], *arguments: Any) -> T:
-        key = (make.__name__, *arguments)
+    def once(self, key: tuple[object, ...], make: Callable[[], T]) -> T:
+        """Made at the first call with this key; the key says what varies from way to way, and is quick to compare."""
         if key not in self.kept:
-            self.kept[key] = make(*arguments)
+            self.kept[key] = make()
         return self.kept[key]
 
     def sizes(self, kind: Kind) -> Sizes:
         """Bytes of the transformer's weights."""
-        return self.once(self._sizes, kind)
-
-    def _sizes(self, kind: Kind) -> Sizes:
-        return self.model.transformer(kind, self.dtype)
+        return self.once(("sizes", kind.name), lambda: self.model.transformer(kind, self.dtype))
 
     def reader(self, way: Way) -> int:
         """Bytes of the text encoder's weights. Where it is read anew each time and memory is so short that the
         transformer streams from disk, its layers pass through one by one too."""
-        held = self.once(self.model.reader, way.reader, self.dtype, bool(self.job.seen))
+        kind, seen = way.reader, bool(self.job.seen)
+        held = self.once(("reader", kind.name), lambda: self.model.reader(kind, self.dtype, seen))
         every = held.every
         if (self.on_cpu or way.encoder == "cpu") and self.model.looked_up(self.dtype):
             rows = self.job.prompts * (self.job.opening + self.job.text_tokens)
@@ -85,18 +83,26 @@ class Bill:
 
     def reading(self, kind: Kind, on_cpu: bool) -> int:
         """Activations of the text encoder."""
-        return self.once(a.reader_peak, self.model.geometry, self.job, kind, self.dtype, on_cpu)
+        return self.once(
+            ("reading", kind.name, on_cpu),
+            lambda: a.reader_peak(self.model.geometry, self.job, kind, self.dtype, on_cpu),
+        )
 
     def painting(self, kind: Kind, table: bool) -> int:
         """Activations of a step."""
-        sizes = self.sizes(kind)
-        return self.once(a.transformer_peak, self.net, sizes, kind, self.job, self.dtype, self.on_cpu, table)
+        sizes, dtype, on_cpu = self.sizes(kind), self.dtype, self.on_cpu
+        return self.once(
+            ("painting", kind.name, table),
+            lambda: a.transformer_peak(self.net, sizes, kind, self.job, dtype, on_cpu, table),
+        )
 
     def coding(self, tile: int) -> tuple[int, int]:
         """Activations of the VAE: (pictures to latents, latents to pictures)."""
-        vae = self.model.geometry.vae
-        encoding = self.once(a.encoding_peak, vae, self.job.encoded, self.dtype, tile)
-        return encoding, self.once(a.decoding_peak, vae, self.job, self.dtype, tile)
+        vae, job, dtype = self.model.geometry.vae, self.job, self.dtype
+        return self.once(
+            ("coding", tile),
+            lambda: (a.encoding_peak(vae, job.encoded, dtype, tile), a.decoding_peak(vae, job, dtype, tile)),
+        )
 
     def transformer(self, way: Way) -> tuple[int, int]:
         """(on the device, elsewhere in RAM) while it computes: weights."""
@@ -179,7 +185,8 @@ def price(bill: Bill, way: Way) -> Plan:
     model = bill.model
     vram, ram = bill.peaks(way)
     step, wait = bill.step(way)
-    disk = bill.once(model.disk, way.kind, way.reader, bill.dtype)
+    key = ("disk", way.kind.name, way.reader.name)
+    disk = bill.once(key, lambda: model.disk(way.kind, way.reader, bill.dtype))
     return Plan(
         model=model.name,
         device=bill.device.name,

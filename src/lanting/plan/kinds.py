@@ -30,6 +30,9 @@ class Kind:
     packed: bool = True
     scratch: float = 0.0
 
+    def __hash__(self) -> int:
+        return hash(self.name)  # which is all that tells kinds apart; plans look thousands of them up
+
     @property
     def bits(self) -> float:
         """Per weight, scales of blocks included."""

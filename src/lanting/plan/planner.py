@@ -165,11 +165,14 @@ def most_resident(bill: Bill, way: Way, limits: tuple[int, int]) -> int:
     if none[1] > limits[1] and one[1] < none[1]:  # what is resident on the device needs no RAM
         low = min(-(-(none[1] - limits[1]) // (none[1] - one[1])), high)
     place = 0 if bill.device.own_memory else 1
-    while low < high:
-        middle = (low + high + 1) // 2
-        fitting = bill.peaks(replace(way, resident=middle))[place] <= limits[place]
-        low, high = (middle, high) if fitting else (low, middle - 1)
-    return low
+
+    def over(resident: int) -> int:
+        return bill.peaks(replace(way, resident=resident))[place] - limits[place]
+
+    while low < high and (excess := over(high)) > 0:
+        slope = excess - over(high - 1)  # peaks are the largest of straight lines, so this one is the steepest
+        high = low if slope <= 0 else max(low, high - max(1, excess // slope))
+    return max(low, high)
 
 
 def _excess(each: Plan, limits: tuple[int, int]) -> tuple[int, int]:
