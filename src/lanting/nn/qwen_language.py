@@ -109,8 +109,9 @@ def rotary(positions: Tensor, config: LanguageConfig) -> tuple[Tensor, Tensor]:
     half = config.head_dim // 2
     steps = torch.arange(half, dtype=torch.float32, device=positions.device) / half
     frequencies = 1.0 / config.rope_theta**steps
-    axes = [axis for axis, length in enumerate(config.mrope_section) for _ in range(length)]
-    angles = positions[axes].permute(1, 2, 0).float() * frequencies  # (B, T, half)
+    # no list as an index: a GPU would wait for it at every call
+    parts = [positions[axis, ..., None].expand(-1, -1, n) for axis, n in enumerate(config.mrope_section)]
+    angles = torch.cat(parts, -1).float() * frequencies  # (B, T, half)
     angles = torch.cat([angles, angles], -1).unsqueeze(1)  # (B, 1, T, head_dim)
     return angles.cos(), angles.sin()
 

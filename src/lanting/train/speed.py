@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lanting.nn.mmdit import Attend, Context
 from lanting.nn.qwen_language import Attend as CausalAttend
-from lanting.nn.qwen_language import Cache, LanguageConfig, QwenLanguageModel, expand_cache
+from lanting.nn.qwen_language import expand_cache
 from lanting.nn.swap import swap
 from lanting.train.model import NanoNet, PlainAttend, PlainCausalAttend, WatchedStack, plain_block
 from lanting.train.replay import Batch
@@ -31,38 +31,11 @@ def prepare_for_gpu(net: NanoNet) -> NanoNet:
     swap(net, PlainAttend, lambda path, old: Attend())
     swap(net, PlainCausalAttend, lambda path, old: CausalAttend())
     net.visual.__dict__["forward"] = TogetherVision(net.visual)
-    net.language.__dict__["forward"] = partial(read, net.language)
     net.__dict__["embed"] = partial(embed, net)
     net.transformer.rope.size = TABLES
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
     return net
-
-
-def turns(positions: Tensor, config: LanguageConfig) -> tuple[Tensor, Tensor]:
-    """`qwen_language.rotary` without a list as an index, which a GPU would have to fetch."""
-    half = config.head_dim // 2
-    steps = torch.arange(half, dtype=torch.float32, device=positions.device) / half
-    parts = [positions[axis, ..., None].expand(-1, -1, n) for axis, n in enumerate(config.mrope_section)]
-    angles = torch.cat(parts, -1).float() * (1.0 / config.rope_theta**steps)  # (B, T, half)
-    angles = torch.cat([angles, angles], -1).unsqueeze(1)  # (B, 1, T, head_dim)
-    return angles.cos(), angles.sin()
-
-
-def read(
-    language: QwenLanguageModel, tokens: Tensor, positions: Tensor | None = None, cache: Cache | None = None
-) -> tuple[Tensor, Cache]:
-    """`QwenLanguageModel.forward` with `turns`."""
-    x = tokens if tokens.is_floating_point() else language.embed_tokens(tokens)
-    start = cache[0][0].shape[2] if cache else 0
-    if positions is None:
-        positions = torch.arange(start, start + x.shape[1], device=x.device).expand(3, 1, -1)
-    rope = turns(positions, language.config)
-    grown: Cache = []
-    for index, layer in enumerate(language.layers):
-        x, present = layer(x, rope, cache[index] if cache else None)
-        grown.append(present)
-    return language.norm(x), grown
 
 
 def embed(net: NanoNet, prefix: Tensor, batch: Batch) -> Tensor:
