@@ -13,7 +13,6 @@ import argparse
 import random
 import tempfile
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -25,7 +24,7 @@ from lanting.train.design import SQUARE, WIDE
 from lanting.train.designs import DesignMaker, Labelled, Mix
 from lanting.train.model import NanoConfig, NanoNet
 from lanting.train.portable import unpack
-from lanting.train.progress import Watch, decode, prompts_batch
+from lanting.train.progress import Velocity, Watch, decode, levels, prompts_batch, sample
 from lanting.train.replay import Batch, Reader
 from lanting.train.vae import load_vae
 from lanting.train.vocabulary import build_tokenizer
@@ -58,27 +57,16 @@ def sets(seed: int) -> dict[str, Set]:
     }
 
 
-def levels(steps: int, shift: float) -> list[float]:
-    """Noise levels from 1 to 0, shifted towards noise."""
-    even = torch.linspace(1, 0, steps + 1)
-    return (shift * even / (1 + (shift - 1) * even)).tolist()
+def guided(net: NanoNet, silent: Batch, scale: float) -> Velocity:
+    """The network with guidance against silence, without where `scale` is 1."""
+    if scale == 1:
+        return net
 
+    def velocity(x: Tensor, t: Tensor, start: Tensor, asked: Batch) -> tuple[Tensor, None]:
+        with_words, plain = (net(x, t, start, batch)[0].float() for batch in (asked, silent))
+        return plain + scale * (with_words - plain), None
 
-@torch.no_grad()
-def sample(net: NanoNet, reader: Reader, asked: Batch, silent: Batch, way: tuple[int, float, float]) -> Tensor:
-    """Latents (B, N, 64) by Euler steps, with guidance against silence where it is not 1."""
-    steps, shift, guidance = way
-    x = torch.randn(asked.latents.shape, generator=torch.Generator().manual_seed(0))
-    start = torch.tensor([list(reader.prefix)])
-    for now, then in pairwise(levels(steps, shift)):
-        t = torch.full((len(x),), now)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            velocity = net(x, t, start, asked)[0].float()
-            if guidance != 1:
-                plain = net(x, t, start, silent)[0].float()
-                velocity = plain + guidance * (velocity - plain)
-        x = x + (then - now) * velocity
-    return x
+    return velocity
 
 
 def load(run: Path) -> tuple[NanoNet, AutoencoderKLQwenImage, Reader]:
@@ -102,14 +90,15 @@ def main() -> None:
             unpack(KEPT, run)
             build_tokenizer(run / "tokenizer")
         net, vae, reader = load(run)
-    for way in WAYS:
+    for steps, shift, guidance in WAYS:
         shares = {}
         for name, (size, drawn) in sets(given.seed).items():
             asked = prompts_batch(reader, drawn, size)
             silent = prompts_batch(reader, [replace(one, prompt=" ") for one in drawn], size)
-            pictures = decode(vae, sample(net, reader, asked, silent, way), asked.grid)
+            latents = sample(guided(net, silent, guidance), asked, reader.prefix, levels(steps, shift))
+            pictures = decode(vae, latents, asked.grid)
             shares[name] = f"{Watch.score(drawn, pictures):.1%}"
-        print("steps {}, shift {}, guidance {}:".format(*way), shares, flush=True)
+        print(f"steps {steps}, shift {shift}, guidance {guidance}:", shares, flush=True)
 
 
 if __name__ == "__main__":

@@ -74,10 +74,12 @@ def nano(
 
     values = {"vae_minutes": vae_minutes, "decoder_minutes": decoder_minutes, "minutes": minutes, "lr": lr}
     shape = {"width": width, "layers": layers, "large": large, "concepts": concepts, "batch_times": batch_times}
+    brought = {"resume_from": str(resume_from or ""), "anew": anew, "vae_anew": vae_anew}
     run = NanoRun(
         folder,
         **values,
         **shape,
+        **brought,
         workers=workers,
         seed=seed,
         warm=str(warm or ""),
@@ -85,8 +87,6 @@ def nano(
         device=device,
         watch_minutes=sheet_minutes,
         slice_minutes=slice_minutes,
-        resume_from=str(resume_from or ""),
-        **{"anew": anew, "vae_anew": vae_anew},
         feeders=feeders,
         scorer=share_read if read else None,
         quiet=quiet,

@@ -67,8 +67,14 @@ class VAEConfig:
         return 2 ** len(self.temperal_downsample)
 
 
+def channel_norm(x: Tensor, gamma: Tensor, scale: float) -> Tensor:
+    """x / |x| over channels, times gamma and scale. 16-bit input is normalised in fp32 and cast back."""
+    exact = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    return F.normalize(exact, dim=1).to(x.dtype) * (gamma * scale).to(x.dtype)
+
+
 class ChannelNorm(nn.Module):
-    """x / |x| over channels, times sqrt(C), times gamma. 16-bit input is normalised in fp32 and cast back."""
+    """`channel_norm` with a scale of sqrt(C)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -76,8 +82,7 @@ class ChannelNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(channels, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        exact = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        return F.normalize(exact, dim=1).to(x.dtype) * (self.gamma * self.scale).to(x.dtype)
+        return channel_norm(x, self.gamma, self.scale)
 
 
 class ResidualBlock(nn.Module):

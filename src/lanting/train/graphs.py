@@ -34,6 +34,28 @@ Work = Callable[..., tuple[Tensor, ...]]
 Figures = dict[str, Tensor]
 
 
+class Attempt:
+    """A compiled function; the plain one for good where compiling fails (no compiler on the machine, say)."""
+
+    def __init__(self, fast: Callable[..., Any], plain: Callable[..., Any], what: str):
+        self.fast, self.plain, self.what, self.failed = fast, plain, what, False
+
+    def __call__(self, *given: Any) -> Any:
+        if self.failed:
+            return self.plain(*given)
+        try:
+            return self.fast(*given)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+                raise  # recording fails, not compiling
+            self.failed = True
+            words = str(error).strip().splitlines()[:1]
+            print(f"{self.what} not compiled ({type(error).__name__}: {words})", file=sys.stderr, flush=True)
+        return self.plain(*given)
+
+
 class Recorder:
     """Records on the current GPU. Another may stand in where there is none: `record` returns what plays it back."""
 

@@ -64,7 +64,7 @@ class Course:
     fresh: int
     early: float
 
-    def due(self, progress: float, turn: tuple[float, float] = (0.2, 0.5)) -> float:
+    def due(self, progress: float, turn: tuple[float, float]) -> float:
         """The share at a progress of 0..1."""
         begin, end = turn
         return self.early + (self.share - self.early) * min(1.0, max(0.0, (progress - begin) / (end - begin)))

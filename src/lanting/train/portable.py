@@ -21,16 +21,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lanting.core.errors import ModelError
-from lanting.nn.vae import to_image_weights
 from lanting.train.journal import NAME as LOG
-from lanting.train.vae import BEGUN, CONFIG, FROZEN, WEIGHTS, replace_file
+from lanting.train.vae import BEGUN, CONFIG, FROZEN, WEIGHTS, replace_file, shipped_vae
+from lanting.train.warm import shipped
 from lanting.train.widen import widen
 from lanting.weights.find import embedded_nano
 
 FILE_LIMIT = 15_900_000  # bytes of tensors in one file: with its header below 16 MB
 TOTAL = 56_000_000  # bytes of everything
 RUN, VAE = "run.json", "vae.safetensors"
-HEADS, TRANSFORMER = "heads.safetensors", "diffusion_pytorch_model"
+HEADS = "heads.safetensors"
 SHIPPED = ("transformer", "language", "visual")  # what becomes of a run; the rest only helps training
 EMA, STATE = "ema", "state"  # folders, and the beginnings of their files' names
 
@@ -114,20 +114,10 @@ def slim(source: Path, out: Path) -> list[Path]:
     return [out / HEADS, out / RUN]
 
 
-def shipped(model: Path) -> dict[str, Tensor]:
-    """The trained tensors of an exported model folder under the names they have while training."""
-    tensors = load_file(str(model / "transformer" / f"{TRANSFORMER}.safetensors"))
-    found = {f"transformer.{k}": v for k, v in tensors.items()}
-    for name, tensor in load_file(str(model / "text_encoder" / "model.safetensors")).items():
-        found["language." + name.removeprefix("model.") if name.startswith("model.") else name] = tensor
-    return found
-
-
 def unfold_vae(model: Path, folder: Path) -> None:
     """The autoencoder of an exported model folder, where stage 1 leaves its own."""
     folder.mkdir(parents=True, exist_ok=True)
-    video = load_file(str(model / "vae" / f"{TRANSFORMER}.safetensors"))
-    state = {name: tensor.float().contiguous() for name, tensor in to_image_weights(video).items()}
+    state = shipped_vae(model)
     replace_file(folder / WEIGHTS, lambda part: save_file(state, str(part)))
     replace_file(folder / CONFIG, lambda part: shutil.copyfile(model / "vae" / "config.json", part))
     (folder / FROZEN).write_text("taken from the embedded model\n")

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -28,13 +28,21 @@ if TYPE_CHECKING:
 STEPS = 8
 
 
+Velocity = Callable[[Tensor, Tensor, Tensor, "Batch"], tuple[Tensor, Any]]  # as NanoNet is called
+
+
+def levels(steps: int = STEPS, shift: float = 1.0) -> list[float]:
+    """Noise levels from 1 to 0, evenly spaced, then shifted towards noise."""
+    even = torch.linspace(1, 0, steps + 1)
+    return (shift * even / (1 + (shift - 1) * even)).tolist()
+
+
 @torch.no_grad()
-def sample(net: NanoNet, batch: Batch, prefix: Sequence[int], steps: int = STEPS, seed: int = 0) -> Tensor:
-    """Latents (B, N, 64) for the prompts of a batch: Euler steps of equal length, no guidance."""
+def sample(net: Velocity, batch: Batch, prefix: Sequence[int], sigmas: Sequence[float], seed: int = 0) -> Tensor:
+    """Latents (B, N, 64) for the prompts of a batch: an Euler step from each noise level to the next."""
     device = batch.latents.device
     x = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(seed)).to(device)
     start = torch.tensor([list(prefix)], device=device)
-    sigmas = torch.linspace(1, 0, steps + 1).tolist()
     for now, then in pairwise(sigmas):
         t = torch.full((x.shape[0],), now, device=device)
         with torch.autocast(device.type, dtype=torch.bfloat16):
@@ -106,7 +114,7 @@ class Watch:
         figures: dict[str, float] = {}
         for name, (size, drawn) in self.sets.items():
             batch = prompts_batch(self.reader, drawn, size).to(trainer.device)
-            latents = sample(net, batch, self.reader.prefix)
+            latents = sample(net, batch, self.reader.prefix, levels())
             pictures = decode(self.vae, latents, batch.grid).cpu()
             self.keep(name, trainer.clock.step, pictures, render([d.design for d in drawn]).cpu())
             figures[f"ink {name}"] = round(self.score(drawn, pictures), 3)

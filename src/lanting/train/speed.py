@@ -6,7 +6,6 @@ for how many tokens are pictures. That is also what allows a step to be recorded
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from functools import partial
 
@@ -17,6 +16,7 @@ from lanting.nn.mmdit import Attend, Context
 from lanting.nn.qwen_language import Attend as CausalAttend
 from lanting.nn.qwen_language import expand_cache
 from lanting.nn.swap import swap
+from lanting.train.graphs import Attempt
 from lanting.train.model import NanoNet, PlainAttend, PlainCausalAttend, WatchedStack, plain_block
 from lanting.train.replay import Batch
 from lanting.train.ring import Pictured
@@ -63,26 +63,8 @@ def compiled_block(plain: Run) -> Run:
 
     The first block would be compiled apart from the others, since it gets views: it gets copies instead.
     """
-    fast: Run = torch.compile(plain, dynamic=True)
-    failed = False
-
-    def run(block: nn.Module, img: Tensor, txt: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
-        nonlocal failed
-        if failed:
-            return plain(block, img, txt, ctx)
-        try:
-            return fast(block, whole(img), whole(txt), ctx)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            if img.is_cuda and torch.cuda.is_current_stream_capturing():
-                raise  # recording fails, not compiling
-            failed = True
-            words = str(error).strip().splitlines()[:1]
-            print(f"the blocks are not compiled ({type(error).__name__}: {words})", file=sys.stderr, flush=True)
-        return plain(block, img, txt, ctx)
-
-    return run
+    compiled: Run = torch.compile(plain, dynamic=True)
+    return Attempt(lambda block, img, txt, ctx: compiled(block, whole(img), whole(txt), ctx), plain, "the blocks are")
 
 
 def whole(x: Tensor) -> Tensor:

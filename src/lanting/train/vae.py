@@ -247,6 +247,12 @@ def load_vae(folder: Path, weights: str = WEIGHTS) -> AutoencoderKLQwenImage:
     return vae
 
 
+def shipped_vae(model: Path) -> dict[str, Tensor]:
+    """The autoencoder of an exported model folder as a state of ours, fp32."""
+    video = load_file(str(model / "vae" / "diffusion_pytorch_model.safetensors"))
+    return {name: tensor.float().contiguous() for name, tensor in to_image_weights(video).items()}
+
+
 def train_vae(
     out: Path,
     minutes: float,
@@ -317,8 +323,7 @@ def _train_rank(rank: int, out: Path, minutes: float, recipe: VAERecipe, log: Ca
     vae = AutoencoderKLQwenImage(nano_config())
     initialise(vae, recipe.seed)
     if recipe.warm:
-        vae.load_state_dict(to_image_weights(load_file(f"{recipe.warm}/vae/diffusion_pytorch_model.safetensors")))
-        vae.float()
+        vae.load_state_dict(shipped_vae(Path(recipe.warm)))
     if (out / BEGUN).exists():  # a frozen one that a run goes on with
         vae.load_state_dict(load_file(str(out / BEGUN)))
     trainer = VAETrainer(vae, recipe, minutes, "all", rank)

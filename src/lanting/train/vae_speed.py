@@ -6,7 +6,6 @@ write them a dozen times in 32 bits. Compiled, they do it once. Its few shapes o
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
@@ -17,8 +16,9 @@ from torch import Tensor
 from torch.fx.experimental import _config as shapes
 
 from lanting.nn.vae import AutoencoderKLQwenImage, ChannelNorm, ResidualBlock
+from lanting.nn.vae import channel_norm as normed
 from lanting.train import graphs
-from lanting.train.graphs import Playback, Recorder, record_updates
+from lanting.train.graphs import Attempt, Playback, Recorder, record_updates
 
 if TYPE_CHECKING:
     from lanting.train.vae import VAETrainer
@@ -27,39 +27,25 @@ COMPILED = True  # whether norms are, on a GPU
 Norm = Callable[[Tensor, Tensor, float], Tensor]
 
 
-def normed(x: Tensor, gamma: Tensor, scale: float) -> Tensor:
-    """`ChannelNorm`."""
-    exact = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-    return F.normalize(exact, dim=1).to(x.dtype) * (gamma * scale).to(x.dtype)
-
-
 def normed_silu(x: Tensor, gamma: Tensor, scale: float) -> Tensor:
     return F.silu(normed(x, gamma, scale))
 
 
-class Compiled:
-    """A function of a picture in 16 bits, compiled once for each number of channels; `plain` in 32 bits, and for good
-    where compiling fails."""
+class Compiled(Attempt):
+    """A function of a picture in 16 bits, compiled once for each number of channels; `plain` in 32 bits."""
 
     def __init__(self, plain: Norm):
-        self.plain, self.failed = plain, False
-        self.fast: Norm = torch.compile(plain, dynamic=True)
+        compiled: Norm = torch.compile(plain, dynamic=True)
+
+        def fast(x: Tensor, gamma: Tensor, scale: float) -> Tensor:  # as usual, squares would be compiled apart
+            with shapes.patch(use_duck_shape=False):  # pyright: ignore[reportAttributeAccessIssue]
+                return compiled(x, gamma, scale)
+
+        super().__init__(fast, plain, "norms are")
 
     def __call__(self, x: Tensor, gamma: Tensor, scale: float) -> Tensor:
-        if self.failed or x.dtype not in (torch.bfloat16, torch.float16):
-            return self.plain(x, gamma, scale)
-        try:  # as usual, squares would be compiled apart from other pictures
-            with shapes.patch(use_duck_shape=False):  # pyright: ignore[reportAttributeAccessIssue]
-                return self.fast(x, gamma, scale)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            if x.is_cuda and torch.cuda.is_current_stream_capturing():
-                raise  # recording fails, not compiling
-            self.failed = True
-            words = str(error).strip().splitlines()[:1]
-            print(f"norms are not compiled ({type(error).__name__}: {words})", file=sys.stderr, flush=True)
-        return self.plain(x, gamma, scale)
+        known = x.dtype in (torch.bfloat16, torch.float16)
+        return super().__call__(x, gamma, scale) if known else self.plain(x, gamma, scale)
 
 
 def residual(block: ResidualBlock, norm: Norm, x: Tensor) -> Tensor:

@@ -84,17 +84,22 @@ def _only(tokenizer: Tokenizer, text: str) -> int | None:
     return ids[0] if len(ids) == 1 else None
 
 
+def shipped(model: Path) -> dict[str, Tensor]:
+    """The trained tensors of an exported model folder under the names they have while training."""
+    tensors = load_file(model / "transformer" / "diffusion_pytorch_model.safetensors")
+    found = {f"transformer.{k}": v for k, v in tensors.items()}
+    for name, tensor in load_file(model / "text_encoder" / "model.safetensors").items():
+        found["language." + name.removeprefix("model.") if name.startswith("model.") else name] = tensor
+    return found
+
+
 @torch.no_grad()
 def continue_from(net: NanoNet, tokenizer: Tokenizer, folder: Path) -> list[str]:
     """Take over every tensor of an earlier nano that still has a place, and embeddings by their token.
 
     Returns the names that found no place. Tensors of another shape are left as they are.
     """
-    theirs = {f"transformer.{k}": v for k, v in load_file(folder / _TRANSFORMER).items()}
-    encoder = load_file(folder / "text_encoder" / "model.safetensors")
-    names = (("visual.", "visual."), ("model.", "language."))
-    for name, tensor in encoder.items():
-        theirs.update({ours + name.removeprefix(old): tensor for old, ours in names if name.startswith(old)})
+    theirs = shipped(folder)
     old_table = theirs.pop("language.embed_tokens.weight")
     own, lost = net.state_dict(), []
     for name, tensor in theirs.items():
@@ -104,9 +109,6 @@ def continue_from(net: NanoNet, tokenizer: Tokenizer, folder: Path) -> list[str]
             lost.append(name)
     _carry_rows(net.language.embed_tokens.weight, tokenizer, old_table.float(), folder)
     return lost
-
-
-_TRANSFORMER = Path("transformer") / "diffusion_pytorch_model.safetensors"
 
 
 def _carry_rows(table: Tensor, tokenizer: Tokenizer, old: Tensor, folder: Path) -> None:
