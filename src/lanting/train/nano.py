@@ -109,6 +109,8 @@ class NanoRun:
         return NanoConfig(transformer=shape, language=language_config(VOCAB_SIZE))
 
 
+# of a thousand pictograms each must be met as often as a character is, though a design shows one of them only
+MIX = Mix(kinds=(0.32, 0.32, 0.05, 0.31), pictogram=0.3)
 # progress at which a stage of the curriculum begins, and how many Chinese characters it draws from
 HANZI = ((0.0, 1200), (0.04, 3500))
 
@@ -200,7 +202,7 @@ def courses(
 ) -> list[Course]:
     """Every kind of batch of the curriculum, made in the trainer itself."""
     chosen = chosen or run.preset(1)
-    mix = Mix(hanzi=HANZI[0][1], concepts=run.concepts)
+    mix = replace(MIX, hanzi=HANZI[0][1], concepts=run.concepts)
     reader, editor = Reader(tokenizer), Reader(tokenizer, "edit-plus")
     designs = DesignMaker(run.seed + 1000 * rank, mix=mix)
     edits = EditMaker(run.seed + 1000 * rank + 1, mix=edit_mix(mix))
@@ -224,7 +226,7 @@ def order(run: NanoRun, rank: int, chosen: Preset, step: int) -> FeedOrder:
         seed=run.seed + 1000 * rank + 7919 * step,
         workers=chosen.feeders,
         chunk=min(128, *(room(kind, chosen) for kind in chosen_kinds)),
-        mix=Mix(hanzi=HANZI[0][1], concepts=run.concepts),
+        mix=replace(MIX, hanzi=HANZI[0][1], concepts=run.concepts),
     )
 
 
