@@ -1,0 +1,128 @@
+"""Compile the kernels: `python src/lanting/kernels/build.py`. Called by installing, by `make`, or by hand.
+
+Needs nothing but Python and a C++ compiler (`CXX`, g++ or clang++). The same sources are compiled once for every
+instruction set that this compiler knows; which one runs is decided when they are loaded. Where there is no compiler
+nothing is built, and everything runs on torch's own operations.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+HERE = Path(__file__).parent
+SOURCES = HERE / "csrc"
+LIBRARY = HERE / "libkernels.so"
+STAMP = HERE / "libkernels.txt"
+SIMPLE = ("-O3", "-std=c++17", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-ffp-contract=fast")
+WARNINGS = ("-Wall", "-Wextra", "-fvisibility=hidden", "-Wno-ignored-attributes", "-Wno-psabi")
+AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mfma", "-mprefer-vector-width=512")
+SETS = {  # the best first: what each instruction set is compiled with
+    "x86_64": (
+        ("avx512_bf16", (*AVX512, "-mavx512bf16")),
+        ("avx512_vnni", AVX512),
+        ("avx2", ("-mavx2", "-mfma", "-mf16c")),
+        ("plain", ()),
+    ),
+    "aarch64": (("dotprod", ("-march=armv8.2-a+dotprod",)), ("plain", ())),
+}
+MACHINES = {"amd64": "x86_64", "x64": "x86_64", "arm64": "aarch64"}
+Flags = Sequence[str]
+
+
+def compiler() -> list[str] | None:
+    """The command of a C++ compiler, or None."""
+    asked = os.environ.get("CXX", "").split()
+    for command in (asked, ["g++"], ["clang++"], ["c++"]):
+        if command and shutil.which(command[0]):
+            return command
+    return None
+
+
+def machine() -> str:
+    name = platform.machine().lower()
+    return MACHINES.get(name, name)
+
+
+def call(command: Sequence[str]) -> None:
+    """Raises RuntimeError with what the compiler says."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip()[-2000:] or f"{command[0]} failed")
+
+
+def knows(command: Sequence[str], flags: Flags, folder: Path) -> bool:
+    """Whether the compiler knows these instructions."""
+    if not flags:
+        return True
+    probe = folder / "probe.cpp"
+    probe.write_text("int main() { return 0; }\n")
+    try:
+        call([*command, *flags, "-c", str(probe), "-o", str(folder / "probe.o")])
+    except RuntimeError:
+        return False
+    return True
+
+
+def build(out: Path = LIBRARY, extra: Flags = (), sets: Sequence[str] = ()) -> tuple[str, ...]:
+    """Compile into `out`, whole or not at all; returns the instruction sets in it.
+
+    `extra` are more flags (`-fsanitize=address`, say), `sets` the only ones to be built. Raises RuntimeError where no
+    compiler is found or it fails.
+    """
+    command = compiler()
+    if command is None:
+        raise RuntimeError("no C++ compiler was found (g++ or clang++, or name one in CXX)")
+    known = SETS.get(machine(), (("plain", ()),))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        chosen = [(s, f) for s, f in known if (not sets or s in sets) and knows(command, f, folder)]
+        each = "-DLT_EACH(X)=" + " ".join(f"X({s})" for s, _ in chosen)
+        jobs = [("pool", "pool.cpp", ()), ("dispatch", "dispatch.cpp", (each,))]
+        jobs += [(s, "kernels.cpp", (*f, f"-DLT_NAME={s}")) for s, f in chosen]
+        objects = []
+        for target, source, flags in jobs:
+            objects.append(str(folder / f"{target}.o"))
+            call([*command, *SIMPLE, *WARNINGS, *extra, *flags, "-c", str(SOURCES / source), "-o", objects[-1]])
+        part = out.with_name(out.name + ".part")
+        call([*command, "-shared", *extra, *objects, "-o", str(part), "-pthread"])
+        os.replace(part, out)
+    return tuple(s for s, _ in chosen)
+
+
+def stamp() -> str:
+    """What the library is built from: sources, this file and the machine."""
+    digest = hashlib.sha256(machine().encode())
+    for path in (*sorted(SOURCES.iterdir()), Path(__file__)):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def fresh() -> bool:
+    """Whether what lies there is built from what lies here."""
+    return LIBRARY.is_file() and STAMP.is_file() and STAMP.read_text().split()[:1] == [stamp()]
+
+
+def main() -> int:
+    """Build where needed. Never fails an installation: without kernels everything is only slower."""
+    if fresh():
+        return 0
+    try:
+        made = build()
+    except (RuntimeError, OSError) as error:
+        print(f"lanting's kernels are not built, torch does their work: {error}", file=sys.stderr)
+        return 0
+    STAMP.write_text(f"{stamp()} {' '.join(made)}\n")
+    print(f"lanting's kernels are built: {', '.join(made)}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

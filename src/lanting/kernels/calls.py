@@ -1,0 +1,231 @@
+"""The kernels on tensors. Activations are float32 or bfloat16 on the CPU, their last axis contiguous.
+
+    codes = quantize(x)                        rows rounded to int8, each with its scale
+    product(codes, weight, out)                out = x W^T + bias, read from the packed weight as its file has it
+    product(codes, weight, out, gate=gate)     out += gate * (x W^T + bias)
+
+`weight_of` says which packed Linears that works for. Nothing here checks what a caller can know; shapes that don't fit
+are a programming error and raise ValueError.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lanting.kernels import library as lib
+
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+KINDS = {"int8": 0, "int4": 1, "Q4_0": 2, "Q8_0": 3, "Q4_K": 4, "Q6_K": 5}
+BLOCKS = {"Q4_0": (32, 18), "Q8_0": (32, 34), "Q4_K": (256, 144), "Q6_K": (256, 210)}  # values, bytes
+STORE, GELU, ADD = 0, 1, 2
+CHUNK = 64  # columns of codes are rounded up to
+WIDEST = 512  # heads
+NEVER = 2**62  # rows of the only item
+
+
+def call(name: str, *given: object) -> None:
+    found = lib.library()
+    if found is None:
+        raise RuntimeError("the kernels are not built")
+    if getattr(found, name)(*given):
+        raise MemoryError(f"{name} found no memory")
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A packed weight (rows, columns) with what a product needs besides: the bound of each row."""
+
+    data: Tensor
+    scale: Tensor | None
+    bound: Tensor
+    kind: str
+    columns: int
+    group: int
+
+    def struct(self) -> lib.Weight:
+        scale = self.scale
+        return lib.Weight(
+            self.data.data_ptr(),
+            None if scale is None else scale.data_ptr(),
+            self.bound.data_ptr(),
+            self.data.shape[0],
+            self.columns,
+            self.data.shape[1] * self.data.element_size(),
+            self.group,
+            KINDS[self.kind],
+            0 if scale is None else TYPES[scale.dtype],
+        )
+
+
+def packed(kind: str, data: Tensor, scale: Tensor | None, columns: int, bound: Tensor | None = None) -> Packed | None:
+    """A weight's bytes (rows, bytes of a row) and scales (rows, groups) as kernels read them; None where they can't.
+
+    `bound` saves finding it again.
+    """
+    if not fits(kind, data, scale, columns):
+        return None
+    group = 0 if scale is None else columns // (scale.numel() // data.shape[0])
+    made = Packed(data, scale, torch.empty(data.shape[0]) if bound is None else bound, kind, columns, group)
+    if bound is None:
+        call("lt_bounds", made.struct(), made.bound.data_ptr())
+    return made
+
+
+def fits(kind: str, data: Tensor, scale: Tensor | None, columns: int) -> bool:
+    """Whether kernels read this weight."""
+    if kind not in KINDS or data.device.type != "cpu" or data.ndim != 2 or not data.is_contiguous():
+        return False
+    if kind in BLOCKS:
+        values, size = BLOCKS[kind]
+        return scale is None and columns % values == 0 and data.shape[1] == columns // values * size
+    if scale is None or scale.dtype not in TYPES or not scale.is_contiguous() or scale.numel() % data.shape[0]:
+        return False
+    groups = scale.numel() // data.shape[0]
+    if columns % groups or data.shape[1] != (columns if kind == "int8" else columns // 2):
+        return False
+    group = columns // groups
+    return group in (16, 32, 64, 128) if kind == "int4" else groups == 1 or group % 16 == 0
+
+
+def expanded(weight: Packed) -> Tensor:
+    """The int8 (rows, columns) that products see; times bound / 127 it is the weight."""
+    out = torch.empty(weight.data.shape[0], weight.columns, dtype=torch.int8)
+    call("lt_expand", weight.struct(), out.data_ptr())
+    return out
+
+
+def matrix(x: Tensor) -> lib.Matrix:
+    """(..., rows, columns), where the rows of an item are evenly spaced and so are items."""
+    if x.dtype not in (torch.float32, torch.bfloat16) or x.stride(-1) != 1 or x.device.type != "cpu":
+        raise ValueError(f"kernels take rows of float32 or bfloat16 on the CPU, not {x.dtype} on {x.device}")
+    if x.ndim == 2:
+        return lib.Matrix(x.data_ptr(), x.shape[0], x.shape[1], x.stride(0), NEVER, 0, TYPES[x.dtype])
+    if x.ndim != 3:
+        raise ValueError(f"kernels take (rows, columns) or (items, rows, columns), not {tuple(x.shape)}")
+    items, rows, columns = x.shape
+    return lib.Matrix(x.data_ptr(), items * rows, columns, x.stride(1), rows, x.stride(0), TYPES[x.dtype])
+
+
+def per_row(vectors: Tensor, x: Tensor, split: int) -> lib.PerRow:
+    """Vectors (items or 1, 1 or 2, columns) float32 for the rows of x: with 2 the second holds from row `split` on."""
+    if vectors.dtype != torch.float32 or vectors.stride(-1) != 1:
+        raise ValueError("vectors for rows are float32")
+    items, each = vectors.shape[:2]
+    if each == 2 and vectors.stride(0) != 2 * vectors.stride(1):
+        raise ValueError("the two vectors of an item lie one after the other")
+    period = x.shape[1] if items > 1 or each > 1 else NEVER
+    if items == 1 and x.shape[0] > 1 and each > 1:
+        raise ValueError("two vectors for several items: give every item its own")
+    stride = vectors.stride(1) if each > 1 else vectors.stride(0)
+    return lib.PerRow(vectors.data_ptr(), stride, period, split, each)
+
+
+@dataclass(frozen=True, slots=True)
+class Rounded:
+    """Rows as int8 with a scale each, laid out for this processor's micro-kernel."""
+
+    data: Tensor
+    scale: Tensor
+    sum: Tensor
+    rows: int
+    columns: int
+
+    def struct(self) -> lib.Codes:
+        return lib.Codes(self.data.data_ptr(), self.scale.data_ptr(), self.sum.data_ptr(), self.rows, self.columns)
+
+
+def room(rows: int, columns: int) -> Rounded:
+    """Room for rounded rows."""
+    found = lib.library()
+    panel = 1 if found is None else found.lt_panel()
+    size = math.ceil(rows / panel) * panel * math.ceil(columns / CHUNK) * CHUNK
+    sums = torch.empty(rows, dtype=torch.int32)
+    return Rounded(torch.empty(size, dtype=torch.int8), torch.empty(rows), sums, rows, columns)
+
+
+def quantize(x: Tensor) -> Rounded:
+    """Round rows to int8: the largest of each becomes 127."""
+    from_ = matrix(x)
+    made = room(from_.rows, from_.columns)
+    call("lt_quantize", from_, made.struct())
+    return made
+
+
+def norm(x: Tensor, shift: Tensor, scale: Tensor, split: int = 0, *, rounded: bool) -> Rounded | Tensor:
+    """Layer norm of x (items, rows, columns), times 1 + scale, plus shift (see `per_row`), in float32 inside."""
+    from_ = matrix(x)
+    made = room(from_.rows, from_.columns) if rounded else torch.empty(x.shape, dtype=x.dtype)
+    rows, codes = (None, made.struct()) if isinstance(made, Rounded) else (matrix(made), None)
+    call("lt_norm", from_, per_row(shift, x, split), per_row(scale, x, split), rows, codes)
+    return made
+
+
+def result(out: Tensor, bias: Tensor | None, gate: Tensor | None, split: int, gelu: bool) -> lib.Result:
+    """Where rows go and what becomes of them; `bias` (columns) and `gate` (see `per_row`) are float32."""
+    gates = lib.PerRow() if gate is None else per_row(gate, out, split)
+    mode = ADD if gate is not None else GELU if gelu else STORE
+    return lib.Result(matrix(out), None if bias is None else bias.data_ptr(), gates, mode)
+
+
+def product(
+    x: Rounded,
+    weight: Packed,
+    out: Tensor,
+    bias: Tensor | None = None,
+    *,
+    gate: Tensor | None = None,
+    split: int = 0,
+    gelu: bool = False,
+) -> Tensor:
+    """out = x W^T + bias, through a GELU, or added to what is there times a gate; out (..., rows, W's rows)."""
+    if x.columns != weight.columns or out.shape[-1] != weight.data.shape[0]:
+        raise ValueError(f"{x.columns} columns meet a weight of {weight.columns}, {out.shape[-1]} of {weight.data.shape[0]}")
+    call("lt_product", x.struct(), weight.struct(), result(out, bias, gate, split, gelu))
+    return out
+
+
+def activate(x: Tensor, out: Tensor, *, gate: Tensor | None = None, split: int = 0, gelu: bool = False) -> Tensor:
+    """What a product ends with, for rows (items, rows, columns) that torch made."""
+    call("lt_activate", matrix(x), result(out, None, gate, split, gelu))
+    return out
+
+
+def turn(q: Tensor, k: Tensor, norms: tuple[Tensor, ...], rope: tuple[Tensor, Tensor], first: int, eps: float) -> None:
+    """Norm and turn queries and keys (B, S, H, E) where they are; the first tokens have norms of their own.
+
+    `norms` are the weights (E,) float32 for: first queries, first keys, other queries, other keys; `rope` (S, E / 2).
+    """
+    items, tokens, heads, width = q.shape
+    at = [x.data_ptr() for x in (q, k, *rope, *norms)]
+    call("lt_turn", lib.Turn(*at, items, tokens, heads, width, first, eps, TYPES[q.dtype]))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention of (B, S, H, E) contiguous over all keys; mask (B, T) bool over the first T -> (B, S, H, E)."""
+    items, tokens, heads, width = q.shape
+    if width % 32 or width > WIDEST or q.dtype != k.dtype or q.dtype != v.dtype:
+        raise ValueError(f"heads of {width} {q.dtype} are not for these kernels")
+    q, k, v = (x.contiguous() for x in (q, k, v))
+    out = torch.empty_like(q)
+    seen = None if mask is None else mask.to(torch.uint8).contiguous()
+    at = [x.data_ptr() for x in (q, k, v, out)]
+    masked = 0 if seen is None else seen.shape[1]
+    given = (*at, None if seen is None else seen.data_ptr(), items, tokens, heads, width, masked, TYPES[q.dtype])
+    call("lt_attend", lib.Attention(*given))
+    return out
+
+
+def norm_silu(x: Tensor, gamma: Tensor, *, silu: bool = True) -> Tensor:
+    """The autoencoder's norm of x (B, C, H, W), channels last, times gamma (C,) float32, then SiLU; same layout."""
+    rows = x.permute(0, 2, 3, 1)
+    if not rows.is_contiguous():
+        raise ValueError("kernels take pictures with channels last")
+    out = torch.empty_like(rows)
+    call("lt_norm_silu", matrix(rows.flatten(0, 2)), gamma.data_ptr(), matrix(out.flatten(0, 2)), int(silu))
+    return out.permute(0, 3, 1, 2)
+
+

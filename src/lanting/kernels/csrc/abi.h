@@ -1,0 +1,64 @@
+// What Python and C++ agree on: plain structures and functions, no torch headers. `ABI` counts incompatible changes.
+#pragma once
+#include <cstdint>
+
+enum { ABI = 1 };
+enum Number : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+enum Kind : int32_t { INT8 = 0, INT4 = 1, Q4_0 = 2, Q8_0 = 3, Q4_K = 4, Q6_K = 5 };
+enum Mode : int32_t { STORE = 0, GELU = 1, ADD = 2 };  // ADD: what is there += gate * value
+
+// Rows of a matrix: `items` of `period` rows each, `item_stride` and `stride` elements apart; rows are contiguous.
+struct Matrix {
+  void* data;
+  int64_t rows, columns, stride, period, item_stride;
+  int32_t type;  // Number
+};
+
+// One vector for every row, or per item one for its first `split` rows and one for the rest (`each` is 1 or 2).
+struct PerRow {
+  const float* data;
+  int64_t stride, period, split;
+  int32_t each;
+};
+
+// Rows rounded to int8, each with a scale of its own; laid out for the micro-kernel of one ISA.
+struct Codes {
+  int8_t* data;    // (panels, columns / 4, panel, 4)
+  float* scale;    // (rows)
+  int32_t* sum;    // (rows)
+  int64_t rows, columns;
+};
+
+// A packed weight as its file has it, (rows, columns), a row `row_bytes` long.
+struct Weight {
+  const uint8_t* data;
+  const void* scale;   // of INT8 and INT4: (rows, columns / group); GGUF's kinds hold theirs
+  const float* bound;  // (rows) what no value of a row exceeds, see `weight_bounds`
+  int64_t rows, columns, row_bytes, group;
+  int32_t kind, scale_type;
+};
+
+struct Result {
+  Matrix to;
+  const float* bias;  // (columns) or null
+  PerRow gate;        // of ADD
+  int32_t mode;
+};
+
+struct Attention {
+  const void *q, *k, *v;    // (items, tokens, heads, width) contiguous
+  void* out;                // (items, tokens, heads * width)
+  const uint8_t* mask;      // (items, masked) over the first keys, or null
+  int64_t items, tokens, heads, width, masked;
+  int32_t type;             // FLOAT32 or BFLOAT16
+};
+
+// Queries and keys (items, tokens, heads, width), normed and turned where they are.
+struct Turn {
+  void *q, *k;
+  const float *cos, *sin;                            // (tokens, width / 2)
+  const float *first_q, *first_k, *rest_q, *rest_k;  // (width) weights of the norms: of the first tokens, of the rest
+  int64_t items, tokens, heads, width, first;
+  float eps;
+  int32_t type;
+};

@@ -1,0 +1,217 @@
+// Attention in one pass: scores of a few queries with a block of keys, their softmax so far, their share of the values.
+//
+// Keys and values are first laid out for the micro-kernel, once per head; then queries are shared out over threads.
+// Products are bfloat16 with float32 sums where the processor has them and the input is bfloat16, else float32.
+#pragma once
+#include "rows.h"
+
+namespace {
+
+constexpr int64_t KEYS = 512;  // scored at once
+
+// Float32, in vectors of the processor's width.
+struct Wide {
+#if defined(__AVX512F__)
+  static constexpr int lanes = 16, rows = 12;
+#elif defined(__AVX2__)
+  static constexpr int lanes = 8, rows = 6;
+#else
+  static constexpr int lanes = 4, rows = 4;
+#endif
+  static constexpr int tile = 2 * lanes, pair = 1;
+  using Element = float;
+  typedef float Vector __attribute__((vector_size(lanes * 4), aligned(4)));
+
+  // acc (rows, tile) += a (rows, n), `stride` apart, times w (n, tile)
+  static inline void micro(const float* a, int64_t stride, const float* w, int64_t n, float* acc, int64_t to) {
+    Vector sum[rows][2];
+#pragma GCC unroll 12
+    for (int r = 0; r < rows; r++) {
+      sum[r][0] = *reinterpret_cast<const Vector*>(acc + r * to);
+      sum[r][1] = *reinterpret_cast<const Vector*>(acc + r * to + lanes);
+    }
+    for (int64_t k = 0; k < n; k++, w += tile) {
+      Vector w0 = *reinterpret_cast<const Vector*>(w), w1 = *reinterpret_cast<const Vector*>(w + lanes);
+#pragma GCC unroll 12
+      for (int r = 0; r < rows; r++) {
+        sum[r][0] += a[r * stride + k] * w0;
+        sum[r][1] += a[r * stride + k] * w1;
+      }
+    }
+#pragma GCC unroll 12
+    for (int r = 0; r < rows; r++) {
+      *reinterpret_cast<Vector*>(acc + r * to) = sum[r][0];
+      *reinterpret_cast<Vector*>(acc + r * to + lanes) = sum[r][1];
+    }
+  }
+  static inline float put(float x) { return x; }
+};
+
+#if defined(__AVX512BF16__)
+struct Brain {
+  static constexpr int lanes = 16, rows = 14, tile = 32, pair = 2;
+  using Element = uint16_t;
+
+  static inline void micro(const uint16_t* a, int64_t stride, const uint16_t* w, int64_t n, float* acc, int64_t to) {
+    __m512 sum[rows][2];
+#pragma GCC unroll 14
+    for (int r = 0; r < rows; r++) {
+      sum[r][0] = _mm512_loadu_ps(acc + r * to);
+      sum[r][1] = _mm512_loadu_ps(acc + r * to + 16);
+    }
+    for (int64_t k = 0; k < n; k += 2, w += 64) {
+      __m512bh w0 = (__m512bh)_mm512_load_si512(w), w1 = (__m512bh)_mm512_load_si512(w + 32);
+#pragma GCC unroll 14
+      for (int r = 0; r < rows; r++) {
+        int32_t two;
+        memcpy(&two, a + r * stride + k, 4);
+        __m512bh x = (__m512bh)_mm512_set1_epi32(two);
+        sum[r][0] = _mm512_dpbf16_ps(sum[r][0], w0, x);
+        sum[r][1] = _mm512_dpbf16_ps(sum[r][1], w1, x);
+      }
+    }
+#pragma GCC unroll 14
+    for (int r = 0; r < rows; r++) {
+      _mm512_storeu_ps(acc + r * to, sum[r][0]);
+      _mm512_storeu_ps(acc + r * to + 16, sum[r][1]);
+    }
+  }
+  static inline uint16_t put(float x) { return narrow(x); }
+};
+#endif
+
+inline float get(const void* at, int64_t i, int32_t type) {
+  return type == BFLOAT16 ? wide(static_cast<const uint16_t*>(at)[i]) : static_cast<const float*>(at)[i];
+}
+
+template <class E> inline E element(const void* at, int64_t i, int32_t type) {
+  if constexpr (sizeof(E) == 2) return static_cast<const uint16_t*>(at)[i];
+  return E(get(at, i, type));
+}
+
+template <class T> struct Flash {
+  using E = typename T::Element;
+  const Attention& a;
+  int64_t most, width, stride;  // keys of a head, rounded up; between tokens
+  E *keys, *values;             // (items, heads, most, width) each, laid out
+  int64_t* count;               // (items) keys that are not masked
+  static constexpr int64_t gap = KEYS + 32 / sizeof(E);  // between rows of scores: not a power of two
+
+  // Keys as (most / tile, width / pair, tile, pair); values as (blocks, width / tile, keys / pair, tile, pair).
+  void lay(int64_t item, int64_t head) const {
+    E *k = keys + (item * a.heads + head) * most * width, *v = values + (item * a.heads + head) * most * width;
+    const uint8_t* mask = a.mask ? a.mask + item * a.masked : nullptr;
+    int64_t n = 0;
+    for (int64_t token = 0; token < a.tokens; token++) {
+      if (mask && token < a.masked && !mask[token]) continue;
+      int64_t from = (item * a.tokens + token) * stride + head * width;
+      place_key(k, n, from), place_value(v, n, from);
+      n++;
+    }
+    for (; n < most; n++) place_key(k, n, -1), place_value(v, n, -1);
+  }
+
+  void place_key(E* k, int64_t n, int64_t from) const {
+    E* to = k + n / T::tile * T::tile * width + n % T::tile * T::pair;
+    for (int64_t j = 0; j < width; j += T::pair, to += T::tile * T::pair)
+      for (int i = 0; i < T::pair; i++) to[i] = from < 0 ? E(0) : element<E>(a.k, from + j + i, a.type);
+  }
+
+  void place_value(E* v, int64_t n, int64_t from) const {
+    int64_t block = n / KEYS, in_block = smaller(KEYS, most - block * KEYS), at = n - block * KEYS;
+    for (int64_t t = 0; t < width / T::tile; t++) {
+      E* to = v + block * KEYS * width + t * in_block * T::tile + at / T::pair * T::tile * T::pair + at % T::pair;
+      for (int j = 0; j < T::tile; j++)
+        to[j * T::pair] = from < 0 ? E(0) : element<E>(a.v, from + t * T::tile + j, a.type);
+    }
+  }
+
+  // Softmax of one row's new scores: shares in `to`, the largest score and the sum of shares so far kept up.
+  // Returns what earlier results must be multiplied with.
+  static float soften(float* s, E* to, int64_t valid, int64_t n, float& high, float& sum) {
+    float most = high;
+#pragma omp simd reduction(max : most)
+    for (int64_t j = 0; j < valid; j++) most = larger(most, s[j]);
+    float fresh = 0;
+#pragma omp simd reduction(+ : fresh)
+    for (int64_t j = 0; j < valid; j++) {
+      float e = exp2_of(s[j] - most);
+      fresh += e;
+      to[j] = T::put(e);
+    }
+    for (int64_t j = valid; j < n; j++) to[j] = E(0);
+    float shrink = exp2_of(high - most);
+    sum = sum * shrink + fresh, high = most;
+    return shrink;
+  }
+
+  void answer(int64_t item, int64_t head, int64_t first) const {
+    constexpr int R = T::rows;
+    const E *k = keys + (item * a.heads + head) * most * width, *v = values + (item * a.heads + head) * most * width;
+    E* q = static_cast<E*>(lt::scratch(2, R * width * sizeof(E)));
+    float* scores = static_cast<float*>(lt::scratch(3, R * gap * 4));
+    E* shares = static_cast<E*>(lt::scratch(4, R * gap * sizeof(E)));
+    float* out = static_cast<float*>(lt::scratch(5, R * width * 4));
+    float high[R], sum[R], scale = LOG2E / __builtin_sqrtf(float(width));
+    for (int r = 0; r < R; r++) {
+      int64_t from = (item * a.tokens + smaller(first + r, a.tokens - 1)) * stride + head * width;
+      for (int64_t j = 0; j < width; j++) q[r * width + j] = element<E>(a.q, from + j, a.type);
+      high[r] = -1e30f, sum[r] = 0;
+    }
+    memset(out, 0, R * width * 4);
+    for (int64_t begin = 0; begin < count[item]; begin += KEYS) {
+      int64_t n = smaller(KEYS, most - begin), valid = smaller(n, count[item] - begin);
+      memset(scores, 0, R * gap * 4);
+      for (int64_t t = 0; t < n; t += T::tile)
+        T::micro(q, width, k + (begin + t) * width, width, scores + t, gap);
+      for (int r = 0; r < R; r++) {
+        float* s = scores + r * gap;
+        for (int64_t j = 0; j < n; j++) s[j] *= scale;
+        float shrink = soften(s, shares + r * gap, valid, n, high[r], sum[r]);
+        if (shrink != 1)
+          for (int64_t j = 0; j < width; j++) out[r * width + j] *= shrink;
+      }
+      for (int64_t t = 0; t < width / T::tile; t++)
+        T::micro(shares, gap, v + begin * width + t * n * T::tile, n, out + t * T::tile, width);
+    }
+    for (int64_t r = 0; r < smaller(R, a.tokens - first); r++) {
+      for (int64_t j = 0; j < width; j++) out[r * width + j] /= sum[r];
+      Matrix to{a.out, a.items * a.tokens, width, stride, INT64_MAX, 0, a.type};
+      to.data = static_cast<char*>(a.out) + head * width * (a.type == BFLOAT16 ? 2 : 4);
+      store(to, item * a.tokens + first + r, out + r * width);
+    }
+  }
+
+  void all() const {
+    lt::parallel(a.items * a.heads, [&](int64_t i) { lay(i / a.heads, i % a.heads); });
+    int64_t parts = (a.tokens + T::rows - 1) / T::rows;
+    lt::parallel(a.items * a.heads * parts, [&](int64_t i) {
+      int64_t head = i / parts;
+      answer(head / a.heads, head % a.heads, i % parts * T::rows);
+    });
+  }
+};
+
+template <class T> void flash(const Attention& a) {
+  using E = typename T::Element;
+  int64_t most = (a.tokens + T::tile - 1) / T::tile * T::tile;
+  int64_t each = a.items * a.heads * most * a.width * int64_t(sizeof(E));
+  char* room = static_cast<char*>(lt::scratch(6, 2 * ((each + 63) / 64 * 64)));
+  int64_t* count = static_cast<int64_t*>(lt::scratch(7, a.items * 8));
+  for (int64_t i = 0; i < a.items; i++) {
+    count[i] = a.tokens;
+    for (int64_t t = 0; a.mask && t < a.masked; t++) count[i] -= !a.mask[i * a.masked + t];
+  }
+  Flash<T> pass{a, most, a.width, a.heads * a.width, reinterpret_cast<E*>(room),
+                reinterpret_cast<E*>(room + (each + 63) / 64 * 64), count};
+  pass.all();
+}
+
+void attend(const Attention& a) {
+#if defined(__AVX512BF16__)
+  if (a.type == BFLOAT16) return flash<Brain>(a);
+#endif
+  flash<Wide>(a);
+}
+
+}  // namespace

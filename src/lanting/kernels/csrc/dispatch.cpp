@@ -1,0 +1,86 @@
+// What Python calls. Picks the best kernels that this processor runs.
+#include <cstring>
+
+#include "pool.h"
+#include "table.h"
+
+namespace lt {
+#define LT_DECLARE(name) extern const Table table_##name;
+LT_EACH(LT_DECLARE)
+
+namespace {
+
+bool runs(const char* name) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (!strncmp(name, "avx512", 6)) {
+    bool found = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                 __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                 __builtin_cpu_supports("avx512vnni");
+    return found && (strcmp(name, "avx512_bf16") || __builtin_cpu_supports("avx512bf16"));
+  }
+  if (!strcmp(name, "avx2")) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+  return true;
+}
+
+#define LT_ADDRESS(name) &table_##name,
+const Table* const all[] = {LT_EACH(LT_ADDRESS)};  // the best first
+
+const Table* best() {
+  for (const Table* each : all)
+    if (runs(each->name)) return each;
+  return all[sizeof(all) / sizeof(all[0]) - 1];
+}
+
+const Table* used = best();
+
+template <class F> int guarded(F body) {
+  try {
+    body();
+    return 0;
+  } catch (...) {  // memory: nothing else is thrown
+    return 1;
+  }
+}
+
+}  // namespace
+}  // namespace lt
+
+using namespace lt;
+
+#define LT_EXPORT extern "C" __attribute__((visibility("default")))
+
+LT_EXPORT int lt_abi() { return ABI; }
+LT_EXPORT const char* lt_name() { return used->name; }
+LT_EXPORT int lt_panel() { return used->panel; }
+LT_EXPORT void lt_threads(int count) { set_threads(count); }
+
+// The name of the i-th set of kernels that is compiled in and runs here, null behind the last.
+LT_EXPORT const char* lt_known(int i) {
+  for (const Table* each : all)
+    if (runs(each->name) && i-- == 0) return each->name;
+  return nullptr;
+}
+
+LT_EXPORT int lt_use(const char* name) {
+  for (const Table* each : all)
+    if (!strcmp(each->name, name) && runs(name)) return used = each, 0;
+  return 1;
+}
+
+LT_EXPORT int lt_bounds(const Weight* w, float* out) { return guarded([&] { used->bounds(*w, out); }); }
+LT_EXPORT int lt_expand(const Weight* w, int8_t* out) { return guarded([&] { used->expand(*w, out); }); }
+LT_EXPORT int lt_quantize(const Matrix* m, const Codes* c) { return guarded([&] { used->quantize(*m, *c); }); }
+LT_EXPORT int lt_norm(const Matrix* m, const PerRow* shift, const PerRow* scale, const Matrix* rows, const Codes* c) {
+  return guarded([&] { used->norm(*m, *shift, *scale, rows, c); });
+}
+LT_EXPORT int lt_product(const Codes* c, const Weight* w, const Result* r) {
+  return guarded([&] { used->product(*c, *w, *r); });
+}
+LT_EXPORT int lt_turn(const Turn* t) { return guarded([&] { used->turn(*t); }); }
+LT_EXPORT int lt_attend(const Attention* a) { return guarded([&] { used->attend(*a); }); }
+LT_EXPORT int lt_activate(const Matrix* m, const Result* r) { return guarded([&] { used->activate(*m, *r); }); }
+LT_EXPORT int lt_norm_silu(const Matrix* m, const float* gamma, const Matrix* to, int silu) {
+  return guarded([&] { used->norm_silu(*m, gamma, *to, silu); });
+}

@@ -1,0 +1,20 @@
+// All kernels for one instruction set: compiled several times, with other flags and another LT_NAME.
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+#include "attention.h"
+#include "table.h"
+
+#define LT_TEXT(x) LT_TEXT_OF(x)
+#define LT_TEXT_OF(x) #x
+#define LT_JOIN(a, b) LT_JOIN_OF(a, b)
+#define LT_JOIN_OF(a, b) a##b
+
+namespace lt {
+extern const Table LT_JOIN(table_, LT_NAME);
+const Table LT_JOIN(table_, LT_NAME) = {LT_TEXT(LT_NAME), PANEL, bounds, expand_all, quantize, norm,
+                                        product,          turn,  attend, activate,   norm_silu};
+}  // namespace lt

@@ -1,0 +1,215 @@
+// Products of int8 rows with packed weights: C = rows * scale * (W * bound / 127)^T + bias.
+//
+// 32 rows of a weight are expanded into a tile that stays in L2 and meets all rows of the activations, so that the cost
+// of expanding is shared by hundreds of rows. Every number of the result is made by one thread: how many there are
+// changes nothing.
+#pragma once
+#include "pool.h"
+#include "weights.h"
+
+namespace {
+
+#if defined(__AVX512VNNI__)
+constexpr int PANEL = 14;     // 28 of 32 registers hold sums
+constexpr int ZERO = 128;     // vpdpbusd wants one unsigned side: weights are shifted, and sums corrected
+#elif defined(__AVX2__)
+constexpr int PANEL = 4;
+constexpr int ZERO = 0;
+#elif defined(__ARM_FEATURE_DOTPROD)
+constexpr int PANEL = 4;
+constexpr int ZERO = 0;
+#else
+constexpr int PANEL = 4;
+constexpr int ZERO = 0;
+#endif
+constexpr int64_t BLOCK = 6 << 20;  // bytes of activations that are kept in the last cache while weights pass by
+
+inline int64_t padded(int64_t columns) { return (columns + CHUNK - 1) / CHUNK * CHUNK; }
+
+// acc (PANEL, 32) = A (K4, PANEL, 4) times W (K4, 2, 16, 4)
+inline void micro(const int8_t* a, const int8_t* w, int64_t k4, int32_t* out) {
+#if defined(__AVX512VNNI__)
+  __m512i acc[PANEL][2];
+#pragma GCC unroll 14
+  for (int r = 0; r < PANEL; r++) acc[r][0] = acc[r][1] = _mm512_setzero_si512();
+  for (int64_t k = 0; k < k4; k++, w += 128, a += 4 * PANEL) {
+    __m512i w0 = _mm512_load_si512(w), w1 = _mm512_load_si512(w + 64);
+#pragma GCC unroll 14
+    for (int r = 0; r < PANEL; r++) {
+      int32_t four;
+      memcpy(&four, a + 4 * r, 4);
+      __m512i x = _mm512_set1_epi32(four);
+      acc[r][0] = _mm512_dpbusd_epi32(acc[r][0], w0, x);
+      acc[r][1] = _mm512_dpbusd_epi32(acc[r][1], w1, x);
+    }
+  }
+#pragma GCC unroll 14
+  for (int r = 0; r < PANEL; r++) {
+    _mm512_store_si512(out + r * TILE, acc[r][0]);
+    _mm512_store_si512(out + r * TILE + 16, acc[r][1]);
+  }
+#elif defined(__AVX2__)
+  const __m256i ones = _mm256_set1_epi16(1);
+  for (int side = 0; side < 2; side++) {
+    __m256i acc[PANEL][2];
+    for (int r = 0; r < PANEL; r++) acc[r][0] = acc[r][1] = _mm256_setzero_si256();
+    const int8_t *from = w + side * 64, *rows = a;
+    for (int64_t k = 0; k < k4; k++, from += 128, rows += 4 * PANEL) {
+      __m256i w0 = _mm256_load_si256(reinterpret_cast<const __m256i*>(from));
+      __m256i w1 = _mm256_load_si256(reinterpret_cast<const __m256i*>(from + 32));
+      __m256i u0 = _mm256_abs_epi8(w0), u1 = _mm256_abs_epi8(w1);
+#pragma GCC unroll 4
+      for (int r = 0; r < PANEL; r++) {  // |w| <= 127 and |a| <= 127: two products fit 16 bits
+        int32_t four;
+        memcpy(&four, rows + 4 * r, 4);
+        __m256i x = _mm256_set1_epi32(four);
+        __m256i p0 = _mm256_maddubs_epi16(u0, _mm256_sign_epi8(x, w0));
+        __m256i p1 = _mm256_maddubs_epi16(u1, _mm256_sign_epi8(x, w1));
+        acc[r][0] = _mm256_add_epi32(acc[r][0], _mm256_madd_epi16(p0, ones));
+        acc[r][1] = _mm256_add_epi32(acc[r][1], _mm256_madd_epi16(p1, ones));
+      }
+    }
+    for (int r = 0; r < PANEL; r++) {
+      _mm256_store_si256(reinterpret_cast<__m256i*>(out + r * TILE + side * 16), acc[r][0]);
+      _mm256_store_si256(reinterpret_cast<__m256i*>(out + r * TILE + side * 16 + 8), acc[r][1]);
+    }
+  }
+#elif defined(__ARM_FEATURE_DOTPROD)
+  for (int side = 0; side < 2; side++) {
+    int32x4_t acc[PANEL][4];
+    for (int r = 0; r < PANEL; r++)
+      for (int i = 0; i < 4; i++) acc[r][i] = vdupq_n_s32(0);
+    const int8_t *from = w + side * 64, *rows = a;
+    for (int64_t k = 0; k < k4; k++, from += 128, rows += 4 * PANEL) {
+      int8x16_t x = vld1q_s8(rows);
+      for (int i = 0; i < 4; i++) {
+        int8x16_t y = vld1q_s8(from + 16 * i);
+        acc[0][i] = vdotq_laneq_s32(acc[0][i], y, x, 0), acc[1][i] = vdotq_laneq_s32(acc[1][i], y, x, 1);
+        acc[2][i] = vdotq_laneq_s32(acc[2][i], y, x, 2), acc[3][i] = vdotq_laneq_s32(acc[3][i], y, x, 3);
+      }
+    }
+    for (int r = 0; r < PANEL; r++)
+      for (int i = 0; i < 4; i++) vst1q_s32(out + r * TILE + side * 16 + i * 4, acc[r][i]);
+  }
+#else
+  for (int i = 0; i < PANEL * TILE; i++) out[i] = 0;
+  for (int64_t k = 0; k < k4; k++, w += 128, a += 4 * PANEL)
+    for (int r = 0; r < PANEL; r++)
+      for (int n = 0; n < TILE; n++) {
+        const int8_t *x = a + 4 * r, *y = w + 4 * n;
+        out[r * TILE + n] += x[0] * y[0] + x[1] * y[1] + x[2] * y[2] + x[3] * y[3];
+      }
+#endif
+}
+
+// 32 rows of a weight from row `first` on as a tile (columns / 4, 2, 16, 4); rows behind the last repeat it.
+template <int kind> void expand(const Weight& w, int64_t first, int8_t* tile) {
+  for (int side = 0; side < 2; side++)
+    for (int64_t k = 0; k < padded(w.columns); k += CHUNK) {
+      int8_t* to = tile + (k / 4 * 2 + side) * 64;
+#if defined(__AVX512VNNI__)
+      __m512i v[16];
+      const __m512i shift = _mm512_set1_epi8(int8_t(ZERO));
+      for (int r = 0; r < 16; r++) {
+        int64_t row = smaller(first + side * 16 + r, w.rows - 1);
+        float per = w.bound[row] > 0 ? 127 / w.bound[row] : 0;
+        if (k + CHUNK <= w.columns) {
+          v[r] = fill<kind>(w, row, k, per);
+        } else {
+          alignas(64) int8_t last[CHUNK];
+          fill_plain(w, row, k, per, last);
+          v[r] = _mm512_load_si512(last);
+        }
+        v[r] = _mm512_xor_si512(v[r], shift);
+      }
+      turn_around(v);
+      for (int j = 0; j < 16; j++) _mm512_store_si512(to + j * 128, v[j]);
+#else
+      for (int r = 0; r < 16; r++) {
+        int64_t row = smaller(first + side * 16 + r, w.rows - 1);
+        int8_t line[CHUNK];
+        fill_plain(w, row, k, w.bound[row] > 0 ? 127 / w.bound[row] : 0, line);
+        for (int j = 0; j < 16; j++) memcpy(to + j * 128 + r * 4, line + 4 * j, 4);
+      }
+#endif
+    }
+}
+
+void expand_tile(const Weight& w, int64_t first, int8_t* tile) {
+  switch (w.kind) {
+    case INT8: return expand<INT8>(w, first, tile);
+    case INT4: return expand<INT4>(w, first, tile);
+    case Q4_0: return expand<Q4_0>(w, first, tile);
+    case Q8_0: return expand<Q8_0>(w, first, tile);
+    case Q4_K: return expand<Q4_K>(w, first, tile);
+    default: return expand<Q6_K>(w, first, tile);
+  }
+}
+
+// What becomes of `count` finished sums of a row, from `column` on.
+inline void finish(const Result& r, int64_t row, int64_t column, int64_t count, float* x) {
+  if (r.mode == GELU)
+    for (int64_t j = 0; j < count; j++) x[j] = gelu(x[j]);
+  int64_t at = offset(r.to, row) + column;
+  const float* gate = r.mode == ADD ? vector_of(r.gate, row) + column : nullptr;
+  if (r.to.type == BFLOAT16) {
+    uint16_t* to = static_cast<uint16_t*>(r.to.data) + at;
+    if (gate)
+      for (int64_t j = 0; j < count; j++) to[j] = narrow(wide(to[j]) + gate[j] * x[j]);
+    else
+      for (int64_t j = 0; j < count; j++) to[j] = narrow(x[j]);
+  } else {
+    float* to = static_cast<float*>(r.to.data) + at;
+    if (gate)
+      for (int64_t j = 0; j < count; j++) to[j] += gate[j] * x[j];
+    else
+      for (int64_t j = 0; j < count; j++) to[j] = x[j];
+  }
+}
+
+void meet(const Codes& a, const Weight& w, const Result& r, int64_t first, const int8_t* tile, int64_t panel) {
+  alignas(64) int32_t sums[PANEL * TILE];
+  int64_t columns = padded(a.columns), count = smaller(TILE, w.rows - first);
+  micro(a.data + panel * PANEL * columns, tile, columns / 4, sums);
+  float scale[TILE], bias[TILE];
+  for (int64_t j = 0; j < count; j++) {
+    scale[j] = w.bound[first + j] / 127;
+    bias[j] = r.bias ? r.bias[first + j] : 0;
+  }
+  for (int64_t i = 0; i < PANEL && panel * PANEL + i < a.rows; i++) {
+    int64_t row = panel * PANEL + i;
+    float x[TILE], own = a.scale[row];
+    int32_t extra = ZERO * a.sum[row];
+    for (int64_t j = 0; j < count; j++) x[j] = float(sums[i * TILE + j] - extra) * own * scale[j] + bias[j];
+    finish(r, row, first, count, x);
+  }
+}
+
+void product(const Codes& a, const Weight& w, const Result& r) {
+  int64_t columns = padded(a.columns), panels = (a.rows + PANEL - 1) / PANEL, tiles = (w.rows + TILE - 1) / TILE;
+  int64_t fit = BLOCK / (columns * PANEL), block = fit > 1 ? fit : 1, blocks = (panels + block - 1) / block;
+  block = blocks ? (panels + blocks - 1) / blocks : 1;
+  for (int64_t begin = 0; begin < panels; begin += block)
+    lt::parallel(tiles, [&](int64_t t) {
+      int8_t* tile = static_cast<int8_t*>(lt::scratch(0, columns * TILE));
+      expand_tile(w, t * TILE, tile);
+      for (int64_t p = begin; p < smaller(panels, begin + block); p++) meet(a, w, r, t * TILE, tile, p);
+    });
+}
+
+void bounds(const Weight& w, float* out) {
+  lt::parallel(w.rows, [&](int64_t row) { out[row] = row_bound(w, row); });
+}
+
+void expand_all(const Weight& w, int8_t* out) {
+  int64_t columns = padded(w.columns);
+  lt::parallel((w.rows + TILE - 1) / TILE, [&](int64_t t) {
+    int8_t* tile = static_cast<int8_t*>(lt::scratch(0, columns * TILE));
+    expand_tile(w, t * TILE, tile);
+    for (int64_t n = 0; n < smaller(TILE, w.rows - t * TILE); n++)
+      for (int64_t k = 0; k < w.columns; k++)
+        out[(t * TILE + n) * w.columns + k] = int8_t(tile[(k / 4 * 2 + n / 16) * 64 + n % 16 * 4 + k % 4] ^ ZERO);
+  });
+}
+
+}  // namespace

@@ -1,0 +1,21 @@
+// One set of kernels, compiled for one instruction set.
+#pragma once
+#include "abi.h"
+
+namespace lt {
+
+struct Table {
+  const char* name;
+  int panel;  // rows that the micro-kernel takes at once
+  void (*bounds)(const Weight&, float*);
+  void (*expand)(const Weight&, int8_t*);  // all of a weight as the int8 that products see: for tests
+  void (*quantize)(const Matrix&, const Codes&);
+  void (*norm)(const Matrix&, const PerRow& shift, const PerRow& scale, const Matrix* rows, const Codes* codes);
+  void (*product)(const Codes&, const Weight&, const Result&);
+  void (*turn)(const Turn&);
+  void (*attend)(const Attention&);
+  void (*activate)(const Matrix& from, const Result&);
+  void (*norm_silu)(const Matrix& from, const float* gamma, const Matrix& to, int silu);
+};
+
+}  // namespace lt

@@ -1,0 +1,258 @@
+// Packed weights, read as they lie in their files, become int8 that share one scale per row: q = round(value / bound * 127).
+//
+// Rounding to 8 bits once more costs little beside 4 bits, and lets a product run over all of a row in integers. The
+// bound of a row (a tensor of its own, see `weight_bounds`) is the largest value its codes could stand for.
+#pragma once
+#include "numbers.h"
+
+namespace {
+
+constexpr int64_t CHUNK = 64;  // values that are expanded together
+constexpr int TILE = 32;       // columns of a product (rows of a weight) that share a tile
+
+inline float number(const void* at, int64_t i, int32_t type) {
+  if (type == FLOAT32) return static_cast<const float*>(at)[i];
+  uint16_t x = static_cast<const uint16_t*>(at)[i];
+  return type == BFLOAT16 ? wide(x) : half(x);
+}
+
+inline float half_at(const uint8_t* at) {
+  uint16_t x;
+  memcpy(&x, at, 2);
+  return half(x);
+}
+
+inline float absolute(float x) { return x < 0 ? -x : x; }
+inline float larger(float a, float b) { return a > b ? a : b; }
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Scale and minimum of the j-th 32 values of a Q4_K block: 6 bits each, packed in 12 bytes.
+inline void six_bits(const uint8_t* s, int j, int& scale, int& least) {
+  if (j < 4) {
+    scale = s[j] & 63, least = s[j + 4] & 63;
+  } else {
+    scale = (s[j + 4] & 15) | (s[j - 4] >> 6) << 4;
+    least = (s[j + 4] >> 4) | (s[j] >> 6) << 4;
+  }
+}
+
+inline float row_bound(const Weight& w, int64_t row) {
+  const uint8_t* at = w.data + row * w.row_bytes;
+  float most = 0;
+  if (w.kind == INT8 || w.kind == INT4) {
+    int64_t groups = w.columns / w.group;
+    for (int64_t g = 0; g < groups; g++) most = larger(most, absolute(number(w.scale, row * groups + g, w.scale_type)));
+    return most * (w.kind == INT8 ? 127 : 8);
+  }
+  if (w.kind == Q4_0 || w.kind == Q8_0) {
+    int step = w.kind == Q4_0 ? 18 : 34;
+    for (int64_t b = 0; b < w.columns / 32; b++) most = larger(most, absolute(half_at(at + b * step)));
+    return most * (w.kind == Q4_0 ? 8 : 127);
+  }
+  for (int64_t b = 0; b < w.columns / 256; b++) {
+    if (w.kind == Q4_K) {
+      const uint8_t* block = at + b * 144;
+      float d = half_at(block), dmin = half_at(block + 2);
+      for (int j = 0; j < 8; j++) {
+        int scale, least;
+        six_bits(block + 4, j, scale, least);
+        most = larger(most, larger(absolute(15 * d * scale - dmin * least), absolute(dmin * least)));
+      }
+    } else {
+      const uint8_t* block = at + b * 210;
+      float d = half_at(block + 208);
+      for (int j = 0; j < 16; j++) most = larger(most, absolute(32 * d * int8_t(block[192 + j])));
+    }
+  }
+  return most;
+}
+
+inline int8_t to_int8(float x) {
+  int32_t q = nearest(x);
+  return int8_t(q < -127 ? -127 : q > 127 ? 127 : q);
+}
+
+// 64 values of a row from column k on, k a multiple of 64; what lies behind the row's end is 0.
+inline void fill_plain(const Weight& w, int64_t row, int64_t k, float per, int8_t* out) {
+  const uint8_t* at = w.data + row * w.row_bytes;
+  int64_t count = smaller(CHUNK, w.columns - k), groups = w.group ? w.columns / w.group : 0;
+  for (int64_t i = 0; i < CHUNK; i++) out[i] = 0;
+  for (int64_t i = 0; i < count; i++) {
+    int64_t c = k + i;
+    float x = 0;
+    if (w.kind == INT8) {
+      if (groups == 1) {
+        out[i] = int8_t(at[c]) == -128 ? -127 : int8_t(at[c]);
+        continue;
+      }
+      x = int8_t(at[c]) * number(w.scale, row * groups + c / w.group, w.scale_type);
+    } else if (w.kind == INT4) {
+      int64_t g = c / w.group, j = c % w.group, half_group = w.group / 2;
+      uint8_t byte = at[g * half_group + j % half_group];
+      x = ((j < half_group ? byte & 15 : byte >> 4) - 8) * number(w.scale, row * groups + g, w.scale_type);
+    } else if (w.kind == Q4_0) {
+      const uint8_t* block = at + c / 32 * 18;
+      int j = c % 32;
+      x = half_at(block) * ((j < 16 ? block[2 + j] & 15 : block[2 + j - 16] >> 4) - 8);
+    } else if (w.kind == Q8_0) {
+      const uint8_t* block = at + c / 32 * 34;
+      x = half_at(block) * int8_t(block[2 + c % 32]);
+    } else if (w.kind == Q4_K) {
+      const uint8_t* block = at + c / 256 * 144;
+      int j = c % 256 / 32, scale, least;
+      six_bits(block + 4, j, scale, least);
+      uint8_t byte = block[16 + j / 2 * 32 + c % 32];
+      x = half_at(block) * scale * (j % 2 ? byte >> 4 : byte & 15) - half_at(block + 2) * least;
+    } else {
+      const uint8_t* block = at + c / 256 * 210;
+      int j = c % 256, l = j % 128, part = l / 32, side = j / 128;
+      uint8_t low = block[side * 64 + (part % 2) * 32 + l % 32], high = block[128 + side * 32 + l % 32];
+      int q = ((part < 2 ? low & 15 : low >> 4) | ((high >> (2 * part)) & 3) << 4) - 32;
+      x = half_at(block + 208) * int8_t(block[192 + j / 16]) * q;
+    }
+    out[i] = to_int8(x * per);
+  }
+}
+
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+
+// The 16 values that a 4-bit code stands for, (code * step + start) in int8.
+inline __m128i sixteen(float step, float start) {
+  const __m512 codes = _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  __m512i q = _mm512_cvtps_epi32(_mm512_fmadd_ps(codes, _mm512_set1_ps(step), _mm512_set1_ps(start)));
+  return _mm512_cvtsepi32_epi8(q);
+}
+
+inline __m512i lanes(__m128i a, __m128i b, __m128i c, __m128i d) {
+  __m512i x = _mm512_castsi128_si512(a);
+  x = _mm512_inserti32x4(x, b, 1);
+  x = _mm512_inserti32x4(x, c, 2);
+  return _mm512_inserti32x4(x, d, 3);
+}
+
+inline __m512i halves(__m256i a, __m256i b) { return _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1); }
+
+inline __m512i nibbles(const uint8_t* at) {  // low bits of 32 bytes, then their high bits
+  __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)), low = _mm256_set1_epi8(15);
+  return halves(_mm256_and_si256(bytes, low), _mm256_and_si256(_mm256_srli_epi16(bytes, 4), low));
+}
+
+// 64 signed bytes, 16 in a row times a factor each, at most 1 (`shift` 0) or 4 (`shift` 3) in size, to nearest.
+inline __m512i scaled(__m512i q, const float* factors, int shift) {
+  __m256i low = _mm512_castsi512_si256(q), high = _mm512_extracti64x4_epi64(q, 1);
+  int16_t f[4];
+  for (int i = 0; i < 4; i++) {
+    int32_t x = nearest(factors[i] * float(32768 >> shift));
+    f[i] = int16_t(x > 32767 ? 32767 : x < -32767 ? -32767 : x);
+  }
+  auto pair = [&](int i) { return halves(_mm256_set1_epi16(f[i]), _mm256_set1_epi16(f[i + 1])); };
+  __m512i a = _mm512_slli_epi16(_mm512_cvtepi8_epi16(low), shift), b = _mm512_slli_epi16(_mm512_cvtepi8_epi16(high), shift);
+  return halves(_mm512_cvtsepi16_epi8(_mm512_mulhrs_epi16(a, pair(0))),
+                _mm512_cvtsepi16_epi8(_mm512_mulhrs_epi16(b, pair(2))));
+}
+
+template <int kind> inline __m512i fill(const Weight& w, int64_t row, int64_t k, float per) {
+  const uint8_t* at = w.data + row * w.row_bytes;
+  if constexpr (kind == INT8) {
+    __m512i q = _mm512_loadu_si512(at + k);
+    int64_t groups = w.columns / w.group;
+    if (groups == 1) return _mm512_max_epi8(q, _mm512_set1_epi8(-127));
+    float f[4];
+    for (int i = 0; i < 4; i++) f[i] = per * number(w.scale, row * groups + (k + 16 * i) / w.group, w.scale_type);
+    return scaled(q, f, 0);
+  } else if constexpr (kind == INT4) {
+    int64_t groups = w.columns / w.group, g = k / w.group;
+    auto table = [&](int64_t i) {
+      float step = per * number(w.scale, row * groups + i, w.scale_type);
+      return sixteen(step, -8 * step);
+    };
+    if (w.group >= 64) {
+      __m512i q;
+      if (w.group == 64) {
+        q = nibbles(at + g * 32);
+      } else {  // of 128: low bits of 64 bytes, or their high bits
+        q = _mm512_loadu_si512(at + g * 64);
+        if (k % 128) q = _mm512_srli_epi16(q, 4);
+        q = _mm512_and_si512(q, _mm512_set1_epi8(15));
+      }
+      return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(table(g)), q);
+    }
+    __m128i low = _mm_set1_epi8(15), part[4], tables[4];
+    for (int i = 0; i < 2; i++) {
+      if (w.group == 32) {
+        __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at + (g + i) * 16));
+        part[2 * i] = _mm_and_si128(bytes, low), part[2 * i + 1] = _mm_and_si128(_mm_srli_epi16(bytes, 4), low);
+        tables[2 * i] = tables[2 * i + 1] = table(g + i);
+      } else {
+        for (int j = 0; j < 2; j++) {
+          __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(at + (g + 2 * i + j) * 8));
+          __m128i both = _mm_unpacklo_epi64(bytes, _mm_srli_epi16(bytes, 4));
+          part[2 * i + j] = _mm_and_si128(both, low), tables[2 * i + j] = table(g + 2 * i + j);
+        }
+      }
+    }
+    return _mm512_shuffle_epi8(lanes(tables[0], tables[1], tables[2], tables[3]), lanes(part[0], part[1], part[2], part[3]));
+  } else if constexpr (kind == Q4_0) {
+    const uint8_t* block = at + k / 32 * 18;
+    __m128i low = _mm_set1_epi8(15), part[4], tables[2];
+    for (int i = 0; i < 2; i++, block += 18) {
+      __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(block + 2));
+      part[2 * i] = _mm_and_si128(bytes, low), part[2 * i + 1] = _mm_and_si128(_mm_srli_epi16(bytes, 4), low);
+      float step = per * half_at(block);
+      tables[i] = sixteen(step, -8 * step);
+    }
+    return _mm512_shuffle_epi8(lanes(tables[0], tables[0], tables[1], tables[1]), lanes(part[0], part[1], part[2], part[3]));
+  } else if constexpr (kind == Q8_0) {
+    const uint8_t* block = at + k / 32 * 34;
+    float a = per * half_at(block), b = per * half_at(block + 34), f[4] = {a, a, b, b};
+    __m256i first = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(block + 2));
+    __m256i second = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(block + 36));
+    return scaled(halves(first, second), f, 0);
+  } else if constexpr (kind == Q4_K) {
+    const uint8_t* block = at + k / 256 * 144;
+    int j = k % 256 / 64, scale, least;
+    float d = per * half_at(block), dmin = per * half_at(block + 2);
+    six_bits(block + 4, 2 * j, scale, least);
+    __m128i first = sixteen(d * scale, -dmin * least);
+    six_bits(block + 4, 2 * j + 1, scale, least);
+    __m128i second = sixteen(d * scale, -dmin * least);
+    return _mm512_shuffle_epi8(lanes(first, first, second, second), nibbles(block + 16 + j * 32));
+  } else {
+    const uint8_t* block = at + k / 256 * 210;
+    int side = k % 256 / 128, part = k % 128 / 64;
+    __m512i low = _mm512_loadu_si512(block + side * 64);
+    if (part) low = _mm512_srli_epi16(low, 4);
+    __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(block + 128 + side * 32));
+    if (part) high = _mm256_srli_epi16(high, 4);
+    __m512i two = halves(high, _mm256_srli_epi16(high, 2));
+    two = _mm512_slli_epi16(_mm512_and_si512(two, _mm512_set1_epi8(3)), 4);
+    __m512i q = _mm512_or_si512(_mm512_and_si512(low, _mm512_set1_epi8(15)), two);
+    float d = per * half_at(block + 208), f[4];
+    for (int i = 0; i < 4; i++) f[i] = d * int8_t(block[192 + side * 8 + part * 4 + i]);
+    return scaled(_mm512_sub_epi8(q, _mm512_set1_epi8(32)), f, 3);
+  }
+}
+
+// 16 rows of 64 bytes -> 16 columns of 4 bytes: out[j] holds bytes 4j..4j+3 of every row.
+inline void turn_around(__m512i v[16]) {
+  __m512i t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    v[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]), v[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    v[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]), v[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  for (int i = 0; i < 4; i++) {
+    t[i] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0x88), t[i + 4] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0x88), t[i + 12] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 8; i++) {
+    v[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+    v[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+  }
+}
+#endif
+
+}  // namespace
