@@ -37,6 +37,7 @@ class PackedLinear(nn.Module):
     kind = "packed"
     weight: Tensor
     bias: Tensor | None
+    product: Callable[[Any, Tensor], Tensor] | None = None  # what computes x W^T + b instead, where something is faster
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, rotate: int = 0):
         super().__init__()
@@ -59,6 +60,12 @@ class PackedLinear(nn.Module):
         return found.view(*rows.shape, self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.product is not None:
+            return self.product(self, x)
+        return self.plain(x)
+
+    def plain(self, x: Tensor) -> Tensor:
+        """`forward` by the definition."""
         x = rotate_blocks(x, self.rotate) if self.rotate else x
         return F.linear(x, self.values(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 

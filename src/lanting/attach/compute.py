@@ -1,0 +1,188 @@
+"""Native kernels at the three seams, on a CPU: Linears that compute in integers, attention in one pass, fused blocks.
+
+A packed Linear (int8, int4, GGUF's Q4_0, Q8_0, Q4_K, Q6_K) rounds its inputs to int8, row by row, and multiplies
+integers; its weight is read as it lies in memory or in a mapped file. Plain Linears stay torch's. A block's norms,
+modulation, rotary turns, GELU and gates become one pass over memory each, in float32 inside, where torch takes a
+dozen in the dtype of the network. Without the kernels, or detached, every bit is as before.
+
+Modules stay where they are, so that streaming, tables and LoRAs find them: only their `forward` is another. The
+modulation's Linears are left alone: one row a step, and its error would reach everything.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lanting.kernels import calls
+from lanting.kernels.calls import Packed, Rounded
+from lanting.kernels.library import ready
+from lanting.nn.linears import GgufLinear, Int4Linear, Int8Linear, PackedLinear
+from lanting.nn.mmdit import Attend, Block, Context, FeedForward
+from lanting.nn.rotate import rotate_blocks
+
+DTYPES = (torch.float32, torch.bfloat16)
+LEFT_ALONE = ("img_mod", "txt_mod", "time_text_embed")
+FEWEST = 16  # rows below which torch's own products are as fast, and exact
+
+
+def attach_kernels(net: nn.Module) -> bool:
+    """Let a network on the CPU use the kernels; False where there are none. Undone by `detach_kernels`."""
+    if not ready():
+        return False
+    for path, module in net.named_modules():
+        if isinstance(module, PackedLinear) and not any(part in path.split(".") for part in LEFT_ALONE):
+            module.product = integer_product
+        elif isinstance(module, Attend):
+            module.__dict__["forward"] = partial(attend, module)
+        elif isinstance(module, Block):
+            module.__dict__["forward"] = partial(fused_block, module)
+    return True
+
+
+def detach_kernels(net: nn.Module) -> None:
+    """Every module does its own work again."""
+    for module in net.modules():
+        if isinstance(module, PackedLinear):
+            module.product = None
+        elif isinstance(module, Attend | Block):
+            module.__dict__.pop("forward", None)
+
+
+def packed(linear: nn.Module) -> Packed | None:
+    """The weight of a Linear as the kernels read it, None where they can't. A row's bound is found once: weights that
+    stream come back the same."""
+    if isinstance(linear, Int8Linear | Int4Linear):
+        data, scale = linear.weight, linear.weight_scale
+        scale = scale[:, None] if scale is not None and scale.ndim == 1 else scale
+    elif isinstance(linear, GgufLinear):
+        data, scale = linear.weight, None
+    else:
+        return None
+    bound = linear.__dict__.get("bound")
+    found = calls.packed(linear.kind, data, scale, linear.in_features, bound)
+    if found is not None and bound is None:
+        linear.__dict__["bound"] = found.bound
+    return found
+
+
+def integer_product(linear: PackedLinear, x: Tensor) -> Tensor:
+    """x W^T + b with x rounded to int8; as defined where that is no gain."""
+    rows = x.numel() // max(1, x.shape[-1])
+    weight = packed(linear) if rows >= FEWEST and x.dtype in DTYPES and x.device.type == "cpu" else None
+    if weight is None:
+        return linear.plain(x)
+    x = (rotate_blocks(x, linear.rotate) if linear.rotate else x).contiguous()
+    out = torch.empty(*x.shape[:-1], linear.out_features, dtype=x.dtype)
+    calls.product(calls.quantize(x.flatten(0, -2)), weight, out.flatten(0, -2), floats(linear.bias))
+    return out
+
+
+def floats(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.detach().float().contiguous()
+
+
+def attend(module: Attend, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """`Attend.forward`."""
+    width = q.shape[-1]
+    if q.device.type != "cpu" or q.dtype not in DTYPES or width % 32 or width > calls.WIDEST or q.dtype != v.dtype:
+        return type(module).forward(module, q, k, v, mask)
+    return calls.attend(q, k, v, mask)
+
+
+class Rows:
+    """Rows (B, n, D) that several Linears read: each form of them is made when first asked for, and once."""
+
+    def __init__(self, x: Tensor, shift: Tensor | None = None, scale: Tensor | None = None, split: int = 0):
+        self.x, self.shift, self.scale, self.split = x, shift, scale, split
+        self.forms: dict[int, Rounded] = {}
+        self.kept: Tensor | None = x if shift is None else None
+
+    def plain(self) -> Tensor:
+        """In the network's dtype, normed and modulated."""
+        if self.kept is None:
+            assert self.shift is not None and self.scale is not None
+            made = calls.norm(self.x, self.shift, self.scale, self.split, rounded=False)
+            assert isinstance(made, Tensor)
+            self.kept = made
+        return self.kept
+
+    def rounded(self, rotate: int) -> Rounded:
+        """As int8, behind a rotation in blocks of that size."""
+        if rotate not in self.forms:
+            if rotate or self.kept is not None:
+                x = self.plain()
+                made: Any = calls.quantize(rotate_blocks(x, rotate) if rotate else x)
+            else:
+                assert self.shift is not None and self.scale is not None
+                made = calls.norm(self.x, self.shift, self.scale, self.split, rounded=True)
+            self.forms[rotate] = made
+        return self.forms[rotate]
+
+
+def project(linear: nn.Module, rows: Rows, out: Tensor, gate: Tensor | None = None, split: int = 0) -> None:
+    """out = the Linear of the rows, or out += gate times it; out (B, n, W) may be part of a larger tensor."""
+    weight = packed(linear)
+    if weight is None:
+        y = linear(rows.plain())
+        if gate is None:
+            out.copy_(y)
+        else:
+            calls.activate(y, out, gate=gate, split=split)
+        return
+    assert isinstance(linear, PackedLinear)
+    calls.product(rows.rounded(linear.rotate), weight, out, floats(linear.bias), gate=gate, split=split)
+
+
+def feed_forward(mlp: FeedForward, rows: Rows, out: Tensor, gate: Tensor, split: int) -> None:
+    """out += gate times D -> 4 D -> GELU -> D of the rows."""
+    up: Any = mlp.net[0].proj  # type: ignore[union-attr]
+    weight = packed(up)
+    if weight is None:
+        wide = up(rows.plain())
+        calls.activate(wide, wide, gelu=True)
+    else:
+        wide = torch.empty(*out.shape[:2], up.out_features, dtype=out.dtype)
+        calls.product(rows.rounded(up.rotate), weight, wide, floats(up.bias), gelu=True)
+    project(mlp.net[2], Rows(wide), out, gate, split)
+
+
+def vectors(modulation: nn.Module, temb: Tensor, batch: int) -> tuple[Tensor, ...]:
+    """Six vectors (B, 1 or 2, D) float32, each contiguous: shift, scale and gate of attention, then of the MLP."""
+    made = modulation(temb).float().expand(batch, -1, -1)  # (B, 1 or 2, 6 D)
+    return tuple(part.contiguous() for part in made.chunk(6, -1))
+
+
+def fused_block(block: Block, img: Tensor, txt: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+    """`Block.forward`; float16 and other devices take that itself."""
+    if img.device.type != "cpu" or img.dtype not in DTYPES or txt.dtype != img.dtype or img.requires_grad:
+        return type(block).forward(block, img, txt, ctx)
+    split = ctx.target_tokens
+    img, txt = img.clone(), txt.clone()  # sums are added where they stand, and the caller may want the old ones
+    shift1, scale1, gate1, shift2, scale2, gate2 = vectors(block.img_mod, ctx.temb, len(img))
+    tshift1, tscale1, tgate1, tshift2, tscale2, tgate2 = vectors(block.txt_mod, ctx.temb[:, :1], len(txt))
+    out = attention(block.attn, Rows(img, shift1, scale1, split), Rows(txt, tshift1, tscale1), ctx)
+    length = txt.shape[1]
+    project(block.attn.to_out[0], Rows(out[:, length:]), img, gate1, split)
+    project(block.attn.to_add_out, Rows(out[:, :length]), txt, tgate1)
+    feed_forward(block.img_mlp, Rows(img, shift2, scale2, split), img, gate2, split)
+    feed_forward(block.txt_mlp, Rows(txt, tshift2, tscale2), txt, tgate2, 0)
+    return img, txt
+
+
+def attention(attn: Any, img: Rows, txt: Rows, ctx: Context) -> Tensor:
+    """Both streams' queries, keys and values side by side, normed and turned in place; (B, T + N, D)."""
+    batch, length, width = txt.x.shape
+    tokens = length + img.x.shape[1]
+    q, k, v = (torch.empty(batch, tokens, width, dtype=img.x.dtype) for _ in range(3))
+    for name, out in (("q", q), ("k", k), ("v", v)):
+        project(getattr(attn, f"add_{name}_proj"), txt, out[:, :length])
+        project(getattr(attn, f"to_{name}"), img, out[:, length:])
+    q, k, v = (x.unflatten(-1, (attn.heads, -1)) for x in (q, k, v))
+    cos, sin = ctx.rope
+    norms = tuple(m.weight.detach().float() for m in (attn.norm_added_q, attn.norm_added_k, attn.norm_q, attn.norm_k))
+    calls.turn(q, k, norms, (cos.contiguous(), sin.contiguous()), length, attn.norm_q.eps)
+    return attn.attend(q, k, v, ctx.mask).flatten(2)
