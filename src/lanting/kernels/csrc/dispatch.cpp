@@ -84,3 +84,11 @@ LT_EXPORT int lt_activate(const Matrix* m, const Result* r) { return guarded([&]
 LT_EXPORT int lt_norm_silu(const Matrix* m, const float* gamma, const Matrix* to, int silu) {
   return guarded([&] { used->norm_silu(*m, gamma, *to, silu); });
 }
+// Operations done, 0 where the set has no instructions for the type (limits.h), negative where it failed.
+LT_EXPORT int64_t lt_spin(int32_t type, int64_t rounds, int64_t pieces) {
+  int64_t done = 0;
+  return guarded([&] { done = used->spin(type, rounds, pieces); }) ? -1 : done;
+}
+LT_EXPORT int lt_pass(const uint8_t* from, uint8_t* to, int64_t bytes) {
+  return guarded([&] { used->pass(from, to, bytes); });
+}

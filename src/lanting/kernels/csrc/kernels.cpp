@@ -6,6 +6,7 @@
 #endif
 
 #include "attention.h"
+#include "limits.h"
 #include "table.h"
 
 #define LT_TEXT(x) LT_TEXT_OF(x)
@@ -16,5 +17,6 @@
 namespace lt {
 extern const Table LT_JOIN(table_, LT_NAME);
 const Table LT_JOIN(table_, LT_NAME) = {LT_TEXT(LT_NAME), PANEL, bounds, expand_all, quantize, norm,
-                                        product,          turn,  attend, activate,   norm_silu};
+                                        product,          turn,  attend, activate,   norm_silu,
+                                        spin,             pass};
 }  // namespace lt

@@ -16,6 +16,8 @@ struct Table {
   void (*attend)(const Attention&);
   void (*activate)(const Matrix& from, const Result&);
   void (*norm_silu)(const Matrix& from, const float* gamma, const Matrix& to, int silu);
+  int64_t (*spin)(int32_t type, int64_t rounds, int64_t pieces);  // limits.h
+  void (*pass)(const uint8_t* from, uint8_t* to, int64_t bytes);
 };
 
 }  // namespace lt
