@@ -19,8 +19,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 SOURCES = HERE / "csrc"
-LIBRARY = HERE / "libkernels.so"
-STAMP = HERE / "libkernels.txt"
+LIBRARY = HERE / "libkernels.so"  # with what it was built from beside it, in libkernels.txt
 SIMPLE = ("-O3", "-std=c++17", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-ffp-contract=fast")
 WARNINGS = ("-Wall", "-Wextra", "-fvisibility=hidden", "-Wno-ignored-attributes", "-Wno-psabi")
 AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mfma", "-mprefer-vector-width=512")
@@ -72,7 +71,7 @@ def knows(command: Sequence[str], flags: Flags, folder: Path) -> bool:
 
 
 def build(out: Path = LIBRARY, extra: Flags = (), sets: Sequence[str] = ()) -> tuple[str, ...]:
-    """Compile into `out`, whole or not at all; returns the instruction sets in it.
+    """Compile into `out`, whole or not at all, and say so in a file beside it; returns the instruction sets in it.
 
     `extra` are more flags (`-fsanitize=address`, say), `sets` the only ones to be built. Raises RuntimeError where no
     compiler is found or it fails.
@@ -91,23 +90,45 @@ def build(out: Path = LIBRARY, extra: Flags = (), sets: Sequence[str] = ()) -> t
         for target, source, flags in jobs:
             objects.append(str(folder / f"{target}.o"))
             call([*command, *SIMPLE, *WARNINGS, *extra, *flags, "-c", str(SOURCES / source), "-o", objects[-1]])
-        part = out.with_name(out.name + ".part")
-        call([*command, "-shared", *extra, *objects, "-o", str(part), "-pthread"])
+        put(command, (*extra, *objects), out)
+    names = tuple(s for s, _ in chosen)
+    stamp(out).write_text(f"{digest()} {out.stat().st_size} {' '.join(names)}\n")
+    return names
+
+
+def put(command: Sequence[str], objects: Flags, out: Path) -> None:
+    """Link beside `out`, then rename: whoever has the old library mapped keeps it, and two builds don't meet."""
+    part = out.with_name(f"{out.name}.{os.getpid()}.part")
+    try:
+        call([*command, "-shared", *objects, "-o", str(part), "-pthread"])
         os.replace(part, out)
-    return tuple(s for s, _ in chosen)
+    finally:
+        part.unlink(missing_ok=True)
 
 
-def stamp() -> str:
-    """What the library is built from: sources, this file and the machine."""
-    digest = hashlib.sha256(machine().encode())
-    for path in (*sorted(SOURCES.iterdir()), Path(__file__)):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
+def digest() -> str:
+    """Of what a library is built from: sources, this file and the machine."""
+    found = hashlib.sha256(machine().encode())
+    for path in (*sorted(SOURCES.glob("*.*")), Path(__file__)):
+        found.update(path.read_bytes())
+    return found.hexdigest()
 
 
-def fresh() -> bool:
+def stamp(library: Path) -> Path:
+    return library.with_suffix(".txt")
+
+
+def whole(library: Path = LIBRARY) -> bool:
+    """Whether a library is as long as its build made it: loading half a one kills the process."""
+    try:
+        return int(stamp(library).read_text().split()[1]) == library.stat().st_size
+    except (OSError, ValueError, IndexError):
+        return False
+
+
+def fresh(library: Path = LIBRARY) -> bool:
     """Whether what lies there is built from what lies here."""
-    return LIBRARY.is_file() and STAMP.is_file() and STAMP.read_text().split()[:1] == [stamp()]
+    return whole(library) and stamp(library).read_text().split()[0] == digest()
 
 
 def main() -> int:
@@ -117,9 +138,10 @@ def main() -> int:
     try:
         made = build()
     except (RuntimeError, OSError) as error:
+        for path in (LIBRARY, stamp(LIBRARY)):  # of other sources, and perhaps of another interface
+            path.unlink(missing_ok=True)
         print(f"lanting's kernels are not built, torch does their work: {error}", file=sys.stderr)
         return 0
-    STAMP.write_text(f"{stamp()} {' '.join(made)}\n")
     print(f"lanting's kernels are built: {', '.join(made)}", file=sys.stderr)
     return 0
 

@@ -24,6 +24,7 @@ BLOCKS = {"Q4_0": (32, 18), "Q8_0": (32, 34), "Q4_K": (256, 144), "Q6_K": (256, 
 STORE, GELU, ADD = 0, 1, 2
 CHUNK = 64  # columns of codes are rounded up to
 WIDEST = 512  # heads
+LONGEST = 1 << 16  # rows: 255 * 127 times as many still fit 32 bits
 NEVER = 2**62  # rows of the only item
 
 
@@ -32,7 +33,7 @@ def call(name: str, *given: object) -> None:
     if found is None:
         raise RuntimeError("the kernels are not built")
     if getattr(found, name)(*given):
-        raise MemoryError(f"{name} found no memory")
+        raise MemoryError(f"{name} found no memory, or no threads")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,7 @@ def packed(kind: str, data: Tensor, scale: Tensor | None, columns: int, bound: T
     """
     if not fits(kind, data, scale, columns):
         return None
-    group = 0 if scale is None else columns // (scale.numel() // data.shape[0])
+    group = 0 if scale is None else columns // scale.shape[1]
     made = Packed(data, scale, torch.empty(data.shape[0]) if bound is None else bound, kind, columns, group)
     if bound is None:
         call("lt_bounds", made.struct(), made.bound.data_ptr())
@@ -79,12 +80,16 @@ def fits(kind: str, data: Tensor, scale: Tensor | None, columns: int) -> bool:
     """Whether kernels read this weight."""
     if kind not in KINDS or data.device.type != "cpu" or data.ndim != 2 or not data.is_contiguous():
         return False
+    if columns > LONGEST:
+        return False
     if kind in BLOCKS:
         values, size = BLOCKS[kind]
         return scale is None and columns % values == 0 and data.shape[1] == columns // values * size
-    if scale is None or scale.dtype not in TYPES or not scale.is_contiguous() or scale.numel() % data.shape[0]:
+    if scale is None or scale.dtype not in TYPES or not scale.is_contiguous():
         return False
-    groups = scale.numel() // data.shape[0]
+    if scale.ndim != 2 or len(scale) != len(data) or not scale.numel():  # one for all, or for blocks of rows
+        return False
+    groups = scale.shape[1]
     if columns % groups or data.shape[1] != (columns if kind == "int8" else columns // 2):
         return False
     group = columns // groups
@@ -114,12 +119,15 @@ def per_row(vectors: Tensor, x: Tensor, split: int) -> lib.PerRow:
     """Vectors (items or 1, 1 or 2, columns) float32 for the rows of x: with 2 the second holds from row `split` on."""
     if vectors.dtype != torch.float32 or vectors.stride(-1) != 1:
         raise ValueError("vectors for rows are float32")
-    items, each = vectors.shape[:2]
+    items, each, columns = vectors.shape
+    count = x.shape[0] if x.ndim == 3 else 1
+    if items not in (1, count) or each not in (1, 2) or columns != x.shape[-1]:
+        raise ValueError(f"vectors {tuple(vectors.shape)} are not for rows {tuple(x.shape)}")
     if each == 2 and vectors.stride(0) != 2 * vectors.stride(1):
         raise ValueError("the two vectors of an item lie one after the other")
-    period = x.shape[1] if items > 1 or each > 1 else NEVER
-    if items == 1 and x.shape[0] > 1 and each > 1:
+    if items == 1 and count > 1 and each > 1:
         raise ValueError("two vectors for several items: give every item its own")
+    period = x.shape[-2] if items > 1 or each > 1 else NEVER
     stride = vectors.stride(1) if each > 1 else vectors.stride(0)
     return lib.PerRow(vectors.data_ptr(), stride, period, split, each)
 
@@ -182,14 +190,19 @@ def product(
     gelu: bool = False,
 ) -> Tensor:
     """out = x W^T + bias, through a GELU, or added to what is there times a gate; out (..., rows, W's rows)."""
-    if x.columns != weight.columns or out.shape[-1] != weight.data.shape[0]:
-        raise ValueError(f"{x.columns} columns meet a weight of {weight.columns}, {out.shape[-1]} of {weight.data.shape[0]}")
+    shape = (x.rows, weight.data.shape[0])
+    if x.columns != weight.columns or (out.shape[:-1].numel(), out.shape[-1]) != shape:
+        raise ValueError(
+            f"{x.columns} columns meet {weight.columns}, and a result of {shape} goes to {tuple(out.shape)}"
+        )
     call("lt_product", x.struct(), weight.struct(), result(out, bias, gate, split, gelu))
     return out
 
 
 def activate(x: Tensor, out: Tensor, *, gate: Tensor | None = None, split: int = 0, gelu: bool = False) -> Tensor:
     """What a product ends with, for rows (items, rows, columns) that torch made."""
+    if x.shape != out.shape:
+        raise ValueError(f"rows {tuple(x.shape)} do not go to {tuple(out.shape)}")
     call("lt_activate", matrix(x), result(out, None, gate, split, gelu))
     return out
 
@@ -200,6 +213,10 @@ def turn(q: Tensor, k: Tensor, norms: tuple[Tensor, ...], rope: tuple[Tensor, Te
     `norms` are the weights (E,) float32 for: first queries, first keys, other queries, other keys; `rope` (S, E / 2).
     """
     items, tokens, heads, width = q.shape
+    if width % 2 or width > WIDEST or q.dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"heads of {width} {q.dtype} are not for these kernels")
+    if not all(x.is_contiguous() for x in (q, k, *rope, *norms)) or q.shape != k.shape or q.dtype != k.dtype:
+        raise ValueError("queries and keys to be turned are contiguous and alike")
     at = [x.data_ptr() for x in (q, k, *rope, *norms)]
     call("lt_turn", lib.Turn(*at, items, tokens, heads, width, first, eps, TYPES[q.dtype]))
 
@@ -209,6 +226,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     items, tokens, heads, width = q.shape
     if width % 32 or width > WIDEST or q.dtype != k.dtype or q.dtype != v.dtype:
         raise ValueError(f"heads of {width} {q.dtype} are not for these kernels")
+    if mask is not None and (mask.shape[0] != items or mask.shape[1] > tokens):
+        raise ValueError(f"a mask {tuple(mask.shape)} is not for {items} times {tokens} keys")
     q, k, v = (x.contiguous() for x in (q, k, v))
     out = torch.empty_like(q)
     seen = None if mask is None else mask.to(torch.uint8).contiguous()
@@ -227,5 +246,3 @@ def norm_silu(x: Tensor, gamma: Tensor, *, silu: bool = True) -> Tensor:
     out = torch.empty_like(rows)
     call("lt_norm_silu", matrix(rows.flatten(0, 2)), gamma.data_ptr(), matrix(out.flatten(0, 2)), int(silu))
     return out.permute(0, 3, 1, 2)
-
-

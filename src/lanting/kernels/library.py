@@ -1,19 +1,21 @@
 """Loading the compiled kernels and how many threads they get.
 
 The library is plain C++ behind a C interface and knows neither Python nor torch: tensors are handed over as addresses.
-`LANTING_KERNELS` may name one instruction set to be used ("avx2", say), or "off".
+`LANTING_KERNELS` may name the instruction set to be used ("avx2", say), or "off". Nothing here imports torch, so that
+rooms without it may ask.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+import warnings
 from ctypes import c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 from typing import ClassVar
 
-from lanting.kernels.build import LIBRARY
+from lanting.kernels.build import LIBRARY, whole
 
 ABI = 1
 OFF = ("off", "0", "no")
@@ -103,8 +105,8 @@ CALLS = {
 
 @cache
 def library(path: Path = LIBRARY) -> ctypes.CDLL | None:
-    """The compiled kernels, or None where they are not built, do not load or are of another version."""
-    if os.environ.get("LANTING_KERNELS", "").lower() in OFF:
+    """The compiled kernels, or None where they are not built, not whole, do not load or are of another version."""
+    if os.environ.get("LANTING_KERNELS", "").lower() in OFF or not whole(path):
         return None
     try:
         found = ctypes.CDLL(str(path))
@@ -117,8 +119,8 @@ def library(path: Path = LIBRARY) -> ctypes.CDLL | None:
     for name, kinds in CALLS.items():
         call = getattr(found, name)
         call.argtypes = [k if k in (c_void_p, c_int) else ctypes.POINTER(k) for k in kinds]
-    if asked := os.environ.get("LANTING_KERNELS"):
-        found.lt_use(asked.encode())
+    if (asked := os.environ.get("LANTING_KERNELS", "")) and found.lt_use(asked.lower().encode()):
+        warnings.warn(f"LANTING_KERNELS: no {asked} runs here, {found.lt_name().decode()} does", stacklevel=2)
     found.lt_threads(thread_count())
     return found
 

@@ -33,7 +33,7 @@ struct Codes {
 struct Weight {
   const uint8_t* data;
   const void* scale;   // of INT8 and INT4: (rows, columns / group); GGUF's kinds hold theirs
-  const float* bound;  // (rows) what no value of a row exceeds, see `weight_bounds`
+  const float* bound;  // (rows) what no value of a row exceeds, see `row_bound`
   int64_t rows, columns, row_bytes, group;
   int32_t kind, scale_type;
 };

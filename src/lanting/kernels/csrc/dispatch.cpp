@@ -3,6 +3,9 @@
 
 #include "pool.h"
 #include "table.h"
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
 
 namespace lt {
 #define LT_DECLARE(name) extern const Table table_##name;
@@ -20,8 +23,10 @@ bool runs(const char* name) {
     return found && (strcmp(name, "avx512_bf16") || __builtin_cpu_supports("avx512bf16"));
   }
   if (!strcmp(name, "avx2")) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#elif defined(__aarch64__) && defined(__linux__)
+  if (!strcmp(name, "dotprod")) return getauxval(AT_HWCAP) & (1 << 20);  // HWCAP_ASIMDDP; a Raspberry Pi 4 lacks it
 #endif
-  return true;
+  return true;  // Apple's all have it
 }
 
 #define LT_ADDRESS(name) &table_##name,

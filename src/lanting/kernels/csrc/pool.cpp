@@ -110,7 +110,7 @@ int threads() { return wanted; }
 
 void run(int64_t count, Work work, void* given) {
   std::unique_lock<std::mutex> mine(turn, std::try_to_lock);
-  if (count > 1 && wanted > 1 && mine.owns_lock()) {
+  if (mine.owns_lock() && count > 1 && wanted > 1) {
     make_pool();
     pool->go(count, work, given);
     return;
@@ -122,9 +122,11 @@ void* scratch(int slot, int64_t bytes) {
   static thread_local Slots slots;
   if (slots.size[slot] < bytes) {
     free(slots.at[slot]);
-    slots.size[slot] = (bytes + 4095) / 4096 * 4096;
-    slots.at[slot] = aligned_alloc(4096, slots.size[slot]);
+    slots.size[slot] = 0;  // should there be no more memory
+    int64_t size = (bytes + 4095) / 4096 * 4096;
+    slots.at[slot] = aligned_alloc(4096, size);
     if (!slots.at[slot]) throw std::bad_alloc();
+    slots.size[slot] = size;
   }
   return slots.at[slot];
 }

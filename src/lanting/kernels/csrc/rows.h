@@ -7,10 +7,13 @@ namespace {
 // Round a row to int8 and lay it into its panel.
 inline void round_row(const float* x, const Codes& to, int64_t row) {
   int64_t columns = padded(to.columns), panel = row / PANEL, place = row % PANEL;
-  float most = 0;
-#pragma omp simd reduction(max : most)
-  for (int64_t k = 0; k < to.columns; k++) most = larger(most, absolute(x[k]));
-  float per = most > 0 ? 127 / most : 0;
+  int32_t bits = 0;  // of the largest: sizes are ordered as their bits are, and NaN is above all, so that it stays NaN
+#pragma omp simd reduction(max : bits)
+  for (int64_t k = 0; k < to.columns; k++) {
+    int32_t size = int32_t(as_bits(x[k]) & 0x7fffffff);
+    bits = bits > size ? bits : size;
+  }
+  float most = as_float(uint32_t(bits)), per = most > 1e-30f ? 127 / most : 0;  // 127 / most must be a number
   int32_t sum = 0;
   int8_t* out = to.data + panel * PANEL * columns + 4 * place;
   for (int64_t k = 0; k < columns; k += CHUNK) {
@@ -85,7 +88,6 @@ inline void turn_head(float* x, int64_t width, float eps, const float* weight, c
 }
 
 void turn(const Turn& t) {
-  int64_t row = t.heads * t.width;
   lt::parallel((t.items * t.tokens + 15) / 16, [&](int64_t part) {
     float x[512];
     for (int64_t i = part * 16; i < smaller(t.items * t.tokens, part * 16 + 16); i++) {
@@ -102,7 +104,6 @@ void turn(const Turn& t) {
       }
     }
   });
-  (void)row;
 }
 
 // What products end with, for results that came from elsewhere: rows + bias, GELU, gate.

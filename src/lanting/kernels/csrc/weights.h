@@ -1,7 +1,8 @@
-// Packed weights, read as they lie in their files, become int8 that share one scale per row: q = round(value / bound * 127).
+// Packed weights, read as they lie in their files, become int8 that share one scale per row:
+//     q = round(value / bound * 127)
 //
 // Rounding to 8 bits once more costs little beside 4 bits, and lets a product run over all of a row in integers. The
-// bound of a row (a tensor of its own, see `weight_bounds`) is the largest value its codes could stand for.
+// bound of a row (a tensor of its own, see `row_bound`) is the largest value its codes could stand for.
 #pragma once
 #include "numbers.h"
 
@@ -24,6 +25,7 @@ inline float half_at(const uint8_t* at) {
 
 inline float absolute(float x) { return x < 0 ? -x : x; }
 inline float larger(float a, float b) { return a > b ? a : b; }
+inline float largest(float a, float b) { return a > b || a != a ? a : b; }  // NaN stays: a spoilt row must show it
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Scale and minimum of the j-th 32 values of a Q4_K block: 6 bits each, packed in 12 bytes.
@@ -41,12 +43,13 @@ inline float row_bound(const Weight& w, int64_t row) {
   float most = 0;
   if (w.kind == INT8 || w.kind == INT4) {
     int64_t groups = w.columns / w.group;
-    for (int64_t g = 0; g < groups; g++) most = larger(most, absolute(number(w.scale, row * groups + g, w.scale_type)));
+    for (int64_t g = row * groups; g < (row + 1) * groups; g++)
+      most = largest(most, absolute(number(w.scale, g, w.scale_type)));
     return most * (w.kind == INT8 ? 127 : 8);
   }
   if (w.kind == Q4_0 || w.kind == Q8_0) {
     int step = w.kind == Q4_0 ? 18 : 34;
-    for (int64_t b = 0; b < w.columns / 32; b++) most = larger(most, absolute(half_at(at + b * step)));
+    for (int64_t b = 0; b < w.columns / 32; b++) most = largest(most, absolute(half_at(at + b * step)));
     return most * (w.kind == Q4_0 ? 8 : 127);
   }
   for (int64_t b = 0; b < w.columns / 256; b++) {
@@ -56,12 +59,12 @@ inline float row_bound(const Weight& w, int64_t row) {
       for (int j = 0; j < 8; j++) {
         int scale, least;
         six_bits(block + 4, j, scale, least);
-        most = larger(most, larger(absolute(15 * d * scale - dmin * least), absolute(dmin * least)));
+        most = largest(most, largest(absolute(15 * d * scale - dmin * least), absolute(dmin * least)));
       }
     } else {
       const uint8_t* block = at + b * 210;
       float d = half_at(block + 208);
-      for (int j = 0; j < 16; j++) most = larger(most, absolute(32 * d * int8_t(block[192 + j])));
+      for (int j = 0; j < 16; j++) most = largest(most, absolute(32 * d * int8_t(block[192 + j])));
     }
   }
   return most;
@@ -147,8 +150,9 @@ inline __m512i scaled(__m512i q, const float* factors, int shift) {
   }
   auto pair = [&](int i) { return halves(_mm256_set1_epi16(f[i]), _mm256_set1_epi16(f[i + 1])); };
   __m512i a = _mm512_slli_epi16(_mm512_cvtepi8_epi16(low), shift), b = _mm512_slli_epi16(_mm512_cvtepi8_epi16(high), shift);
-  return halves(_mm512_cvtsepi16_epi8(_mm512_mulhrs_epi16(a, pair(0))),
-                _mm512_cvtsepi16_epi8(_mm512_mulhrs_epi16(b, pair(2))));
+  a = _mm512_mulhrs_epi16(a, pair(0)), b = _mm512_mulhrs_epi16(b, pair(2));
+  q = halves(_mm512_cvtsepi16_epi8(a), _mm512_cvtsepi16_epi8(b));
+  return _mm512_max_epi8(q, _mm512_set1_epi8(-127));  // -128 times 1, which our quantizers never write
 }
 
 template <int kind> inline __m512i fill(const Weight& w, int64_t row, int64_t k, float per) {
