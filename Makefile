@@ -8,13 +8,13 @@ PIP := env -u PYTHONPATH -u PYTHONHOME $(BIN)/python -m pip --disable-pip-versio
 RUN := env -u PYTHONPATH -u PYTHONHOME
 PROMPT ?= A blue sign that says "HELLO"
 
-.PHONY: run test check fmt docs clean
+.PHONY: run test check fmt docs clean kernels
 
-run: .venv/.base
+run: .venv/.base kernels
 	@$(RUN) $(BIN)/lanting generate '$(PROMPT)' --seed 7 -o lanting.png --force
 	@echo "  the picture is $(CURDIR)/lanting.png"
 
-test: .venv/.test
+test: .venv/.test kernels
 	$(RUN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 check: .venv/.dev
@@ -29,8 +29,12 @@ fmt: .venv/.dev
 docs: .venv/.test
 	$(RUN) $(BIN)/python docs/make_cli.py
 
+# Installing builds them; this does so again when their sources have changed, and is done in a moment when not.
+kernels: | .venv/bin/python
+	@$(RUN) $(BIN)/python src/lanting/kernels/build.py
+
 clean:
-	rm -rf .venv build dist .pytest_cache .ruff_cache
+	rm -rf .venv build dist .pytest_cache .ruff_cache src/lanting/kernels/libkernels.*
 
 .venv/bin/python:
 	@test -n "$(PYTHON)" || { echo "lanting needs Python 3.11 or newer, and none was found: install it, or run 'make PYTHON=/path/to/python'"; exit 2; }
