@@ -109,7 +109,7 @@ def violations(path: Path, tree: ast.Module) -> Iterator[str]:
                 yield f"{where} must import {other} inside a function"
         elif top and head in HEAVY and (is_light or room not in HEAVY[head]):
             yield f"{where} must import {head} inside a function"
-        elif top and is_light and other and not light(name):
+        elif top and is_light and head == "lanting" and not light(name):
             yield f"{where} is light and must import {name} inside a function"
 
 
