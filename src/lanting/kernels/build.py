@@ -79,7 +79,7 @@ def build(out: Path = LIBRARY, extra: Flags = (), sets: Sequence[str] = ()) -> t
     command = compiler()
     if command is None:
         raise RuntimeError("no C++ compiler was found (g++ or clang++, or name one in CXX)")
-    known = SETS.get(machine(), (("plain", ()),))
+    known, sources = SETS.get(machine(), (("plain", ()),)), digest()  # of now: they may change while this runs
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         chosen = [(s, f) for s, f in known if (not sets or s in sets) and knows(command, f, folder)]
@@ -92,7 +92,7 @@ def build(out: Path = LIBRARY, extra: Flags = (), sets: Sequence[str] = ()) -> t
             call([*command, *SIMPLE, *WARNINGS, *extra, *flags, "-c", str(SOURCES / source), "-o", objects[-1]])
         put(command, (*extra, *objects), out)
     names = tuple(s for s, _ in chosen)
-    stamp(out).write_text(f"{digest()} {out.stat().st_size} {' '.join(names)}\n")
+    stamp(out).write_text(f"{sources} {out.stat().st_size} {' '.join(names)}\n")
     return names
 
 
@@ -131,14 +131,14 @@ def fresh(library: Path = LIBRARY) -> bool:
     return whole(library) and stamp(library).read_text().split()[0] == digest()
 
 
-def main() -> int:
+def main(library: Path = LIBRARY) -> int:
     """Build where needed. Never fails an installation: without kernels everything is only slower."""
-    if fresh():
+    if fresh(library):
         return 0
     try:
-        made = build()
+        made = build(library)
     except (RuntimeError, OSError) as error:
-        for path in (LIBRARY, stamp(LIBRARY)):  # of other sources, and perhaps of another interface
+        for path in (library, stamp(library)):  # of other sources, and perhaps of another interface
             path.unlink(missing_ok=True)
         print(f"lanting's kernels are not built, torch does their work: {error}", file=sys.stderr)
         return 0

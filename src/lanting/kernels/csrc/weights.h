@@ -38,13 +38,24 @@ inline void six_bits(const uint8_t* s, int j, int& scale, int& least) {
   }
 }
 
+// Whether a group of INT8 or INT4 is all zeros. Quantizers give those any scale, 1 say, beside which a row would vanish.
+inline bool vacant(const Weight& w, int64_t row, int64_t group) {
+  int64_t bytes = w.kind == INT8 ? w.group : w.group / 2;
+  const uint8_t *at = w.data + row * w.row_bytes + group * bytes, zero = w.kind == INT8 ? 0 : 0x88;
+  for (int64_t i = 0; i < bytes; i++)
+    if (at[i] != zero) return false;
+  return true;
+}
+
 inline float row_bound(const Weight& w, int64_t row) {
   const uint8_t* at = w.data + row * w.row_bytes;
   float most = 0;
   if (w.kind == INT8 || w.kind == INT4) {
     int64_t groups = w.columns / w.group;
-    for (int64_t g = row * groups; g < (row + 1) * groups; g++)
-      most = largest(most, absolute(number(w.scale, g, w.scale_type)));
+    for (int64_t g = 0; g < groups; g++) {
+      float scale = absolute(number(w.scale, row * groups + g, w.scale_type));
+      if (!(scale <= most) && !vacant(w, row, g)) most = largest(most, scale);
+    }
     return most * (w.kind == INT8 ? 127 : 8);
   }
   if (w.kind == Q4_0 || w.kind == Q8_0) {
