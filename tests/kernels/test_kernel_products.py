@@ -12,6 +12,11 @@ from torch import Tensor
 from kernel_cases import KINDS, SETS, codes_of, columns_of, exact, random, using, weight
 from lanting.kernels import calls
 
+GATES = (
+    *((1, (1, 1), 0), (3, (1, 1), 0), (3, (3, 1), 0)),
+    *((1, (1, 2), 4), (3, (3, 2), 0), (3, (3, 2), 5), (3, (3, 2), 11)),
+)
+
 
 def assert_near(out: Tensor, wanted: Tensor, size: Tensor | None = None) -> None:
     """Within a millionth of `size`, or of what is wanted."""
@@ -122,10 +127,7 @@ def test_gelu(isa):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    ("items", "vectors", "split"), [(1, (1, 1), 0), (3, (1, 1), 0), (3, (3, 1), 0), (1, (1, 2), 4), (3, (3, 2), 0)]
-    + [(3, (3, 2), 5), (3, (3, 2), 11)],
-)  # fmt: skip
+@pytest.mark.parametrize(("items", "vectors", "split"), GATES)
 def test_gates_add_to_what_is_there(isa, dtype, items, vectors, split):
     """One vector for all, one an item, or two an item: for its first rows and for the rest."""
     packed, _ = weight("Q8_0", 45, 96)
