@@ -22,13 +22,13 @@ struct Wide {
   using Element = float;
   typedef float Vector __attribute__((vector_size(lanes * 4), aligned(4)));
 
-  // acc (rows, tile) += a (rows, n), `stride` apart, times w (n, tile)
-  static inline void micro(const float* a, int64_t stride, const float* w, int64_t n, float* acc, int64_t to) {
+  // acc (rows, tile) = or += a (rows, n), `stride` apart, times w (n, tile)
+  template <bool fresh> static inline void micro(const float* a, int64_t stride, const float* w, int64_t n, float* acc, int64_t to) {
     Vector sum[rows][2];
 #pragma GCC unroll 12
     for (int r = 0; r < rows; r++) {
-      sum[r][0] = *reinterpret_cast<const Vector*>(acc + r * to);
-      sum[r][1] = *reinterpret_cast<const Vector*>(acc + r * to + lanes);
+      sum[r][0] = fresh ? Vector{} : *reinterpret_cast<const Vector*>(acc + r * to);
+      sum[r][1] = fresh ? Vector{} : *reinterpret_cast<const Vector*>(acc + r * to + lanes);
     }
     for (int64_t k = 0; k < n; k++, w += tile) {
       Vector w0 = *reinterpret_cast<const Vector*>(w), w1 = *reinterpret_cast<const Vector*>(w + lanes);
@@ -44,7 +44,18 @@ struct Wide {
       *reinterpret_cast<Vector*>(acc + r * to + lanes) = sum[r][1];
     }
   }
-  static inline float put(float x) { return x; }
+
+  // to = 2^(s * scale - most); returns their sum
+  static inline float shares(const float* s, float* to, int64_t n, float scale, float most) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < n; j++) {
+      float e = exp2_of(s[j] * scale - most);
+      sum += e;
+      to[j] = e;
+    }
+    return sum;
+  }
 };
 
 #if defined(__AVX512BF16__)
@@ -52,12 +63,12 @@ struct Brain {
   static constexpr int lanes = 16, rows = 14, tile = 32, pair = 2;
   using Element = uint16_t;
 
-  static inline void micro(const uint16_t* a, int64_t stride, const uint16_t* w, int64_t n, float* acc, int64_t to) {
+  template <bool fresh> static inline void micro(const uint16_t* a, int64_t stride, const uint16_t* w, int64_t n, float* acc, int64_t to) {
     __m512 sum[rows][2];
 #pragma GCC unroll 14
     for (int r = 0; r < rows; r++) {
-      sum[r][0] = _mm512_loadu_ps(acc + r * to);
-      sum[r][1] = _mm512_loadu_ps(acc + r * to + 16);
+      sum[r][0] = fresh ? _mm512_setzero_ps() : _mm512_loadu_ps(acc + r * to);
+      sum[r][1] = fresh ? _mm512_setzero_ps() : _mm512_loadu_ps(acc + r * to + 16);
     }
     for (int64_t k = 0; k < n; k += 2, w += 64) {
       __m512bh w0 = (__m512bh)_mm512_load_si512(w), w1 = (__m512bh)_mm512_load_si512(w + 32);
@@ -76,7 +87,46 @@ struct Brain {
       _mm512_storeu_ps(acc + r * to + 16, sum[r][1]);
     }
   }
-  static inline uint16_t put(float x) { return narrow(x); }
+
+  static inline __m512 exp2_near(__m512 x) {  // within 4e-6, far finer than the bfloat16 that becomes of it; x <= 0
+    x = _mm512_max_ps(x, _mm512_set1_ps(-126.f));
+    __m512 whole = _mm512_roundscale_ps(x, 0), r = _mm512_sub_ps(x, whole);
+    __m512 p = _mm512_fmadd_ps(_mm512_set1_ps(9.6181291e-3f), r, _mm512_set1_ps(5.5504109e-2f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.4022651e-1f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.9314718e-1f));
+    return _mm512_scalef_ps(_mm512_fmadd_ps(p, r, _mm512_set1_ps(1.f)), whole);
+  }
+
+  static inline float shares(const float* s, uint16_t* to, int64_t n, float scale, float most) {
+    const __m512 per = _mm512_set1_ps(scale), high = _mm512_set1_ps(most);
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t j = 0; j < n; j += 16) {
+      __mmask16 there = n - j >= 16 ? 0xffff : (1 << (n - j)) - 1;
+      __m512 e = exp2_near(_mm512_fmsub_ps(_mm512_loadu_ps(s + j), per, high));
+      e = _mm512_maskz_mov_ps(there, e);
+      sum = _mm512_add_ps(sum, e);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + j), (__m256i)_mm512_cvtneps_pbh(e));
+    }
+    return _mm512_reduce_add_ps(sum);
+  }
+
+  // 16 keys of 32 numbers each, at the same place of each row, as (16, tile, pair).
+  static inline void lay_keys(const uint16_t* const* rows, int64_t from, uint16_t* to) {
+    __m512i v[16];
+    for (int i = 0; i < 16; i++) v[i] = rows[i] ? _mm512_loadu_si512(rows[i] + from) : _mm512_setzero_si512();
+    turn_around(v);
+    for (int j = 0; j < 16; j++) _mm512_storeu_si512(to + j * 64, v[j]);
+  }
+
+  // 32 numbers of two values, one beside the other.
+  static inline void lay_values(const uint16_t* a, const uint16_t* b, int64_t from, uint16_t* to) {
+    const __m512i first = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
+                                           5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    __m512i x = a ? _mm512_loadu_si512(a + from) : _mm512_setzero_si512();
+    __m512i y = b ? _mm512_loadu_si512(b + from) : _mm512_setzero_si512();
+    _mm512_storeu_si512(to, _mm512_permutex2var_epi16(x, first, y));
+    _mm512_storeu_si512(to + 32, _mm512_permutex2var_epi16(x, _mm512_add_epi16(first, _mm512_set1_epi16(16)), y));
+  }
 };
 #endif
 
@@ -101,14 +151,34 @@ template <class T> struct Flash {
   void lay(int64_t item, int64_t head) const {
     E *k = keys + (item * a.heads + head) * most * width, *v = values + (item * a.heads + head) * most * width;
     const uint8_t* mask = a.mask ? a.mask + item * a.masked : nullptr;
-    int64_t n = 0;
-    for (int64_t token = 0; token < a.tokens; token++) {
-      if (mask && token < a.masked && !mask[token]) continue;
-      int64_t from = (item * a.tokens + token) * stride + head * width;
-      place_key(k, n, from), place_value(v, n, from);
-      n++;
+    int64_t token = 0, from[16];
+    constexpr int count = T::tile < 16 ? T::tile : 16;
+    for (int64_t n = 0; n < most; n += count) {
+      for (int i = 0; i < count; i++, token++) {
+        while (mask && token < a.masked && !mask[token]) token++;
+        from[i] = token < a.tokens ? (item * a.tokens + token) * stride + head * width : -1;
+      }
+      lay_some(k, v, n, from, count);
     }
-    for (; n < most; n++) place_key(k, n, -1), place_value(v, n, -1);
+  }
+
+  void lay_some(E* k, E* v, int64_t n, const int64_t* from, int count) const {
+    if constexpr (T::pair == 2) {
+      const E *rows_k[16], *rows_v[16];
+      for (int i = 0; i < 16; i++) {
+        rows_k[i] = from[i] < 0 ? nullptr : static_cast<const E*>(a.k) + from[i];
+        rows_v[i] = from[i] < 0 ? nullptr : static_cast<const E*>(a.v) + from[i];
+      }
+      for (int64_t j = 0; j < width; j += 32)
+        T::lay_keys(rows_k, j, k + n / T::tile * T::tile * width + j * T::tile + n % T::tile * T::pair);
+      int64_t block = n / KEYS, in_block = smaller(KEYS, most - block * KEYS), at = n - block * KEYS;
+      for (int64_t t = 0; t < width / T::tile; t++)
+        for (int i = 0; i < 16; i += 2)
+          T::lay_values(rows_v[i], rows_v[i + 1], t * T::tile,
+                        v + block * KEYS * width + t * in_block * T::tile + (at + i) * T::tile);
+    } else {
+      for (int i = 0; i < count; i++) place_key(k, n + i, from[i]), place_value(v, n + i, from[i]);
+    }
   }
 
   void place_key(E* k, int64_t n, int64_t from) const {
@@ -128,17 +198,12 @@ template <class T> struct Flash {
 
   // Softmax of one row's new scores: shares in `to`, the largest score and the sum of shares so far kept up.
   // Returns what earlier results must be multiplied with.
-  static float soften(float* s, E* to, int64_t valid, int64_t n, float& high, float& sum) {
-    float most = high;
+  static float soften(const float* s, E* to, int64_t valid, int64_t n, float scale, float& high, float& sum) {
+    float most = s[0];
 #pragma omp simd reduction(max : most)
     for (int64_t j = 0; j < valid; j++) most = larger(most, s[j]);
-    float fresh = 0;
-#pragma omp simd reduction(+ : fresh)
-    for (int64_t j = 0; j < valid; j++) {
-      float e = exp2_of(s[j] - most);
-      fresh += e;
-      to[j] = T::put(e);
-    }
+    most = larger(most * scale, high);
+    float fresh = T::shares(s, to, valid, scale, most);
     for (int64_t j = valid; j < n; j++) to[j] = E(0);
     float shrink = exp2_of(high - most);
     sum = sum * shrink + fresh, high = most;
@@ -161,18 +226,15 @@ template <class T> struct Flash {
     memset(out, 0, R * width * 4);
     for (int64_t begin = 0; begin < count[item]; begin += KEYS) {
       int64_t n = smaller(KEYS, most - begin), valid = smaller(n, count[item] - begin);
-      memset(scores, 0, R * gap * 4);
       for (int64_t t = 0; t < n; t += T::tile)
-        T::micro(q, width, k + (begin + t) * width, width, scores + t, gap);
+        T::template micro<true>(q, width, k + (begin + t) * width, width, scores + t, gap);
       for (int r = 0; r < R; r++) {
-        float* s = scores + r * gap;
-        for (int64_t j = 0; j < n; j++) s[j] *= scale;
-        float shrink = soften(s, shares + r * gap, valid, n, high[r], sum[r]);
+        float shrink = soften(scores + r * gap, shares + r * gap, valid, n, scale, high[r], sum[r]);
         if (shrink != 1)
           for (int64_t j = 0; j < width; j++) out[r * width + j] *= shrink;
       }
       for (int64_t t = 0; t < width / T::tile; t++)
-        T::micro(shares, gap, v + begin * width + t * n * T::tile, n, out + t * T::tile, width);
+        T::template micro<false>(shares, gap, v + begin * width + t * n * T::tile, n, out + t * T::tile, width);
     }
     for (int64_t r = 0; r < smaller(R, a.tokens - first); r++) {
       for (int64_t j = 0; j < width; j++) out[r * width + j] /= sum[r];

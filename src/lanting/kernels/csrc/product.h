@@ -26,16 +26,16 @@ constexpr int64_t BLOCK = 6 << 20;  // bytes of activations that are kept in the
 
 inline int64_t padded(int64_t columns) { return (columns + CHUNK - 1) / CHUNK * CHUNK; }
 
-// acc (PANEL, 32) = A (K4, PANEL, 4) times W (K4, 2, 16, 4)
-inline void micro(const int8_t* a, const int8_t* w, int64_t k4, int32_t* out) {
+// acc (R, 32) = the first R rows of A (K4, PANEL, 4) times W (K4, 2, 16, 4)
+template <int R> void micro(const int8_t* a, const int8_t* w, int64_t k4, int32_t* out) {
 #if defined(__AVX512VNNI__)
-  __m512i acc[PANEL][2];
+  __m512i acc[R][2];
 #pragma GCC unroll 14
-  for (int r = 0; r < PANEL; r++) acc[r][0] = acc[r][1] = _mm512_setzero_si512();
+  for (int r = 0; r < R; r++) acc[r][0] = acc[r][1] = _mm512_setzero_si512();
   for (int64_t k = 0; k < k4; k++, w += 128, a += 4 * PANEL) {
     __m512i w0 = _mm512_load_si512(w), w1 = _mm512_load_si512(w + 64);
 #pragma GCC unroll 14
-    for (int r = 0; r < PANEL; r++) {
+    for (int r = 0; r < R; r++) {
       int32_t four;
       memcpy(&four, a + 4 * r, 4);
       __m512i x = _mm512_set1_epi32(four);
@@ -44,22 +44,22 @@ inline void micro(const int8_t* a, const int8_t* w, int64_t k4, int32_t* out) {
     }
   }
 #pragma GCC unroll 14
-  for (int r = 0; r < PANEL; r++) {
+  for (int r = 0; r < R; r++) {
     _mm512_store_si512(out + r * TILE, acc[r][0]);
     _mm512_store_si512(out + r * TILE + 16, acc[r][1]);
   }
 #elif defined(__AVX2__)
   const __m256i ones = _mm256_set1_epi16(1);
   for (int side = 0; side < 2; side++) {
-    __m256i acc[PANEL][2];
-    for (int r = 0; r < PANEL; r++) acc[r][0] = acc[r][1] = _mm256_setzero_si256();
+    __m256i acc[R][2];
+    for (int r = 0; r < R; r++) acc[r][0] = acc[r][1] = _mm256_setzero_si256();
     const int8_t *from = w + side * 64, *rows = a;
     for (int64_t k = 0; k < k4; k++, from += 128, rows += 4 * PANEL) {
       __m256i w0 = _mm256_load_si256(reinterpret_cast<const __m256i*>(from));
       __m256i w1 = _mm256_load_si256(reinterpret_cast<const __m256i*>(from + 32));
       __m256i u0 = _mm256_abs_epi8(w0), u1 = _mm256_abs_epi8(w1);
 #pragma GCC unroll 4
-      for (int r = 0; r < PANEL; r++) {  // |w| <= 127 and |a| <= 127: two products fit 16 bits
+      for (int r = 0; r < R; r++) {  // |w| <= 127 and |a| <= 127: two products fit 16 bits
         int32_t four;
         memcpy(&four, rows + 4 * r, 4);
         __m256i x = _mm256_set1_epi32(four);
@@ -69,32 +69,34 @@ inline void micro(const int8_t* a, const int8_t* w, int64_t k4, int32_t* out) {
         acc[r][1] = _mm256_add_epi32(acc[r][1], _mm256_madd_epi16(p1, ones));
       }
     }
-    for (int r = 0; r < PANEL; r++) {
+    for (int r = 0; r < R; r++) {
       _mm256_store_si256(reinterpret_cast<__m256i*>(out + r * TILE + side * 16), acc[r][0]);
       _mm256_store_si256(reinterpret_cast<__m256i*>(out + r * TILE + side * 16 + 8), acc[r][1]);
     }
   }
 #elif defined(__ARM_FEATURE_DOTPROD)
   for (int side = 0; side < 2; side++) {
-    int32x4_t acc[PANEL][4];
-    for (int r = 0; r < PANEL; r++)
+    int32x4_t acc[R][4];
+    for (int r = 0; r < R; r++)
       for (int i = 0; i < 4; i++) acc[r][i] = vdupq_n_s32(0);
     const int8_t *from = w + side * 64, *rows = a;
     for (int64_t k = 0; k < k4; k++, from += 128, rows += 4 * PANEL) {
       int8x16_t x = vld1q_s8(rows);
       for (int i = 0; i < 4; i++) {
         int8x16_t y = vld1q_s8(from + 16 * i);
-        acc[0][i] = vdotq_laneq_s32(acc[0][i], y, x, 0), acc[1][i] = vdotq_laneq_s32(acc[1][i], y, x, 1);
-        acc[2][i] = vdotq_laneq_s32(acc[2][i], y, x, 2), acc[3][i] = vdotq_laneq_s32(acc[3][i], y, x, 3);
+        acc[0][i] = vdotq_laneq_s32(acc[0][i], y, x, 0);
+        if constexpr (R > 1) acc[1][i] = vdotq_laneq_s32(acc[1][i], y, x, 1);
+        if constexpr (R > 2) acc[2][i] = vdotq_laneq_s32(acc[2][i], y, x, 2);
+        if constexpr (R > 3) acc[3][i] = vdotq_laneq_s32(acc[3][i], y, x, 3);
       }
     }
-    for (int r = 0; r < PANEL; r++)
+    for (int r = 0; r < R; r++)
       for (int i = 0; i < 4; i++) vst1q_s32(out + r * TILE + side * 16 + i * 4, acc[r][i]);
   }
 #else
-  for (int i = 0; i < PANEL * TILE; i++) out[i] = 0;
+  for (int i = 0; i < R * TILE; i++) out[i] = 0;
   for (int64_t k = 0; k < k4; k++, w += 128, a += 4 * PANEL)
-    for (int r = 0; r < PANEL; r++)
+    for (int r = 0; r < R; r++)
       for (int n = 0; n < TILE; n++) {
         const int8_t *x = a + 4 * r, *y = w + 4 * n;
         out[r * TILE + n] += x[0] * y[0] + x[1] * y[1] + x[2] * y[2] + x[3] * y[3];
@@ -102,8 +104,24 @@ inline void micro(const int8_t* a, const int8_t* w, int64_t k4, int32_t* out) {
 #endif
 }
 
+using Micro = void (*)(const int8_t*, const int8_t*, int64_t, int32_t*);
+
+template <int R> inline Micro micro_for(int rows) {
+  if constexpr (R == 1) return micro<1>;
+  else return rows == R ? micro<R> : micro_for<R - 1>(rows);
+}
+
+// Rows are shared out evenly over panels, so that no panel computes much that nobody asked for.
+inline int64_t panel_count(int64_t rows) { return (rows + PANEL - 1) / PANEL; }
+inline int64_t panel_begin(int64_t rows, int64_t panel) { return panel * rows / panel_count(rows); }
+
 // 32 rows of a weight from row `first` on as a tile (columns / 4, 2, 16, 4); rows behind the last repeat it.
 template <int kind> void expand(const Weight& w, int64_t first, int8_t* tile) {
+  float per[TILE];
+  for (int r = 0; r < TILE; r++) {
+    float bound = w.bound[smaller(first + r, w.rows - 1)];
+    per[r] = bound > 0 ? 127 / bound : 0;
+  }
   for (int side = 0; side < 2; side++)
     for (int64_t k = 0; k < padded(w.columns); k += CHUNK) {
       int8_t* to = tile + (k / 4 * 2 + side) * 64;
@@ -112,12 +130,11 @@ template <int kind> void expand(const Weight& w, int64_t first, int8_t* tile) {
       const __m512i shift = _mm512_set1_epi8(int8_t(ZERO));
       for (int r = 0; r < 16; r++) {
         int64_t row = smaller(first + side * 16 + r, w.rows - 1);
-        float per = w.bound[row] > 0 ? 127 / w.bound[row] : 0;
         if (k + CHUNK <= w.columns) {
-          v[r] = fill<kind>(w, row, k, per);
+          v[r] = fill<kind>(w, row, k, per[side * 16 + r]);
         } else {
           alignas(64) int8_t last[CHUNK];
-          fill_plain(w, row, k, per, last);
+          fill_plain(w, row, k, per[side * 16 + r], last);
           v[r] = _mm512_load_si512(last);
         }
         v[r] = _mm512_xor_si512(v[r], shift);
@@ -128,7 +145,7 @@ template <int kind> void expand(const Weight& w, int64_t first, int8_t* tile) {
       for (int r = 0; r < 16; r++) {
         int64_t row = smaller(first + side * 16 + r, w.rows - 1);
         int8_t line[CHUNK];
-        fill_plain(w, row, k, w.bound[row] > 0 ? 127 / w.bound[row] : 0, line);
+        fill_plain(w, row, k, per[side * 16 + r], line);
         for (int j = 0; j < 16; j++) memcpy(to + j * 128 + r * 4, line + 4 * j, 4);
       }
 #endif
@@ -146,7 +163,7 @@ void expand_tile(const Weight& w, int64_t first, int8_t* tile) {
   }
 }
 
-// What becomes of `count` finished sums of a row, from `column` on.
+// What becomes of finished sums (`count` of them) of a row, from `column` on.
 inline void finish(const Result& r, int64_t row, int64_t column, int64_t count, float* x) {
   if (r.mode == GELU)
     for (int64_t j = 0; j < count; j++) x[j] = gelu(x[j]);
@@ -167,33 +184,61 @@ inline void finish(const Result& r, int64_t row, int64_t column, int64_t count, 
   }
 }
 
-void meet(const Codes& a, const Weight& w, const Result& r, int64_t first, const int8_t* tile, int64_t panel) {
-  alignas(64) int32_t sums[PANEL * TILE];
-  int64_t columns = padded(a.columns), count = smaller(TILE, w.rows - first);
-  micro(a.data + panel * PANEL * columns, tile, columns / 4, sums);
+// 32 rows of a weight, ready to meet rows of activations.
+struct Tile {
+  int64_t first, count;
+  int8_t* data;
   float scale[TILE], bias[TILE];
-  for (int64_t j = 0; j < count; j++) {
-    scale[j] = w.bound[first + j] / 127;
-    bias[j] = r.bias ? r.bias[first + j] : 0;
-  }
-  for (int64_t i = 0; i < PANEL && panel * PANEL + i < a.rows; i++) {
-    int64_t row = panel * PANEL + i;
-    float x[TILE], own = a.scale[row];
-    int32_t extra = ZERO * a.sum[row];
-    for (int64_t j = 0; j < count; j++) x[j] = float(sums[i * TILE + j] - extra) * own * scale[j] + bias[j];
-    finish(r, row, first, count, x);
+};
+
+inline void meet(const Codes& a, const Tile& t, const Result& r, int64_t panel) {
+  alignas(64) int32_t sums[PANEL * TILE];
+  int64_t columns = padded(a.columns), begin = panel_begin(a.rows, panel), rows = panel_begin(a.rows, panel + 1) - begin;
+  micro_for<PANEL>(int(rows))(a.data + panel * PANEL * columns, t.data, columns / 4, sums);
+  for (int64_t i = 0; i < rows; i++) {
+    alignas(64) float x[TILE];
+    float own = a.scale[begin + i];
+    int32_t extra = ZERO * a.sum[begin + i];
+    for (int j = 0; j < TILE; j++) x[j] = float(sums[i * TILE + j] - extra) * own * t.scale[j] + t.bias[j];
+    if (t.count == TILE)
+      finish(r, begin + i, t.first, TILE, x);  // a length that the compiler knows
+    else
+      finish(r, begin + i, t.first, t.count, x);
   }
 }
 
+inline void ready_tile(const Weight& w, const Result& r, Tile& t) {
+  expand_tile(w, t.first, t.data);
+  for (int64_t j = 0; j < TILE; j++) {
+    bool there = j < t.count;
+    t.scale[j] = there ? w.bound[t.first + j] / 127 : 0;
+    t.bias[j] = there && r.bias ? r.bias[t.first + j] : 0;
+  }
+}
+
+// Ask for a part of the weight's rows that will be expanded next, while the present ones compute.
+inline void ask_for(const Weight& w, int64_t first, int64_t part, int64_t parts) {
+  if (first >= w.rows) return;
+  int64_t size = smaller(TILE, w.rows - first) * w.row_bytes;
+  const uint8_t* at = w.data + first * w.row_bytes;
+  for (int64_t i = size * part / parts / 64 * 64; i < size * (part + 1) / parts; i += 64) __builtin_prefetch(at + i, 0, 2);
+}
+
 void product(const Codes& a, const Weight& w, const Result& r) {
-  int64_t columns = padded(a.columns), panels = (a.rows + PANEL - 1) / PANEL, tiles = (w.rows + TILE - 1) / TILE;
+  int64_t columns = padded(a.columns), panels = panel_count(a.rows), tiles = (w.rows + TILE - 1) / TILE;
   int64_t fit = BLOCK / (columns * PANEL), block = fit > 1 ? fit : 1, blocks = (panels + block - 1) / block;
   block = blocks ? (panels + blocks - 1) / blocks : 1;
   for (int64_t begin = 0; begin < panels; begin += block)
-    lt::parallel(tiles, [&](int64_t t) {
-      int8_t* tile = static_cast<int8_t*>(lt::scratch(0, columns * TILE));
-      expand_tile(w, t * TILE, tile);
-      for (int64_t p = begin; p < smaller(panels, begin + block); p++) meet(a, w, r, t * TILE, tile, p);
+    lt::parallel(tiles, [&](int64_t i) {
+      Tile t;
+      t.first = i * TILE, t.count = smaller(TILE, w.rows - t.first);
+      t.data = static_cast<int8_t*>(lt::scratch(0, columns * TILE));
+      ready_tile(w, r, t);
+      int64_t end = smaller(panels, begin + block), next = t.first + TILE * lt::threads();
+      for (int64_t p = begin; p < end; p++) {
+        ask_for(w, next, p - begin, end - begin);
+        meet(a, t, r, p);
+      }
     });
 }
 

@@ -4,9 +4,9 @@
 
 namespace {
 
-// Round a row to int8 and lay it into its panel.
-inline void round_row(const float* x, const Codes& to, int64_t row) {
-  int64_t columns = padded(to.columns), panel = row / PANEL, place = row % PANEL;
+// Round a row to int8 and lay it into its place of a panel.
+inline void round_row(const float* x, const Codes& to, int64_t panel, int64_t row) {
+  int64_t columns = padded(to.columns), place = row - panel_begin(to.rows, panel);
   int32_t bits = 0;  // of the largest: sizes are ordered as their bits are, and NaN is above all, so that it stays NaN
 #pragma omp simd reduction(max : bits)
   for (int64_t k = 0; k < to.columns; k++) {
@@ -31,21 +31,12 @@ inline void round_row(const float* x, const Codes& to, int64_t row) {
   to.sum[row] = sum;
 }
 
-// The rows of the last panel that are missing count as zeros.
-inline void blank(const Codes& to) {
-  int64_t columns = padded(to.columns), last = (to.rows + PANEL - 1) / PANEL * PANEL;
-  for (int64_t row = to.rows; row < last; row++)
-    for (int64_t k = 0; k < columns; k += 4)
-      memset(to.data + row / PANEL * PANEL * columns + k * PANEL + 4 * (row % PANEL), 0, 4);
-}
-
 void quantize(const Matrix& from, const Codes& to) {
-  blank(to);
-  lt::parallel((from.rows + PANEL - 1) / PANEL, [&](int64_t panel) {
+  lt::parallel(panel_count(from.rows), [&](int64_t panel) {
     float* x = static_cast<float*>(lt::scratch(1, from.columns * 4));
-    for (int64_t row = panel * PANEL; row < smaller(from.rows, (panel + 1) * PANEL); row++) {
+    for (int64_t row = panel_begin(from.rows, panel); row < panel_begin(from.rows, panel + 1); row++) {
       load(from, row, x);
-      round_row(x, to, row);
+      round_row(x, to, panel, row);
     }
   });
 }
@@ -63,13 +54,12 @@ inline void norm_row(float* x, int64_t columns, const float* shift, const float*
 
 // Layer norm, then x * (1 + scale) + shift: as rows, or rounded to int8 at once.
 void norm(const Matrix& from, const PerRow& shift, const PerRow& scale, const Matrix* rows, const Codes* codes) {
-  if (codes) blank(*codes);
-  lt::parallel((from.rows + PANEL - 1) / PANEL, [&](int64_t panel) {
+  lt::parallel(panel_count(from.rows), [&](int64_t panel) {
     float* x = static_cast<float*>(lt::scratch(1, from.columns * 4));
-    for (int64_t row = panel * PANEL; row < smaller(from.rows, (panel + 1) * PANEL); row++) {
+    for (int64_t row = panel_begin(from.rows, panel); row < panel_begin(from.rows, panel + 1); row++) {
       load(from, row, x);
       norm_row(x, from.columns, vector_of(shift, row), vector_of(scale, row));
-      if (codes) round_row(x, *codes, row);
+      if (codes) round_row(x, *codes, panel, row);
       if (rows) store(*rows, row, x);
     }
   });
