@@ -70,9 +70,10 @@ EXAMPLES = {
         "lanting plan nano --size 1024x1024 --ram 500M",
     ),
     "pull": ("lanting pull qwen-image-2512", "lanting pull qwen-image-2512 --dry-run"),
-    "show": ("lanting show qwen-image-2512", "lanting show lora.safetensors --json"),
+    "show": ("lanting show qwen-image-2512", "lanting show lora.safetensors --json", "lanting show --machine"),
     "lora show": ("lanting lora show ink.safetensors", "lanting lora show ink.safetensors --model qwen-image --json"),
     "remove": ("lanting remove qwen-image-2512",),
+    "bench": ("lanting bench --quick", "lanting bench --only layer,vae --threads 1 --json bench.json"),
     "train nano": ("lanting train nano --folder runs/nano",),
     "train lightning": ("lanting train lightning --model runs/nano/nano -o lightning.safetensors",),
     "eval text": (

@@ -30,10 +30,11 @@ MAY: dict[str, set[str]] = {
     "engine": {"core", "specs", "plan", "nn", "kernels", "weights", "attach", "flow", "text", "tasks"},
     "train": {"core", "specs", "nn", "weights", "flow", "text", "engine"},
     "evals": {"core", "specs", "engine", "train"},  # its held-out sets are train's designs; train knows no judge
-    "cli": {"core", "specs", "plan", "kernels", "weights", "engine", "train", "evals"},
+    "bench": {"core", "specs", "plan", "nn", "kernels", "attach", "engine"},
+    "cli": {"core", "specs", "plan", "kernels", "weights", "engine", "train", "evals", "bench"},
 }
 # heavy library -> rooms that may import it when they are imported themselves; everyone else inside functions
-TORCH_ROOMS = {"nn", "kernels", "weights", "attach", "flow", "text", "tasks", "engine", "train", "evals"}
+TORCH_ROOMS = {"nn", "kernels", "weights", "attach", "flow", "text", "tasks", "engine", "train", "evals", "bench"}
 HEAVY = {
     "torch": TORCH_ROOMS,
     "numpy": TORCH_ROOMS,
@@ -52,7 +53,7 @@ MAX_FILE, MAX_FUNCTION, MAX_PARAMETERS = 400, 60, 7
 # the transformer's own arguments, and the protocol that repeats them for the loop
 CROWDED = {"nn/mmdit.py forward", "flow/loop.py __call__"}
 # a verb's parameters are its flags
-VERBS = {"generate", "edit", "plan", "layers", "replay", "quantize", "nano", "pull", "text", "follow", "lightning"}
+VERBS = set("generate edit plan layers replay quantize nano pull text follow lightning bench".split())
 
 
 def room_of(path: Path) -> str:

@@ -285,7 +285,7 @@ def sentences() -> set[str]:
     """Every constant sentence of core, specs and cli that a person may read."""
     found: set[str] = set()
     errors = {e.__name__ for e in LantingError.__subclasses__()} | {"RefusalError"}
-    for room in ("core", "specs", "plan", "weights", "attach", "engine", "cli"):
+    for room in ("core", "specs", "plan", "weights", "attach", "engine", "bench", "cli"):
         for path in (Path(lanting.__file__).parent / room).glob("*.py"):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 if not (isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant)):

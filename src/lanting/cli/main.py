@@ -15,6 +15,7 @@ from typing import Annotated
 
 import typer
 
+from lanting.cli.bench import bench
 from lanting.cli.edit import edit
 from lanting.cli.eval import eval_
 from lanting.cli.generate import generate
@@ -50,6 +51,7 @@ app.command("pull")(pull)
 app.command("show")(show)
 app.command("quantize")(quantize)
 app.command("remove")(remove)
+app.command("bench")(bench)
 app.add_typer(lora, name="lora")
 app.add_typer(train, name="train")
 app.add_typer(eval_, name="eval")

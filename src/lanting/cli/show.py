@@ -1,4 +1,6 @@
-"""`lanting show NAME`: what a release, a folder or a weights file is, from headers and configs alone."""
+"""`lanting show NAME`: what a release, a folder or a weights file is, from headers and configs alone.
+
+With `--machine` it is this computer that is shown."""
 
 from __future__ import annotations
 
@@ -10,6 +12,7 @@ import typer
 
 from lanting.cli import options as o
 from lanting.cli.screen import Screen
+from lanting.core.errors import RequestError
 from lanting.core.lang import say
 from lanting.specs import get_spec
 
@@ -18,12 +21,21 @@ if TYPE_CHECKING:
 
 
 def show(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A release, a model folder, or a weights file.")],
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="A release, a model folder, or a weights file.")
+    ] = None,
+    machine: Annotated[
+        bool, typer.Option("--machine", help="Of this computer instead: processor, memory, kernels, GPUs.")
+    ] = False,
     json: o.Json = False,
     quiet: o.Quiet = False,
     debug: o.Debug = False,
 ) -> int:
     """Say what a model or a weights file is: tasks, parts, sizes, defaults. Exit code 2 when it is damaged."""
+    if machine == (name is not None):
+        raise RequestError("say what to show: NAME, or --machine for this computer")
+    if name is None:
+        return computer(Screen(quiet, json))
     from lanting.weights.inspect import describe
 
     told, screen = describe(name), Screen(quiet, json)
@@ -39,6 +51,17 @@ def show(
         for problem in told.problems:
             screen.line("problem: {text}", text=problem)
     return 2 if told.problems else 0
+
+
+def computer(screen: Screen) -> int:
+    """`--machine`."""
+    from lanting.cli.machine import facts, tell
+
+    if screen.json:
+        screen.raw(json_.dumps(facts(), ensure_ascii=False))
+    else:
+        tell(screen)
+    return 0
 
 
 def _head(screen: Screen, told: Description) -> None:

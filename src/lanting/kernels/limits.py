@@ -19,8 +19,8 @@ from lanting.kernels.library import library, thread_count, use_threads
 
 PEAKS = {"float32": 0, "bfloat16": 1, "int8": 2}
 WARM = 0.05  # seconds until threads are awake and the clock has settled
-TURN = 0.003  # seconds of one run: as long as a system lets a process run undisturbed
-RUNS = 30
+TURN = 0.0015  # seconds of one run: short, so that some run undisturbed on all threads of a busy machine
+RUNS = 60
 WINDOWS = 8  # parts of a buffer that are timed one by one; each has left the caches when its turn comes again
 
 

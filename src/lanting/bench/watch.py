@@ -1,0 +1,101 @@
+"""Where the time of a case goes: every operation of torch and every call of a kernel, sorted into a few parts.
+
+An operation that takes no longer than the smallest one there is does no work worth the name, so that much of each
+counts as "small", with the time that passes between operations. Rejected: PyTorch's profiler, which does not see the
+kernels and takes longer than small networks do.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lanting.kernels import calls
+
+LINEARS = ("mm", "addmm", "bmm", "baddbmm", "linear", "matmul", "lt_product")
+CONVOLUTIONS = ("convolution", "_convolution", "mkldnn_convolution")
+ATTENTION = ("_scaled_dot_product", "scaled_dot_product", "lt_attend")
+PARTS = ("linears", "convolutions", "attention", "between", "small")
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """`seconds` of one run, in `calls` operations."""
+
+    name: str
+    seconds: float
+    calls: int
+
+
+class Watch(TorchDispatchMode):
+    """Seconds of every operation that runs while it looks, by part."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        super().__init__()
+        self.clock = clock
+        self.spent: dict[str, list[float]] = {}
+        self.kernels = 0  # calls of them
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        began = self.clock()
+        out = func(*args, **(kwargs or {}))
+        self.note(func.overloadpacket.__name__, self.clock() - began)
+        return out
+
+    def note(self, name: str, seconds: float) -> None:
+        self.spent.setdefault(part_of(name), []).append(seconds)
+
+    @contextmanager
+    def looking(self) -> Iterator[None]:
+        """Kernels pass through one function of `lanting.kernels.calls`, which is replaced meanwhile."""
+        plain = calls.call
+
+        def timed(name: str, *given: object) -> None:
+            began = self.clock()
+            plain(name, *given)
+            self.note(name, self.clock() - began)
+            self.kernels += 1
+
+        calls.call = timed
+        try:
+            with self:
+                yield
+        finally:
+            calls.call = plain
+
+
+def part_of(name: str) -> str:
+    """The part that an operation belongs to."""
+    if name in LINEARS:
+        return "linears"
+    if name in CONVOLUTIONS:
+        return "convolutions"
+    return "attention" if name.startswith(ATTENTION) else "between"
+
+
+def smallest(clock: Callable[[], float]) -> float:
+    """Seconds of an operation on one number, watched."""
+    watch, one = Watch(clock), torch.ones(1)
+    with watch.looking(), torch.no_grad():
+        for _ in range(200):
+            torch.neg(one)
+    return statistics.median(watch.spent["between"])
+
+
+def split(watch: Watch, seconds: float) -> tuple[Part, ...]:
+    """The parts of a run that was watched, and that takes `seconds` when nobody does."""
+    least, every = smallest(watch.clock), sum(map(sum, watch.spent.values()))
+    found = {name: sum(max(0.0, each - least) for each in spent) for name, spent in watch.spent.items()}
+    small = sum(min(each, least) for spent in watch.spent.values() for each in spent)
+    found["small"] = small + max(0.0, seconds - every)
+    scale = seconds / (sum(found.values()) or 1.0)
+    counts = {name: len(spent) for name, spent in watch.spent.items()}
+    counts["small"] = sum(counts.values())
+    return tuple(Part(name, found[name] * scale, counts[name]) for name in PARTS if found.get(name))
