@@ -120,6 +120,18 @@ def test_activations_of_what_torch_computed(isa, dtype):
         calls.activate(x, out)
 
 
+def test_bfloat16_is_rounded_as_torch_does(isa):
+    """Ties to even, too, and what becomes infinite or a number again."""
+    high = torch.randint(-(1 << 15), 1 << 15, (500, 1), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    low = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], dtype=torch.int32)
+    x = ((high << 16) | low).flatten().view(torch.float32)
+    x = torch.cat([x[x.isfinite()], torch.tensor([torch.inf, -torch.inf, 3.4e38, 1e-40])])[None]
+    narrow = calls.activate(x, torch.empty(x.shape, dtype=torch.bfloat16))
+    assert torch.equal(narrow, x.bfloat16())
+    assert torch.equal(calls.activate(narrow, torch.empty_like(x)), narrow.float())
+    assert calls.activate(torch.full((1, 3), torch.nan), torch.empty(1, 3, dtype=torch.bfloat16)).isnan().all()
+
+
 def test_gelu_everywhere(isa):
     """Far out, too, where the exponential would over- or underflow."""
     x = torch.cat([torch.linspace(-12, 12, 4001), torch.tensor([0.0, -0.0, 1e-30, 90, -90, 1e4, -1e4, 1e18, -1e18])])
