@@ -53,7 +53,8 @@ MAX_FILE, MAX_FUNCTION, MAX_PARAMETERS = 400, 60, 7
 # the transformer's own arguments, and the protocol that repeats them for the loop
 CROWDED = {"nn/mmdit.py forward", "flow/loop.py __call__"}
 # a verb's parameters are its flags
-VERBS = set("generate edit plan layers replay quantize nano pull text follow lightning bench".split())
+VERBS = {"generate", "edit", "plan", "layers", "replay", "quantize", "nano", "pull", "text", "follow", "lightning"}
+VERBS |= {"bench"}
 
 
 def room_of(path: Path) -> str:

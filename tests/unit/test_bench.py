@@ -147,7 +147,7 @@ def test_near_the_limit_the_limit_holds_back():
 
 def test_far_from_it_the_part_that_lost_most_is_named():
     row = made_row(10.0, {"linears": [8.0], "attention": [1.0], "between": [1.0]}, WORK)
-    assert words.held(row) == "linears in int8 at 25 % of their limit, 80 % of the time"
+    assert words.held(row) == "linears in int8 at 25 % of the limit, 80 % of the time"
     assert sum(loss.seconds for loss in row.losses) == pytest.approx(10)
     told = row.to_dict()
     assert told["percent"] == pytest.approx(25) and told["held_back_by"] == ["linears"]
@@ -157,7 +157,7 @@ def test_far_from_it_the_part_that_lost_most_is_named():
 def test_two_parts_are_named_where_both_matter():
     row = made_row(10.0, {"linears": [2.0], "attention": [4.5], "between": [3.5]}, WORK)
     assert words.held(row) == (
-        "attention in bf16 at 11 % of their limit, 45 % of the time; what lies between products: 35 % of the time"
+        "attention in bf16 at 11 % of the limit, 45 % of the time; what lies between products: 35 % of the time"
     )
 
 

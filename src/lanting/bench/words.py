@@ -75,7 +75,7 @@ def lost(loss: Loss, share: float) -> str:
         "attention": say("attention in {type}", type=kind(loss)),
         "convolutions": say("convolutions in {type}", type=kind(loss)),
     }
-    return say("{part} at {percent} % of their limit, {share} % of the time", part=words[loss.part], **named)
+    return say("{part} at {percent} % of the limit, {share} % of the time", part=words[loss.part], **named)
 
 
 def kind(loss: Loss) -> str:

@@ -51,7 +51,7 @@ def bench(
 
     Limits are the most operations of each type of number and the most bytes of memory a second. Cases: one full-width
     layer in bf16, int8 and int4, the full VAE, a step and a picture of nano. Of the processor only: cases for GPUs come
-    with a later version. It takes 2 to 4 GB of memory and some minutes; other programs disturb it.
+    with a later version. It takes some 1.5 GB of memory and a few minutes; other programs disturb it.
     """
     screen = Screen(quiet, json == "-")
     if quick and full:
