@@ -13,7 +13,7 @@ import typer
 
 from lanting.cli import options as o
 from lanting.cli.eval_tables import print_table
-from lanting.cli.machine import BUILD, gpus
+from lanting.cli.machine import BUILD, gpus, switched_off
 from lanting.cli.screen import Screen
 from lanting.core.errors import OutputError, RequestError
 from lanting.core.lang import say
@@ -64,7 +64,10 @@ def bench(
     from lanting.kernels.library import ready, thread_count
 
     groups = groups_named(only)
-    remarks(screen, ready())
+    if not ready():
+        tell_kernels(screen)
+    if gpus():
+        screen.note("only the processor is measured: cases for GPUs come with a later version")
     report = follow(
         screen, measure(SCALES["quick" if quick else "full" if full else "usual"], groups, threads or thread_count())
     )
@@ -79,11 +82,11 @@ def bench(
         screen.raw(str(target)) if quiet else screen.line("written: {path}", path=target)
 
 
-def remarks(screen: Screen, native: bool) -> None:
-    """What a person should know before waiting."""
-    if gpus():
-        screen.note("only the processor is measured: cases for GPUs come with a later version")
-    if not native:
+def tell_kernels(screen: Screen) -> None:
+    """Why there are none."""
+    if switched_off():
+        screen.note("the kernels are switched off by LANTING_KERNELS, so torch is measured alone")
+    else:
         screen.note("the kernels are not built, so torch is measured alone; to build them: {command}", command=BUILD)
 
 
