@@ -75,7 +75,7 @@ def part_of(name: str) -> str:
     """The part that an operation belongs to."""
     if name in LINEARS:
         return "linears"
-    if name in CONVOLUTIONS:
+    if name in CONVOLUTIONS or name.startswith("lt_conv"):
         return "convolutions"
     return "attention" if name.startswith(ATTENTION) else "between"
 
