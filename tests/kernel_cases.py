@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from lanting.kernels import calls
 from lanting.kernels import library as lib
+from lanting.kernels.build import compiler
 from lanting.kernels.calls import Packed, Rounded
 from lanting.nn.linears import GgufLinear, Int4Linear, Int8Linear, PackedLinear
 from lanting.weights.kquants import quantize
@@ -86,3 +89,12 @@ def exact(x: Rounded, weight: Packed, bias: Tensor | None = None) -> Tensor:
     sums = codes_of(x) @ calls.expanded(weight).long().T
     out = sums.double() * x.scale.double()[:, None] * (weight.bound.double() / 127)
     return out if bias is None else out + bias.double()
+
+
+def sanitizer(name: str) -> str:
+    """Where the runtime of one of the compiler's sanitizers is ("libasan.so"); "" where there is none."""
+    if (command := compiler()) is None:
+        return ""
+    asked = subprocess.run([*command, f"-print-file-name={name}"], capture_output=True, text=True)
+    found = asked.stdout.strip()
+    return found if asked.returncode == 0 and Path(found).is_absolute() else ""

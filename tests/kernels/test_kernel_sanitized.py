@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from kernel_cases import SETS
+from kernel_cases import SETS, sanitizer
 from lanting.kernels import build
 
 HERE = Path(__file__).parent
@@ -38,33 +38,23 @@ found.lt_bounds(byref(weight), byref((c_float * 7)()))
 """
 
 
-def runtime() -> str:
-    """Where AddressSanitizer's runtime is, which Python must be started with; "" where there is none."""
-    command = build.compiler()
-    if command is None:
-        return ""
-    asked = subprocess.run([*command, "-print-file-name=libasan.so"], capture_output=True, text=True)
-    found = asked.stdout.strip()
-    return found if asked.returncode == 0 and Path(found).is_absolute() else ""
-
-
 @pytest.fixture(scope="module")
 def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The library with the best instruction set and the plain one."""
-    if not runtime():
+    if not sanitizer("libasan.so"):
         pytest.skip("the compiler has no sanitizers that could be loaded")
     path = tmp_path_factory.mktemp("sanitized") / "kernels.so"
     build.build(path, FLAGS, (SETS[0], "plain"))
     return path
 
 
-def python(code: str, library: Path, *given: str) -> subprocess.CompletedProcess[str]:
+def python(code: str, library: Path, *given: str, **more: str) -> subprocess.CompletedProcess[str]:
     env = os.environ | {
-        "LD_PRELOAD": runtime(),
+        "LD_PRELOAD": sanitizer("libasan.so"),
         "ASAN_OPTIONS": "detect_leaks=0",  # Python and torch keep what they have
-        "PYTHONMALLOC": "malloc",
         "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")]),
         "OMP_NUM_THREADS": "1",
+        **more,
     }
     command = [sys.executable, "-c", code, str(library), *given]
     return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=300)
@@ -79,7 +69,7 @@ def test_nothing_is_read_or_written_out_of_bounds(sanitized):
 
 def test_a_byte_too_far_would_be_noticed(sanitized):
     """Eight bounds do not fit where there is room for seven."""
-    done = python(OVERRUN, sanitized)
+    done = python(OVERRUN, sanitized, PYTHONMALLOC="malloc")
     assert done.stdout.strip() == "ready"
     assert done.returncode != 0
     assert "heap-buffer-overflow" in done.stderr

@@ -75,7 +75,7 @@ struct Pool {
 
 Pool* pool = nullptr;  // never freed at exit: threads of an interpreter that ends may still hold it
 std::mutex turn;       // one piece of work at a time; who comes second works alone
-int wanted = 1;
+std::atomic<int> wanted{1};
 
 void forget_pool() {  // a forked child has none of the threads
   pool = nullptr;
