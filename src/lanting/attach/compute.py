@@ -26,6 +26,7 @@ from lanting.nn.rotate import rotate_blocks
 
 DTYPES = (torch.float32, torch.bfloat16)
 LEFT_ALONE = ("img_mod", "txt_mod", "time_text_embed")
+KEPT = ("bound", "bias in float32", "weight in float32")  # what is made once for a module
 FEWEST = 16  # rows below which torch's own products are as fast, and exact
 
 
@@ -46,15 +47,19 @@ def attach_kernels(net: nn.Module) -> bool:
 def detach_kernels(net: nn.Module) -> None:
     """Every module does its own work again."""
     for module in net.modules():
+        for name in KEPT:
+            module.__dict__.pop(name, None)
         if isinstance(module, PackedLinear):
             module.product = None
         elif isinstance(module, Attend | Block):
             module.__dict__.pop("forward", None)
 
 
-def packed(linear: nn.Module) -> Packed | None:
+def packed(linear: nn.Module, dtype: torch.dtype | None = None) -> Packed | None:
     """The weight of a Linear as the kernels read it, None where they can't. A row's bound is found once: weights that
-    stream come back the same."""
+    stream come back the same. Plain ones only for activations in bfloat16."""
+    if type(linear) is nn.Linear:
+        return calls.dense(linear.weight) if dtype == torch.bfloat16 else None
     if isinstance(linear, Int8Linear | Int4Linear):
         data, scale = linear.weight, linear.weight_scale
         scale = scale[:, None] if scale is not None and scale.ndim == 1 else scale
@@ -77,12 +82,19 @@ def integer_product(linear: PackedLinear, x: Tensor) -> Tensor:
         return linear.plain(x)
     x = (rotate_blocks(x, linear.rotate) if linear.rotate else x).contiguous()
     out = torch.empty(*x.shape[:-1], linear.out_features, dtype=x.dtype)
-    calls.product(calls.quantize(x.flatten(0, -2)), weight, out.flatten(0, -2), floats(linear.bias))
+    calls.product(calls.quantize(x.flatten(0, -2)), weight, out.flatten(0, -2), floats(linear, "bias"))
     return out
 
 
-def floats(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.detach().float().contiguous()
+def floats(module: Any, name: str) -> Tensor | None:
+    """A bias or a norm's weight in float32, made once: like bounds, it comes back the same."""
+    x = getattr(module, name)
+    if x is None or x.dtype == torch.float32:
+        return x
+    kept = module.__dict__.get(f"{name} in float32")
+    if kept is None:
+        kept = module.__dict__[f"{name} in float32"] = x.detach().float().contiguous()
+    return kept
 
 
 def attend(module: Attend, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -98,7 +110,7 @@ class Rows:
 
     def __init__(self, x: Tensor, shift: Tensor | None = None, scale: Tensor | None = None, split: int = 0):
         self.x, self.shift, self.scale, self.split = x, shift, scale, split
-        self.forms: dict[int, Rounded] = {}
+        self.forms: dict[object, Rounded] = {}
         self.kept: Tensor | None = x if shift is None else None
 
     def plain(self) -> Tensor:
@@ -110,22 +122,24 @@ class Rows:
             self.kept = made
         return self.kept
 
-    def rounded(self, rotate: int) -> Rounded:
-        """As int8, behind a rotation in blocks of that size."""
-        if rotate not in self.forms:
+    def laid(self, linear: nn.Module) -> Rounded:
+        """As a Linear's product wants them: int8, behind its rotation if it has one, or bfloat16."""
+        rotate = getattr(linear, "rotate", 0)
+        dtype = torch.int8 if isinstance(linear, PackedLinear) else torch.bfloat16
+        if (rotate, dtype) not in self.forms:
             if rotate or self.kept is not None:
                 x = self.plain()
-                made: Any = calls.quantize(rotate_blocks(x, rotate) if rotate else x)
+                made: Any = calls.quantize(rotate_blocks(x, rotate) if rotate else x, dtype)
             else:
                 assert self.shift is not None and self.scale is not None
-                made = calls.norm(self.x, self.shift, self.scale, self.split, rounded=True)
-            self.forms[rotate] = made
-        return self.forms[rotate]
+                made = calls.norm(self.x, self.shift, self.scale, self.split, rounded=True, dtype=dtype)
+            self.forms[rotate, dtype] = made
+        return self.forms[rotate, dtype]
 
 
 def project(linear: nn.Module, rows: Rows, out: Tensor, gate: Tensor | None = None, split: int = 0) -> None:
     """out = the Linear of the rows, or out += gate times it; out (B, n, W) may be part of a larger tensor."""
-    weight = packed(linear)
+    weight = packed(linear, out.dtype)
     if weight is None:
         y = linear(rows.plain())
         if gate is None:
@@ -133,27 +147,28 @@ def project(linear: nn.Module, rows: Rows, out: Tensor, gate: Tensor | None = No
         else:
             calls.activate(y, out, gate=gate, split=split)
         return
-    assert isinstance(linear, PackedLinear)
-    calls.product(rows.rounded(linear.rotate), weight, out, floats(linear.bias), gate=gate, split=split)
+    calls.product(rows.laid(linear), weight, out, floats(linear, "bias"), gate=gate, split=split)
 
 
 def feed_forward(mlp: FeedForward, rows: Rows, out: Tensor, gate: Tensor, split: int) -> None:
     """out += gate times D -> 4 D -> GELU -> D of the rows."""
     up: Any = mlp.net[0].proj  # type: ignore[union-attr]
-    weight = packed(up)
+    weight = packed(up, out.dtype)
     if weight is None:
         wide = up(rows.plain())
         calls.activate(wide, wide, gelu=True)
     else:
         wide = torch.empty(*out.shape[:2], up.out_features, dtype=out.dtype)
-        calls.product(rows.rounded(up.rotate), weight, wide, floats(up.bias), gelu=True)
+        calls.product(rows.laid(up), weight, wide, floats(up, "bias"), gelu=True)
     project(mlp.net[2], Rows(wide), out, gate, split)
 
 
 def vectors(modulation: nn.Module, temb: Tensor, batch: int) -> tuple[Tensor, ...]:
-    """Six vectors (B, 1 or 2, D) float32, each contiguous: shift, scale and gate of attention, then of the MLP."""
-    made = modulation(temb).float().expand(batch, -1, -1)  # (B, 1 or 2, 6 D)
-    return tuple(part.contiguous() for part in made.chunk(6, -1))
+    """Six vectors (B, 1 or 2, D) float32: shift, scale and gate of attention, then of the MLP."""
+    made = modulation(temb).float().contiguous()  # (B or 1, 1 or 2, 6 D)
+    if len(made) != batch:
+        made = made.expand(batch, -1, -1).contiguous()
+    return made.chunk(6, -1)
 
 
 def fused_block(block: Block, img: Tensor, txt: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
@@ -183,6 +198,7 @@ def attention(attn: Any, img: Rows, txt: Rows, ctx: Context) -> Tensor:
         project(getattr(attn, f"to_{name}"), img, out[:, length:])
     q, k, v = (x.unflatten(-1, (attn.heads, -1)) for x in (q, k, v))
     cos, sin = ctx.rope
-    norms = tuple(m.weight.detach().float() for m in (attn.norm_added_q, attn.norm_added_k, attn.norm_q, attn.norm_k))
+    names = ("norm_added_q", "norm_added_k", "norm_q", "norm_k")
+    norms: Any = tuple(floats(getattr(attn, name), "weight") for name in names)
     calls.turn(q, k, norms, (cos.contiguous(), sin.contiguous()), length, attn.norm_q.eps)
     return attn.attend(q, k, v, ctx.mask).flatten(2)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lanting.attach.compute import attach_kernels
 from lanting.attach.quant import KINDS, chooser
 from lanting.core.errors import ModelError, RequestError
 from lanting.engine.allocator import return_memory, tidy
@@ -158,6 +159,8 @@ class Models:
         stored = store_transformer(self.checkpoints["transformer"], config, self.placing("transformer"))
         placed = place_transformer(stored, self.plan)
         attach_loras(placed.net, (*self.release_loras, *self.loras), self.dtype, self.device)
+        if self.device.type == "cpu":
+            attach_kernels(placed.net)
         tidy()
         return placed
 
@@ -208,6 +211,8 @@ class Models:
         files = self.checkpoints["text_encoder"]
         stored = store_text_encoder(files, config, placing, vision=self.sees, head=self.captions)
         placed = place_encoder(stored, self.plan)
+        if placing.device.type == "cpu":
+            attach_kernels(placed.net)
         tidy()
         return placed
 
@@ -283,7 +288,11 @@ class Models:
         if folder is None:
             return None
         config = read_json(folder / "config.json")
-        return place_controlnet(store_controlnet(open_component(folder), config, self.placing("controlnet")), self.plan)
+        stored = store_controlnet(open_component(folder), config, self.placing("controlnet"))
+        placed = place_controlnet(stored, self.plan)
+        if self.device.type == "cpu":
+            attach_kernels(placed.net)
+        return placed
 
     @property
     def controlnet(self) -> QwenImageControlNet | None:

@@ -1,10 +1,10 @@
 """The kernels on tensors. Activations are float32 or bfloat16 on the CPU, their last axis contiguous.
 
-    codes = quantize(x)                        rows rounded to int8, each with its scale
+    codes = quantize(x)                        rows rounded to int8, each with its scale; or as bfloat16
     product(codes, weight, out)                out = x W^T + bias, read from the packed weight as its file has it
     product(codes, weight, out, gate=gate)     out += gate * (x W^T + bias)
 
-`weight_of` says which packed Linears that works for. Nothing here checks what a caller can know; shapes that don't fit
+`packed` and `dense` say which weights that works for. Nothing here checks what a caller can know; shapes that don't fit
 are a programming error and raise ValueError.
 """
 
@@ -19,13 +19,14 @@ from torch import Tensor
 from lanting.kernels import library as lib
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-KINDS = {"int8": 0, "int4": 1, "Q4_0": 2, "Q8_0": 3, "Q4_K": 4, "Q6_K": 5}
+KINDS = {"int8": 0, "int4": 1, "Q4_0": 2, "Q8_0": 3, "Q4_K": 4, "Q6_K": 5, "bf16": 6}
 BLOCKS = {"Q4_0": (32, 18), "Q8_0": (32, 34), "Q4_K": (256, 144), "Q6_K": (256, 210)}  # values, bytes
 STORE, GELU, ADD = 0, 1, 2
 CHUNK = 64  # columns of codes are rounded up to
 WIDEST = 512  # heads
 LONGEST = 1 << 16  # rows: 255 * 127 times as many still fit 32 bits
 NEVER = 2**62  # rows of the only item
+NO_BOUND = torch.empty(0)
 
 
 def call(name: str, *given: object) -> None:
@@ -78,7 +79,7 @@ def packed(kind: str, data: Tensor, scale: Tensor | None, columns: int, bound: T
 
 def fits(kind: str, data: Tensor, scale: Tensor | None, columns: int) -> bool:
     """Whether kernels read this weight."""
-    if kind not in KINDS or data.device.type != "cpu" or data.ndim != 2 or not data.is_contiguous():
+    if kind not in KINDS or kind == "bf16" or data.device.type != "cpu" or data.ndim != 2 or not data.is_contiguous():
         return False
     if columns > LONGEST:
         return False
@@ -94,6 +95,20 @@ def fits(kind: str, data: Tensor, scale: Tensor | None, columns: int) -> bool:
         return False
     group = columns // groups
     return group in (16, 32, 64, 128) if kind == "int4" else groups == 1 or group % 16 == 0
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this processor does, so that `dense` is worth asking."""
+    found = lib.library()
+    return found is not None and bool(found.lt_dense())
+
+
+def dense(weight: Tensor) -> Packed | None:
+    """A plain weight (rows, columns) in bfloat16, for rows that were laid out as bfloat16; None where kernels can't."""
+    fine = weight.dtype == torch.bfloat16 and weight.ndim == 2 and weight.is_contiguous()
+    if not fine or weight.device.type != "cpu" or not multiplies_bfloat16():
+        return None
+    return Packed(weight, None, NO_BOUND, "bf16", weight.shape[1], 0)
 
 
 def expanded(weight: Packed) -> Tensor:
@@ -134,7 +149,7 @@ def per_row(vectors: Tensor, x: Tensor, split: int) -> lib.PerRow:
 
 @dataclass(frozen=True, slots=True)
 class Rounded:
-    """Rows as int8 with a scale each, laid out for this processor's micro-kernel."""
+    """Rows laid out for this processor's micro-kernel: int8 with a scale each, or bfloat16."""
 
     data: Tensor
     scale: Tensor
@@ -143,30 +158,42 @@ class Rounded:
     columns: int
 
     def struct(self) -> lib.Codes:
-        return lib.Codes(self.data.data_ptr(), self.scale.data_ptr(), self.sum.data_ptr(), self.rows, self.columns)
+        at = (self.data.data_ptr(), self.scale.data_ptr(), self.sum.data_ptr())
+        return lib.Codes(*at, self.rows, self.columns, TYPES.get(self.data.dtype, 0))
 
 
-def room(rows: int, columns: int) -> Rounded:
-    """Room for rounded rows."""
+def room(rows: int, columns: int, dtype: torch.dtype = torch.int8) -> Rounded:
+    """Room for rounded rows, of int8 or bfloat16."""
     found = lib.library()
     panel = 1 if found is None else found.lt_panel()
     size = math.ceil(rows / panel) * panel * math.ceil(columns / CHUNK) * CHUNK
     sums = torch.empty(rows, dtype=torch.int32)
-    return Rounded(torch.empty(size, dtype=torch.int8), torch.empty(rows), sums, rows, columns)
+    return Rounded(torch.empty(size, dtype=dtype), torch.empty(rows), sums, rows, columns)
 
 
-def quantize(x: Tensor) -> Rounded:
-    """Round rows to int8: the largest of each becomes 127."""
+def quantize(x: Tensor, dtype: torch.dtype = torch.int8) -> Rounded:
+    """Round rows to int8, the largest of each becoming 127, or to bfloat16."""
     from_ = matrix(x)
-    made = room(from_.rows, from_.columns)
+    made = room(from_.rows, from_.columns, dtype)
     call("lt_quantize", from_, made.struct())
     return made
 
 
-def norm(x: Tensor, shift: Tensor, scale: Tensor, split: int = 0, *, rounded: bool) -> Rounded | Tensor:
-    """Layer norm of x (items, rows, columns), times 1 + scale, plus shift (see `per_row`), in float32 inside."""
+def norm(
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    split: int = 0,
+    *,
+    rounded: bool,
+    dtype: torch.dtype = torch.int8,
+) -> Rounded | Tensor:
+    """Layer norm of x (items, rows, columns), times 1 + scale, plus shift (see `per_row`), in float32 inside.
+
+    `rounded`: laid out for products, as `dtype` (see `quantize`).
+    """
     from_ = matrix(x)
-    made = room(from_.rows, from_.columns) if rounded else torch.empty(x.shape, dtype=x.dtype)
+    made = room(from_.rows, from_.columns, dtype) if rounded else torch.empty(x.shape, dtype=x.dtype)
     rows, codes = (None, made.struct()) if isinstance(made, Rounded) else (matrix(made), None)
     call("lt_norm", from_, per_row(shift, x, split), per_row(scale, x, split), rows, codes)
     return made
@@ -191,6 +218,8 @@ def product(
 ) -> Tensor:
     """out = x W^T + bias, through a GELU, or added to what is there times a gate; out (..., rows, W's rows)."""
     shape = (x.rows, weight.data.shape[0])
+    if (x.data.dtype == torch.bfloat16) != (weight.kind == "bf16"):
+        raise ValueError(f"rows of {x.data.dtype} do not meet a weight of {weight.kind}")
     if x.columns != weight.columns or (out.shape[:-1].numel(), out.shape[-1]) != shape:
         raise ValueError(
             f"{x.columns} columns meet {weight.columns}, and a result of {shape} goes to {tuple(out.shape)}"

@@ -17,7 +17,7 @@ from typing import ClassVar
 
 from lanting.kernels.build import LIBRARY, whole
 
-ABI = 1
+ABI = 2
 OFF = ("off", "0", "no")
 
 
@@ -52,6 +52,7 @@ class Codes(ctypes.Structure):
         ("sum", c_void_p),
         ("rows", c_int64),
         ("columns", c_int64),
+        ("type", c_int32),
     ]
 
 

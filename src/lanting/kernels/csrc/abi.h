@@ -2,9 +2,9 @@
 #pragma once
 #include <cstdint>
 
-enum { ABI = 1 };
+enum { ABI = 2 };
 enum Number : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
-enum Kind : int32_t { INT8 = 0, INT4 = 1, Q4_0 = 2, Q8_0 = 3, Q4_K = 4, Q6_K = 5 };
+enum Kind : int32_t { INT8 = 0, INT4 = 1, Q4_0 = 2, Q8_0 = 3, Q4_K = 4, Q6_K = 5, BF16 = 6 };
 enum Mode : int32_t { STORE = 0, GELU = 1, ADD = 2 };  // ADD: what is there += gate * value
 
 // Rows of a matrix: `items` of `period` rows each, `item_stride` and `stride` elements apart; rows are contiguous.
@@ -21,12 +21,13 @@ struct PerRow {
   int32_t each;
 };
 
-// Rows rounded to int8, each with a scale of its own; laid out for the micro-kernel of one ISA.
+// Rows laid out for the micro-kernel of one ISA: rounded to int8, each with a scale of its own, or as bfloat16.
 struct Codes {
-  int8_t* data;    // (panels, columns / 4, panel, 4)
-  float* scale;    // (rows)
+  int8_t* data;    // (panels, columns / 4, panel, 4), or (panels, columns / 2, panel, 2) of bfloat16
+  float* scale;    // (rows) of int8, as the sums
   int32_t* sum;    // (rows)
   int64_t rows, columns;
+  int32_t type;    // BFLOAT16, or anything else for int8
 };
 
 // A packed weight as its file has it, (rows, columns), a row `row_bytes` long.

@@ -3,7 +3,7 @@
 // Keys and values are first laid out for the micro-kernel, once per head; then queries are shared out over threads.
 // Products are bfloat16 with float32 sums where the processor has them and the input is bfloat16, else float32.
 #pragma once
-#include "rows.h"
+#include "dense.h"
 
 namespace {
 
@@ -89,7 +89,7 @@ struct Brain {
   }
 
   static inline __m512 exp2_near(__m512 x) {  // within 4e-6, far finer than the bfloat16 that becomes of it; x <= 0
-    x = _mm512_max_ps(x, _mm512_set1_ps(-126.f));
+    x = _mm512_max_ps(_mm512_set1_ps(-126.f), x);  // in this order NaN stays
     __m512 whole = _mm512_roundscale_ps(x, 0), r = _mm512_sub_ps(x, whole);
     __m512 p = _mm512_fmadd_ps(_mm512_set1_ps(9.6181291e-3f), r, _mm512_set1_ps(5.5504109e-2f));
     p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.4022651e-1f));

@@ -59,6 +59,7 @@ using namespace lt;
 LT_EXPORT int lt_abi() { return ABI; }
 LT_EXPORT const char* lt_name() { return used->name; }
 LT_EXPORT int lt_panel() { return used->panel; }
+LT_EXPORT int lt_dense() { return used->dense; }
 LT_EXPORT void lt_threads(int count) { set_threads(count); }
 
 // The name of the i-th set of kernels that is compiled in and runs here, null behind the last.

@@ -16,7 +16,6 @@
 
 namespace lt {
 extern const Table LT_JOIN(table_, LT_NAME);
-const Table LT_JOIN(table_, LT_NAME) = {LT_TEXT(LT_NAME), PANEL, bounds, expand_all, quantize, norm,
-                                        product,          turn,  attend, activate,   norm_silu,
-                                        spin,             pass};
+const Table LT_JOIN(table_, LT_NAME) = {LT_TEXT(LT_NAME), PANEL,  DENSE,    bounds,    expand_all, quantize, norm,
+                                        any_product,      turn,   attend,   activate,  norm_silu,  spin,     pass};
 }  // namespace lt

@@ -4,9 +4,25 @@
 
 namespace {
 
-// Round a row to int8 and lay it into its place of a panel.
+inline void narrow_row(const float* x, const Codes& to, int64_t panel, int64_t place) {
+  int64_t columns = padded(to.columns);
+  uint16_t* out = reinterpret_cast<uint16_t*>(to.data) + panel * PANEL * columns + 2 * place;
+  for (int64_t k = 0; k < columns; k += CHUNK) {
+    uint16_t line[CHUNK];
+    int64_t count = smaller(CHUNK, to.columns - k);
+    if (count == CHUNK) {
+      for (int64_t j = 0; j < CHUNK; j++) line[j] = narrow(x[k + j]);
+    } else {
+      for (int64_t j = 0; j < CHUNK; j++) line[j] = j < count ? narrow(x[k + j]) : 0;
+    }
+    for (int64_t j = 0; j < CHUNK; j += 2) memcpy(out + (k + j) * PANEL, line + j, 4);
+  }
+}
+
+// Round a row to int8, or to bfloat16, and lay it into its place of a panel.
 inline void round_row(const float* x, const Codes& to, int64_t panel, int64_t row) {
   int64_t columns = padded(to.columns), place = row - panel_begin(to.rows, panel);
+  if (to.type == BFLOAT16) return narrow_row(x, to, panel, place);
   int32_t bits = 0;  // of the largest: sizes are ordered as their bits are, and NaN is above all, so that it stays NaN
 #pragma omp simd reduction(max : bits)
   for (int64_t k = 0; k < to.columns; k++) {

@@ -1,0 +1,239 @@
+"""Networks with the native kernels attached: as exact as without, undone without a trace, whatever else hangs on them."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import nets
+from lanting.attach.compute import attach_kernels, detach_kernels, packed
+from lanting.attach.modulation import ModulationTable
+from lanting.attach.parts import Part
+from lanting.attach.stream import Mapped, Streamer
+from lanting.kernels import calls, library
+from lanting.nn.linears import Fp8Linear, GgufLinear, Int4Linear, Int8Linear, PackedLinear
+from lanting.nn.lora import Factors, LoraLinear, attach
+from lanting.nn.mmdit import QwenImageTransformer, TransformerConfig
+from lanting.nn.swap import swap
+from lanting.weights.kquants import quantize
+
+if not library.ready():
+    pytest.skip("the kernels are not built here: no compiler", allow_module_level=True)
+
+GRID = (1, 6, 8)
+
+
+def network(two_times: bool = False, seed: int = 0) -> QwenImageTransformer:
+    torch.manual_seed(seed)
+    config = TransformerConfig(
+        num_layers=3,
+        num_attention_heads=4,
+        attention_head_dim=64,
+        joint_attention_dim=96,
+        axes_dims_rope=(16, 24, 24),
+        zero_cond_t=two_times,
+    )
+    net = QwenImageTransformer(config).eval().requires_grad_(False)
+    for p in net.parameters():
+        p.normal_(0, 0.05) if p.ndim > 1 else p.add_(torch.randn_like(p) * 0.05)
+    return net
+
+
+def pack(net: nn.Module, kind: str) -> nn.Module:
+    """Every Linear of the blocks that the kind divides."""
+
+    def make(path: str, old: nn.Module) -> nn.Module | None:
+        assert isinstance(old, nn.Linear)
+        weight, bias = old.weight.float(), old.bias
+        if "_mod" in path or "blocks" not in path:
+            return None
+        if kind[0] == "Q":
+            return GgufLinear.from_packed(quantize(weight, kind), kind, old.in_features, bias)
+        cls = {"int8": Int8Linear, "int4": Int4Linear, "fp8": Fp8Linear}[kind.split()[0]]
+        return cls.from_dense(weight, bias, **({"rotate": 256} if "rotated" in kind else {}))
+
+    swap(net, nn.Linear, make)
+    return net
+
+
+def draw(net: QwenImageTransformer, batch: int = 1, masked: bool = False, seed: int = 1) -> torch.Tensor:
+    torch.manual_seed(seed)
+    dtype = net.proj_out.weight.dtype
+    grids = [GRID] * (2 if net.config.zero_cond_t else 1)
+    latents = torch.randn(batch, 48 * len(grids), 64).to(dtype)
+    prompt, mask = torch.randn(batch, 21, 96).to(dtype), torch.ones(batch, 21, dtype=torch.bool)
+    mask[-1, 15:] = not masked
+    times = torch.full((batch,), 0.5).to(dtype)
+    with torch.inference_mode():
+        return net(latents, times, prompt, mask if masked else None, grids, 48).float()
+
+
+def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return ((found - wanted).norm() / wanted.norm()).item()
+
+
+@pytest.mark.parametrize("two_times", [False, True])
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("masked", [False, True])
+def test_as_exact_as_torch(two_times, batch, masked):
+    net = network(two_times)
+    exact = draw(net, batch, masked)
+    assert attach_kernels(net)
+    assert error(draw(net, batch, masked), exact) < 2e-6
+    rough = copy.deepcopy(net).bfloat16()
+    detach_kernels(rough)
+    plain = error(draw(rough, batch, masked), exact)
+    attach_kernels(rough)
+    assert error(draw(rough, batch, masked), exact) < 1.15 * plain  # they round in fewer places than torch
+
+
+@pytest.mark.parametrize("name", library.known_sets())
+def test_every_instruction_set_draws(name):
+    net = pack(network(), "int8")
+    exact, own = draw(network()), library.instruction_set()
+    attach_kernels(net)
+    library.use(name)
+    try:
+        assert error(draw(net), exact) < 0.02
+        assert error(draw(net.bfloat16()), exact) < 0.025
+    finally:
+        library.use(own)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4", "int4 rotated", "Q4_0", "Q8_0", "Q4_K", "Q6_K"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_linears_multiply_integers(kind, dtype):
+    """Rounding inputs to 8 bits costs a percent or so beside the same weights without it."""
+    net = pack(network(), kind).to(dtype)
+    wanted = draw(net)
+    attach_kernels(net)
+    assert all(packed(m) is not None for m in net.modules() if isinstance(m, PackedLinear))
+    found = draw(net)
+    assert 1e-4 < error(found, wanted) < 0.02
+    assert torch.equal(found, draw(net))
+
+
+def test_a_kind_without_kernels_is_expanded_as_before():
+    net = pack(network(), "fp8").bfloat16()
+    wanted = draw(net)
+    attach_kernels(net)
+    assert all(packed(m) is None for m in net.modules() if isinstance(m, PackedLinear))
+    assert error(draw(net), wanted) < 0.01
+
+
+@pytest.mark.parametrize("kind", ["", "int4", "Q4_K"])
+def test_detached_it_is_bit_for_bit_what_it_was(kind):
+    net = pack(network(), kind).bfloat16() if kind else network()
+    names, before = [*net.state_dict()], draw(net)
+    attach_kernels(net)
+    draw(net)
+    assert [*net.state_dict()] == names
+    detach_kernels(net)
+    assert torch.equal(draw(net), before)
+    assert not any("float32" in key or key in ("bound", "forward") for m in net.modules() for key in m.__dict__)
+
+
+def test_off_means_untouched(monkeypatch):
+    monkeypatch.setattr("lanting.attach.compute.ready", lambda: False)
+    net = pack(network(), "int8")
+    before = draw(net)
+    assert not attach_kernels(net)
+    assert torch.equal(draw(net), before)
+
+
+def test_modulation_stays_exact():
+    """One row a step, and its error would reach every token."""
+    net = network()
+    for block in net.transformer_blocks:
+        block.img_mod[1] = Int8Linear.from_dense(block.img_mod[1].weight, block.img_mod[1].bias)
+    attach_kernels(net)
+    assert all(block.img_mod[1].product is None for block in net.transformer_blocks)
+
+
+def test_few_rows_are_multiplied_exactly():
+    linear = Int4Linear.from_dense(torch.randn(96, 128), torch.randn(96))
+    net = nn.ModuleDict({"one": linear})
+    few, many = torch.randn(1, 3, 128), torch.randn(1, 40, 128)
+    exact = linear(few), linear(many)
+    attach_kernels(net)
+    assert torch.equal(linear(few), exact[0])
+    assert not torch.equal(linear(many), exact[1]) and error(linear(many), exact[1]) < 0.02
+    slanted = many.transpose(1, 2).contiguous().transpose(1, 2)
+    assert torch.equal(linear(slanted), linear(many))
+
+
+@pytest.mark.parametrize("kind", ["", "int8"])
+def test_a_lora_counts_the_same(kind):
+    net = pack(network(), kind) if kind else network()
+    net = net.bfloat16()
+    path = "transformer_blocks.1.attn.to_q"
+    factors = {
+        name: [Factors(torch.randn(4, width).bfloat16() * 0.1, torch.randn(rows, 4).bfloat16() * 0.1)]
+        for name, width, rows in (
+            (path, 256, 256),
+            ("transformer_blocks.2.img_mlp.net.0.proj", 256, 1024),
+            ("transformer_blocks.2.txt_mlp.net.2", 1024, 256),
+            ("transformer_blocks.0.attn.to_out.0", 256, 256),
+        )
+    }
+    without = draw(net)
+    attach(net, factors)
+    assert isinstance(net.get_submodule(path), LoraLinear)
+    wanted = draw(net)
+    attach_kernels(net)
+    found = draw(net)
+    assert error(wanted, without) > 0.05  # it does something
+    assert error(found, wanted) < 0.02
+
+
+def test_streamed_and_tabled_blocks_give_the_bits_of_resident_ones(tmp_path):
+    net = pack(network(), "int4").bfloat16()
+    read = nets.saved(net, tmp_path).read
+    attach_kernels(net)
+    table = ModulationTable(net)
+    resident = draw(net)
+    blocks = list(net.transformer_blocks)
+    streamer = Streamer(blocks, Mapped([Part(b, f"transformer_blocks.{i}") for i, b in enumerate(blocks)], read), 2)
+    try:
+        assert torch.equal(draw(net), resident)
+        assert torch.equal(draw(net), resident)
+    finally:
+        streamer.close()
+        table.forget()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_change_no_bit(threads):
+    net = pack(network(), "int4").bfloat16()
+    attach_kernels(net)
+    wanted, own = draw(net, 2, True), library.thread_count()
+    library.use_threads(threads)
+    try:
+        assert torch.equal(draw(net, 2, True), wanted)
+    finally:
+        library.use_threads(own)
+
+
+def test_half_precision_and_gradients_go_the_old_way():
+    net = network().half()
+    wanted = draw(net)
+    attach_kernels(net)
+    assert torch.equal(draw(net), wanted)
+
+
+def test_a_nan_stays_visible():
+    """Sentinels look for it: rounding must not hide it."""
+    net = pack(network(), "int8").bfloat16()
+    attach_kernels(net)
+    net.transformer_blocks[1].attn.to_q.bias[3] = float("nan")
+    assert draw(net).isnan().any()
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    weight = calls.packed("int8", torch.zeros(8, 64, dtype=torch.int8), torch.ones(8, 1), 64)
+    assert weight is not None
+    with pytest.raises(ValueError, match="columns"):
+        calls.product(calls.quantize(torch.randn(4, 32)), weight, torch.empty(4, 8))
