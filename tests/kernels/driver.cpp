@@ -123,9 +123,26 @@ void others(bool loud) {
   show("turn.q", q), show("turn.k", k), show("attention", out), show("norm_silu", normed), show("gelu", half);
 }
 
+void convolutions(bool loud) {
+  const int64_t in = 20, out = 36, height = 5, width = 37;
+  Dice dice;
+  std::vector<float> x = dice.numbers(height * width * in), weight = dice.numbers(out * in * 9), bias = dice.numbers(48);
+  std::vector<float> gamma = dice.numbers(32), sum = dice.numbers(height * width * out), doubled(4 * height * width * out);
+  for (int32_t grow : {0, 1}) {
+    std::vector<float> laid(16 * 32 * 48);
+    ConvWeight from{weight.data(), laid.data(), in, out, FLOAT32, grow};
+    call("lt_conv_weight", &from);
+    float *to = grow ? doubled.data() : sum.data(), *add = grow ? nullptr : to, *first = grow ? nullptr : gamma.data();
+    Conv conv{x.data(), to, add, laid.data(), bias.data(), first, 1, height, width, in, out, FLOAT32, grow};
+    call("lt_convolve", &conv);
+  }
+  if (loud) show("convolution", sum), show("convolution.doubled", doubled);
+}
+
 void everything(bool loud) {
   for (const Form& form : forms) products(form, loud);
   others(loud);
+  convolutions(loud);
 }
 
 }  // namespace

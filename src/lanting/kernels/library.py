@@ -17,7 +17,7 @@ from typing import ClassVar
 
 from lanting.kernels.build import LIBRARY, whole
 
-ABI = 2
+ABI = 3
 OFF = ("off", "0", "no")
 
 
@@ -91,6 +91,22 @@ class Turn(ctypes.Structure):
     ]
 
 
+class ConvWeight(ctypes.Structure):
+    _fields_: ClassVar = [
+        *((name, c_void_p) for name in ("from_", "to")),
+        *((name, c_int64) for name in ("in_", "out")),
+        *((name, c_int32) for name in ("type", "grow")),
+    ]
+
+
+class Conv(ctypes.Structure):
+    _fields_: ClassVar = [
+        *((name, c_void_p) for name in ("x", "out", "add", "weight", "bias", "gamma")),
+        *((name, c_int64) for name in ("items", "height", "width", "in_", "outs")),
+        *((name, c_int32) for name in ("type", "grow")),
+    ]
+
+
 CALLS = {
     "lt_bounds": (Weight, c_void_p),
     "lt_expand": (Weight, c_void_p),
@@ -101,6 +117,9 @@ CALLS = {
     "lt_attend": (Attention,),
     "lt_activate": (Matrix, Result),
     "lt_norm_silu": (Matrix, c_void_p, Matrix, c_int),
+    "lt_conv_bytes": (c_int,),
+    "lt_conv_weight": (ConvWeight,),
+    "lt_convolve": (Conv,),
 }
 
 

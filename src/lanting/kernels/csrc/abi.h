@@ -2,7 +2,7 @@
 #pragma once
 #include <cstdint>
 
-enum { ABI = 2 };
+enum { ABI = 3 };
 enum Number : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 enum Kind : int32_t { INT8 = 0, INT4 = 1, Q4_0 = 2, Q8_0 = 3, Q4_K = 4, Q6_K = 5, BF16 = 6 };
 enum Mode : int32_t { STORE = 0, GELU = 1, ADD = 2 };  // ADD: what is there += gate * value
@@ -62,4 +62,24 @@ struct Turn {
   int64_t items, tokens, heads, width, first;
   float eps;
   int32_t type;
+};
+
+// A 3x3 convolution's weight (out, in, 3, 3) and where it goes, laid out for pictures of a type.
+struct ConvWeight {
+  const float* from;
+  void* to;
+  int64_t in, out;
+  int32_t type, grow;
+};
+
+// A 3x3 convolution with a margin of zeros.
+struct Conv {
+  const void* x;       // (items, height, width, in)
+  void* out;           // (items, height, width, outs); with `grow` twice as high and wide
+  const void* add;     // laid out like `out`, which it may be; or null
+  const void* weight;  // see ConvWeight
+  const float* bias;   // (outs), rounded up to 16
+  const float* gamma;  // (in), rounded up to 16: x / |x| * gamma, then SiLU, comes first; or null
+  int64_t items, height, width, in, outs;
+  int32_t type, grow;
 };

@@ -98,3 +98,6 @@ LT_EXPORT int64_t lt_spin(int32_t type, int64_t rounds, int64_t pieces) {
 LT_EXPORT int lt_pass(const uint8_t* from, uint8_t* to, int64_t bytes) {
   return guarded([&] { used->pass(from, to, bytes); });
 }
+LT_EXPORT int lt_conv_bytes(int type) { return used->conv_bytes(type); }
+LT_EXPORT int lt_conv_weight(const ConvWeight* w) { return guarded([&] { used->conv_weight(*w); }); }
+LT_EXPORT int lt_convolve(const Conv* c) { return guarded([&] { used->convolve(*c); }); }

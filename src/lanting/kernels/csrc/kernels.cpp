@@ -8,6 +8,7 @@
 #include "attention.h"
 #include "limits.h"
 #include "table.h"
+#include "vae.h"
 
 #define LT_TEXT(x) LT_TEXT_OF(x)
 #define LT_TEXT_OF(x) #x
@@ -17,5 +18,6 @@
 namespace lt {
 extern const Table LT_JOIN(table_, LT_NAME);
 const Table LT_JOIN(table_, LT_NAME) = {LT_TEXT(LT_NAME), PANEL,  DENSE,    bounds,    expand_all, quantize, norm,
-                                        any_product,      turn,   attend,   activate,  norm_silu,  spin,     pass};
+                                        any_product,      turn,   attend,   activate,  norm_silu,  spin,     pass,
+                                        conv::bytes,      conv::lay, conv::run};
 }  // namespace lt

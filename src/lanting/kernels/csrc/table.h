@@ -19,6 +19,9 @@ struct Table {
   void (*norm_silu)(const Matrix& from, const float* gamma, const Matrix& to, int silu);
   int64_t (*spin)(int32_t type, int64_t rounds, int64_t pieces);  // limits.h
   void (*pass)(const uint8_t* from, uint8_t* to, int64_t bytes);
+  int (*conv_bytes)(int32_t type);  // vae.h
+  void (*conv_weight)(const ConvWeight&);
+  void (*convolve)(const Conv&);
 };
 
 }  // namespace lt

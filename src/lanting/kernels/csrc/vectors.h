@@ -1,0 +1,63 @@
+// Vectors of float32, as wide as the processor's, in memory also as bfloat16.
+#pragma once
+#include "numbers.h"
+
+namespace {
+namespace conv {
+
+#if defined(__AVX512F__)
+constexpr int lanes = 16;
+#elif defined(__AVX2__)
+constexpr int lanes = 8;
+#else
+constexpr int lanes = 4;
+#endif
+typedef float Vector __attribute__((vector_size(lanes * 4), aligned(4), may_alias));
+typedef uint32_t Bits __attribute__((vector_size(lanes * 4), aligned(4), may_alias));
+typedef uint16_t Brains __attribute__((vector_size(lanes * 2), aligned(2), may_alias));
+
+inline Vector vector_at(const float* at) { return *reinterpret_cast<const Vector*>(at); }
+
+inline Vector vector_at(const uint16_t* at) {
+  return (Vector)(__builtin_convertvector(*reinterpret_cast<const Brains*>(at), Bits) << 16);
+}
+
+inline void put(float* to, Vector x) { *reinterpret_cast<Vector*>(to) = x; }
+
+inline void put(uint16_t* to, Vector x) {
+#if defined(__AVX512BF16__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh((__m512)x));
+#else
+  Bits bits = (Bits)x;
+  *reinterpret_cast<Brains*>(to) = __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, Brains);
+#endif
+}
+
+inline void put_one(float* to, float x) { *to = x; }
+inline void put_one(uint16_t* to, float x) { *to = narrow(x); }
+
+// x, or `low` where it is less.
+inline Vector least(Vector x, float low) {
+  Bits below = (Bits)(x < low);
+  return (Vector)(((Bits)x & ~below) | (as_bits(low) & below));
+}
+
+// As `silu` of numbers.h, written out for vectors.
+inline Vector silu_of(Vector x) {
+  const float rest[] = {1.3333558e-3f, 9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f, 6.9314718e-1f, 1.f};
+  Vector p = Vector{} + 1.5403530e-4f;
+#if defined(__AVX512F__)
+  __m512 e = _mm512_min_ps((__m512)x * _mm512_set1_ps(-LOG2E), _mm512_set1_ps(126.f));  // beyond, reciprocals fail
+  __m512 whole = _mm512_roundscale_ps(e, 0);
+  for (float next : rest) p = p * (Vector)(e - whole) + next;
+  __m512 sum = _mm512_scalef_ps((__m512)p, whole) + _mm512_set1_ps(1.f), per = _mm512_rcp14_ps(sum);
+  return x * (Vector)(per * (_mm512_set1_ps(2.f) - sum * per));
+#else
+  Vector e = least(-least(x * LOG2E, -126.f), -126.f), moved = e + 12582912.f, r = e - (moved - 12582912.f);
+  for (float next : rest) p = p * r + next;
+  return x / (1.f + p * (Vector)(((Bits)moved - (0x4b400000u - 127)) << 23));
+#endif
+}
+
+}  // namespace conv
+}  // namespace
