@@ -90,9 +90,10 @@ def test_reading_is_counted_as_torch_counts_it():
 
 
 def test_a_layer_has_the_operations_of_its_linears_and_attention():
-    made = layer.make(SMALL, "bf16")
+    made = layer.make(SMALL, "bf16", native=False)
     subject = layer.subject(SMALL, 16, 8, "bf16", made)
     assert counted(lambda: subject.call(lambda: 0.0)) == subject.work.operations
+    assert layer.subject(SMALL, 16, 8, "bf16", (made[0], True)).work == subject.work
     packed = block(SMALL, 16, 8, KINDS["int4"], ("bfloat16", "int8"))
     assert [share.type for share in packed.shares] == ["int8", "bfloat16"]
     assert packed.bytes == 24 * 64**2 * 34 / 64 + 2 * 24 * 64 * 2
@@ -219,7 +220,7 @@ def test_all_cases_as_json(capsys):
     told = json.loads(out)
     assert err == "" and told["threads"] == 1 and told["clock"] == "processor"
     assert [(case["group"], case["form"]) for case in told["cases"]] == [
-        *(("layer", form) for form in layer.FORMS),
+        *(("layer", kind) for kind, _ in layer.forms()),
         ("vae", "bf16"),
         ("step", "fp32"),
         ("picture", "fp32"),
@@ -237,7 +238,7 @@ def test_only_some_in_a_table_and_a_file(capsys, tmp_path, monkeypatch):
     assert main(["bench", "--only", "layer", "--threads", "2", "--json", str(target)]) == 0
     out, err = capsys.readouterr()
     assert "layer, 16 + 128 tokens" in out and "held back by" in out and "2 threads" in out and str(target) in out
-    assert "2/4 layer 16 + 128 bf16" in err
+    assert f"2/{1 + len(layer.forms())} layer 16 + 128 bf16, torch" in err
     assert {case["group"] for case in json.loads(target.read_text())["cases"]} == {"layer"}
     assert [path.name for path in tmp_path.iterdir()] == ["bench.json"]
     monkeypatch.setenv("LANTING_LANG", "zh")

@@ -16,6 +16,7 @@ from lanting.attach.compute import attach_kernels
 from lanting.attach.quant import GROUP
 from lanting.bench.subject import Subject
 from lanting.bench.work import block as block_work
+from lanting.kernels.library import ready
 from lanting.nn.linears import Int4Linear, Int8Linear, PackedLinear
 from lanting.nn.mmdit import Block, Context, TransformerConfig
 from lanting.nn.rope import RopeCache
@@ -23,7 +24,7 @@ from lanting.nn.swap import swap
 from lanting.plan.geometry import Transformer
 from lanting.plan.kinds import KINDS
 
-FORMS = ("bf16", "int8", "int4")
+FORMS = (("bf16", False), ("bf16", True), ("int8", True), ("int4", True))  # what weights are held in, with kernels?
 SIZE = 0.02  # of weights, so that numbers stay ordinary
 
 
@@ -38,8 +39,13 @@ class Given(nn.Module):
         return self.rows
 
 
-def make(net: Transformer, kind: str) -> tuple[nn.Module, bool]:
-    """(a block, whether kernels run it). Plain weights are left to torch, so that there is something to compare."""
+def forms() -> tuple[tuple[str, bool], ...]:
+    """Those that differ here: plain weights without kernels come first, so that there is something to compare."""
+    return tuple(form for form in FORMS if ready() or form != ("bf16", True))
+
+
+def make(net: Transformer, kind: str, native: bool = True) -> tuple[nn.Module, bool]:
+    """(a block, whether kernels run it), where they may: `native`."""
     width, head = net.width, net.attention_head_dim
     config = TransformerConfig(num_layers=1, num_attention_heads=width // head, attention_head_dim=head)
     with torch.device("meta"):
@@ -51,7 +57,7 @@ def make(net: Transformer, kind: str) -> tuple[nn.Module, bool]:
     block = block.bfloat16()
     fill(block)
     block.img_mod, block.txt_mod = Given(width), Given(width)  # type: ignore[assignment]
-    return block, kind != "bf16" and attach_kernels(nn.ModuleList([block]))
+    return block, native and attach_kernels(nn.ModuleList([block]))
 
 
 def empty(kind: str, path: str, old: nn.Module) -> PackedLinear:
@@ -80,6 +86,7 @@ def fill(block: nn.Module) -> None:
 def subject(net: Transformer, pictures: int, text: int, kind: str, made: tuple[nn.Module, bool]) -> Subject:
     """The block at work on so many tokens."""
     block, native = made
+    product = "int8" if native and kind != "bf16" else "bfloat16"
     side = max(1, int(pictures**0.5))
     grid = (1, side, pictures // side)
     img, txt, temb = (torch.randn(1, n, net.width, dtype=torch.bfloat16) for n in (pictures, text, 1))
@@ -87,5 +94,5 @@ def subject(net: Transformer, pictures: int, text: int, kind: str, made: tuple[n
     place = (net.attention_head_dim - time) // 2
     rope = RopeCache((time, place, place), False)
     context = Context(temb, pictures, rope((grid,), text, torch.device("cpu")))
-    work = block_work(net, pictures, text, KINDS[kind], ("bfloat16", "int8" if native else "bfloat16"))
+    work = block_work(net, pictures, text, KINDS[kind], ("bfloat16", product))
     return Subject(kind, work, lambda _: block(img, txt, context))

@@ -74,12 +74,15 @@ def layers(scale: Scale) -> list[Case]:
     """One block in every form, and that at every size."""
     last, net = Last(), scale.block
 
-    def subject(form: str, count: int) -> Subject:
-        return layer.subject(net, count, TEXT, form, last.get(form, partial(layer.make, net, form)))
+    def subject(kind: str, native: bool, count: int) -> Subject:
+        made = last.get(f"{kind} {native}", partial(layer.make, net, kind, native))
+        return layer.subject(net, count, TEXT, kind, made)
 
     return [
-        Case("layer", f"{count} + {TEXT}", partial(subject, form, count), form)
-        for form in layer.FORMS
+        Case(
+            "layer", f"{count} + {TEXT}", partial(subject, kind, native, count), f"{kind}{'' if native else ', torch'}"
+        )
+        for kind, native in layer.forms()
         for count in scale.tokens
     ]
 
