@@ -30,8 +30,11 @@ def everything() -> list[Tensor]:
     calls.turn(q, k, norms, rope, 7, 1e-6)
     normed = calls.norm(x, vectors, vectors, rounded=False)
     assert isinstance(normed, Tensor)
+    wide = calls.dense(random(150, 256, seed=7, dtype=torch.bfloat16))
+    brains = [] if wide is None else [calls.product(calls.quantize(x[0], torch.bfloat16), wide, torch.empty(61, 150))]
     picture = random(1, 24, 20, 20).contiguous(memory_format=torch.channels_last)
     return [
+        *brains,
         packed.bound,
         calls.expanded(packed),
         codes.scale,
