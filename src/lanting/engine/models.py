@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lanting.attach.compute import attach_kernels
 from lanting.attach.quant import KINDS, chooser
+from lanting.attach.vae import attach_vae
 from lanting.core.errors import ModelError, RequestError
 from lanting.engine.allocator import return_memory, tidy
 from lanting.engine.placement import Placed, place_controlnet, place_encoder, place_transformer
@@ -192,6 +193,8 @@ class Models:
     def codec(self) -> LatentCodec:
         config = self.folder.configs["vae"]
         vae = build_vae(self.checkpoints["vae"], config, self.placing("vae"))
+        if self.device.type == "cpu":
+            attach_vae(vae)
         numbers = vae.config
         return LatentCodec(
             vae,
