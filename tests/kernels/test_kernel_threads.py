@@ -15,6 +15,7 @@ from torch import Tensor
 from kernel_cases import random, weight
 from lanting.kernels import calls
 from lanting.kernels import library as lib
+from lanting.kernels.conv import convolve, lay
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,6 +47,7 @@ def everything() -> list[Tensor]:
         calls.attend(q, k, v),
         calls.activate(x, torch.empty_like(x), gelu=True),
         calls.norm_silu(picture, torch.ones(24)),
+        convolve(picture, lay(random(20, 24, 3, 3, seed=8), torch.ones(20), torch.float32), torch.ones(32)),
     ]
 
 
