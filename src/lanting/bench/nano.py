@@ -8,6 +8,7 @@ from __future__ import annotations
 from itertools import count
 
 from lanting.bench.subject import Clock, Subject
+from lanting.bench.vae import saves
 from lanting.bench.watch import Watch
 from lanting.bench.work import decoding, opening, prediction, reading
 from lanting.core.types import Progress, Request, Result
@@ -32,7 +33,8 @@ class Drawing:
         sides = [prediction(net.transformer, tokens(self.size), text, dtype) for text in texts]
         self.step = sum(sides[1:], sides[0])
         read = reading(net.language, opening() + max(texts), dtype)
-        self.whole = self.step * self.steps + read + decoding(net.vae, self.size, dtype)
+        decoded = decoding(net.vae, self.size, dtype, saves(engine.models.codec.vae))
+        self.whole = self.step * self.steps + read + decoded
 
     @property
     def form(self) -> str:

@@ -18,7 +18,7 @@ from lanting.bench.limits import Limits, measure, threads
 from lanting.bench.subject import Subject, clock_for
 from lanting.bench.watch import Watch
 from lanting.core.errors import RequestError
-from lanting.kernels import library
+from lanting.kernels.library import instruction_set, known_sets, ready
 from lanting.kernels.limits import RUNS
 from lanting.plan import detect
 from lanting.plan.geometry import Transformer, Vae
@@ -79,22 +79,29 @@ def layers(scale: Scale) -> list[Case]:
         return layer.subject(net, count, TEXT, kind, made)
 
     return [
-        Case(
-            "layer", f"{count} + {TEXT}", partial(subject, kind, native, count), f"{kind}{'' if native else ', torch'}"
-        )
-        for kind, native in layer.forms()
+        Case("layer", f"{count} + {TEXT}", partial(subject, *form, count), title(*form))
+        for form in layer.forms()
         for count in scale.tokens
     ]
 
 
 def decoders(scale: Scale) -> list[Case]:
-    """The whole decoder at every size."""
+    """The whole decoder without and with kernels, and that at every size."""
     last, net = Last(), scale.vae
 
-    def subject(side: int) -> Subject:
-        return vae.subject(net, last.get("vae", partial(vae.make, net)), side)
+    def subject(native: bool, side: int) -> Subject:
+        return vae.subject(net, last.get(str(native), partial(vae.make, net, native)), side)
 
-    return [Case("vae", f"{side}×{side}", partial(subject, side)) for side in scale.sides]
+    return [
+        Case("vae", f"{side}×{side}", partial(subject, native, side), title("bf16", native))
+        for native in ((False, True) if ready() else (False,))
+        for side in scale.sides
+    ]
+
+
+def title(form: str, native: bool) -> str:
+    """What a form is called while it is measured."""
+    return form if native or not ready() else f"{form}, torch"
 
 
 def drawings(group: str, make: Callable[[], Subject], scale: Scale) -> list[Case]:
@@ -148,7 +155,7 @@ class Report:
                 "ram": machine.ram,
                 "load": self.load,
             },
-            "kernels": {"set": library.instruction_set(), "known": list(library.known_sets())},
+            "kernels": {"set": instruction_set(), "known": list(known_sets())},
             "threads": self.all.threads,
             "clock": "processor" if self.all.threads == 1 else "wall",
             "limits": {"one": self.one.to_dict(), "all": self.all.to_dict()},

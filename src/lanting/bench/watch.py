@@ -12,12 +12,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lanting.kernels import calls
+from lanting.kernels import library
 
 LINEARS = ("mm", "addmm", "bmm", "baddbmm", "linear", "matmul", "lt_product")
 CONVOLUTIONS = ("convolution", "_convolution", "mkldnn_convolution")
@@ -54,21 +55,25 @@ class Watch(TorchDispatchMode):
 
     @contextmanager
     def looking(self) -> Iterator[None]:
-        """Kernels pass through one function of `lanting.kernels.calls`, which is replaced meanwhile."""
-        plain = calls.call
-
-        def timed(name: str, *given: object) -> None:
-            began = self.clock()
-            plain(name, *given)
-            self.note(name, self.clock() - began)
-            self.kernels += 1
-
-        calls.call = timed
+        """Operations of torch pass by the mode itself; the library's functions are replaced meanwhile."""
+        found = library.library()
+        plain = {name: getattr(found, name) for name in library.CALLS} if found is not None else {}
+        for name, call in plain.items():
+            setattr(found, name, partial(self.timed, name, call))
         try:
             with self:
                 yield
         finally:
-            calls.call = plain
+            for name, call in plain.items():
+                setattr(found, name, call)
+
+    def timed(self, name: str, call: Callable[..., Any], *given: Any) -> Any:
+        """One call of a kernel."""
+        began = self.clock()
+        out = call(*given)
+        self.note(name, self.clock() - began)
+        self.kernels += 1
+        return out
 
 
 def part_of(name: str) -> str:

@@ -83,40 +83,56 @@ def reading(net: Language, tokens: int, dtype: str) -> Work:
     return Work((linears, attention), weights * net.num_hidden_layers * WIDTH[dtype])
 
 
-def decoding(net: Vae, size: tuple[int, int], dtype: str) -> Work:
-    """Latents to a picture of `size` pixels."""
+@dataclass(frozen=True, slots=True)
+class Convolution:
+    """Channels in and out, sides of the kernel, how often the latents' sides have been doubled where it works, and
+    which part of its products is left when they are saved as `csrc/vae.h` does it, Winograd's way."""
+
+    inner: int
+    outer: int
+    sides: int
+    doublings: int
+    left: float = 1.0
+
+    @property
+    def weights(self) -> int:
+        return self.inner * self.outer * self.sides**2
+
+
+PLAIN, GROWN = 16 / 36, 9 / 36  # products left: of a picture as it is, of one that was just doubled
+
+
+def decoding(net: Vae, size: tuple[int, int], dtype: str, saved: bool = False) -> Work:
+    """Latents to a picture of `size` pixels; `saved`: with as few products as the kernels need."""
     scale = 2 ** len(net.temperal_downsample)
     places = (size[0] // scale) * (size[1] // scale)
-    operations = weights = 0
-    for inner, outer, sides, doublings in convolutions(net):
-        one = inner * outer * sides**2
-        operations += 2 * one * places * 4**doublings
-        weights += one
+    every = list(convolutions(net))
+    operations = sum(2 * c.weights * places * 4**c.doublings * (c.left if saved else 1) for c in every)
     middle = net.base_dim * net.dim_mult[-1]
     shares = (Share("convolutions", dtype, operations), Share("attention", dtype, 4 * places**2 * middle))
     ends = places * net.z_dim + size[0] * size[1] * net.input_channels
-    return Work(shares, (weights + ends) * WIDTH[dtype])
+    return Work(shares, (sum(c.weights for c in every) + ends) * WIDTH[dtype])
 
 
-def convolutions(net: Vae) -> Iterator[tuple[int, int, int, int]]:
-    """Every convolution of the decoder: channels in and out, sides of its kernel, and how often the latents' sides
-    have been doubled where it works."""
+def convolutions(net: Vae) -> Iterator[Convolution]:
+    """Every one of the decoder."""
     widths = [net.base_dim * each for each in reversed(net.dim_mult)]
     first = widths[0]
-    yield net.z_dim, net.z_dim, 1, 0
-    yield net.z_dim, first, 3, 0
-    yield from [(first, first, 3, 0)] * 4
-    yield from ((first, 3 * first, 1, 0), (first, first, 1, 0))  # attention's
+    yield Convolution(net.z_dim, net.z_dim, 1, 0)
+    yield Convolution(net.z_dim, first, 3, 0)
+    yield from [Convolution(first, first, 3, 0, PLAIN)] * 4
+    yield from (Convolution(first, 3 * first, 1, 0), Convolution(first, first, 1, 0))  # attention's
     width = first
     for level, target in enumerate(widths):
         for inner in [width] + [target] * net.num_res_blocks:
-            yield from ((inner, target, 3, level), (target, target, 3, level))
+            yield Convolution(inner, target, 3, level, PLAIN)
+            yield Convolution(target, target, 3, level, PLAIN)
             if inner != target:
-                yield inner, target, 1, level
+                yield Convolution(inner, target, 1, level)
         width = target // 2
         if level < len(widths) - 1:
-            yield target, width, 3, level + 1
-    yield widths[-1], net.input_channels, 3, len(widths) - 1
+            yield Convolution(target, width, 3, level + 1, GROWN)
+    yield Convolution(widths[-1], net.input_channels, 3, len(widths) - 1, PLAIN)
 
 
 def opening() -> int:
