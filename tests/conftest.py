@@ -17,3 +17,11 @@ def tokenizer_folder(request: pytest.FixtureRequest) -> Path:
     from real_tokenizer import real_tokenizer_folder
 
     return real_tokenizer_folder(Path(request.config.cache.mkdir("qwen2.5-tokenizer")))
+
+
+def pytest_collection_finish() -> None:
+    """One thread of torch a process, whatever a file asked for while it was imported (workers import all files): tests
+    already share the processors, and two threads of each that wait for one another by spinning take ten times as long.
+    """
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)

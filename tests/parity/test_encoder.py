@@ -14,7 +14,6 @@ from lanting.text.encoder import PromptEncoder
 from lanting.text.pictures import PictureConfig, picture_patches
 from lanting.text.tokenizer import load_tokenizer
 
-torch.set_num_threads(2)
 PAD = "<|image_pad|>"
 TEXTS = [
     'a cat holding a sign that says "Hello, World!" don\'t 12345\n\n\n  indented\ttab ',

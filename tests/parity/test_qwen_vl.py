@@ -9,7 +9,6 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from lanting.nn.qwen_language import expand_cache
 from lanting.nn.qwen_vl import QwenVL, QwenVLConfig, Sampling, official_name, picture_positions
 
-torch.set_num_threads(2)
 PICTURE, START, END = 290, 291, 292
 GRIDS = [(12, 20), (2, 6), (8, 8)]  # patches: windows cut at two borders, less than one window, exactly one
 

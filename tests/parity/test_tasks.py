@@ -34,8 +34,6 @@ AREA = 64 * 64
 SEED = 7
 LATENTS, GREY = 1e-5, 1
 
-torch.set_num_threads(1)  # the models are tiny
-
 
 # ---------------------------------------------------------------- the two sides
 @dataclass

@@ -17,7 +17,6 @@ from lanting.text.pictures import PictureConfig, on_white, picture_patches, smar
 from lanting.text.templates import IMAGE_PAD, fill, load_template, opening, takes_pictures
 from lanting.text.tokenizer import load_tokenizer
 
-torch.set_num_threads(2)
 WHITE = Image.new("RGB", (64, 64), "white")
 
 
