@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -86,10 +87,13 @@ def build(out: Path = LIBRARY, extra: Flags = (), sets: Sequence[str] = ()) -> t
         each = "-DLT_EACH(X)=" + " ".join(f"X({s})" for s, _ in chosen)
         jobs = [("pool", "pool.cpp", ()), ("dispatch", "dispatch.cpp", (each,))]
         jobs += [(s, "kernels.cpp", (*f, f"-DLT_NAME={s}")) for s, f in chosen]
-        objects = []
-        for target, source, flags in jobs:
-            objects.append(str(folder / f"{target}.o"))
-            call([*command, *SIMPLE, *WARNINGS, *extra, *flags, "-c", str(SOURCES / source), "-o", objects[-1]])
+        common, objects = (*command, *SIMPLE, *WARNINGS, *extra, "-c"), [str(folder / f"{job[0]}.o") for job in jobs]
+        commands = [
+            (*common, *flags, str(SOURCES / source), "-o", to)
+            for (_, source, flags), to in zip(jobs, objects, strict=True)
+        ]
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            list(threads.map(call, commands))
         put(command, (*extra, *objects), out)
     names = tuple(s for s, _ in chosen)
     stamp(out).write_text(f"{sources} {out.stat().st_size} {' '.join(names)}\n")
