@@ -111,7 +111,7 @@ def inputs(tokens: int) -> tuple[Tensor, Tensor, Tensor, Any, Context]:
 
     side = int(tokens**0.5)
     torch.manual_seed(1)
-    img, txt, temb = (torch.randn(1, n, WIDTH) for n in (tokens, TEXT, 1))
+    temb, txt, img = (torch.randn(1, n, WIDTH) for n in (1, TEXT, tokens))  # the same time for every size
     theirs = QwenEmbedRope(theta=10000, axes_dim=[16, 56, 56], scale_rope=True)
     rope = theirs([(1, side, side)], max_txt_seq_len=TEXT, device=torch.device("cpu"))
     tables = RopeCache((16, 56, 56), False)(((1, side, side),), TEXT, torch.device("cpu"))
