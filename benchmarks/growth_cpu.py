@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from block_cpu import TEXT, WIDTH, oracle, ours, packed
 from PIL import Image, ImageDraw, ImageFont
 
+from block_cpu import TEXT, WIDTH, oracle, ours, packed
 from lanting.kernels import library
 from lanting.nn.mmdit import Context
 from lanting.nn.rope import RopeCache

@@ -22,7 +22,7 @@ MAY: dict[str, set[str]] = {
     "kernels": set(),
     "specs": {"core"},
     "flow": {"core"},
-    "plan": {"core", "specs"},
+    "plan": {"core", "specs", "kernels"},
     "weights": {"core", "specs", "nn", "plan"},
     "attach": {"core", "nn", "kernels", "weights"},
     "text": {"core", "specs", "nn"},

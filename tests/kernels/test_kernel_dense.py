@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernel_cases import SETS, random, using
-from lanting.kernels import calls
+from lanting.kernels import calls, library
 
 
 def has_products(name: str) -> bool:
     with using(name):
-        return calls.multiplies_bfloat16()
+        return library.multiplies_bfloat16()
 
 
 DENSE = [name for name in SETS if has_products(name)]

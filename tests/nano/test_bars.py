@@ -19,16 +19,16 @@ from lanting.evals.text import MODEL, judge_text
     ("name", "language", "bar"),
     [("words", "en", 0.8), ("random", "en", 0.6), ("posters", "en", 0.6), ("faces", "en", 0.25), ("words", "zh", 0.85)],
 )
-def test_held_out_lines_are_read_back(nano, name, language, bar):
+def test_held_out_lines_are_read_back(as_usual, name, language, bar):
     """Lines of English, characters of Chinese."""
     judge = judges(["pp"], language)[0]
-    report = judge_text(nano, text_cases(name, language, 16), How(seed=50), judge, Tell(), False)
+    report = judge_text(as_usual, text_cases(name, language, 16), How(seed=50), judge, Tell(), False)
     scores = report.scores[MODEL]["pp"]
     assert (scores.characters if language == "zh" else scores.lines).value >= bar
 
 
-def test_edits_do_what_was_asked_and_keep_the_rest(nano):
+def test_edits_do_what_was_asked_and_keep_the_rest(as_usual):
     judge = judges(["pp"], "en")[0][0]
     kinds = ("ground", "letters", "rewrite", "border")
-    row = judge_edit(nano, edit_cases(kinds, 12), How(seed=60), judge, Tell(), False).row(None)
+    row = judge_edit(as_usual, edit_cases(kinds, 12), How(seed=60), judge, Tell(), False).row(None)
     assert row["done"].value >= 0.5 and row["kept_median"] >= 24

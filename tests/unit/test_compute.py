@@ -1,4 +1,4 @@
-"""Networks with the native kernels attached: as exact as without, undone without a trace, whatever else hangs on them."""
+"""Networks with the native kernels attached: as exact as without, undone without a trace, whatever hangs on them."""
 
 from __future__ import annotations
 

@@ -26,6 +26,7 @@ from lanting.engine.placement import Placed, place_controlnet, place_encoder, pl
 from lanting.flow.latents import LatentCodec, Preview, fit_preview
 from lanting.flow.loop import Conditioning
 from lanting.flow.schedule import Schedule, model_timestep
+from lanting.kernels.library import multiplies_bfloat16
 from lanting.nn.controlnet import QwenImageControlNet
 from lanting.nn.lora import detach, set_strengths
 from lanting.nn.mmdit import QwenImageTransformer
@@ -47,7 +48,7 @@ from lanting.weights.lora_wishes import with_wishes
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 COMPONENTS = ("transformer", "vae", "text_encoder", "controlnet")
-SMALL = 1 << 30  # bytes: below this a CPU runs in float32, which small matrices prefer
+SMALL = 1 << 30  # bytes: below this a CPU runs in float32 where it has no products in bfloat16 that small matrices like
 
 
 def choose_device(asked: str | None) -> torch.device:
@@ -71,9 +72,9 @@ def choose_device(asked: str | None) -> torch.device:
 def choose_dtypes(asked: str | None, device: torch.device, transformer_bytes: int) -> dict[str, torch.dtype]:
     """A dtype for every component: one name for all, or "vae=float32,transformer=bfloat16" for some.
 
-    What is not named gets bfloat16, or float32 when the model is small and runs on a CPU.
+    What is not named gets bfloat16, or float32 when the model is small and runs on a CPU that torch alone computes on.
     """
-    small = device.type == "cpu" and transformer_bytes < SMALL
+    small = device.type == "cpu" and transformer_bytes < SMALL and not multiplies_bfloat16()
     chosen: dict[str, torch.dtype] = dict.fromkeys(COMPONENTS, torch.float32 if small else torch.bfloat16)
     if asked is None:
         return chosen

@@ -97,16 +97,10 @@ def fits(kind: str, data: Tensor, scale: Tensor | None, columns: int) -> bool:
     return group in (16, 32, 64, 128) if kind == "int4" else groups == 1 or group % 16 == 0
 
 
-def multiplies_bfloat16() -> bool:
-    """Whether this processor does, so that `dense` is worth asking."""
-    found = lib.library()
-    return found is not None and bool(found.lt_dense())
-
-
 def dense(weight: Tensor) -> Packed | None:
     """A plain weight (rows, columns) in bfloat16, for rows that were laid out as bfloat16; None where kernels can't."""
     fine = weight.dtype == torch.bfloat16 and weight.ndim == 2 and weight.is_contiguous()
-    if not fine or weight.device.type != "cpu" or not multiplies_bfloat16():
+    if not fine or weight.device.type != "cpu" or not lib.multiplies_bfloat16():
         return None
     return Packed(weight, None, NO_BOUND, "bf16", weight.shape[1], 0)
 

@@ -149,6 +149,12 @@ def ready() -> bool:
     return library() is not None
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether the processor does, and kernels that use it are there."""
+    found = library()
+    return found is not None and bool(found.lt_dense())
+
+
 def instruction_set() -> str:
     """The one in use, "" where there are no kernels."""
     found = library()

@@ -24,7 +24,7 @@ from lanting.plan.sizes import (
 from lanting.specs import ModelSpec
 from lanting.specs.sizes import fit_area, reference_size
 
-SMALL = 1 << 30  # bytes of a transformer below which a CPU computes in float32, as the engine does
+SMALL = 1 << 30  # bytes of a transformer below which a CPU may compute in float32, as the engine does
 PLAIN = ("bf16", "fp32", "fp16")
 PUBLISHED = Geometry()
 LETTERS = 512  # tokens a prompt is cut to
@@ -71,7 +71,11 @@ class Model:
         if self.precision is not None:
             return self.precision
         stored = parameters(self.geometry)["transformer"] * (4 if self.kind == "fp32" else 2)
-        return "float32" if device == "cpu" and stored < SMALL else "bfloat16"
+        if device != "cpu" or stored >= SMALL:
+            return "bfloat16"
+        from lanting.kernels.library import multiplies_bfloat16
+
+        return "bfloat16" if multiplies_bfloat16() else "float32"
 
     def transformer(self, kind: Kind, dtype: str) -> Sizes:
         """Bytes in memory, its Linears held as `kind`."""
