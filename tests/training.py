@@ -5,18 +5,24 @@ from __future__ import annotations
 import os
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from tokenizers import Tokenizer
 
 from lanting.nn.vae import AutoencoderKLQwenImage
+from lanting.train import nano, presets
+from lanting.train.labels import SHAPE
 from lanting.train.loop import Budget, Trainer, mean_gradients
 from lanting.train.model import NanoConfig, NanoNet, language_config, start, transformer_config
 from lanting.train.nano import NanoRun
 from lanting.train.replay import Batch
 from lanting.train.vae import CONFIG, FROZEN, WEIGHTS, initialise, nano_config, save_config, save_vae
 from lanting.train.vocabulary import VOCAB_SIZE, build_tokenizer, make_tokenizer
+
+if TYPE_CHECKING:
+    import pytest
 
 WIDTH, LAYERS = 64, 1
 
@@ -42,6 +48,31 @@ def small_run(folder: Path, **changes) -> NanoRun:
     """Values under which a run takes seconds."""
     values = {"vae_minutes": 0.0, "minutes": 0.02, "workers": 1, "capacity": 24, "width": WIDTH, "layers": LAYERS}
     return NanoRun(folder, **{**values, "watch_minutes": 0.0, "device": "cpu", **changes})
+
+
+def strips(chosen: presets.Preset, large: bool = False) -> tuple[presets.Kind, ...]:
+    """One kind of batch instead of six, the quickest to make."""
+    return tuple(kind for kind in presets.kinds(chosen, large) if kind.name == "strip")
+
+
+def no_shapes(tokenizer: Tokenizer, size: int) -> torch.Tensor:
+    return torch.zeros(size, SHAPE, dtype=torch.uint8)
+
+
+WORK = nano.work
+
+
+def light_work(rank: int, world: int, run: NanoRun) -> None:
+    """`nano.work` in a process of its own."""
+    nano.kinds, nano.glyph_shapes = strips, no_shapes
+    WORK(rank, world, run)
+
+
+def lighten(patch: pytest.MonkeyPatch) -> None:
+    """Runs train on strips alone and learn no shapes: for tests of what has nothing to do with what is learnt."""
+    patch.setattr(nano, "kinds", strips)
+    patch.setattr(nano, "glyph_shapes", no_shapes)
+    patch.setattr(nano, "work", light_work)
 
 
 def begun(folder: Path, seconds: float = 0.0) -> Path:

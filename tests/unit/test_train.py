@@ -31,7 +31,7 @@ from lanting.train.optim import Muon, orthogonalize
 from lanting.train.progress import Watch
 from lanting.train.replay import Batch, Reader, Replay
 from lanting.train.vae import load_vae
-from training import WIDTH, begun, small_net, small_run, small_tokenizer, small_vae
+from training import WIDTH, begun, lighten, small_net, small_run, small_tokenizer, small_vae
 
 TESTS = Path(__file__).parents[1]
 
@@ -162,7 +162,8 @@ def test_a_run_ends_as_a_model_that_opens(finished):
     assert entries(run / "log.jsonl")[-1] == {"note": "done"}
 
 
-def test_a_finished_run_is_not_trained_further(finished):
+def test_a_finished_run_is_not_trained_further(finished, monkeypatch):
+    lighten(monkeypatch)
     run, _ = finished
     before = torch.load(run / "checkpoint.pt", weights_only=True)["clock"]
     again = main(small_run(run))
@@ -170,7 +171,8 @@ def test_a_finished_run_is_not_trained_further(finished):
     assert (again / "transformer" / "diffusion_pytorch_model.safetensors").is_file()
 
 
-def test_a_slice_ends_early_and_goes_on(tmp_path):
+def test_a_slice_ends_early_and_goes_on(tmp_path, monkeypatch):
+    lighten(monkeypatch)
     begun(tmp_path / "run")
     until = time.monotonic() + 0.5  # long before the budget: after the first step
     train_transformer(small_run(tmp_path / "run", minutes=60, until=until))
@@ -188,6 +190,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
         f"import sys; sys.path.insert(0, {str(TESTS)!r})\n"
         "import dataclasses, pathlib, training, lanting.train.nano as n\n"
         "quick = n.Preset.budget\n"
+        "n.kinds, n.glyph_shapes = training.strips, training.no_shapes\n"
         "n.Preset.budget = lambda *a: dataclasses.replace(quick(*a), save_every=0.0)\n"
         f"n.train_transformer(training.small_run(pathlib.Path({str(run)!r}), minutes=60))\n"
     )

@@ -17,7 +17,7 @@ from lanting.train.journal import entries
 from lanting.train.loop import Budget, Trainer
 from lanting.train.nano import train_transformer
 from lanting.train.workers import Workers
-from training import begun, flat, gradients, one_of_two, small_net, small_run
+from training import begun, flat, gradients, lighten, one_of_two, small_net, small_run
 
 
 def test_two_processes_have_the_gradients_of_the_union_of_their_batches(tmp_path):
@@ -44,17 +44,19 @@ def test_processes_go_by_the_time_they_agreed_on(tmp_path, monkeypatch):
     assert all(torch.allclose(p.grad, torch.full_like(p, 2.0)) for p in trainer.net.parameters())
 
 
-def test_two_processes_train_and_stop_together(tmp_path):
+def test_two_processes_train_and_stop_together(tmp_path, monkeypatch):
     """One that stopped a step before the other would leave it waiting for gradients, and the run would fail."""
+    lighten(monkeypatch)
     run = begun(tmp_path / "run")
-    train_transformer(small_run(run, workers=2, minutes=0.05))
+    train_transformer(small_run(run, workers=2, minutes=0.01))
     clock = torch.load(run / "checkpoint.pt", weights_only=True)["clock"]
     assert clock["step"] >= 1 and clock["seen"] % 2 == 0
 
 
-def test_a_run_fed_by_another_process(tmp_path):
+def test_a_run_fed_by_another_process(tmp_path, monkeypatch):
+    lighten(monkeypatch)
     run = begun(tmp_path / "run")
-    train_transformer(small_run(run, feeders=1, minutes=0.05))
+    train_transformer(small_run(run, feeders=1, minutes=0.01))
     log = entries(run / "log.jsonl")
     assert "first stock" in log[0]["note"] and log[-1] == {"note": "done"}
     figures = next(entry for entry in log if "step" in entry)
