@@ -275,7 +275,10 @@ def test_the_reader_is_written_as_llama_cpp_names_it(tmp_path: Path):
     pieces = {name.replace("attn.qkv", f"attn.{part}") for name in state if "visual" in name for part in "qkv"}
     wanted = {named(gguf.MODEL_ARCH.MMPROJ, depth, name) for name in pieces} | {"v.patch_embd.weight.1"}
     assert {tensor.name for tensor in tower.tensors} == wanted
+    seen = {key: field.contents() for key, field in tower.fields.items()}
+    assert (seen["general.architecture"], seen["general.type"]) == ("clip", "clip-vision")  # what ComfyUI-GGUF asks
     fields = {key: field.contents() for key, field in words.fields.items()}
+    assert fields["general.architecture"] == "qwen2vl"
     tokens = make_tokenizer()
     assert fields["tokenizer.ggml.tokens"][300] == tokens.id_to_token(300) and len(fields["tokenizer.ggml.merges"]) > 0
     assert fields["tokenizer.ggml.eos_token_id"] == tokens.token_to_id("<|im_end|>")

@@ -137,7 +137,7 @@ def _vision_notes(vision: Mapping[str, Any], seen: Shapes) -> dict[str, Value]:
     width, _, _, patch, _ = seen["visual.patch_embed.proj.weight"]
     return {
         "general.architecture": "clip",
-        "general.type": "mmproj",
+        "general.type": "clip-vision",  # llama.cpp's new word, "mmproj", is refused by ComfyUI-GGUF of 2025
         "general.name": "Qwen2.5-VL",
         "general.quantization_version": 2,
         "general.file_type": MIXES["f16"].number,
