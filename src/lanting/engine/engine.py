@@ -23,6 +23,7 @@ from lanting.engine.fit import Fit, hold, planned
 from lanting.engine.models import Models, say_dtypes
 from lanting.engine.studio import EngineStudio
 from lanting.flow.loop import Canvas, Grid, Step, denoise
+from lanting.kernels.library import instruction_set
 from lanting.plan import Plan
 from lanting.specs import ModelSpec, settle
 from lanting.tasks import TASKS
@@ -271,6 +272,7 @@ def versions_of(models: Models) -> dict[str, str]:
         "python": platform.python_version(),
         "device": str(models.device) if models.device.type == "cpu" else device_name(models.device),
         "dtype": say_dtypes(models.dtypes),
+        **({"kernels": name} if models.device.type == "cpu" and (name := instruction_set()) else {}),
         **({"quant": kind} if (kind := models.kind("transformer")) != "none" else {}),
     }
 
