@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from lanting import Engine, ModelError, PictureError, Request, RequestError
+from lanting.cli.main import main
 from lanting.core.recipe import from_json, infotext, read_recipe, to_json
 from lanting.weights import home
 from lanting.weights.inspect import describe
@@ -150,38 +150,41 @@ def test_a_distilled_release_loads_its_lora(folder, tmp_path, monkeypatch):
     assert ours.images[0].tobytes() != run(folder, steps=4, guidance_scale=1.0).images[0].tobytes()
 
 
-def lanting(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    env = os.environ | {"LANTING_LANG": "en", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "lanting", *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=cwd, env=env)
+def test_generate_and_replay(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("LANTING_LANG", "en")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as many as here, so that sums round alike
+    monkeypatch.chdir(tmp_path)
 
+    def lanting(*words: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        return main(list(words)), *capsys.readouterr()
 
-def test_generate_and_replay(folder, tmp_path):
     model = tmp_path / "model"
     shutil.copytree(folder, model)
     ink = write(tmp_path / "ink.safetensors", folder, 2)
     flags = ["--model", str(model), "--device", "cpu", "--dtype", "float32"]
     words = ["generate", "a sign", "--size", "64x48", "--seed", "3", "-o", "a.png", "--json"]
-    done = lanting(*words, "--lora", "lightning", "--lora", "ink.safetensors:0.5", *flags, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    code, out, err = lanting(*words, "--lora", "lightning", "--lora", "ink.safetensors:0.5", *flags)
+    assert code == 0, err
     recorded = read_recipe(tmp_path / "a.png").loras
     assert [(one["path"], one["strength"]) for one in recorded] == [("lightning", 1.0), ("ink.safetensors", 0.5)]
-    assert json.loads(done.stdout)["loras"] == [dict(one) for one in recorded]
+    assert json.loads(out)["loras"] == [dict(one) for one in recorded]
 
-    again = lanting("replay", "a.png", "-o", "b.png", *flags, cwd=tmp_path)
+    command = [sys.executable, "-m", "lanting", "replay", "a.png", "-o", "b.png", *flags]
+    again = subprocess.run(command, capture_output=True, text=True, timeout=120)  # in another process
     assert again.returncode == 0 and "identical, pixel for pixel" in again.stdout, again.stderr
 
     moved = ink.rename(tmp_path / "moved.safetensors")
-    gone = lanting("replay", "a.png", "-o", "c.png", *flags, cwd=tmp_path)
-    assert gone.returncode == 2
-    assert gone.stderr == "lanting: the LoRA ink.safetensors is not here any more: give it with --lora\n"
+    code, _, err = lanting("replay", "a.png", "-o", "c.png", *flags)
+    assert code == 2
+    assert err == "lanting: the LoRA ink.safetensors is not here any more: give it with --lora\n"
     given = ["--lora", "lightning", "--lora", moved.name]
-    found = lanting("replay", "a.png", "-o", "c.png", *given, *flags, cwd=tmp_path)
-    assert "identical, pixel for pixel" in found.stdout, found.stderr
+    _, out, err = lanting("replay", "a.png", "-o", "c.png", *given, *flags)
+    assert "identical, pixel for pixel" in out, err
 
     write(tmp_path / "ink.safetensors", folder, 3)
-    other = lanting("replay", "a.png", "-o", "d.png", *flags, cwd=tmp_path)
-    assert "is not the LoRA the recipe was made with" in other.stderr and "different by up to" in other.stdout
+    _, out, err = lanting("replay", "a.png", "-o", "d.png", *flags)
+    assert "is not the LoRA the recipe was made with" in err and "different by up to" in out
 
 
 def test_show_lists_the_loras_of_a_model(folder):
