@@ -20,7 +20,7 @@ from lanting.train.nano import main, settled, vae_recipe
 from lanting.train.portable import EMA, STATE, pack, read_parts, slim, unpack, write_parts
 from lanting.train.presets import on_gpu
 from lanting.train.vae import CHECKPOINT, FROZEN, VAERecipe, load_vae, train_vae
-from training import begun, gradients, small_net, small_run
+from training import begun, gradients, lighten, small_net, small_run
 
 HEADS = {"what", "where", "ink", "drawn", "read", "scene"}  # that only help training
 
@@ -151,7 +151,8 @@ def test_the_average_can_be_opened_by_anyone(run, tmp_path):
     assert {name.split(".")[0] for name in tensors} == {"language", "visual", "transformer", *HEADS}
 
 
-def test_the_command_takes_up_a_slice_from_another_machine(run, tmp_path):
+def test_the_command_takes_up_a_slice_from_another_machine(run, tmp_path, monkeypatch):
+    lighten(monkeypatch)
     pack(run, tmp_path / "packed")
     here = small_run(tmp_path / "here", resume_from=str(tmp_path / "packed"), minutes=0.0, slice_minutes=5.0)
     model = main(replace(here, quiet=True))

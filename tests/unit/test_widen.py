@@ -14,7 +14,7 @@ from lanting.train.nano import main
 from lanting.train.portable import pack
 from lanting.train.vocabulary import VOCAB_SIZE
 from lanting.train.widen import widen
-from training import WIDTH, begun, small_net, small_run, union
+from training import WIDTH, begun, lighten, small_net, small_run, union
 
 MORE = WIDTH + 32
 
@@ -68,10 +68,11 @@ def test_it_only_grows():
         widen(small_net().state_dict(), 64, 64)
 
 
-def test_a_packed_run_is_taken_up_wider(tmp_path):
+def test_a_packed_run_is_taken_up_wider(tmp_path, monkeypatch):
+    lighten(monkeypatch)
     begun(tmp_path / "run")
     pack(tmp_path / "run", tmp_path / "packed")
-    run = small_run(tmp_path / "here", resume_from=str(tmp_path / "packed"), width=MORE, minutes=0.02)
+    run = small_run(tmp_path / "here", resume_from=str(tmp_path / "packed"), width=MORE, minutes=0.01)
     main(run)
     config = json.loads((tmp_path / "here" / "nano" / "transformer" / "config.json").read_text())
     assert config["num_attention_heads"] == MORE // 32
