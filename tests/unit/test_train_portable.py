@@ -161,7 +161,8 @@ def test_the_command_takes_up_a_slice_from_another_machine(run, tmp_path, monkey
     assert (tmp_path / "here" / "portable" / "run.json").is_file()
 
 
-def test_a_slice_may_end_in_the_autoencoder(tmp_path, capsys):
+def test_a_slice_may_end_in_the_autoencoder(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("lanting.train.nano.vae_recipe", lambda run: replace(vae_recipe(run), processes=1))
     quick = VAERecipe(batch=2, crop=32, canvas_share=0.0, processes=1, judged=1, until=time.monotonic())
     train_vae(tmp_path / "vae", 60.0, recipe=quick, log=lambda line: None)
     assert (tmp_path / "vae" / CHECKPOINT).exists() and not (tmp_path / "vae" / FROZEN).exists()
