@@ -107,8 +107,8 @@ def test_a_budget_that_is_too_small_stops_before_the_engine(monkeypatch, tmp_pat
 
 def test_a_budget_is_kept_when_nano_really_draws(tmp_path, capsys):
     """Decoding in tiles, where a whole picture would not fit."""
-    arguments = ["generate", "a sign", "--size", "1024x1024", "--steps", "1", "-o", str(tmp_path / "a.png")]
-    assert main([*arguments, "--ram", "500M"]) == 0
+    arguments = ["generate", "a sign", "--size", "768x768", "--steps", "1", "-o", str(tmp_path / "a.png")]
+    assert main([*arguments, "--ram", "400M"]) == 0
     assert "VAE in tiles" in capsys.readouterr().err and (tmp_path / "a.png").exists()
 
 
