@@ -192,12 +192,12 @@ def test_nano_as_a_file_is_shown_and_draws(tmp_path: Path):
     back = dequantize(checkpoint.read(packed[:1])[packed[0]], "Q8_0")
     theirs = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}[packed[0]]
     assert np.array_equal(back.numpy(), gguf.quants.dequantize(theirs.data, theirs.tensor_type))
-    pictures = []
+    pictures, words = [], 'a blue sign with white text "OPEN"'  # what is left open would follow the smallest rounding
     for model in ("nano", str(path)):
         out = tmp_path / f"{len(pictures)}.png"
-        lanting("generate", "a sign that says OPEN", "--model", model, "--steps", "2", "--seed", "1", "-o", str(out))
+        lanting("generate", words, "--model", model, "--steps", "2", "--seed", "1", "-o", str(out))
         pictures.append(np.asarray(open_picture(out)).astype(float))
-    assert np.abs(pictures[0] - pictures[1]).mean() < 4  # of 255
+    assert np.abs(pictures[0] - pictures[1]).mean() < 1  # of 255
 
 
 def test_the_half_that_sees_is_shown_for_what_it_is(tmp_path: Path):
