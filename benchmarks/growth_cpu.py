@@ -29,7 +29,7 @@ from lanting.nn.rope import RopeCache
 
 SIDES = (256, 512, 768, 1024, 1328, 1536, 2048)
 PIXELS = 16  # of a token's side
-INK = {"seconds": "#1f5fbf", "gigabytes": "#c8372d"}
+INK = {"time": "#1f5fbf", "gigabytes": "#c8372d"}
 
 
 def operations(side: int) -> tuple[float, float]:
@@ -77,12 +77,13 @@ def fit(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def plot(rows: list[dict[str, Any]], fitted: dict[str, float], path: Path) -> None:
-    """Seconds and gigabytes over operations, both axes logarithmic; the line is the fit."""
+    """Time, that of the first size being 1, and gigabytes over operations, all logarithmic; the line is the fit."""
     width, height, left, top = 760, 420, 70, 40
     sheet = Image.new("RGB", (width, height), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
     tera = [sum(operations(row["side"])) / 1e12 for row in rows]
-    series = {"seconds": [r["seconds"] for r in rows], "gigabytes": [r["bytes"] / 1e9 for r in rows]}
+    one = rows[0]["seconds"]
+    series = {"time": [r["seconds"] / one for r in rows], "gigabytes": [r["bytes"] / 1e9 for r in rows]}
     low, high = min(map(min, series.values())) / 1.5, max(map(max, series.values())) * 1.5
 
     def at(x: float, y: float) -> tuple[float, float]:
@@ -93,7 +94,7 @@ def plot(rows: list[dict[str, Any]], fitted: dict[str, float], path: Path) -> No
     draw.rectangle((left - 10, top - 10, width - 100, height - 45), outline="#bbb")
     for x, row in zip(tera, rows, strict=True):
         place = at(x, low)
-        draw.text((place[0], height - 40), f"{row['side']}²", "#333", font, anchor="ma")
+        draw.text((place[0], height - 40), f"{row['side']} px", "#333", font, anchor="ma")
         draw.text((place[0], height - 22), f"{x:.2g} T", "#777", font, anchor="ma")
     for exponent in range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1):
         if low < 10.0**exponent < high:
@@ -104,11 +105,11 @@ def plot(rows: list[dict[str, Any]], fitted: dict[str, float], path: Path) -> No
             draw.ellipse((u - 4, v - 4, u + 4, v + 4), fill=INK[name])
         draw.text((width - 92, at(tera[-1], values[-1])[1]), name, INK[name], font, anchor="lm")
     predicted = [
-        fitted["fixed"] + a / fitted["linears_gflops"] / 1e9 + b / fitted["attention_gflops"] / 1e9
+        (fitted["fixed"] + a / fitted["linears_gflops"] / 1e9 + b / fitted["attention_gflops"] / 1e9) / one
         for a, b in (operations(row["side"]) for row in rows)
     ]
-    draw.line([at(x, y) for x, y in zip(tera, predicted, strict=True)], fill=INK["seconds"], width=1)
-    draw.text((left, 8), "One block of 60, width 3072, operations of a square picture and 128 words", "#000", font)
+    draw.line([at(x, y) for x, y in zip(tera, predicted, strict=True)], fill=INK["time"], width=1)
+    draw.text((left, 8), "One block of 60 at 4 bits: by the side of a square picture, and tera-operations with 128 words", "#000", font)
     sheet.save(path)
 
 
