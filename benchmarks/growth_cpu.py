@@ -109,7 +109,8 @@ def plot(rows: list[dict[str, Any]], fitted: dict[str, float], path: Path) -> No
         for a, b in (operations(row["side"]) for row in rows)
     ]
     draw.line([at(x, y) for x, y in zip(tera, predicted, strict=True)], fill=INK["time"], width=1)
-    draw.text((left, 8), "One block of 60 at 4 bits: by the side of a square picture, and tera-operations with 128 words", "#000", font)
+    title = "One block of 60 at 4 bits: by the side of a square picture, and tera-operations with 128 words"
+    draw.text((left, 8), title, "#000", font)
     sheet.save(path)
 
 

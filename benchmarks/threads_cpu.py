@@ -1,4 +1,4 @@
-"""How much faster two threads are than one, by the clock, for a full-width 4-bit block: needs an otherwise idle machine.
+"""How much faster two threads are than one, by the clock, for a full-width 4-bit block, on an idle machine.
 
     python benchmarks/threads_cpu.py [--tokens 256 1024] [--threads 1 2] [--reps 7]
 
@@ -12,8 +12,8 @@ import statistics
 import time
 
 import torch
-from block_cpu import inputs, oracle, ours, packed
 
+from block_cpu import inputs, oracle, ours, packed
 from lanting.kernels import library
 
 
