@@ -54,7 +54,7 @@ def test_kernels_that_are_switched_off_are_said_to_be_and_torch_stays_away():
 def test_gpus_are_named_with_their_memory(capsys, monkeypatch):
     card = Device("cuda", "NVIDIA GeForce RTX 3060", 12 * 10**9, 11 * 10**9)
     found = Machine(32 * 10**9, 20 * 10**9, 8, (card, Device("cpu", "A Processor")))
-    monkeypatch.setattr("lanting.cli.machine.detect", lambda: found)
+    monkeypatch.setattr("lanting.plan.detect", lambda: found)
     out = printed(capsys)
     assert "GPU: NVIDIA GeForce RTX 3060, 12.0 GB VRAM, 11.0 GB free" in out
     assert "processor: A Processor" in out and "memory: 32.0 GB, 20.0 GB free" in out

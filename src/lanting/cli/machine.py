@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from lanting.cli.screen import Screen
 from lanting.core.lang import say
-from lanting.plan import detect
 
 if TYPE_CHECKING:
     from lanting.plan import Device
@@ -18,6 +17,7 @@ BUILD = "python -m lanting.kernels.build"
 def facts() -> dict[str, Any]:
     """For programs. `kernels.set` is the instruction set in use, "" where there are none."""
     from lanting.kernels.library import instruction_set, known_sets, ready, thread_count
+    from lanting.plan import detect
 
     machine = detect()
     return {
@@ -37,6 +37,8 @@ def facts() -> dict[str, Any]:
 
 
 def gpus() -> tuple[Device, ...]:
+    from lanting.plan import detect
+
     return tuple(device for device in detect().devices if device.name != "cpu")
 
 
