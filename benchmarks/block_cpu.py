@@ -87,11 +87,12 @@ def packed(kind: str) -> Callable[[str, Any], nn.Module | None] | None:
     return lambda path, old: cls.from_dense(old.weight.float(), old.bias, **options)
 
 
-def medians(cases: dict[str, Callable[[], Any]], reps: int) -> dict[str, float]:
-    """Seconds of processor time of each case, all of them in turn."""
+def medians(cases: dict[str, Callable[[], Any]], reps: int, warm: int = 1) -> dict[str, float]:
+    """Seconds of processor time of each case, all of them in turn, after `warm` runs that don't count."""
     seen: dict[str, list[float]] = {name: [] for name in cases}
     for each in cases.values():
-        each()
+        for _ in range(warm):
+            each()
     for _ in range(reps):
         for name, each in cases.items():
             began = time.process_time()

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from typing import Any
 
 import torch
 
+from block_cpu import medians
 from lanting import Engine, Request
 from lanting.kernels import library
 from lanting.specs.model_spec import get_spec
@@ -68,19 +68,6 @@ def cold(times: int = 3) -> float:
     return best
 
 
-def medians(cases: dict[str, Callable[[], Any]], reps: int) -> dict[str, float]:
-    seen: dict[str, list[float]] = {name: [] for name in cases}
-    for case in cases.values():
-        case()
-        case()
-    for _ in range(reps):
-        for name, case in cases.items():
-            began = time.process_time()
-            case()
-            seen[name].append(time.process_time() - began)
-    return {name: statistics.median(values) for name, values in seen.items()}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=256)
@@ -99,7 +86,7 @@ def main() -> None:
         "ours int8": ours(asked.size, quant="int8"),
         "ours int4": ours(asked.size, quant="int4"),
     }
-    seconds = medians(cases, asked.reps)
+    seconds = medians(cases, asked.reps, warm=2)
     bf16, fp32 = seconds["diffusers bfloat16"], seconds["diffusers float32"]
     report: dict[str, Any] = {"size": asked.size, "threads": asked.threads, "kernels": library.instruction_set()}
     report["rows"] = {n: {"seconds": s, "of bfloat16": bf16 / s, "of float32": fp32 / s} for n, s in seconds.items()}

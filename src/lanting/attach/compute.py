@@ -1,9 +1,10 @@
 """Native kernels at the three seams, on a CPU: Linears that compute in integers, attention in one pass, fused blocks.
 
 A packed Linear (int8, int4, GGUF's Q4_0, Q8_0, Q4_K, Q6_K) rounds its inputs to int8, row by row, and multiplies
-integers; its weight is read as it lies in memory or in a mapped file. Plain Linears stay torch's. A block's norms,
-modulation, rotary turns, GELU and gates become one pass over memory each, in float32 inside, where torch takes a
-dozen in the dtype of the network. Without the kernels, or detached, every bit is as before.
+integers; its weight is read as it lies in memory or in a mapped file. A block's plain Linears are the kernels' in
+bfloat16, where the processor multiplies that, and else torch's. A block's norms, modulation, rotary turns, GELU and
+gates become one pass over memory each, in float32 inside, where torch takes a dozen in the dtype of the network.
+Without the kernels, or detached, every bit is as before.
 
 Modules stay where they are, so that streaming, tables and LoRAs find them: only their `forward` is another. The
 modulation's Linears are left alone: one row a step, and its error would reach everything.

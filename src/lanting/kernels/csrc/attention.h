@@ -64,28 +64,7 @@ struct Brain {
   using Element = uint16_t;
 
   template <bool fresh> static inline void micro(const uint16_t* a, int64_t stride, const uint16_t* w, int64_t n, float* acc, int64_t to) {
-    __m512 sum[rows][2];
-#pragma GCC unroll 14
-    for (int r = 0; r < rows; r++) {
-      sum[r][0] = fresh ? _mm512_setzero_ps() : _mm512_loadu_ps(acc + r * to);
-      sum[r][1] = fresh ? _mm512_setzero_ps() : _mm512_loadu_ps(acc + r * to + 16);
-    }
-    for (int64_t k = 0; k < n; k += 2, w += 64) {
-      __m512bh w0 = (__m512bh)_mm512_load_si512(w), w1 = (__m512bh)_mm512_load_si512(w + 32);
-#pragma GCC unroll 14
-      for (int r = 0; r < rows; r++) {
-        int32_t two;
-        memcpy(&two, a + r * stride + k, 4);
-        __m512bh x = (__m512bh)_mm512_set1_epi32(two);
-        sum[r][0] = _mm512_dpbf16_ps(sum[r][0], w0, x);
-        sum[r][1] = _mm512_dpbf16_ps(sum[r][1], w1, x);
-      }
-    }
-#pragma GCC unroll 14
-    for (int r = 0; r < rows; r++) {
-      _mm512_storeu_ps(acc + r * to, sum[r][0]);
-      _mm512_storeu_ps(acc + r * to + 16, sum[r][1]);
-    }
+    multiply_pairs<rows>(a, stride, 2, w, n / 2, acc, to, fresh);
   }
 
   static inline __m512 exp2_near(__m512 x) {  // within 4e-6, far finer than the bfloat16 that becomes of it; x <= 0
@@ -134,11 +113,6 @@ inline float get(const void* at, int64_t i, int32_t type) {
   return type == BFLOAT16 ? wide(static_cast<const uint16_t*>(at)[i]) : static_cast<const float*>(at)[i];
 }
 
-template <class E> inline E element(const void* at, int64_t i, int32_t type) {
-  if constexpr (sizeof(E) == 2) return static_cast<const uint16_t*>(at)[i];
-  return E(get(at, i, type));
-}
-
 template <class T> struct Flash {
   using E = typename T::Element;
   const Attention& a;
@@ -182,17 +156,15 @@ template <class T> struct Flash {
   }
 
   void place_key(E* k, int64_t n, int64_t from) const {
-    E* to = k + n / T::tile * T::tile * width + n % T::tile * T::pair;
-    for (int64_t j = 0; j < width; j += T::pair, to += T::tile * T::pair)
-      for (int i = 0; i < T::pair; i++) to[i] = from < 0 ? E(0) : element<E>(a.k, from + j + i, a.type);
+    E* to = k + n / T::tile * T::tile * width + n % T::tile;
+    for (int64_t j = 0; j < width; j++) to[j * T::tile] = from < 0 ? 0 : get(a.k, from + j, a.type);
   }
 
   void place_value(E* v, int64_t n, int64_t from) const {
     int64_t block = n / KEYS, in_block = smaller(KEYS, most - block * KEYS), at = n - block * KEYS;
     for (int64_t t = 0; t < width / T::tile; t++) {
-      E* to = v + block * KEYS * width + t * in_block * T::tile + at / T::pair * T::tile * T::pair + at % T::pair;
-      for (int j = 0; j < T::tile; j++)
-        to[j * T::pair] = from < 0 ? E(0) : element<E>(a.v, from + t * T::tile + j, a.type);
+      E* to = v + block * KEYS * width + t * in_block * T::tile + at * T::tile;
+      for (int j = 0; j < T::tile; j++) to[j] = from < 0 ? 0 : get(a.v, from + t * T::tile + j, a.type);
     }
   }
 
@@ -220,7 +192,9 @@ template <class T> struct Flash {
     float high[R], sum[R], scale = LOG2E / __builtin_sqrtf(float(width));
     for (int r = 0; r < R; r++) {
       int64_t from = (item * a.tokens + smaller(first + r, a.tokens - 1)) * stride + head * width;
-      for (int64_t j = 0; j < width; j++) q[r * width + j] = element<E>(a.q, from + j, a.type);
+      if constexpr (T::pair == 2) memcpy(q + r * width, static_cast<const E*>(a.q) + from, width * sizeof(E));
+      else
+        for (int64_t j = 0; j < width; j++) q[r * width + j] = get(a.q, from + j, a.type);
       high[r] = -1e30f, sum[r] = 0;
     }
     memset(out, 0, R * width * 4);

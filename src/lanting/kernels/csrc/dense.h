@@ -10,20 +10,23 @@ namespace {
 constexpr bool DENSE = true;
 constexpr int64_t DEPTH = 4096;  // columns of a tile that are in L2 together
 
-// acc (R, 32) = or += the first R rows of A (K2, PANEL, 2) times W (K2, 2, 16, 2)
-template <int R> void micro_dense(const uint16_t* a, const uint16_t* w, int64_t k2, float* acc, bool fresh) {
+// acc (R, 32), rows `to` apart, = or += A times W (pairs, 2, 16, 2). Of A's pairs of numbers those of a row are `step`
+// apart, and rows begin `row` apart: numbers that the compiler knows where rows lie in panels.
+template <int R>
+__attribute__((always_inline)) inline void multiply_pairs(const uint16_t* a, int64_t row, int64_t step, const uint16_t* w,
+                                                          int64_t pairs, float* acc, int64_t to, bool fresh) {
   __m512 sum[R][2];
 #pragma GCC unroll 14
   for (int r = 0; r < R; r++) {
-    sum[r][0] = fresh ? _mm512_setzero_ps() : _mm512_load_ps(acc + r * TILE);
-    sum[r][1] = fresh ? _mm512_setzero_ps() : _mm512_load_ps(acc + r * TILE + 16);
+    sum[r][0] = fresh ? _mm512_setzero_ps() : _mm512_loadu_ps(acc + r * to);
+    sum[r][1] = fresh ? _mm512_setzero_ps() : _mm512_loadu_ps(acc + r * to + 16);
   }
-  for (int64_t k = 0; k < k2; k++, w += 64, a += 2 * PANEL) {
+  for (int64_t k = 0; k < pairs; k++, w += 64, a += step) {
     __m512bh w0 = (__m512bh)_mm512_load_si512(w), w1 = (__m512bh)_mm512_load_si512(w + 32);
 #pragma GCC unroll 14
     for (int r = 0; r < R; r++) {
       int32_t two;
-      memcpy(&two, a + 2 * r, 4);
+      memcpy(&two, a + r * row, 4);
       __m512bh x = (__m512bh)_mm512_set1_epi32(two);
       sum[r][0] = _mm512_dpbf16_ps(sum[r][0], w0, x);
       sum[r][1] = _mm512_dpbf16_ps(sum[r][1], w1, x);
@@ -31,9 +34,14 @@ template <int R> void micro_dense(const uint16_t* a, const uint16_t* w, int64_t 
   }
 #pragma GCC unroll 14
   for (int r = 0; r < R; r++) {
-    _mm512_store_ps(acc + r * TILE, sum[r][0]);
-    _mm512_store_ps(acc + r * TILE + 16, sum[r][1]);
+    _mm512_storeu_ps(acc + r * to, sum[r][0]);
+    _mm512_storeu_ps(acc + r * to + 16, sum[r][1]);
   }
+}
+
+// The first R rows of a panel (pairs, PANEL, 2).
+template <int R> void micro_dense(const uint16_t* a, const uint16_t* w, int64_t pairs, float* acc, bool fresh) {
+  multiply_pairs<R>(a, 2, 2 * PANEL, w, pairs, acc, TILE, fresh);
 }
 
 using MicroDense = void (*)(const uint16_t*, const uint16_t*, int64_t, float*, bool);
@@ -99,8 +107,7 @@ struct Dense {
 
 void dense(const Codes& a, const Weight& w, const Result& r) {
   int64_t columns = padded(a.columns), panels = panel_count(a.rows);
-  int64_t fit = BLOCK / (2 * columns * PANEL), block = fit > 1 ? fit : 1, blocks = (panels + block - 1) / block;
-  block = blocks ? (panels + blocks - 1) / blocks : 1;
+  int64_t block = panels_together(panels, 2 * columns * PANEL);
   for (int64_t begin = 0; begin < panels; begin += block)
     lt::parallel((w.rows + TILE - 1) / TILE, [&](int64_t i) {
       Dense{a, w, r, columns, i * TILE, begin, smaller(panels, begin + block)}.tile();

@@ -115,6 +115,12 @@ template <int R> inline Micro micro_for(int rows) {
 inline int64_t panel_count(int64_t rows) { return (rows + PANEL - 1) / PANEL; }
 inline int64_t panel_begin(int64_t rows, int64_t panel) { return panel * rows / panel_count(rows); }
 
+// How many panels of so many bytes weights pass by at once: what BLOCK holds, in shares as even as can be.
+inline int64_t panels_together(int64_t panels, int64_t bytes) {
+  int64_t fit = BLOCK / bytes > 1 ? BLOCK / bytes : 1, blocks = (panels + fit - 1) / fit;
+  return blocks ? (panels + blocks - 1) / blocks : 1;
+}
+
 // 32 rows of a weight from row `first` on as a tile (columns / 4, 2, 16, 4); rows behind the last repeat it.
 template <int kind> void expand(const Weight& w, int64_t first, int8_t* tile) {
   float per[TILE];
@@ -226,8 +232,7 @@ inline void ask_for(const Weight& w, int64_t first, int64_t part, int64_t parts)
 
 void product(const Codes& a, const Weight& w, const Result& r) {
   int64_t columns = padded(a.columns), panels = panel_count(a.rows), tiles = (w.rows + TILE - 1) / TILE;
-  int64_t fit = BLOCK / (columns * PANEL), block = fit > 1 ? fit : 1, blocks = (panels + block - 1) / block;
-  block = blocks ? (panels + blocks - 1) / blocks : 1;
+  int64_t block = panels_together(panels, columns * PANEL);
   for (int64_t begin = 0; begin < panels; begin += block)
     lt::parallel(tiles, [&](int64_t i) {
       Tile t;
