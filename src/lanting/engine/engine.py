@@ -12,15 +12,17 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING, Unpack, cast
 
 import torch
 
+from lanting.core.checkpoint import Checkpoint
 from lanting.core.errors import LantingError, ModelError, RequestError
 from lanting.core.recipe import describe_request, request_of_picture
 from lanting.core.types import Progress, Recipe, Request, Result
 from lanting.engine.fit import Fit, hold, planned
 from lanting.engine.models import Models, say_dtypes
+from lanting.engine.resume import go_on, mark_of, put_aside
 from lanting.engine.studio import EngineStudio
 from lanting.flow.loop import Canvas, Grid, Step, denoise
 from lanting.kernels.library import instruction_set
@@ -118,8 +120,17 @@ class Engine:
     def stream(self, request: Request, previews: bool = False) -> Iterator[Progress | Result]:
         """Progress after every phase and step, then one Result. Values are checked before this returns, so a
         wrong request raises here and not at the first `next`. Close the iterator to cancel."""
-        settled = settle(request, self.spec)
-        return self._draw(settled, previews)
+        return cast("Iterator[Progress | Result]", self._draw(settle(request, self.spec), previews))
+
+    def stream_resumable(
+        self, request: Request, previews: bool = False, *, every: int = 4, resume: Checkpoint | None = None
+    ) -> Iterator[Progress | Checkpoint | Result]:
+        """As `stream`, with a Checkpoint after every `every` steps (0: none), and going on from one of the same
+        request: the picture is that of a drawing that was never interrupted. The request must have a seed.
+
+        A checkpoint of another drawing raises RequestError at the first `next`.
+        """
+        return self._draw(settle(request, self.spec), previews, every, resume)
 
     def close(self) -> None:
         """Let the weights go."""
@@ -132,17 +143,24 @@ class Engine:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _draw(self, request: Request, previews: bool) -> Iterator[Progress | Result]:
+    def _draw(
+        self, request: Request, previews: bool, every: int = 0, resume: Checkpoint | None = None
+    ) -> Iterator[Progress | Checkpoint | Result]:
         with self.turn:
             phases = Phases()
             with sentences(self.models.device), resting(self.models):
                 request, canvas = self._prepare(request, phases)
+                mark = mark_of(request, self.models) if every or resume else ""
+                canvas = go_on(canvas, resume, mark) if resume else canvas
+                done = resume.step if resume else 0
                 yield from phases.finished()
                 last: Step | None = None
                 for step in denoise(self.models.transformer, canvas):
                     last = step
                     picture = self._preview(canvas.grids[-1], step) if previews else None
-                    yield phases.tick("denoise", step.index, step.total, picture)
+                    yield phases.tick("denoise", step.index + done, step.total + done, picture)
+                    if every and step.index % every == 0 and step.index < step.total:
+                        yield put_aside(step, done, mark)
                 self.models.rest()
                 phases.end("denoise")
                 images = self._finish(canvas, last)
