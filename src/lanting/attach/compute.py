@@ -101,6 +101,8 @@ def floats(module: Any, name: str) -> Tensor | None:
 def attend(module: Attend, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """`Attend.forward`."""
     width = q.shape[-1]
+    if q.shape[1] != k.shape[1]:  # frozen references are keys without queries
+        return type(module).forward(module, q, k, v, mask)
     if q.device.type != "cpu" or q.dtype not in DTYPES or width % 32 or width > calls.WIDEST or q.dtype != v.dtype:
         return type(module).forward(module, q, k, v, mask)
     return calls.attend(q, k, v, mask)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from lanting.cli.fit import Limits, fit
 from lanting.cli.lora import tell_wishes
 from lanting.cli.screen import Screen
+from lanting.core.quality import REUSED, computed
 from lanting.core.recipe import describe_request, request_of_picture
 from lanting.core.save import Place, names_for, plan_places, save_picture
 from lanting.core.types import Progress, Request, Result
@@ -172,9 +173,28 @@ def _report(drawn: Drawn, screen: Screen) -> None:
         words = " ".join(str(recipe.request["prompt"]).split())
         shown = f'   "{words[:57]}..."' if len(words) > 60 else f'   "{words}"' if words else ""
         screen.line("{path}{prompt}   seed {seed}", path=path, prompt=shown, seed=recipe.request["seed"])
+    _tell_choices(drawn, screen)
     phases = ", ".join(f"{name} {spent:.1f} s" for name, spent in seconds.items())
     screen.line("read, drawn and saved in {seconds:.1f} s ({phases})", seconds=total, phases=phases)
     screen.line("again: lanting replay {path}", path=_quoted(str(drawn.paths[0])))
+
+
+def _tell_choices(drawn: Drawn, screen: Screen) -> None:
+    """What was left out, where something may be."""
+    asked = drawn.result.recipes[0].request
+    words = str((asked.get("choices") or {}).get("steps", "")).split()
+    if not words:
+        return
+    whole, guided = computed(words), sum(len(word) == 2 and word[1] != REUSED for word in words)
+    facts = {"quality": asked.get("quality"), "whole": whole, "steps": len(words), "guided": guided}
+    beside = sum(word[0].islower() for word in words)
+    if beside:
+        screen.line(
+            "quality {quality}: {whole} of {steps} steps in full, {guided} guided, {beside} beside kept references",
+            **facts | {"beside": beside},
+        )
+    else:
+        screen.line("quality {quality}: {whole} of {steps} steps in full, {guided} guided", **facts)
 
 
 def _as_json(drawn: Drawn, total: float) -> dict[str, Any]:

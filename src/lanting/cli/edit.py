@@ -27,6 +27,7 @@ def edit(
     size: o.Size = None,
     steps: o.Steps = None,
     guidance: o.Guidance = None,
+    quality: o.Quality = "exact",
     negative: o.Negative = None,
     seed: o.Seed = None,
     count: o.Count = 1,
@@ -63,6 +64,7 @@ def edit(
         guidance_scale=guidance,
         seed=seed,
         count=count,
+        quality=quality,
     )
     title = Path(paths[0]).stem
     weights, loras = Weights(quant, text_encoder, vae), tuple(lora or ())

@@ -22,6 +22,7 @@ def generate(
     size: o.Size = None,
     steps: o.Steps = None,
     guidance: o.Guidance = None,
+    quality: o.Quality = "exact",
     negative: o.Negative = None,
     seed: o.Seed = None,
     count: o.Count = 1,
@@ -47,6 +48,7 @@ def generate(
     """Draw pictures from words. Without --model, the small nano model that ships with lanting draws signs."""
     words = sys.stdin.read().strip() if prompt == "-" else prompt
     request = Request(words, negative_prompt=negative, steps=steps, guidance_scale=guidance, seed=seed, count=count)
+    request = replace(request, quality=quality)
     if control or controlnet or mask:
         request = controlled(request, control or [], mask, control_scale)
     loras = tuple(lora or ())

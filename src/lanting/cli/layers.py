@@ -24,6 +24,7 @@ def layers(
     model: o.Model = "qwen-image-layered",
     steps: o.Steps = None,
     guidance: o.Guidance = None,
+    quality: o.Quality = "exact",
     negative: o.Negative = None,
     seed: o.Seed = None,
     lora: o.Lora = None,
@@ -51,6 +52,7 @@ def layers(
         steps=steps,
         guidance_scale=guidance,
         seed=seed,
+        quality=quality,
         options={name: value for name, value in asked.items() if value is not None},
     )
     title = Path(picture).stem

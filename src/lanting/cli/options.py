@@ -30,6 +30,12 @@ Steps = Annotated[int | None, typer.Option("--steps", help="Denoising steps, 1 t
 Guidance = Annotated[
     float | None, typer.Option("--guidance", help="How strictly the prompt is followed; 1 is off, twice as fast.")
 ]
+Quality = Annotated[
+    str,
+    typer.Option(
+        "--quality", help="exact, high, balanced, fast: how much work may be left out, within a stated budget of error."
+    ),
+]
 Negative = Annotated[str | None, typer.Option("--negative", help="What should not be there (needs guidance).")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Same seed, same picture. Default: chosen, and shown.")]
 Count = Annotated[int, typer.Option("--count", help="Pictures to draw, 1 to 64; picture i uses seed + i.")]

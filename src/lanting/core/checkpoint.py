@@ -8,7 +8,8 @@ run code or need torch to be told apart.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from lanting.core.errors import RequestError
@@ -28,11 +29,12 @@ class Checkpoint:
     dtype: str  # "bfloat16", "float16", "float32"
     shape: tuple[int, ...]  # of the latents: (B, N, C)
     latents: bytes  # little-endian, as in memory
+    choices: Mapping[str, Any] = field(default_factory=dict[str, Any])  # what was decided so far, see `Request`
 
     def to_bytes(self) -> bytes:
         """One line of JSON, then the latents."""
         head = {"lanting-checkpoint": FORMAT} | {name: getattr(self, name) for name in ("step", "steps", "mark")}
-        head |= {"dtype": self.dtype, "shape": list(self.shape)}
+        head |= {"dtype": self.dtype, "shape": list(self.shape), "choices": dict(self.choices)}
         return json.dumps(head).encode() + b"\n" + self.latents
 
     @classmethod
@@ -46,6 +48,8 @@ class Checkpoint:
             if table["lanting-checkpoint"] != FORMAT:
                 raise ValueError("of another version")
             shape = tuple(int(side) for side in table["shape"])
-            return cls(int(table["step"]), int(table["steps"]), str(table["mark"]), str(table["dtype"]), shape, latents)
+            choices = dict(table.get("choices") or {})
+            numbers = (int(table["step"]), int(table["steps"]), str(table["mark"]), str(table["dtype"]))
+            return cls(*numbers, shape, latents, choices)
         except (ValueError, KeyError, TypeError):
             raise RequestError("this is no checkpoint of a drawing: start the drawing anew") from None

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 LONGEST = 200_000  # characters of JSON; a settled request is far below
 USER_COMMENT, IMAGE_DESCRIPTION, EXIF_IFD = 0x9286, 0x010E, 0x8769
-PLAIN = ("task", "negative_prompt", "steps", "guidance_scale", "seed", "count", "strength")
+PLAIN = ("task", "negative_prompt", "steps", "guidance_scale", "seed", "count", "strength", "quality")
 
 
 def describe_picture(image: Image) -> dict[str, Any]:
@@ -42,6 +42,8 @@ def describe_request(request: Request) -> dict[str, Any]:
     table["size"] = list(request.size) if request.size else None
     table["images"] = [describe_picture(image) for image in request.images]
     table["mask"] = describe_picture(request.mask) if request.mask is not None else None
+    if request.choices:
+        table["choices"] = dict(request.choices)
     table["options"] = {k: [*v] if isinstance(v, tuple) else v for k, v in request.options.items()}
     return table
 
@@ -62,6 +64,7 @@ def restore_request(table: Mapping[str, Any], images: Sequence[Image] = (), mask
         images=tuple(images),
         mask=mask,
         options=options,
+        choices=dict(table["choices"]) if table.get("choices") else None,
         **{name: table[name] for name in PLAIN if table.get(name) is not None},
     )
 
@@ -120,6 +123,7 @@ def infotext(recipe: Recipe) -> str:
         "Model hash": recipe.weights[:10],
         "Model": recipe.model,
         "LoRA": " ".join(f"{Path(one['name']).stem}:{one['strength']:g}" for one in recipe.loras) or None,
+        "Quality": None if asked.get("quality") in (None, "exact") else asked["quality"],
         "Denoising strength": asked.get("strength") if asked.get("images") else None,
         "Version": f"lanting {recipe.versions.get('lanting', '')}".strip(),
     }

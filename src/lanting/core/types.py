@@ -43,6 +43,8 @@ class Request:
     images           input pictures (source first, then references)
     mask             white = repaint
     strength         0 < strength <= 1: how far from the source picture (image_to_image, inpaint)
+    quality          one of core.quality.NAMES: how much may be left out to be sooner; None: "exact", nothing
+    choices          what was decided while the picture was first drawn, from its recipe: it is decided alike
     options          words of a task's own: layers, resolution, control_scale, control_start, control_end,
                      padding_mask_crop, sigmas, batched_guidance
     """
@@ -59,6 +61,8 @@ class Request:
     mask: Image | None = None
     strength: float | None = None
     options: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    quality: str | None = None
+    choices: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +78,14 @@ class Recipe:
 
 
 @dataclass(frozen=True, slots=True)
+class Notice:
+    """A sentence for a person about something that is no failure; template and values as in `LantingError`."""
+
+    sentence: str
+    values: Mapping[str, object]
+
+
+@dataclass(frozen=True, slots=True)
 class Progress:
     """What every interface shows. `preview` is a small PIL picture when previews were asked for."""
 
@@ -82,6 +94,8 @@ class Progress:
     steps: int
     seconds: float  # since the phase began
     preview: Image | None = None
+    choice: str = ""  # how the step was computed, in the letters of core.quality; "" where nothing may be left out
+    notices: tuple[Notice, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from lanting.core.checkpoint import Checkpoint
 from lanting.core.errors import LantingError, ModelError, RequestError
 from lanting.core.recipe import describe_request, request_of_picture
 from lanting.core.types import Progress, Recipe, Request, Result
+from lanting.engine.drawing import Drawing
 from lanting.engine.fit import Fit, hold, planned
 from lanting.engine.models import Models, say_dtypes
 from lanting.engine.resume import go_on, mark_of, put_aside
@@ -126,7 +127,9 @@ class Engine:
         self, request: Request, previews: bool = False, *, every: int = 4, resume: Checkpoint | None = None
     ) -> Iterator[Progress | Checkpoint | Result]:
         """As `stream`, with a Checkpoint after every `every` steps (0: none), and going on from one of the same
-        request: the picture is that of a drawing that was never interrupted. The request must have a seed.
+        request: the picture is that of a drawing that was never interrupted. The request must have a seed. With a
+        quality other than exact nothing is left out in the first step after the break, so the picture differs a
+        little; its recipe draws it again in one go.
 
         A checkpoint of another drawing raises RequestError at the first `next`.
         """
@@ -155,12 +158,15 @@ class Engine:
                 done = resume.step if resume else 0
                 yield from phases.finished()
                 last: Step | None = None
-                for step in denoise(self.models.transformer, canvas):
-                    last = step
-                    picture = self._preview(canvas.grids[-1], step) if previews else None
-                    yield phases.tick("denoise", step.index + done, step.total + done, picture)
-                    if every and step.index % every == 0 and step.index < step.total:
-                        yield put_aside(step, done, mark)
+                with Drawing(self.models, request, canvas, resume) as drawing:
+                    for step in denoise(self.models.transformer, canvas, drawing.predict):
+                        last = step
+                        picture = self._preview(canvas.grids[-1], step) if previews else None
+                        event = phases.tick("denoise", step.index + done, step.total + done, picture)
+                        yield replace(event, choice=drawing.choice)
+                        if every and step.index % every == 0 and step.index < step.total:
+                            yield put_aside(step, done, mark, drawing.choices)
+                request = drawing.told(request)
                 self.models.rest()
                 phases.end("denoise")
                 images = self._finish(canvas, last)

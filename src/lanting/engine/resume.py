@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -31,12 +32,14 @@ def mark_of(request: Request, models: Models) -> str:
     return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
-def put_aside(step: Step, done: int, mark: str) -> Checkpoint:
-    """The checkpoint after a step; `done` steps had been made before the canvas of this run began."""
+def put_aside(step: Step, done: int, mark: str, choices: Mapping[str, Any] | None = None) -> Checkpoint:
+    """The checkpoint after a step; `done` steps had been made before the canvas of this run began, and `choices` were
+    made in all of them."""
     latents = step.latents.detach().cpu().contiguous()
     dtype = str(latents.dtype).removeprefix("torch.")
     data = latents.view(torch.uint8).numpy().tobytes()
-    return Checkpoint(step.index + done, step.total + done, mark, dtype, tuple(latents.shape), data)
+    shape = tuple(latents.shape)
+    return Checkpoint(step.index + done, step.total + done, mark, dtype, shape, data, dict(choices or {}))
 
 
 def go_on(canvas: Canvas, checkpoint: Checkpoint, mark: str) -> Canvas:

@@ -91,6 +91,10 @@ class Canvas:
         return len(self.sigmas) - 1
 
 
+# predict(model, canvas, latents (B, N, C), sigma) -> (B, N, C): see `velocity`
+Predict = Callable[[Model, Canvas, Tensor, Tensor], Tensor]
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """One step done: `index` of `total` (from 1), and where the latents are now."""
@@ -107,36 +111,56 @@ class Step:
         return self.latents - self.sigma * self.velocity
 
 
-def velocity(model: Model, canvas: Canvas, latents: Tensor, sigma: Tensor) -> Tensor:
-    """The guided prediction (B, N, C) of noise minus picture for `latents` (B, N, C); sigma is 0-d float32."""
-    batch, tokens = latents.shape[:2]
-    timestep = model_timestep(sigma, latents.dtype).to(latents.device).expand(batch)
-    residuals = _residuals(canvas, latents, timestep, sigma)
-    seen = torch.cat([latents, *(r.data.expand(batch, -1, -1) for r in canvas.references)], 1)  # (B, N + R, C)
-    grids = (*canvas.grids, *(r.grid for r in canvas.references))
+class Question:
+    """What the model is asked in one step: `latents` (B, N, C) at `sigma` (0-d float32), under either prompt."""
 
-    def ask(prompt: Conditioning, branch: str) -> Tensor:
-        copies = len(prompt.embeds) // batch  # 2 when both sides of the guidance go in one call
-        prediction = model(
-            _stacked(seen, copies),
-            _stacked(timestep, copies),
+    def __init__(self, model: Model, canvas: Canvas, latents: Tensor, sigma: Tensor):
+        self.model, self.canvas = model, canvas
+        self.batch, self.tokens = latents.shape[:2]
+        self.timestep = model_timestep(sigma, latents.dtype).to(latents.device).expand(self.batch)
+        self.residuals = _residuals(canvas, latents, self.timestep, sigma)
+        seen = (r.data.expand(self.batch, -1, -1) for r in canvas.references)
+        self.seen = torch.cat([latents, *seen], 1)  # (B, N + R, C)
+        self.grids = (*canvas.grids, *(r.grid for r in canvas.references))
+
+    def positive(self) -> Tensor:
+        """(B, N, C)"""
+        return self._ask(self.canvas.positive, "positive")
+
+    def negative(self) -> Tensor:
+        """(B, N, C); only where there is guidance"""
+        assert self.canvas.negative is not None
+        return self._ask(self.canvas.negative, "negative")
+
+    def both(self) -> tuple[Tensor, Tensor]:
+        """Positive and negative in one call."""
+        assert self.canvas.negative is not None
+        sides = [(side.embeds, side.mask) for side in (self.canvas.positive, self.canvas.negative)]
+        positive, negative = self._ask(Conditioning(*join(*sides)), "both").chunk(2)
+        return positive, negative
+
+    def _ask(self, prompt: Conditioning, branch: str) -> Tensor:
+        copies = len(prompt.embeds) // self.batch  # 2 when both sides of the guidance go in one call
+        prediction = self.model(
+            _stacked(self.seen, copies),
+            _stacked(self.timestep, copies),
             prompt.embeds,
             prompt.mask,
-            grids,
-            tokens,
-            control=[_stacked(r, copies) for r in residuals],
+            self.grids,
+            self.tokens,
+            control=[_stacked(r, copies) for r in self.residuals],
             branch=branch,
         )
-        return prediction[:, :tokens]
+        return prediction[:, : self.tokens]
 
+
+def velocity(model: Model, canvas: Canvas, latents: Tensor, sigma: Tensor) -> Tensor:
+    """The guided prediction (B, N, C) of noise minus picture for `latents` (B, N, C); sigma is 0-d float32."""
+    question = Question(model, canvas, latents, sigma)
     if canvas.negative is None:
-        return ask(canvas.positive, "positive")
-    if canvas.batched_guidance:
-        sides = [(side.embeds, side.mask) for side in (canvas.positive, canvas.negative)]
-        positive, negative = ask(Conditioning(*join(*sides)), "both").chunk(2)
-    else:
-        positive, negative = ask(canvas.positive, "positive"), ask(canvas.negative, "negative")
-    return guide(positive, negative, canvas.guidance_scale, canvas.renormalize)
+        return question.positive()
+    sides = question.both() if canvas.batched_guidance else (question.positive(), question.negative())
+    return guide(*sides, canvas.guidance_scale, canvas.renormalize)
 
 
 def _stacked(x: Tensor, copies: int) -> Tensor:
@@ -159,12 +183,15 @@ def euler(latents: Tensor, prediction: Tensor, sigma: Tensor, next_sigma: Tensor
     return (latents.float() + change).to(prediction.dtype)
 
 
-def denoise(model: Model, canvas: Canvas) -> Iterator[Step]:
-    """Walk down canvas.sigmas, yielding after every step. Close the generator to cancel."""
+def denoise(model: Model, canvas: Canvas, predict: Predict = velocity) -> Iterator[Step]:
+    """Walk down canvas.sigmas, yielding after every step. Close the generator to cancel.
+
+    predict  what gives the velocity of a step: `velocity`, or one that spares work (`flow.frugal`) or watches it
+    """
     latents = canvas.start
     for index, (sigma, next_sigma) in enumerate(pairwise(canvas.sigmas), start=1):
         with torch.no_grad():  # not around the yield: the consumer's gradient mode is its own
-            prediction = velocity(model, canvas, latents, sigma)
+            prediction = predict(model, canvas, latents, sigma)
             latents = euler(latents, prediction, sigma, next_sigma)
             if canvas.keep is not None:
                 latents = canvas.keep(latents, next_sigma)

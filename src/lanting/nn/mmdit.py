@@ -179,12 +179,19 @@ class Stack(nn.ModuleList):
     """Blocks in order. ControlNet residuals are spread evenly over them and added behind each block."""
 
     def forward(self, img: Tensor, txt: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
-        every = math.ceil(len(self) / len(ctx.control)) if ctx.control else 0
-        for i, block in enumerate(self):
-            img, txt = block(img, txt, ctx)
-            if every:
-                img = img + ctx.control[i // every]
-        return img, txt
+        return through(self, img, txt, ctx)
+
+
+def through(
+    stack: Stack, img: Tensor, txt: Tensor, ctx: Context, first: int = 0, last: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Blocks `first` to `last` (not included) of a stack."""
+    every = math.ceil(len(stack) / len(ctx.control)) if ctx.control else 0
+    for i in range(len(stack))[first:last]:
+        img, txt = stack[i](img, txt, ctx)
+        if every:
+            img = img + ctx.control[i // every]
+    return img, txt
 
 
 class TimestepEmbedding(nn.Module):

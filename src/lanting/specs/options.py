@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any, cast
 
 from lanting.core.errors import RequestError
+from lanting.core.quality import LEVELS, NAMES, Quality, check_words
 from lanting.core.types import Request
 from lanting.specs.model_spec import Defaults
 from lanting.specs.numbers import number, whole
@@ -40,7 +42,8 @@ def settle_options(request: Request, task: str, own: Defaults) -> tuple[dict[str
         given["padding_mask_crop"] = whole("padding_mask_crop", given["padding_mask_crop"], 0, 4096)
     if not isinstance(given.get("batched_guidance", False), bool):
         raise RequestError("batched_guidance must be true or false, not {value}", value=given["batched_guidance"])
-    steps = own.steps if request.steps is None else request.steps
+    level = settle_quality(request)
+    steps = level.steps(own.steps) if request.steps is None else request.steps
     if given.get("sigmas") is None:
         given.pop("sigmas", None)
         return given, whole("steps", steps, 1, 1000)
@@ -49,6 +52,26 @@ def settle_options(request: Request, task: str, own: Defaults) -> tuple[dict[str
     if request.steps not in (None, count):
         raise RequestError("{count} sigmas make {count} steps, not {steps}", count=count, steps=request.steps)
     return given, count
+
+
+def settle_quality(request: Request) -> Quality:
+    """The level that was asked for."""
+    name = request.quality or "exact"
+    if name not in LEVELS:
+        raise RequestError("there is no quality {name}; choose {names}", name=name, names=", ".join(NAMES))
+    return LEVELS[name]
+
+
+def settle_choices(request: Request, steps: int) -> dict[str, Any] | None:
+    """What was decided while the picture was drawn before, if it is that: recipes come from strangers' files."""
+    given: Any = request.choices
+    if not given:
+        return None
+    if isinstance(given, Mapping):
+        words = cast("Mapping[str, Any]", given).get("steps", "")
+        if isinstance(words, str) and (not words or check_words(words.split(), steps)):
+            return dict(cast("Mapping[str, Any]", given))
+    raise RequestError("the recipe's choices are none for {steps} steps: draw the picture anew", steps=steps)
 
 
 def _settle_control(given: dict[str, Any], pictures: int) -> None:

@@ -14,7 +14,7 @@ from lanting.core.errors import RequestError
 from lanting.core.types import TASK_NAMES, Request
 from lanting.specs.model_spec import ModelSpec
 from lanting.specs.numbers import number, whole
-from lanting.specs.options import settle_options
+from lanting.specs.options import settle_choices, settle_options
 from lanting.specs.sizes import WIDEST, check_size, fit_area, largest_area, reference_size, size_of_picture
 
 LONGEST_PROMPT, LONGEST_NEGATIVE = 10_000, 4_000  # characters; the reader sees 1,024 tokens at most
@@ -34,6 +34,7 @@ def settle(request: Request, spec: ModelSpec) -> Request:
     negative = own.negative_prompt if request.negative_prompt is None else request.negative_prompt
     _check_text(negative, LONGEST_NEGATIVE)
     options, steps = settle_options(request, task, own)
+    choices = settle_choices(request, steps)
     count = whole("count", request.count, 1, 64)
     last = LARGEST_SEED - count * len(words_of(request)) + 1  # picture i is drawn with seed + i
     seed = secrets.randbelow(2**32) if request.seed is None else whole("seed", request.seed, 0, last)
@@ -49,6 +50,8 @@ def settle(request: Request, spec: ModelSpec) -> Request:
         count=count,
         strength=_strength(request, task, spec),
         options=options,
+        quality=request.quality or "exact",
+        choices=choices,
     )
 
 

@@ -1,0 +1,130 @@
+"""Frozen references: pictures that are only looked at are not computed in every step.
+
+What the target sees of a reference picture are its keys and values, block by block. In releases with `zero_cond_t` the
+references are modulated at time zero, so these change from step to step only through what the references themselves
+see of the target. They are kept, and in the steps between two refreshes the references' tokens do not run at all: the
+target's queries meet the kept keys and values. A judge (`flow.frugal`) decides when to refresh. What the kept ones
+would have cost is measured at every refresh, in three blocks: attention with the old keys and values against attention
+with the new ones.
+
+It attaches at two seams, Stack and Attend, and works with plain blocks and with the fused ones of `attach.compute`
+alike: those compute everything but attention, which PyTorch does in these steps, since the kernels want as many keys
+as queries. Memory: `kept_bytes`; 3 GB a megapixel of references and branch in the full model at 16 bits.
+Rejected: keys and values of one branch for both. It halves the memory, but references see the text, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lanting.attach.caches import relative, restore
+from lanting.nn.mmdit import Attend, Context
+
+SAMPLED = (1, 2, 3)  # quarters of the stack in which errors are measured
+
+
+class Judge(Protocol):
+    """Who decides; `lanting.flow.frugal.Frugal` is one and says what the numbers mean."""
+
+    def frozen(self, branch: str) -> bool: ...
+
+    def refreshed(self, branch: str, error: float) -> None: ...
+
+
+def kept_bytes(config: Any, tokens: int, calls: int, itemsize: int) -> int:
+    """What is kept of `tokens` reference tokens, for so many branches times pictures."""
+    return 2 * config.num_layers * config.width * tokens * calls * itemsize
+
+
+class Frozen:
+    """In place of the `forward` of a Stack and of its blocks' Attends, for one drawing."""
+
+    def __init__(self, stack: Any, judge: Judge):
+        self.stack, self.judge, self.inner = stack, judge, stack.forward
+        count = len(stack)
+        self.sampled = {count * quarter // 4 for quarter in SAMPLED}
+        self.kept: dict[str, dict[int, tuple[Tensor, Tensor]]] = {}  # branch -> block -> keys, values (B, R, H, E)
+        self.branch, self.split = "", 0  # of the present call; where the references begin, text included
+        self.beside = False  # the present call runs beside kept references
+        self.made: list[int] = []  # blocks whose keys and values were made in this call
+        self.errors: list[float] = []
+
+    def __call__(self, img: Tensor, txt: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+        """`Stack.forward`; without the references' tokens where they are frozen."""
+        target = ctx.target_tokens
+        if img.shape[1] == target:
+            return self.inner(img, txt, ctx)
+        self.branch, self.split = ctx.branch, txt.shape[1] + target
+        self.beside, self.made, self.errors = self.judge.frozen(ctx.branch), [], []
+        if self.beside:
+            img, ctx = img[:, :target], without_references(ctx, self.split)
+        try:
+            out = self.inner(img, txt, ctx)
+        finally:
+            self.split, self.beside = 0, False
+        if len(self.made) == len(self.stack):
+            whole = len(self.errors) == len(self.sampled)
+            self.judge.refreshed(ctx.branch, max(self.errors) if whole else torch.inf)
+        return out
+
+    def attend(self, index: int, inner: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """`Attend.forward` of block `index`."""
+        if not self.split:
+            return inner(q, k, v, mask)
+        kept = self.kept.setdefault(self.branch, {})
+        if self.beside:
+            old_k, old_v = kept[index]
+            return inner(q, torch.cat([k, old_k], 1), torch.cat([v, old_v], 1), mask)
+        out = inner(q, k, v, mask)
+        if index in kept and index in self.sampled:
+            self.errors.append(self._error(inner, (q, k, v, mask), kept[index], out))
+        kept[index] = k[:, self.split :].clone(), v[:, self.split :].clone()
+        self.made.append(index)
+        return out
+
+    def _error(self, inner: Any, now: tuple[Any, ...], kept: tuple[Tensor, Tensor], out: Tensor) -> float:
+        """How far the text's and the target's attention would have been off."""
+        (q, k, v), end = (x[:, : self.split] for x in now[:3]), self.split
+        old = inner(q, torch.cat([k, kept[0]], 1), torch.cat([v, kept[1]], 1), now[3])
+        return relative((old - out[:, :end]).flatten(2), out[:, :end].flatten(2))
+
+
+def without_references(ctx: Context, split: int) -> Context:
+    """The context of text and target alone, `split` tokens in all."""
+    cos, sin = ctx.rope
+    control = tuple(residual[:, : ctx.target_tokens] for residual in ctx.control)
+    return replace(ctx, temb=ctx.temb[:, :1], rope=(cos[:split], sin[:split]), control=control)
+
+
+@contextmanager
+def frozen_references(net: Any, judge: Judge) -> Iterator[Frozen]:
+    """Frozen references on a transformer; off again afterwards, and every bit as before. Attach it after a cache."""
+    stack: Any = net.transformer_blocks
+    attends: list[Any] = [block.attn.attend for block in stack]
+    assert all(isinstance(attend, Attend) for attend in attends)
+    old = [module.__dict__.get("forward") for module in (stack, *attends)]
+    frozen = Frozen(stack, judge)
+    stack.__dict__["forward"] = frozen
+    for index, attend in enumerate(attends):
+        attend.__dict__["forward"] = Seat(frozen, index, attend.forward)
+    try:
+        yield frozen
+    finally:
+        for module, forward in zip((stack, *attends), old, strict=True):
+            restore(module, forward)
+
+
+class Seat:
+    """One block's Attend, that knows which block it is in."""
+
+    def __init__(self, frozen: Frozen, index: int, inner: Any):
+        self.frozen, self.index, self.inner = frozen, index, inner
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        return self.frozen.attend(self.index, self.inner, q, k, v, mask)
