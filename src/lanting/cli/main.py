@@ -19,6 +19,7 @@ from lanting.cli.bench import bench
 from lanting.cli.edit import edit
 from lanting.cli.eval import eval_
 from lanting.cli.generate import generate
+from lanting.cli.keys import keys
 from lanting.cli.layers import layers
 from lanting.cli.list import list_models
 from lanting.cli.lora import lora
@@ -27,6 +28,7 @@ from lanting.cli.pull import pull
 from lanting.cli.quantize import quantize
 from lanting.cli.remove import remove
 from lanting.cli.replay import replay
+from lanting.cli.serve import serve
 from lanting.cli.show import show
 from lanting.cli.train import train
 from lanting.core.errors import LantingError
@@ -52,6 +54,8 @@ app.command("show")(show)
 app.command("quantize")(quantize)
 app.command("remove")(remove)
 app.command("bench")(bench)
+app.command("serve")(serve)
+app.add_typer(keys, name="keys")
 app.add_typer(lora, name="lora")
 app.add_typer(train, name="train")
 app.add_typer(eval_, name="eval")

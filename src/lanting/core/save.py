@@ -121,7 +121,7 @@ def save_picture(image: Image, place: Place | str | Path, recipe: Recipe | None 
         raise OutputError("{path}: JPEG has no transparency; use .png or .webp", path=place.path)
     part = place.path.with_name(f".lanting-{secrets.token_hex(6)}.part")
     try:
-        image.save(part, format=kind, **_how(kind, recipe))
+        image.save(part, format=kind, **how_to_save(kind, recipe))
         return _publish(part, place)
     except OSError as error:
         raise OutputError(
@@ -158,7 +158,7 @@ def _take(part: Path, path: Path) -> None:
         os.replace(part, path)
 
 
-def _how(kind: str, recipe: Recipe | None) -> dict[str, Any]:
+def how_to_save(kind: str, recipe: Recipe | None) -> dict[str, Any]:
     """Pillow's save arguments for the format, the recipe included."""
     if kind == "PNG":
         from PIL.PngImagePlugin import PngInfo

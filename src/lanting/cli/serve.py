@@ -1,0 +1,133 @@
+"""`lanting serve`: the queue, every dialect and the studio on one port."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lanting.cli import options as o
+from lanting.cli.screen import Screen
+from lanting.core.errors import RequestError
+
+if TYPE_CHECKING:
+    from lanting.serve.house import House
+    from lanting.serve.settings import Served, Settings
+
+Data = Annotated[
+    str | None,
+    typer.Option("--data", metavar="FOLDER", help="Queue, pictures and keys. Default: serve in lanting's own folder."),
+]
+
+
+def serve(
+    model: Annotated[
+        list[str] | None, typer.Option("--model", "-m", help="What to serve; the first is the default. Repeatable.")
+    ] = None,
+    host: Annotated[
+        str, typer.Option("--host", help="Where to listen; anything but this computer needs keys.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", help="0: any that is free.")] = 8353,
+    api_keys: Annotated[bool, typer.Option("--api-keys", help="Ask for keys on this computer too.")] = False,
+    allow_host: Annotated[
+        list[str] | None, typer.Option("--allow-host", help="A name a proxy answers to. Repeatable.")
+    ] = None,
+    allow_origin: Annotated[
+        list[str] | None, typer.Option("--allow-origin", help="A web page elsewhere that may call, as https://host.")
+    ] = None,
+    lora: o.Lora = None,
+    data: Data = None,
+    queue: Annotated[int, typer.Option("--queue", help="Jobs that may wait; more are refused with 429.")] = 1000,
+    max_side: Annotated[int, typer.Option("--max-side", help="Pictures up to this many pixels squared.")] = 2048,
+    timeout: Annotated[float, typer.Option("--timeout", help="Seconds a job may be drawn.")] = 3600.0,
+    drain: Annotated[float, typer.Option("--drain", help="Seconds a running job gets when told to stop.")] = 30.0,
+    keep: Annotated[float, typer.Option("--keep", help="Days that finished jobs are kept.")] = 30.0,
+    fetch_urls: Annotated[
+        bool, typer.Option("--fetch-urls", help="Fetch input pictures from public addresses.")
+    ] = False,
+    mcp: Annotated[bool, typer.Option("--mcp", help="No port: speak MCP on stdin and stdout.")] = False,
+    device: o.Device = None,
+    dtype: o.DtypeFlag = None,
+    quant: o.Quant = "auto",
+    vram: o.Vram = None,
+    ram: o.Ram = None,
+    debug: o.Debug = False,
+) -> None:
+    """Serve a team: OpenAI, Ollama, A1111 and MCP clients, and Lanting's own API, over one queue that loses nothing."""
+    ready()
+    from lanting.serve.logs import write_to_stderr
+    from lanting.serve.settings import Caps, Settings
+
+    how: dict[str, Any] = {"device": device, "dtype": dtype, "quant": quant, "vram": vram, "ram": ram}
+    options = {name: value for name, value in how.items() if value is not None} | {"loras": list(lora or ())}
+    settings = Settings(
+        data=folder_for(data),
+        models=tuple(served(name, options) for name in model or ["nano"]),
+        host=host,
+        port=port,
+        hosts=tuple(allow_host or ()),
+        origins=tuple(allow_origin or ()),
+        keys=api_keys,
+        urls=fetch_urls,
+        timeout=timeout,
+        drain=drain,
+        keep_days=keep,
+        caps=Caps(pixels=max_side * max_side, waiting=queue),
+    )
+    write_to_stderr()
+    start(settings, mcp)
+
+
+def start(settings: Settings, mcp: bool) -> None:
+    """On a port, or on stdin and stdout."""
+    if mcp:
+        from lanting.serve.mcp_tools import speak
+
+        speak(settings)
+        return
+    from lanting.serve.run import serve as listen
+
+    listen(settings, tell)
+
+
+def tell(house: House) -> None:
+    """The addresses, and a line that works when pasted."""
+    screen, settings = Screen(), house.settings
+    url = settings.url
+    screen.line("Lanting serves {models} at {url}", models=", ".join(one.name for one in settings.models), url=url)
+    screen.line("browser   {url}", url=url)
+    screen.line("OpenAI    base_url {url}/v1", url=url)
+    screen.line("Ollama    OLLAMA_HOST={url}", url=url)
+    screen.line("A1111     {url}/sdapi/v1", url=url)
+    screen.line("MCP       {url}/mcp, or the command 'lanting serve --mcp'", url=url)
+    key = " -H 'Authorization: Bearer KEY'" if settings.needs_keys else ""
+    body = '-H \'Content-Type: application/json\' -d \'{"prompt": "a blue sign that says \\"HELLO\\""}\''
+    screen.line("curl      curl {url}/v1/images/generations{key} {body}", url=url, key=key, body=body)
+    if settings.needs_keys:
+        screen.line("a key is needed: 'lanting keys create NAME' makes one")
+
+
+def served(model: str, options: dict[str, Any]) -> Served:
+    """A model under the name clients call it by: a release's own, else that of its file or folder."""
+    from lanting.serve.settings import Served
+    from lanting.specs import spec_names
+
+    return Served(model if model in spec_names() else Path(model).name or model, model, options)
+
+
+def folder_for(data: str | None) -> Path:
+    """Where a server keeps everything."""
+    from lanting.weights.home import home
+
+    return home() / "serve" if data is None else Path(data).expanduser()
+
+
+def ready() -> None:
+    """Raises RequestError where the server's libraries are not installed."""
+    try:
+        import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError:
+        raise RequestError("the server's libraries are not installed: run pip install 'lanting[serve]'") from None

@@ -1,0 +1,341 @@
+"""The one interface below all dialects: submit, watch, cancel, look up. It knows the queue, not HTTP and no engine.
+
+Everything runs on one event loop, so plain dictionaries need no locks; whatever blocks is in threads (`Ledger`, hashing
+of pictures) or in the workers' processes (`shift`). What is only in memory here can be made again from the ledger.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from lanting.core.lang import say
+from lanting.serve.errors import BusyError, ClosedError, ConflictError, MissingError, StoreError, UnknownModelError
+from lanting.serve.feed import Feed
+from lanting.serve.files import Files
+from lanting.serve.intake import Order, Prepared, prepare, store_pictures, with_timeout
+from lanting.serve.jobs import (
+    CANCELLED,
+    DONE,
+    Caller,
+    Event,
+    Job,
+    Search,
+    end,
+    events_after,
+    find,
+    history,
+    insert,
+    log,
+)
+from lanting.serve.ledger import Ledger
+from lanting.serve.line import Entry, Line
+from lanting.serve.pace import Pace
+from lanting.serve.settings import Served, Settings
+from lanting.specs import ModelSpec, get_spec, spec_names
+
+if TYPE_CHECKING:
+    from lanting.serve.hand import Hand
+    from lanting.serve.meters import Meters
+
+FRESH = 0.2  # seconds that computed places are good for
+logger = logging.getLogger("lanting.serve")
+
+
+@dataclass
+class Run:
+    """A job that is being drawn now."""
+
+    job: Job
+    began: float = field(default_factory=time.monotonic)
+    why: str | None = None  # it is to stop: "cancelled", "timeout", "pause"
+    deadline: float = 0.0  # monotonic; then it is stopped, or killed where it was to stop already
+    step: int = 0
+    steps: int = 0
+    stepped: float = 0.0  # seconds of drawing until this step
+    preview: bytes | None = None
+    resumed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a job stands: `ahead` others come first (0: it is being drawn), of `waiting`; seconds until it is done."""
+
+    ahead: int
+    waiting: int
+    eta: float | None
+
+
+@dataclass
+class Model:
+    """What is known of a served model."""
+
+    served: Served
+    spec: ModelSpec | None
+    pace: Pace = field(default_factory=Pace)
+    ready: bool = False
+    refused: str | None = None  # why it can't be opened, in a sentence
+    loras: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    notes: list[str] = field(default_factory=list[str])
+    come: asyncio.Event = field(default_factory=asyncio.Event)  # something waits for this model
+    places: tuple[float, dict[str, Place]] = (0.0, {})
+
+
+class Desk:
+    """Jobs of all clients. `serve.shift` takes them from here and tells back."""
+
+    def __init__(self, settings: Settings, ledger: Ledger, files: Files, meters: Meters) -> None:
+        self.settings, self.ledger, self.files, self.meters = settings, ledger, files, meters
+        self.line, self.feed = Line(), Feed()
+        self.runs: dict[str, Run] = {}
+        self.models = {
+            one.name: Model(one, get_spec(one.model) if one.model in spec_names() else None) for one in settings.models
+        }
+        self.accepting, self.stopping = True, False
+        self.coming: Counter[str] = Counter()  # owner -> jobs that are being written
+        self.sequence: dict[str, int] = {}
+        self.hands: dict[str, Hand] = {}  # model -> its worker
+        self.told: dict[str, int] = {}  # waiting job -> how many are ahead, as its watchers know it
+        self.well = True  # the last write went through
+
+    # ---------------------------------------------------------------- submit
+    async def submit(self, order: Order, caller: Caller) -> Job:
+        """The accepted job, on the disk when this returns; the earlier one where its idempotency key is known.
+
+        Raises LantingError: a wrong value, a full queue (429), a server that starts or stops (503), a full disk (503).
+        """
+        model = self.model(order.model)
+        if not self.accepting:
+            raise ClosedError("the server is stopping: try again in a moment")
+        if model.spec is None:
+            raise ClosedError(model.refused or "the model is being loaded: try again in a moment")
+        with self._seat(caller, model):
+            if order.request.images:
+                prepared = await asyncio.to_thread(self._prepare, order, model, caller)
+            else:
+                prepared = self._prepare(order, model, caller)
+            return await self._accept(prepared, order, caller)
+
+    def _prepare(self, order: Order, model: Model, caller: Caller) -> Prepared:
+        assert model.spec is not None
+        prepared = prepare(order, model.spec, model.served.name, caller, self.settings.caps)
+        store_pictures(order.request, prepared.job.asked["request"], self.files)
+        return replace(prepared, job=with_timeout(prepared.job, self.settings.timeout))
+
+    async def _accept(self, prepared: Prepared, order: Order, caller: Caller) -> Job:
+        job = prepared.job
+        once = None if order.once is None else (order.once, prepared.digest)
+        event = self.event(job.id, "accepted", model=job.model, dialect=job.dialect)
+        try:
+            known = await self.ledger.write(lambda db: insert(db, job, event, once))
+        except KeyError:
+            raise ConflictError(
+                "this idempotency key was used for another request: send a new key, or the same request"
+            ) from None
+        if known != job.id:
+            self.sequence.pop(job.id, None)
+            return await self.job(known, caller)
+        self.feed.put(event)
+        self.enqueue(job, caller.share)
+        self.meters.accepted.labels(job.dialect).inc()
+        logger.info("job accepted", extra={"job": job.id, "owner": job.owner, "dialect": job.dialect})
+        return job
+
+    @contextmanager
+    def _seat(self, caller: Caller, model: Model) -> Iterator[None]:
+        """A place in the queue, held while the job is written. Raises BusyError."""
+        most, held = self.settings.caps.waiting, sum(self.coming.values()) + len(self.line)
+        own = self.coming[caller.id] + self.line.held_by(caller.id)
+        if held < most and (own < max(most // 2, 1) or not self.settings.needs_keys):
+            self.coming[caller.id] += 1
+            try:
+                yield
+            finally:
+                self.coming[caller.id] -= 1
+            return
+        error = BusyError("the queue is full: {count} jobs wait; try again in a moment", count=held)
+        one = model.pace.seconds(sum(entry.cost for entry in self.line.waiting.values()) / max(len(self.line), 1))
+        error.retry_after = min(max(one or 1.0, 1.0), 300.0)
+        self.meters.refused.inc()
+        raise error
+
+    def enqueue(self, job: Job, share: float) -> None:
+        self.line.add(Entry(job.id, job.owner, job.model, job.priority, job.created, job.cost, share))
+        if job.model in self.models:
+            self.models[job.model].come.set()
+
+    # ---------------------------------------------------------------- look up
+    def model(self, name: str | None) -> Model:
+        served = self.settings.model(name)
+        if served is None:
+            known = ", ".join(self.models)
+            raise UnknownModelError("no model is called {name} here; there are: {known}", name=name, known=known)
+        return self.models[served.name]
+
+    async def job(self, id_: str, caller: Caller) -> Job:
+        """Raises MissingError, also for somebody else's."""
+        job = await self.ledger.read(lambda db: find(db, id_))
+        if job is None or job.owner != caller.id:
+            raise MissingError("there is no job {id}", id=repr(id_[:40]))
+        return job
+
+    async def history(self, search: Search) -> list[Job]:
+        return await self.ledger.read(lambda db: history(db, search))
+
+    def place(self, job: Job) -> Place | None:
+        """None for a job that has ended. A little old where many wait."""
+        if job.over:
+            return None
+        places = self.places(job.model)
+        return places.get(job.id) or Place(len(self.line) + len(self.runs), len(self.line), None)
+
+    def places(self, name: str) -> dict[str, Place]:
+        """Of every unfinished job of a model."""
+        model = self.models.get(name)
+        if model is None:
+            return {}
+        if time.monotonic() - model.places[0] > FRESH:
+            model.places = (time.monotonic(), self._places(model))
+        return model.places[1]
+
+    def _places(self, model: Model) -> dict[str, Place]:
+        places: dict[str, Place] = {}
+        ahead, eta = 0, None if model.pace.per_unit is None else 0.0
+        waiting = [*self.line.order(model.served.name, time.time())]
+        for run in self.runs.values():
+            if run.job.model == model.served.name:
+                eta = left(run, model.pace)
+                places[run.job.id] = Place(0, len(waiting), eta)
+                ahead += 1
+        for entry in waiting:
+            own = model.pace.seconds(entry.cost)
+            eta = None if eta is None or own is None else eta + own
+            places[entry.id] = Place(ahead, len(waiting), eta)
+            ahead += 1
+        return places
+
+    # ---------------------------------------------------------------- watch
+    def event(self, job: str, kind: str, preview: bytes | None = None, **body: Any) -> Event:
+        """The next event of a job; its number is above all before it, also of a server that was killed."""
+        seq = max(self.sequence.get(job, 0) + 1, int(time.time() * 1000))
+        self.sequence[job] = seq
+        return Event(job, seq, kind, body, preview)
+
+    def tell(self, job: str, kind: str, preview: bytes | None = None, **body: Any) -> None:
+        """Something that happened on the way: to watchers now, to the ledger with the next commit."""
+        event = self.event(job, kind, preview, **body)
+        self.feed.put(event)
+        self.ledger.later(lambda db: log(db, event))
+
+    async def watch(self, id_: str, caller: Caller, after: int = 0) -> AsyncIterator[Event]:
+        """Every event of a job after number `after`, then those to come; ends with the job, or when the server stops.
+
+        Raises MissingError at the first `anext`.
+        """
+        await self.job(id_, caller)
+        with self.feed.reader(id_) as reader:
+            new = [event for event in self.feed.said(id_) if event.seq > after]  # before the ledger: it grows meanwhile
+            old = await self.ledger.read(lambda db: events_after(db, id_, after))
+            known = {event.seq: event for event in (*new, *old)}
+            for _, event in sorted(known.items()):
+                after = event.seq
+                yield event
+                if event.last:
+                    return
+            while True:
+                event = await reader.get()
+                if event.seq > after:
+                    yield event
+                if event.last or event.kind == "stopping":
+                    return
+
+    async def wait(self, id_: str, caller: Caller) -> Job:
+        """The job when it has ended. Raises ClosedError where the server stops before."""
+        async for event in self.watch(id_, caller):
+            if event.last:
+                break
+        job = await self.job(id_, caller)
+        if not job.over:
+            raise ClosedError("the server is stopping; the job goes on when it is back: ask for it again then")
+        return job
+
+    # ---------------------------------------------------------------- cancel
+    async def cancel(self, id_: str, caller: Caller) -> Job:
+        """The job, cancelled or about to be; one that has ended stays as it ended."""
+        job = await self.job(id_, caller)
+        if job.over:
+            return job
+        if (entry := self.line.remove(id_)) is not None:
+            try:
+                await self.close_job(job, CANCELLED, {"code": "cancelled", "message": say("cancelled")}, tries=1)
+            except StoreError:
+                self.line.add(entry)
+                raise
+        elif (run := self.runs.get(id_)) is not None:
+            await self.stop(run, "cancelled")
+        return await self.job(id_, caller)
+
+    async def stop(self, run: Run, why: str, patience: float = 30.0) -> None:
+        """Ask the worker to stop a job within a step; it is killed where it does not."""
+        if run.why is None:
+            run.why, run.deadline = why, time.monotonic() + patience
+            await self.hands[run.job.model].send({"do": "stop", "job": run.job.id, "why": why})
+
+    async def close_job(self, job: Job, state: str, told: Mapping[str, Any], tries: int | None = None) -> None:
+        """Record how a job ended, and tell who watches.
+
+        told   its outcome where it is done, else {"code", "message"}
+        tries  None: wait while the disk is full, because an end must not be lost; else raise StoreError
+        """
+        done = state == DONE
+        body = {"seconds": told["seconds"], "images": len(told["images"])} if done else told
+        event = self.event(job.id, state, **body)
+        while True:
+            try:
+                first = await self.ledger.write(
+                    lambda db: end(db, event, told if done else None, None if done else told)
+                )
+                break
+            except StoreError:
+                self.well = False
+                tries = None if tries is None else tries - 1
+                if tries == 0:
+                    raise
+                await asyncio.sleep(1)
+        self.well = True
+        self.sequence.pop(job.id, None)
+        if first:
+            self.feed.put(event)
+            self.meters.ended.labels(state).inc()
+            self.meters.latency.observe(max(event.at - job.created, 0.0))
+            logger.info("job ended", extra={"job": job.id, "state": state, "model": job.model})
+
+    def broadcast(self) -> None:
+        """The places of those who wait, to those who watch them, where they changed. Called twice a second."""
+        told: dict[str, Place] = {}
+        for id_ in self.feed.watched():
+            if (entry := self.line.waiting.get(id_)) is None:
+                continue
+            place = self.places(entry.model).get(id_)
+            if place is not None:
+                told[id_] = place
+                if self.told.get(id_) != place.ahead:
+                    eta = None if place.eta is None else round(place.eta, 1)
+                    event = self.event(id_, "place", ahead=place.ahead, waiting=place.waiting, eta=eta)
+                    self.feed.put(event)
+        self.told = {id_: place.ahead for id_, place in told.items()}
+
+
+def left(run: Run, pace: Pace) -> float | None:
+    """Seconds until a job that is being drawn is done, from its own steps once there are some."""
+    spent = time.monotonic() - run.began
+    if run.step and not run.resumed:
+        return max(run.stepped / run.step * (run.steps - run.step) + pace.beside / 2, 0.0)
+    whole = pace.seconds(run.job.cost)
+    return None if whole is None else max(whole - spent, 0.0)

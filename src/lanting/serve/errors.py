@@ -1,0 +1,103 @@
+"""What a client can be told: a sentence, an HTTP status, a short code. Dialects give it their own shape.
+
+Errors of the other rooms are the client's fault by their exit code (2), and then a 400. Everything unexpected is told
+as one general sentence with a number under which the log has the rest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lanting.core.errors import LantingError
+from lanting.core.lang import explain
+
+
+class ServeError(LantingError):
+    """An answer that is not a picture."""
+
+    status, code = 400, "invalid_request"
+    retry_after: float | None = None  # seconds
+
+
+class BusyError(ServeError):
+    """The queue is full."""
+
+    status, code = 429, "queue_full"
+
+
+class ClosedError(ServeError):
+    """Starting or stopping."""
+
+    status, code, retry_after = 503, "unavailable", 5.0
+
+
+class MissingError(ServeError):
+    """There is no such thing, or it is somebody else's."""
+
+    status, code = 404, "not_found"
+
+
+class UnknownModelError(ServeError):
+    """A model that is not served here."""
+
+    status, code = 404, "model_not_found"
+
+
+class ConflictError(ServeError):
+    """An idempotency key that was used for something else."""
+
+    status, code = 409, "idempotency_conflict"
+
+
+class DeniedError(ServeError):
+    """No key, a wrong one, or a request from another site."""
+
+    status, code = 403, "forbidden"
+
+
+class NoKeyError(ServeError):
+    """No key, or one that is not valid."""
+
+    status, code = 401, "invalid_api_key"
+
+
+class LargeError(ServeError):
+    """More bytes than are read."""
+
+    status, code = 413, "too_large"
+
+
+class DrawingError(ServeError):
+    """A job that ended without a picture; 500 where that was not the request's fault."""
+
+    status, code = 500, "drawing_failed"
+
+
+class StoreError(ServeError):
+    """The disk is full, or can't be written."""
+
+    status, code, retry_after = 503, "storage_failed", 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An error as all dialects need it."""
+
+    status: int
+    code: str
+    sentence: str
+    retry_after: float | None = None
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Retry-After in whole seconds; how to send a key."""
+        told = {} if self.retry_after is None else {"Retry-After": str(max(round(self.retry_after), 1))}
+        return told | ({"WWW-Authenticate": 'Basic realm="Lanting", Bearer'} if self.status == 401 else {})
+
+
+def answer_to(error: LantingError) -> Answer:
+    """The status and words of an error we can explain."""
+    sentence = explain(error)
+    if isinstance(error, ServeError):
+        return Answer(error.status, error.code, sentence, error.retry_after)
+    return Answer(400 if error.exit_code == 2 else 500, "invalid_request", sentence)

@@ -1,0 +1,173 @@
+"""Pictures and checkpoints on disk: whole under their own name, or not there.
+
+    pictures/SHA256.png     what clients sent, bounded, upright, without metadata; named by their pixels
+    results/JOB/            0.png, 1.png, ... and outcome.json; the folder gets its name when all are on the disk
+    checkpoints/JOB         the latents of a job that is being drawn
+
+A folder of results is a finished job, whatever the ledger says: a server that was killed between the two adopts it,
+so no picture is drawn twice. Names are ids or hashes, never anything a client wrote.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lanting.core.errors import OutputError
+from lanting.core.recipe import to_json
+from lanting.core.save import save_picture
+from lanting.core.types import Result
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+ID = re.compile(r"[0-9a-f]{24}")
+OUTCOME = "outcome.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """The server's folder."""
+
+    root: Path
+
+    def prepare(self) -> None:
+        """Make the folders, drop what a killed server left half-written. Raises OutputError."""
+        try:
+            for folder in (self.root, self.pictures, self.results, self.checkpoints):
+                folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            for folder in (self.pictures, self.results, self.checkpoints):
+                for left in folder.glob(".*"):
+                    shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+        except OSError as error:
+            raise OutputError(
+                "nothing can be written to {folder}: {reason}; choose another place with --data",
+                **{"folder": self.root, "reason": error.strerror or error},
+            ) from None
+
+    @property
+    def pictures(self) -> Path:
+        return self.root / "pictures"
+
+    @property
+    def results(self) -> Path:
+        return self.root / "results"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    def picture(self, sha256: str) -> Path:
+        """An input picture."""
+        return self.pictures / f"{sha256}.png"
+
+    def result(self, job: str, index: int) -> Path:
+        return self.results / job / f"{index}.png"
+
+    def checkpoint(self, job: str) -> Path:
+        return self.checkpoints / job
+
+    def keep_picture(self, image: Image, sha256: str) -> None:
+        """Write an input picture, unless it is there."""
+        path = self.picture(sha256)
+        if path.exists():
+            path.touch()  # it is wanted again: not to be forgotten with what is old
+            return
+        part = path.with_name(f".{secrets.token_hex(8)}")
+        with part.open("wb") as file:
+            image.save(file, format="PNG", compress_level=1)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+        sync(self.pictures)
+
+    def outcome(self, job: str) -> dict[str, Any] | None:
+        """What a finished job left, or None."""
+        try:
+            return json.loads((self.results / job / OUTCOME).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+
+    def forget(self, jobs: Sequence[str]) -> None:
+        """Everything of these jobs."""
+        for job in jobs:
+            shutil.rmtree(self.results / job, ignore_errors=True)
+            self.checkpoint(job).unlink(missing_ok=True)
+
+    def forget_pictures(self, older: float) -> None:
+        """Input pictures that nobody sent since `older` (seconds since 1970)."""
+        for path in self.pictures.glob("*.png"):
+            with suppress(OSError):
+                if path.stat().st_mtime < older:
+                    path.unlink()
+
+    def free(self) -> int:
+        """Bytes left on the disk."""
+        return shutil.disk_usage(self.root).free
+
+
+def publish(result: Result, target: Path) -> dict[str, Any]:
+    """Write a result as the folder `target`, all of it or nothing; its outcome. One that is there stays."""
+    part = target.with_name(f".{target.name}-{secrets.token_hex(4)}")
+    part.mkdir(mode=0o700)
+    try:
+        for index, (image, recipe) in enumerate(zip(result.images, result.recipes, strict=True)):
+            sync(save_picture(image, part / f"{index}.png", recipe))
+        outcome = describe(result)
+        path = part / OUTCOME
+        path.write_text(json.dumps(outcome, ensure_ascii=False), encoding="utf-8")
+        sync(path)
+        sync(part)
+        if not (target / OUTCOME).exists():
+            os.rename(part, target)
+            sync(target.parent)
+        return outcome
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def describe(result: Result) -> dict[str, Any]:
+    """A result as plain values: sizes, recipes, seconds."""
+    return {
+        "images": [{"size": list(image.size), "mode": image.mode} for image in result.images],
+        "recipes": [json.loads(to_json(recipe)) for recipe in result.recipes],
+        "seconds": {name: round(spent, 4) for name, spent in result.seconds.items()},
+    }
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a file as a whole. Not waited for: a checkpoint that is lost costs a few steps."""
+    part = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
+    try:
+        part.write_bytes(data)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def seeds_of(outcome: Mapping[str, Any]) -> list[int]:
+    """The seed of each picture."""
+    return [int(recipe["request"]["seed"]) for recipe in outcome["recipes"]]
+
+
+def day(days: float) -> float:
+    """That many days ago, in seconds since 1970."""
+    return time.time() - days * 86_400

@@ -1,0 +1,206 @@
+"""The door: every request of every route, mounted ones included, passes here first.
+
+1. Host: only names this server has. A web page that rebinds its own name to 127.0.0.1 brings that name along.
+2. Origin: a browser says which page asks; another site's page may not, whatever it asks for.
+3. Key, where keys are needed: `Authorization: Bearer KEY`, `Basic` with the key as password (browsers, A1111 clients),
+   `X-API-Key`, or a picture's own signed address.
+4. Size and time of the body.
+
+One ASGI function around the whole application rather than a dependency per route: a route that somebody adds later
+is behind it without being told.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import ipaddress
+import logging
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from lanting.core.errors import LantingError
+from lanting.serve.errors import DeniedError, LargeError, NoKeyError
+from lanting.serve.jobs import LOCAL, Caller
+from lanting.serve.keys import Keyring
+from lanting.serve.meters import Meters
+from lanting.serve.settings import LOOPBACK, Settings, is_loopback
+from lanting.serve.signing import Signer
+
+OPEN = ("/healthz", "/readyz")  # for whoever watches that the server lives; they say nothing else
+logger = logging.getLogger("lanting.serve.http")
+
+
+@dataclass(frozen=True, slots=True)
+class Door:
+    """What the guard needs to decide."""
+
+    settings: Settings
+    keyring: Keyring
+    signer: Signer
+    meters: Meters
+    shape: Callable[[str, LantingError], Response]  # an error in the words of the path's dialect
+
+
+class Guard:
+    """The ASGI function."""
+
+    def __init__(self, app: ASGIApp, door: Callable[[], Door]) -> None:
+        self.app, self.door = app, door
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] not in ("http", "websocket"):
+            await self.app(scope, receive, send)
+            return
+        door, began, status = self.door(), time.perf_counter(), 0
+
+        async def sent(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message.setdefault("headers", []).extend(ALWAYS)
+                door.meters.answer.observe(time.perf_counter() - began)
+            await send(message)
+
+        try:
+            scope.setdefault("state", {})["caller"] = await admitted(door, scope)
+        except LantingError as error:
+            await turned_away(door, scope, receive, sent, error)
+        else:
+            try:
+                await self.app(scope, Arriving(door, receive) if scope["type"] == "http" else receive, sent)
+            except LantingError as error:  # from a mounted application, which has no words for it
+                if status:
+                    raise
+                await turned_away(door, scope, receive, sent, error)
+        finally:
+            note(door, scope, status or 500, time.perf_counter() - began)
+
+
+ALWAYS = [
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"x-frame-options", b"SAMEORIGIN"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+]
+
+
+async def turned_away(door: Door, scope: Scope, receive: Receive, send: Send, error: LantingError) -> None:
+    if scope["type"] == "websocket":
+        await receive()
+        await send({"type": "websocket.close", "code": 1008})
+        return
+    await door.shape(scope["path"], error)(scope, receive, send)
+
+
+def note(door: Door, scope: Scope, status: int, seconds: float) -> None:
+    """A line of the access log: the route, not the address, which holds ids and signatures."""
+    route = getattr(scope.get("route"), "path", None) or ("mounted" if status < 400 else "none")
+    door.meters.requests.labels(route, str(status)).inc()
+    caller = scope.get("state", {}).get("caller")
+    extra = {"method": scope.get("method"), "route": route, "status": status, "ms": round(seconds * 1000, 1)}
+    level = logging.WARNING if status >= 500 else logging.DEBUG if status < 400 else logging.INFO
+    logger.log(level, "answered", extra=extra | {"owner": getattr(caller, "id", None)})
+
+
+async def admitted(door: Door, scope: Scope) -> Caller | None:
+    """Who asks. Raises DeniedError, NoKeyError or LargeError."""
+    headers = Headers(scope=scope)
+    check_host(door.settings, headers.get("host", ""))
+    check_origin(door.settings, headers)
+    length = headers.get("content-length", "0")
+    if not length.isdigit() or int(length) > door.settings.caps.body:
+        raise LargeError("the request is larger than {most} MB: send less", most=door.settings.caps.body >> 20)
+    if scope["path"] in OPEN:
+        return None
+    if not door.settings.needs_keys:
+        return LOCAL
+    if scope.get("method") in ("GET", "HEAD") and (owner := door.signer.owner(scope["path"], scope["query_string"])):
+        return Caller(owner, "a signed address")
+    if (caller := await door.keyring.find(key_in(headers))) is not None:
+        return caller
+    raise NoKeyError("an API key is needed: send 'Authorization: Bearer KEY'; 'lanting keys create NAME' makes one")
+
+
+def key_in(headers: Headers) -> str:
+    """The key that a request brings, in any of the ways that clients have."""
+    kind, _, rest = headers.get("authorization", "").partition(" ")
+    if kind.lower() == "bearer":
+        return rest.strip()
+    if kind.lower() == "basic":
+        try:
+            name, _, password = base64.b64decode(rest, validate=True).decode().partition(":")
+        except (binascii.Error, UnicodeError):
+            return ""
+        return password or name
+    return headers.get("x-api-key", "").strip()
+
+
+def check_host(settings: Settings, host: str) -> None:
+    """Raises DeniedError for a name that is not this server's."""
+    name = bare(host)
+    known = name in (*LOOPBACK, *map(bare, settings.hosts))
+    if not known and not is_loopback(settings.host):
+        known = name in (bare(settings.host), socket.gethostname().lower()) or is_address(name)
+    if not known:
+        raise DeniedError(
+            "this server is not called {host}: start it with --allow-host to let it be", host=repr(name[:80])
+        )
+
+
+def bare(host: str) -> str:
+    """A host without port and brackets, in small letters."""
+    host = host.strip().lower()
+    if host.startswith("["):
+        return host[1:].partition("]")[0]
+    return host.rpartition(":")[0] if host.count(":") == 1 else host
+
+
+def is_address(name: str) -> bool:
+    """Whether it is an IP address. No page can rebind one."""
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def check_origin(settings: Settings, headers: Headers) -> None:
+    """Raises DeniedError where a page of another site asks. Programs send no Origin."""
+    origin, host = headers.get("origin"), headers.get("host", "")
+    if origin in settings.origins:
+        return
+    if origin is not None and urlsplit(origin).netloc.lower() != host.strip().lower():
+        raise DeniedError("pages of other sites may not call this server: allow one with --allow-origin")
+    going = headers.get("sec-fetch-mode") == "navigate"  # a link somebody followed; nothing is changed by a GET
+    if headers.get("sec-fetch-site") == "cross-site" and not going:
+        raise DeniedError("pages of other sites may not call this server: allow one with --allow-origin")
+
+
+class Arriving:
+    """The body's messages, bounded in bytes and time."""
+
+    def __init__(self, door: Door, receive: Receive) -> None:
+        self.door, self.receive, self.bytes, self.whole = door, receive, 0, False
+        self.until = time.monotonic() + door.settings.caps.body_seconds
+
+    async def __call__(self) -> Message:
+        if self.whole:
+            return await self.receive()
+        try:
+            message = await asyncio.wait_for(self.receive(), max(self.until - time.monotonic(), 0.001))
+        except TimeoutError:
+            raise LargeError("the request took too long to arrive: send it faster, or less") from None
+        self.bytes += len(message.get("body", b""))
+        self.whole = message["type"] != "http.request" or not message.get("more_body", False)
+        if self.bytes > self.door.settings.caps.body:
+            raise LargeError("the request is larger than {most} MB: send less", most=self.door.settings.caps.body >> 20)
+        return message

@@ -1,0 +1,106 @@
+"""What a server is told when it starts. Everything that can be refused is refused before a port is opened.
+
+Keys are needed as soon as anyone but this computer may come: another address to listen on, or another host name that
+a proxy answers to.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lanting.core.errors import RequestError
+
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """One model and how its engine is opened; `options` are those of `Engine.open`."""
+
+    name: str  # what clients call it
+    model: str  # a release, a folder or a file
+    options: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+
+@dataclass(frozen=True, slots=True)
+class Caps:
+    """The most that one request, or all together, may ask for."""
+
+    body: int = 64 << 20  # bytes of a request
+    body_seconds: float = 60.0  # within which it must have arrived
+    pixels: int = 2048 * 2048  # of one picture to be drawn
+    count: int = 16  # pictures of one request
+    steps: int = 200
+    pictures: int = 16  # input pictures of one request
+    input_pixels: int = 50_000_000  # of all of them together
+    waiting: int = 1000  # jobs in the queue; one key may hold half of them
+    fetch_bytes: int = 20 << 20  # of a picture that is fetched
+    fetch_seconds: float = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """A server. `data` is its folder: queue, pictures, keys."""
+
+    data: Path
+    models: tuple[Served, ...] = (Served("nano", "nano"),)
+    host: str = "127.0.0.1"
+    port: int = 8353  # the pavilion's poems were written in 353
+    hosts: tuple[str, ...] = ()  # further names it answers to
+    origins: tuple[str, ...] = ()  # web pages elsewhere that may call it
+    keys: bool = False  # ask for keys even on this computer
+    urls: bool = False  # fetch input pictures from addresses that clients give
+    timeout: float = 3600.0  # seconds that a job may be drawn
+    drain: float = 30.0  # seconds a running job gets when the server is told to stop
+    keep_days: float = 30.0  # finished jobs and their pictures
+    every: int = 4  # steps between checkpoints
+    caps: Caps = Caps()
+    opener: str = "lanting.serve.worker:open_engine"  # what makes an engine; tests name a fake one
+
+    @property
+    def local(self) -> bool:
+        """Only this computer can come, under its own names."""
+        return is_loopback(self.host) and all(map(is_loopback, self.hosts))
+
+    @property
+    def needs_keys(self) -> bool:
+        return self.keys or not self.local
+
+    @property
+    def url(self) -> str:
+        """Where a browser on this computer finds it."""
+        shown = "localhost" if self.host in ("0.0.0.0", "::", "127.0.0.1") else self.host
+        return f"http://{f'[{shown}]' if ':' in shown else shown}:{self.port}"
+
+    def model(self, name: str | None) -> Served | None:
+        """The model of that name; the first one where nobody said which."""
+        if not name:
+            return self.models[0]
+        return next((one for one in self.models if one.name == name), None)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or address means this computer and nothing else."""
+    bare = host.strip("[]").lower()
+    if bare in LOOPBACK:
+        return True
+    try:
+        return ipaddress.ip_address(bare).is_loopback
+    except ValueError:
+        return False
+
+
+def check(settings: Settings) -> Settings:
+    """The same settings, or a RequestError: names of models are unique, and the port is one."""
+    names = [one.name for one in settings.models]
+    if len(set(names)) != len(names):
+        raise RequestError(
+            "two models are called {name}: serve one of them", name=next(n for n in names if names.count(n) > 1)
+        )
+    if not 0 <= settings.port <= 65535:
+        raise RequestError("the port must be 0 to 65535, not {port}", port=settings.port)
+    return settings

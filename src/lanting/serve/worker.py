@@ -1,0 +1,211 @@
+"""The process that draws: one engine, one job at a time, JSON lines in and out.
+
+A process of its own, so that drawing never delays an answer, a crash in native code or a lack of memory ends one job's
+run and not the server, and a step that hangs can be killed. When the pipe to the server closes, because it was killed,
+the worker leaves at once: two workers never draw the same queue.
+
+in   {"do": "draw", "job", "request", "lora", "pictures", "mask", "checkpoint", "results"}, {"do": "stop", "job", "why"}
+out  {"is": "ready" | "progress" | "checkpoint" | "resumed" | "done" | "failed" | "stopped", "job", ...}
+"""
+
+from __future__ import annotations
+
+import base64
+import importlib
+import io
+import json
+import os
+import queue
+import sys
+import threading
+import traceback
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from lanting.core.checkpoint import Checkpoint
+from lanting.core.errors import LantingError, RequestError
+from lanting.core.lang import explain
+from lanting.core.pictures import open_mask, open_picture
+from lanting.core.recipe import restore_request
+from lanting.core.types import Progress, Request, Result
+from lanting.serve.files import publish, replace_file
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from lanting.engine import Engine
+
+QUALITY = 80  # of previews, as JPEG
+
+
+def open_engine(model: str, **options: Any) -> Engine:
+    """The real thing. A model that needs a plan on this machine gets the one that the command line would choose."""
+    from lanting.engine import Engine
+
+    return Engine.open(model, **options)
+
+
+@dataclass
+class Bench:
+    """What the worker holds: the engine, the way out, and which jobs are to be stopped."""
+
+    engine: Any
+    out: IO[str]
+    every: int
+    names: tuple[str, ...] = ()  # of the LoRAs that were asked for
+    usual: tuple[float, ...] = ()  # their strengths where a request says nothing
+    strengths: tuple[float, ...] = ()  # their strengths now
+    stops: dict[str, str] = field(default_factory=dict[str, str])  # job -> why
+    orders: queue.SimpleQueue[dict[str, Any]] = field(default_factory=queue.SimpleQueue)
+
+    def say(self, what: str, **values: Any) -> None:
+        self.out.write(json.dumps({"is": what, **values}, ensure_ascii=False) + "\n")
+        self.out.flush()
+
+    def listen(self) -> None:
+        """Read orders until the server is gone; runs beside the drawing."""
+        for line in sys.stdin:
+            order = json.loads(line)
+            if order["do"] == "stop":
+                self.stops[order["job"]] = order["why"]
+            else:
+                self.orders.put(order)
+        os._exit(0)  # the server is gone; what was being drawn is in its checkpoint
+
+    def hang(self, wished: Mapping[str, float] | None) -> None:
+        """The LoRAs of a job: those it names and no others, or the usual ones. Raises RequestError."""
+        strange = sorted(set(wished or ()) - set(self.names))
+        if strange:
+            known = ", ".join(self.names) or "-"
+            raise RequestError("no LoRA is called {name} here; there are: {known}", name=strange[0], known=known)
+        new = self.usual if wished is None else tuple(float(wished.get(name, 0.0)) for name in self.names)
+        if new != self.strengths:
+            self.engine.set_strengths(*new)
+            self.strengths = new
+
+
+def main() -> None:
+    """Serve one pipe. The first line says what to open."""
+    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # whatever a library prints must not end up between our lines
+    order = json.loads(sys.stdin.readline())
+    module, _, name = order["opener"].partition(":")
+    bench = Bench(None, out, order["every"])
+    threading.Thread(target=bench.listen, daemon=True).start()
+    try:
+        bench.engine = getattr(importlib.import_module(module), name)(order["model"], **order["options"])
+        asked = (
+            tuple(bench.engine.loras)[-len(order["options"].get("loras", ())) :]
+            if order["options"].get("loras")
+            else ()
+        )
+        bench.names = tuple(Path(lora.name).stem for lora in asked)
+        bench.usual = bench.strengths = tuple(float(lora.strength) for lora in asked)
+    except LantingError as error:
+        bench.say("refused", sentence=explain(error), code=error.exit_code)
+        return
+    loras = [{"name": name, "strength": strength} for name, strength in zip(bench.names, bench.usual, strict=True)]
+    bench.say("ready", spec=asdict(bench.engine.spec), loras=loras, notes=list(bench.engine.notes))
+    while True:
+        take(bench, bench.orders.get())
+
+
+def take(bench: Bench, order: Mapping[str, Any]) -> None:
+    """Draw one job and say how it ended."""
+    job = order["job"]
+    try:
+        draw(bench, order)
+    except LantingError as error:
+        code = getattr(error, "exit_code", 1)
+        bench.say("failed", job=job, sentence=explain(error), code=code, kind=type(error).__name__)
+    except Exception as error:
+        trace = "".join(traceback.format_exception(error))
+        bench.say("failed", job=job, sentence=None, code=1, kind=type(error).__name__, trace=trace)
+    bench.stops.pop(job, None)
+
+
+def draw(bench: Bench, order: Mapping[str, Any]) -> None:
+    job, checkpoint = order["job"], Path(order["checkpoint"])
+    bench.hang(order["lora"])
+    request = request_of(order)
+    resume = saved(checkpoint)
+    try:
+        ended = follow(bench, order, request, resume)
+    except RequestError:
+        if resume is None:
+            raise
+        checkpoint.unlink(missing_ok=True)  # of another version of the model: from the start, then
+        ended = follow(bench, order, request, None)
+    if ended is None:
+        bench.say("stopped", job=job, why=bench.stops.get(job, ""))
+        return
+    outcome = publish(ended, Path(order["results"]))
+    checkpoint.unlink(missing_ok=True)
+    bench.say("done", job=job, outcome=outcome)
+
+
+def follow(bench: Bench, order: Mapping[str, Any], request: Request, resume: Checkpoint | None) -> Result | None:
+    """Run the engine, report and save on the way; None where the job was stopped."""
+    job = order["job"]
+    stream = bench.engine.stream_resumable(request, previews=True, every=bench.every, resume=resume)
+    with closing(stream) as events:
+        for event in events:
+            if isinstance(event, Result):
+                return event
+            if job in bench.stops and not (bench.stops[job] == "pause" and isinstance(event, Progress)):
+                # a pause waits for the next checkpoint, so that no step is lost
+                if isinstance(event, Checkpoint):
+                    save(bench, job, Path(order["checkpoint"]), event)
+                return None
+            if isinstance(event, Checkpoint):
+                save(bench, job, Path(order["checkpoint"]), event)
+            else:
+                tell(bench, job, event, resume)
+                resume = None if event.phase == "denoise" else resume
+    raise RuntimeError("the engine ended without a result")
+
+
+def tell(bench: Bench, job: str, event: Progress, resume: Checkpoint | None) -> None:
+    if event.phase == "denoise" and resume is not None:
+        bench.say("resumed", job=job, step=resume.step, steps=resume.steps)
+    told = {"phase": event.phase, "step": event.step, "steps": event.steps, "seconds": round(event.seconds, 4)}
+    bench.say("progress", job=job, **told, preview=None if event.preview is None else small(event.preview))
+
+
+def save(bench: Bench, job: str, path: Path, checkpoint: Checkpoint) -> None:
+    """A disk that is full must not end a drawing that goes well."""
+    try:
+        replace_file(path, checkpoint.to_bytes())
+    except OSError as error:
+        print(f"lanting: no checkpoint could be written: {error}", file=sys.stderr)
+        return
+    bench.say("checkpoint", job=job, step=checkpoint.step, steps=checkpoint.steps)
+
+
+def saved(path: Path) -> Checkpoint | None:
+    """What an interrupted run left, if it can be read."""
+    try:
+        return Checkpoint.from_bytes(path.read_bytes())
+    except (OSError, RequestError):
+        return None
+
+
+def request_of(order: Mapping[str, Any]) -> Request:
+    """The request, its pictures opened."""
+    pictures = [open_picture(Path(path).read_bytes()) for path in order["pictures"]]
+    mask = None if order["mask"] is None else open_mask(Path(order["mask"]).read_bytes())
+    return restore_request(order["request"], pictures, mask)
+
+
+def small(image: Image) -> str:
+    """A preview as base64 JPEG."""
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, format="JPEG", quality=QUALITY)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+if __name__ == "__main__":
+    main()
