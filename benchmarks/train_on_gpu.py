@@ -53,6 +53,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--resume-from", type=Path, help="what an earlier slice brought back")
     parser.add_argument("--anew", action="store_true", help="with --resume-from: its weights begin a new schedule")
     parser.add_argument("--vae-anew", action="store_true", help="with --resume-from: train its autoencoder on first")
+    parser.add_argument("--recode", action="store_true", help="names of pictograms get their codes again first")
     parser.add_argument("--atlas", type=Path, help="atlas.npz made beforehand; otherwise drawn here in seconds")
     parser.add_argument("--minutes", type=float, default=27.0, help="of the transformer, over all slices")
     parser.add_argument("--vae-minutes", type=float, default=3.0)
@@ -63,7 +64,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch-times", type=int, default=0)
     parser.add_argument("--lr", type=float, default=0.0)
     parser.add_argument("--concepts", type=int, default=256)
-    parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--compile", action="store_true", help="compiled blocks instead of a copy in 16 bits")
     parser.add_argument("--no-graphs", action="store_true", help="run every step's operations one by one")
     parser.add_argument("--profile", action="store_true", help="say where the time of a few steps goes: profile.txt")
     parser.add_argument("--warm", default="", help="model folder whose weights are continued")
@@ -198,13 +199,14 @@ def the_run(asked: argparse.Namespace) -> NanoRun:
         resume_from=str(asked.resume_from or "") if goes_on(asked.resume_from) else "",
         anew=asked.anew,
         vae_anew=asked.vae_anew,
+        recode=asked.recode,
         width=asked.width,
         layers=asked.layers,
         large=asked.large,
         batch_times=asked.batch_times,
         lr=asked.lr,
         concepts=asked.concepts,
-        compiled=False if asked.no_compile else None,
+        compiled=asked.compile or None,
         warm=asked.warm,
         seed=asked.seed,
         device="cpu" if asked.dry_run else "cuda",
@@ -310,7 +312,7 @@ def main() -> None:
     before = len(entries(asked.resume_from / LOG)) if goes_on(asked.resume_from) else len(entries(run.folder / LOG))
     if asked.no_graphs:
         graphs.MOST = 0
-    vae_speed.COMPILED = not asked.no_compile
+    vae_speed.COMPILED = asked.compile
     if asked.profile:
         starts, steps = ((0,), 1) if asked.dry_run else (PROFILED, 10)
         nano.train = profiled(train, asked.out, starts, steps)

@@ -99,11 +99,11 @@ def test_places_point_at_the_first_pictogram(drawn: list[Labelled]) -> None:
         if design.concept is None:
             continue
         name = getattr(concepts()[design.concept], f"name_{labelled.language}")
-        start = locate_concept(labelled.prompt, name)[0]
+        end = locate_concept(labelled.prompt, name)[-1]
         found = {token: spot for token, *spot in spots_of(labelled)}
         x, y = place(design).pictograms[0]
-        assert found[start][0] - WHERE[0] // 2 + design.size[0] // UNIT // 2 == x, labelled
-        assert (found[start][1] - WHERE[1] // 2) * 2 + design.size[1] // UNIT // 2 in (y, y + 1), labelled
+        assert found[end][0] - WHERE[0] // 2 + design.size[0] // UNIT // 2 == x, labelled
+        assert (found[end][1] - WHERE[1] // 2) * 2 + design.size[1] // UNIT // 2 in (y, y + 1), labelled
 
 
 def test_tokens_may_begin_with_a_space_or_before_the_prompt() -> None:

@@ -28,6 +28,7 @@ from lanting.train.replay import Reader, encode_pictures, patches_of
 from lanting.train.ring import Ring, picture_cells
 from lanting.train.sight import TogetherVision, patches_together
 from lanting.train.speed import compiled_block, prepare_for_gpu
+from lanting.train.twin import twin_of
 from lanting.train.workers import kept_atlas
 from training import small_net, small_tokenizer, small_vae
 
@@ -112,7 +113,7 @@ def test_a_batch_of_a_ring_trains_like_one_of_the_replay(order, tmp_path):
     generator = torch.Generator().manual_seed(0)
     for each in (batch, quiet):
         total, report = trainer.loss(each, ring.reader.prefix, *trainer.noised(each.latents, generator))
-        assert torch.isfinite(total) and set(report) == {"loss", "read", "placed", "ink", "shape", "scene"}
+        assert torch.isfinite(total) and set(report) == {"loss", "read", "placed", "ink", "shape", "scene", "named"}
 
 
 class NoWaiting(TorchFunctionMode):
@@ -129,8 +130,9 @@ class NoWaiting(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("copied", [False, True], ids=["itself", "copy"])
 @pytest.mark.parametrize("number", [1, 3], ids=["designs", "edits"])
-def test_a_step_on_a_device_never_waits_for_a_number(order, number, monkeypatch, tmp_path):
+def test_a_step_on_a_device_never_waits_for_a_number(order, number, copied, monkeypatch, tmp_path):
     """On the meta device every tensor from elsewhere and every question for a value is an error."""
     monkeypatch.setattr("torch.autocast", lambda *_, **__: contextlib.nullcontext())
     ring, _ = filled(order, number, "meta")
@@ -138,19 +140,20 @@ def test_a_step_on_a_device_never_waits_for_a_number(order, number, monkeypatch,
     trainer.device = torch.device("meta")
     trainer.shapes, trainer.pictures = trainer.shapes.to("meta"), trainer.pictures.to("meta")
     trainer.net = prepare_for_gpu(small_net()).to("meta")
+    trainer.fast = twin_of(small_net().to("meta")) if copied else trainer.net
     trainer.average = {k: v.clone() for k, v in trainer.net.state_dict().items()}
-    update, refusing = Muon(matrices(trainer.net)[0]), contextlib.nullcontext()
+    update, refusing = Muon(matrices(trainer.fast)[0]), contextlib.nullcontext()
     for _ in range(2):  # the first time, tables are made that are kept
         with refusing:
             batch = ring.draw(4, random.Random(0), silence=0.0)
             total, report = trainer.loss(batch, ring.reader.prefix, *trainer.noised(batch.latents, None))
             total.backward()
-            torch.nn.utils.clip_grad_norm_(trainer.net.parameters(), 1.0)
+            torch.nn.utils.clip_grad_norm_(trainer.fast.parameters(), 1.0)
             update.step()
             trainer.follow()
         refusing = NoWaiting()
     assert all(value.device.type == "meta" for value in report.values())
-    assert all(p.grad is None or p.grad.device.type == "meta" for p in trainer.net.parameters())
+    assert all(p.grad is None or p.grad.device.type == "meta" for p in trainer.fast.parameters())
 
 
 def test_the_network_for_a_gpu_computes_the_same(order):

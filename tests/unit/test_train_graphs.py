@@ -20,6 +20,7 @@ from lanting.train.presets import Kind
 from lanting.train.replay import Reader
 from lanting.train.ring import Ring
 from lanting.train.speed import prepare_for_gpu
+from lanting.train.twin import twin_of
 from lanting.train.workers import kept_atlas
 from training import small_net, small_tokenizer, small_vae
 
@@ -40,6 +41,9 @@ class Again:
             raise self.broken("no\nat all")
         self.recorded += 1
         return work
+
+    def aside(self, work: Callable[[], object]) -> object:
+        return work()
 
     def forget(self) -> None:
         self.forgotten += 1
@@ -182,7 +186,7 @@ class Cuda:
     def stream(self, _: object):
         return contextlib.nullcontext()
 
-    def capture_begin(self, pool: object) -> None:
+    def capture_begin(self, pool: object, capture_error_mode: str) -> None:
         assert pool == (0, 1) and not gc.isenabled()
         self.told.append("begin")
 
@@ -222,3 +226,36 @@ def test_nothing_is_recorded_where_memory_is_short(monkeypatch):
     for free, ready in ((10, True), (4, False)):
         monkeypatch.setattr("torch.cuda.mem_get_info", lambda free=free: (free, 100))
         assert Recorder().ready() == ready
+
+
+def test_a_copy_in_sixteen_bits_trains_the_same_network(courses, tmp_path):
+    plain, copied = trainer_of(tmp_path, None), Trainer(small_net(), Budget(warmup_steps=1), tmp_path)
+    twin = twin_of(copied.net)
+    copied.use(twin)
+    copied.passes = Recorded(copied, Again())  # type: ignore[arg-type]
+    assert all(p.dtype == torch.bfloat16 for p in twin.parameters())
+    told, heard = steps(plain, courses, 8), steps(copied, courses, 8)
+    for one, other in zip(told, heard, strict=True):
+        losses = {key for key in one if key.endswith(("loss", "ink", "shape"))}
+        assert all(torch.allclose(one[key], other[key], rtol=0.05, atol=0.02) for key in losses), (one, other)
+    moved = [p.bfloat16().equal(q) for p, q in zip(copied.net.parameters(), twin.parameters(), strict=True)]
+    assert all(moved)
+
+
+def test_gradients_of_the_copy_point_where_those_of_the_network_do(courses, tmp_path):
+    net = small_net()
+    for name, p in net.named_parameters():  # away from the start, where half of the weights are zero
+        p.data += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name)))
+    trainer = Trainer(net, Budget(), tmp_path)
+    twin, exact = twin_of(net), prepare_for_gpu(net)
+    for course in courses:
+        batch = course.replay.draw(3, random.Random(0), silence=0.0)  # type: ignore[call-arg]
+        t, noise = trainer.noised(batch.latents, torch.Generator().manual_seed(0))
+        found = []
+        for fast in (exact, twin):
+            trainer.fast = fast
+            loss, _ = trainer.loss(batch, course.replay.reader.prefix, t, noise)
+            found.append(torch.autograd.grad(loss, list(fast.parameters()), allow_unused=True))
+        pairs = [(a.flatten(), b.float().flatten()) for a, b in zip(*found, strict=True) if a is not None]
+        whole, other = (torch.cat(side) for side in zip(*pairs, strict=True))
+        assert torch.cosine_similarity(whole, other, dim=0) > 0.99

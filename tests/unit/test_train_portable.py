@@ -22,7 +22,7 @@ from lanting.train.presets import on_gpu
 from lanting.train.vae import CHECKPOINT, FROZEN, VAERecipe, load_vae, train_vae
 from training import begun, gradients, lighten, small_net, small_run
 
-HEADS = {"what", "where", "ink", "drawn", "read", "scene"}  # that only help training
+HEADS = {"what", "where", "ink", "drawn", "read", "scene", "named"}  # that only help training
 
 
 @pytest.fixture(scope="module")

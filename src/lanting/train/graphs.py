@@ -79,7 +79,7 @@ class Recorder:
         gc.disable()  # what a collection frees could ask for what a recording must not contain
         try:
             with torch.cuda.stream(self.stream):
-                graph.capture_begin(pool=self.pool)
+                graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")  # others may copy meanwhile
                 try:
                     work()
                     graph.capture_end()
@@ -94,6 +94,15 @@ class Recorder:
         outside.wait_stream(self.stream)
         self.first = self.first or graph
         return graph.replay
+
+    def aside(self, work: Callable[[], Any]) -> Any:
+        """Run work where recordings are made, so that libraries have set up what they need there."""
+        self.stream, outside = self.stream or torch.cuda.Stream(), torch.cuda.current_stream()
+        self.stream.wait_stream(outside)
+        with torch.cuda.stream(self.stream):
+            found = work()
+        outside.wait_stream(self.stream)
+        return found
 
     def forget(self) -> None:
         """Begin a new pool: recordings that are dropped give back the memory of theirs."""
@@ -135,7 +144,7 @@ class Playback:
             self.keep(whole, work, tensors)
         recording = self.kept.get(whole)
         if recording is None:
-            found = work(*tensors)
+            found = self.recorder.aside(lambda: work(*tensors))
             self.met[whole] = [(x.to("meta"), x.device) for x in found]
             return found
         for place, value in zip(recording.inputs, tensors, strict=True):
@@ -235,9 +244,10 @@ class Recorded:
     """
 
     def __init__(self, trainer: Trainer, records: Recorder | None = None):
-        self.trainer, self.playback = trainer, Playback(records or recorder(), "batches are")
+        self.trainer, self.playback = trainer, Playback(records or recorder(), "batches are", MOST)
         record_updates(trainer.optimizers, self.playback.recorder)
         self.parameters = list(trainer.net.parameters())
+        self.leaves = list(trainer.fast.parameters())  # of the copy that a GPU computes with
         self.sums = [torch.zeros_like(p) for p in self.parameters]
         self.reaches: dict[str, list[int]] = {}  # the parameters that a kind of batch has gradients for
         self.names: tuple[str, ...] = ()  # of figures
@@ -260,7 +270,7 @@ class Recorded:
     ) -> tuple[Tensor, ...]:
         """One batch forward and backward; its gradients join the sums."""
         total, report = self.trainer.loss(batch, prefix, t, noise)
-        found = torch.autograd.grad(total / self.trainer.budget.picks, self.parameters, allow_unused=True)
+        found = torch.autograd.grad(total / self.trainer.budget.picks, self.leaves, allow_unused=True)
         self.reaches[name] = [i for i, grad in enumerate(found) if grad is not None]
         torch._foreach_add_([self.sums[i] for i in self.reaches[name]], [g for g in found if g is not None])
         self.names = tuple(report)
@@ -286,4 +296,5 @@ class Recorded:
 
 def passes_for(trainer: Trainer) -> Passes:
     """Recordings for one GPU. Several GPUs wait for one another while others would record: they go without."""
-    return Recorded(trainer) if MOST and trainer.device.type == "cuda" and trainer.world == 1 else Plain(trainer)
+    alone = trainer.device.type == "cuda" and trainer.world == 1
+    return Recorded(trainer) if alone and (MOST or trainer.fast is not trainer.net) else Plain(trainer)

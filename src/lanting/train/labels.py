@@ -69,15 +69,14 @@ def label_grid(design: Design, placement: Placement) -> np.ndarray:
 def label_places(
     design: Design, placement: Placement, prompt: str, starts: Sequence[int]
 ) -> list[tuple[int, int, int, int]]:
-    """For each token that spells a character or names the pictogram: (token, column, row, width class).
+    """For each token that spells a character or ends the pictogram's name: (token, column, row, width class).
 
-    `starts` holds the index in `prompt` of each token's first character.
+    `starts` holds the index in `prompt` of each token's first character. A name is asked about at its last token: the
+    reader looks back only, so it is the first that can know all of it.
     """
-    from lanting.train.assets import concepts
-    from lanting.train.wording import locate, locate_concept
+    from lanting.train.wording import locate
 
     spots: dict[int, tuple[int, int, int]] = {}  # index in the prompt -> what is asked
-    middle_x, middle_y = design.size[0] // UNIT // 2, design.size[1] // UNIT // 2
     try:
         lines = locate(prompt, design.lines)
     except ValueError:
@@ -85,18 +84,32 @@ def label_places(
     for glyph in placement.glyphs:
         if lines and lines[glyph.line]:
             spots[lines[glyph.line][glyph.index]] = (glyph.x, glyph.y, min(glyph.width, WHERE[2] - 1))
-    if design.concept is not None and placement.pictograms:
-        concept = concepts()[design.concept]
-        x, y = placement.pictograms[0]
-        for name in (concept.name_en, concept.name_zh):
-            for index in locate_concept(prompt, name)[:1]:
-                spots[index] = (x, y, WHERE[2] - 1)
     found = []
     for token, start in enumerate(starts):
         key = start if start in spots else start + 1 if prompt[start : start + 1] == " " else -1
         if start >= 0 and key in spots:
-            x, y, width = spots[key]
-            column = min(max(x - middle_x + WHERE[0] // 2, 0), WHERE[0] - 1)
-            row = min(max((y - middle_y) // 2 + WHERE[1] // 2, 0), WHERE[1] - 1)
-            found.append((token, column, row, width))
-    return found
+            found.append((token, *_spot(design, *spots[key])))
+    if design.concept is not None and placement.pictograms:
+        x, y = placement.pictograms[0]
+        named = _name_ends(prompt, design.concept, starts)
+        found += [(token, *_spot(design, x, y, PICTURED)) for token in named]
+    return sorted(found)
+
+
+def _spot(design: Design, x: int, y: int, width: int) -> tuple[int, int, int]:
+    """Column, row and width class of what stands at (x, y) in units."""
+    middle_x, middle_y = design.size[0] // UNIT // 2, design.size[1] // UNIT // 2
+    column = min(max(x - middle_x + WHERE[0] // 2, 0), WHERE[0] - 1)
+    row = min(max((y - middle_y) // 2 + WHERE[1] // 2, 0), WHERE[1] - 1)
+    return column, row, width
+
+
+def _name_ends(prompt: str, number: int, starts: Sequence[int]) -> list[int]:
+    """The last token of a pictogram's name in each language that the prompt names it in."""
+    from lanting.train.assets import concepts
+    from lanting.train.wording import locate_concept
+
+    names = concepts()[number].name_en, concepts()[number].name_zh
+    ends = [spots[-1] for name in names if (spots := locate_concept(prompt, name))]
+    inside = [[token for token, start in enumerate(starts) if 0 <= start <= end] for end in ends]
+    return sorted({tokens[-1] for tokens in inside if tokens})

@@ -33,6 +33,7 @@ from lanting.train.replay import Batch, Reader
 from lanting.train.vae import replace_file
 
 AGREE = 20  # steps on GPUs between two agreements on the time
+NEW = ("scene", "named")  # heads that only help, and that a checkpoint may be older than
 STOCK = 512  # examples of every kind before the first step
 
 
@@ -110,6 +111,7 @@ class Trainer:
 
     def __init__(self, net: NanoNet, budget: Budget, folder: Path, world: int = 1, rank: int = 0, device: str = "cpu"):
         self.net, self.budget, self.folder, self.world, self.rank = net, budget, folder, world, rank
+        self.fast = net  # what goes forward and backward: the network, or a copy of it in 16 bits
         self.device = torch.device(device)
         muon, adam = matrices(net)
         self.optimizers: list[torch.optim.Optimizer] = [
@@ -129,6 +131,18 @@ class Trainer:
         self._pairs: tuple[list[Tensor], list[Tensor]] = ([], [])  # what follows and what is followed
         self._paired: tuple[object, object] = (None, None)  # whose they are
         self.passes: Passes = passes_for(self)
+
+    def use(self, fast: NanoNet) -> None:
+        """Go forward and backward through a copy of the network in 16 bits (`twin`) from now on."""
+        self.fast = fast
+        self.passes = passes_for(self)
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Bring the copy, if there is one, up to the network's weights."""
+        if self.fast is not self.net:
+            torch._foreach_copy_(list(self.fast.parameters()), list(self.net.parameters()))
 
     @property
     def progress(self) -> float:
@@ -152,8 +166,12 @@ class Trainer:
         """Velocity error at times t plus what the helper heads missed."""
         x0, weights = batch.latents, self.budget
         noisy = torch.lerp(x0, noise, t[:, None, None])
-        with torch.autocast(self.device.type, dtype=torch.bfloat16):
-            velocity, said = self.net(noisy, t, self.prefix(prefix), batch)
+        if self.fast is not self.net:
+            dtype = self.fast.ink.out.weight.dtype
+            velocity, said = self.fast(noisy.to(dtype), t, self.prefix(prefix), batch.pictures_in(dtype))
+        else:
+            with torch.autocast(self.device.type, dtype=torch.bfloat16):
+                velocity, said = self.net(noisy, t, self.prefix(prefix), batch)
         error = (velocity.float() - (noise - x0)).square().mean()
         return judged(error, said, batch, (self.shapes, self.pictures), weights)
 
@@ -195,6 +213,7 @@ class Trainer:
             optimizer.zero_grad(set_to_none=self.world == 1)
         self.passes.clear()
         self.follow()
+        self.refresh()
 
     def tick(self, began: float) -> None:
         """Advance the clock. A GPU is still busy when a step returns, so there time counts from step to step."""
@@ -260,7 +279,7 @@ class Trainer:
         state = torch.load(path, weights_only=True, map_location=self.device)
         fresh = self.net.state_dict()
         for weights in (state["net"], state["average"]):  # a head that only helps may be newer than the checkpoint
-            weights |= {k: v.clone() for k, v in fresh.items() if k not in weights and k.split(".")[0] == "scene"}
+            weights |= {k: v.clone() for k, v in fresh.items() if k not in weights and k.split(".")[0] in NEW}
         shapes = {k: v.shape for k, v in fresh.items()}
         if {k: v.shape for k, v in state["net"].items()} != shapes:
             raise ModelError(
@@ -274,6 +293,7 @@ class Trainer:
             groups = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": kept["state"], "param_groups": kept.get("param_groups") or groups})
         self.warm_from = 0 if state["optimizers"] else self.clock.step
+        self.refresh()
         return True
 
 

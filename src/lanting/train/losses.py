@@ -55,11 +55,11 @@ def judged(
     total = total + weights.where * entropy(said.where, spots, known)
     ink = mean(missed(said.ink, batch.ink), inked)
     letters = known * (batch.where[..., 2] != PICTURED)
-    scene = mean(missed_scene(said.scene, batch.what, tables[1]), known - letters)
+    scene, named = (mean(missed_scene(x, batch.what, tables[1]), known - letters) for x in (said.scene, said.named))
     shapes = tables[0][batch.ids]  # (B, T, 256)
     read, text = (mean(missed(each, shapes), letters) for each in (said.read, said.text))
-    report |= {"ink": ink.detach(), "shape": text.detach(), "scene": scene.detach()}
-    return total + weights.ink * ink + weights.shape * (read + text) + weights.scene * scene, report
+    report |= {"ink": ink.detach(), "shape": text.detach(), "scene": scene.detach(), "named": named.detach()}
+    return total + weights.ink * ink + weights.shape * (read + text) + weights.scene * (scene + named), report
 
 
 def missed_scene(drawn: Tensor, what: Tensor, pictures: Tensor) -> Tensor:

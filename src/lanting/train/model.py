@@ -9,7 +9,7 @@ What makes a tiny network spell within hours is the start and the help:
 - a third draws each token's shapes in black and white, so that strokes are learnt apart from colour and noise;
 - two more draw the character of a text token, behind the reader and a third of the way through the transformer. Without
   them the code of a character does not survive that far (docs/LOG.md), and drawing it stays a feat of memory;
-- the last draws a pictogram, small and in colours, at the token that names it.
+- the last two draw a pictogram, small and in colours, at the token that ends its name, in the same two places.
 """
 
 from __future__ import annotations
@@ -191,7 +191,8 @@ class Answers:
     ink: Tensor  # (B, N, 64)
     read: Tensor  # (B, T, 256) shapes behind the reader
     text: Tensor  # (B, T, 256) shapes in the text stream
-    scene: Tensor  # (B, T, 768) the pictogram named there, in colours
+    scene: Tensor  # (B, T, 768) the pictogram named there, in colours, in the text stream
+    named: Tensor  # (B, T, 768) the same behind the reader
 
 
 class NanoNet(nn.Module):
@@ -207,7 +208,7 @@ class NanoNet(nn.Module):
         self.what, self.where = Head(width, WHAT), Head(width, WHERE)
         self.ink, self.drawn = Probe(width, INK * INK), Probe(width, SHAPE)
         self.read = Probe(config.language.hidden_size, SHAPE)
-        self.scene = Probe(width, SCENE)
+        self.scene, self.named = Probe(width, SCENE), Probe(config.language.hidden_size, SCENE)
         self.transformer.transformer_blocks = WatchedStack(self.transformer.transformer_blocks)
         swap(self, Attend, lambda path, old: PlainAttend())
         swap(self, CausalAttend, lambda path, old: PlainCausalAttend())
@@ -238,8 +239,16 @@ class NanoNet(nn.Module):
         grids: list[Grid] = [batch.grid] * (whole.shape[1] // tokens)
         velocity = self.transformer(whole, t, states, batch.mask, grids, tokens)[:, :tokens]
         middle, text = self.stack.middle[:, :tokens], self.stack.text
-        drawn, scene = self.drawn(text), self.scene(text)
-        return velocity, Answers(self.what(middle), self.where(text), self.ink(middle), self.read(states), drawn, scene)
+        said = Answers(
+            self.what(middle),
+            self.where(text),
+            self.ink(middle),
+            self.read(states),
+            self.drawn(text),
+            self.scene(text),
+            self.named(states),
+        )
+        return velocity, said
 
 
 def compile_blocks(net: NanoNet) -> None:

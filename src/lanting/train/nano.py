@@ -36,9 +36,10 @@ from lanting.train.presets import GIB_PER_TIMES, Preset, kinds, pick_device, pre
 from lanting.train.progress import Scorer, Watch
 from lanting.train.replay import EditReplay, Reader, Replay
 from lanting.train.speed import compile_for_gpu, prepare_for_gpu
+from lanting.train.twin import twin_of
 from lanting.train.vae import FROZEN, VAERecipe, finetune_decoder, load_vae, train_vae
 from lanting.train.vocabulary import VOCAB_SIZE, build_tokenizer
-from lanting.train.warm import continue_from, seed_embeddings
+from lanting.train.warm import continue_from, seed_embeddings, seed_names
 from lanting.train.workers import kept_atlas
 
 CLOSING = 25.0  # seconds of a slice kept for its checkpoint, sheets and export
@@ -67,6 +68,7 @@ class NanoRun:
     resume_from: str = ""  # folder a slice wrote, for a machine that has nothing yet
     anew: bool = False  # what was brought begins a new schedule instead of going on with its own
     vae_anew: bool = False  # its autoencoder is trained on first
+    recode: bool = False  # names of pictograms get their codes again before what was brought is trained on
     feeders: int = -1  # processes per trainer that make up designs; -1: what suits the device
     batch_times: int = 0  # batches as multiples of a core's; 0: what suits the device
     lr: float = 0.0  # highest learning rate; 0: what suits the device
@@ -319,9 +321,12 @@ def prepared(
     net = build(run, tokenizer, vae)
     torch.set_num_threads(1)
     vae.bfloat16()  # twice as fast as autocast, and the latents are kept in 16 bits anyway
+    twin = None
     if device != "cpu":
-        prepare_for_gpu(net.to(device))
-        if run.compiled is not False:
+        alone = world == 1 and not run.compiled
+        twin = twin_of(net.to(device)) if alone else None
+        prepare_for_gpu(net)
+        if run.compiled is not False and not alone:
             compile_for_gpu()
         vae.to(device)
     budget: Budget = chosen.budget(run.minutes)
@@ -329,7 +334,11 @@ def prepared(
     trainer.until = run.until
     trainer.shapes = glyph_shapes(tokenizer, VOCAB_SIZE).to(device)
     trainer.pictures = concept_pictures().to(device)
-    trainer.resume()
+    if trainer.resume() and run.recode:
+        for table in (net.language.embed_tokens.weight, trainer.average["language.embed_tokens.weight"]):
+            seed_names(table, tokenizer, vae)
+    if twin is not None:
+        trainer.use(twin)
     return trainer, vae, tokenizer
 
 

@@ -56,6 +56,12 @@ class Batch:
         moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, **moved)
 
+    def pictures_in(self, dtype: torch.dtype) -> Batch:
+        """The same with references and patches in another dtype."""
+        if self.references is None or self.patches is None:
+            return self
+        return replace(self, references=self.references.to(dtype), patches=self.patches.to(dtype))
+
 
 class Reader:
     """Prompts to token ids in an official template, with the constant prefix kept apart."""

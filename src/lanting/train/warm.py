@@ -19,6 +19,7 @@ from torch import Tensor
 from lanting.nn.vae import AutoencoderKLQwenImage
 from lanting.train.atlas import LATIN, alphabet, default_atlas, hanzi_cell
 from lanting.train.model import NanoNet
+from lanting.train.names import give_names
 from lanting.train.replay import encode_pictures
 
 EVENNESS = 0.5  # 1: all components equally strong, 0: as strong as they are
@@ -26,17 +27,17 @@ CODE = 0.75  # of the embedding's channels that a code may use; the reader needs
 STRENGTH = 1.0  # root mean square of a code's row: layers add to it and steps move it, neither may drown it
 
 
-def principal_codes(rows: Tensor, width: int) -> Tensor:
+def principal_codes(rows: Tensor, width: int, spare: bool = False) -> Tensor:
     """Rows (n, features) -> (n, width) of root mean square 1: leading principal components, evened out, turned at
-    random within a share `CODE` of the channels' space."""
+    random within a share `CODE` of the channels' space; `spare`: within the rest of it."""
     centred = rows.double() - rows.double().mean(0)
     u, s, _ = torch.linalg.svd(centred, full_matrices=False)
-    count = min(int(CODE * width), s.numel())
-    scores = u[:, :count] * s[:count] ** (1 - EVENNESS)
-    scores = scores / scores.square().mean().sqrt()
     turn = torch.linalg.qr(torch.randn(width, width, generator=torch.Generator().manual_seed(0)).double())[0]
-    codes = (scores @ turn[:count]).float()
-    return codes / codes.square().mean().sqrt()
+    turn = turn[int(CODE * width) :] if spare else turn[: int(CODE * width)]
+    count = min(len(turn), s.numel())
+    scores = u[:, :count] * s[:count] ** (1 - EVENNESS)
+    codes = (scores / scores.square().mean().sqrt() @ turn[:count]).float()
+    return codes / codes.square().mean().sqrt() * (len(turn) / width if spare else 1.0) ** 0.5
 
 
 @torch.no_grad()
@@ -49,20 +50,26 @@ def glyph_codes(vae: AutoencoderKLQwenImage, width: int) -> tuple[str, Tensor]:
 
 
 @torch.no_grad()
-def pictogram_codes(vae: AutoencoderKLQwenImage, width: int) -> Tensor:
-    """(m, width) of all pictograms on grey."""
+def pictogram_latents(vae: AutoencoderKLQwenImage) -> Tensor:
+    """(m, features) of all pictograms on grey."""
     blocks = default_atlas().pictograms.float()  # (m, 64, 64, 4)
     count = blocks.shape[0]
     images = blocks.view(count, 8, 8, 8, 8, 4).transpose(2, 3).reshape(count, 64, 64, 4)
     pixels = torch.lerp(torch.full_like(images[..., :3], 128.0), images[..., :3], images[..., 3:] / 255)
-    return principal_codes(encode_pictures(vae, pixels.to(torch.uint8), 64).flatten(1), width)
+    return encode_pictures(vae, pixels.to(torch.uint8), 64).flatten(1)
+
+
+@torch.no_grad()
+def seed_names(table: Tensor, tokenizer: Tokenizer, vae: AutoencoderKLQwenImage) -> int:
+    """Give the names of all pictograms their codes, in both languages; returns how many rows changed."""
+    latents, width = pictogram_latents(vae), table.shape[1]
+    english, chinese = principal_codes(latents, width), principal_codes(latents, width, spare=True)
+    return give_names(table, tokenizer, english * STRENGTH, chinese * STRENGTH)
 
 
 @torch.no_grad()
 def seed_embeddings(net: NanoNet, tokenizer: Tokenizer, vae: AutoencoderKLQwenImage) -> int:
-    """Give characters and one-word concept names their codes; returns how many."""
-    from lanting.train.assets import concepts
-
+    """Give characters and names of pictograms their codes; returns how many rows changed."""
     table = net.language.embed_tokens.weight
     characters, codes = glyph_codes(vae, table.shape[1])
     ids = [_only(tokenizer, c) for c in characters]
@@ -71,12 +78,7 @@ def seed_embeddings(net: NanoNet, tokenizer: Tokenizer, vae: AutoencoderKLQwenIm
         if number is not None:
             table[number] = code * STRENGTH
             given += 1
-    for concept, code in zip(concepts(), pictogram_codes(vae, table.shape[1]), strict=True):
-        number = _only(tokenizer, " " + concept.name_en)
-        if number is not None:
-            table[number] = code * STRENGTH
-            given += 1
-    return given
+    return given + seed_names(table, tokenizer, vae)
 
 
 def _only(tokenizer: Tokenizer, text: str) -> int | None:
