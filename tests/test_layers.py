@@ -49,7 +49,7 @@ HEAVY = {
     "starlette": {"serve"},
     "uvicorn": {"serve"},
     "prometheus_client": {"serve"},
-    "mcp": set(),
+    "mcp": {"serve"},
     "gradio": set(),
 }
 NEVER = {"transformers", "diffusers", "torchvision", "accelerate", "peft"}  # oracles of the tests, nothing more

@@ -20,11 +20,12 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from lanting.core.errors import LantingError
 from lanting.core.lang import say
-from lanting.serve import own
-from lanting.serve.common import plain_error
-from lanting.serve.errors import MissingError, ServeError
+from lanting.serve import a1111, ollama, openai, own
+from lanting.serve.common import json_answer, plain_error
+from lanting.serve.errors import MissingError, ServeError, answer_to
 from lanting.serve.guard import Door, Guard
 from lanting.serve.house import House
+from lanting.serve.mcp_tools import http_routes, tools
 
 Studio = Callable[[FastAPI, House], None]
 logger = logging.getLogger("lanting.serve")
@@ -39,9 +40,11 @@ class HttpError(ServeError):
 def build_app(house: House, studio: Studio | None = None) -> FastAPI:
     """The server as an ASGI application; its lifespan starts and stops the workers."""
 
+    server = tools(house)
+
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with house.living():
+        async with house.living(), server.session_manager.run():
             yield
 
     app = FastAPI(title="Lanting", version=version(), lifespan=lifespan, docs_url=None, redoc_url=None)
@@ -54,7 +57,9 @@ def build_app(house: House, studio: Studio | None = None) -> FastAPI:
     app.add_middleware(Guard, door=lambda: door)
     for kind, handler in handlers().items():
         app.add_exception_handler(kind, handler)
-    app.include_router(own.router(house))
+    for dialect in (own, openai, ollama, a1111):
+        app.include_router(dialect.router(house))
+    app.router.routes.extend(http_routes(server, house))
     care(app, house)
     if studio is None:
         app.get("/", include_in_schema=False)(lambda: PlainTextResponse(WELCOME))
@@ -96,6 +101,13 @@ def care(app: FastAPI, house: House) -> None:
 
 def shaped(path: str, error: LantingError) -> Response:
     """An error in the words of the dialect an address belongs to."""
+    for prefix, body in (
+        (("/v1",), openai.error_body),
+        (("/sdapi",), a1111.error_body),
+        (ollama.PATHS, ollama.error_body),
+    ):
+        if path.startswith(prefix):
+            return json_answer(answer_to(error), body(error))
     return plain_error(error)
 
 

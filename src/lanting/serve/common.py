@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Mapping
-from contextlib import suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,7 +18,7 @@ from lanting.serve.house import House
 from lanting.serve.jobs import DONE, FAILED, LOCAL, Caller, Event, Job
 
 T = TypeVar("T")
-PULSE = 15.0  # seconds of silence after which a stream says that it lives
+PULSE = 10.0  # seconds of silence after which a stream says that it lives
 STATUS = {"invalid_request": 400, "cancelled": 409, "timeout": 504}
 SSE = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # the second: nginx must not hold it back
 
@@ -65,9 +65,11 @@ async def abandon(house: House, job: Job, caller: Caller, once: str | None) -> N
 
 
 def with_picture(job: Job) -> Job:
-    """The same job. Raises DrawingError where it ended without a picture."""
+    """The same job. Raises DrawingError where it ended without a picture, ClosedError where it has not ended."""
     if job.state == DONE:
         return job
+    if not job.over:
+        raise ClosedError("the server is stopping; the job goes on when it is back: ask for it again then")
     told: Mapping[str, Any] = job.error or {"code": "drawing_failed", "message": "?"}
     error = DrawingError(str(told["message"]))
     error.code = str(told["code"])
@@ -75,13 +77,14 @@ def with_picture(job: Job) -> Job:
     raise error
 
 
-async def followed(house: House, request: HttpRequest, job: Job) -> AsyncIterator[Event]:
+async def followed(house: House, request: HttpRequest, job: Job) -> AsyncGenerator[Event]:
     """The job's events for one stream; a client that leaves cancels the job as in `finished`."""
     caller, over = caller_of(request), False
     try:
-        async for event in house.desk.watch(job.id, caller):
-            over = event.last
-            yield event
+        async with aclosing(house.desk.watch(job.id, caller)) as events:
+            async for event in events:
+                over = event.last
+                yield event
         over = True
     finally:
         if not over:

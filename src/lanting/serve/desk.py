@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -233,7 +233,7 @@ class Desk:
         self.feed.put(event)
         self.ledger.later(lambda db: log(db, event))
 
-    async def watch(self, id_: str, caller: Caller, after: int = 0) -> AsyncIterator[Event]:
+    async def watch(self, id_: str, caller: Caller, after: int = 0) -> AsyncGenerator[Event]:
         """Every event of a job after number `after`, then those to come; ends with the job, or when the server stops.
 
         Raises MissingError at the first `anext`.

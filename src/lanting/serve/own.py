@@ -21,7 +21,7 @@ from lanting.serve.errors import MissingError
 from lanting.serve.files import ID
 from lanting.serve.house import House
 from lanting.serve.intake import Order
-from lanting.serve.jobs import Event, Job, Search
+from lanting.serve.jobs import Caller, Event, Job, Search
 from lanting.serve.pictures import TYPES, encoded, kind_of, to_base64
 from lanting.specs import parse_size
 
@@ -42,6 +42,7 @@ class Ask(BaseModel):
     images: list[str] = Field(default=[], description="Base64, data URLs, or job:ID/INDEX of an earlier result.")
     mask: str | None = Field(None, description="As large as the first picture; white is drawn anew.")
     strength: float | None = None
+    quality: str | None = Field(None, description="exact, high, balanced, fast: how much may be left out.")
     options: dict[str, Any] = {}
     lora: dict[str, float] | None = Field(None, description="Strengths by name; these LoRAs and no others.")
     priority: Literal["low", "normal", "high"] = "normal"
@@ -92,7 +93,7 @@ def size_in(house: House, model: str | None, size: str | tuple[int, int] | None)
 
 async def order_of(house: House, ask: Ask, request: HttpRequest) -> Order:
     """to_request."""
-    sources: list[str | bytes] = [await source(house, text, request) for text in ask.images]
+    sources = [await source(house, text, caller_of(request)) for text in ask.images]
     wish = Request(
         prompt=ask.prompt if isinstance(ask.prompt, str) else tuple(ask.prompt),
         task=ask.task,
@@ -105,19 +106,20 @@ async def order_of(house: House, ask: Ask, request: HttpRequest) -> Order:
         images=await house.eyes.pictures(sources, house.settings.caps.pictures),
         mask=None if ask.mask is None else await house.eyes.mask(ask.mask),
         strength=ask.strength,
+        quality=ask.quality,
         options=ask.options,
     )
     return Order(wish, ask.model, "lanting", ask.lora, ask.priority, ask.timeout, once_of(request))
 
 
-async def source(house: House, text: str, request: HttpRequest) -> str | bytes:
+async def source(house: House, text: str, caller: Caller) -> str | bytes:
     """The bytes of an earlier result, where one is named; else the text as it is."""
     if not text.startswith("job:"):
         return text
     id_, _, index = text.removeprefix("job:").partition("/")
     if not ID.fullmatch(id_) or not index.isdigit():
         raise RequestError("an earlier result is named job:ID/INDEX, not {text}", text=repr(text[:60]))
-    job = await house.desk.job(id_, caller_of(request))
+    job = await house.desk.job(id_, caller)
     return await asyncio.to_thread(result_path(house, job, int(index)).read_bytes)
 
 

@@ -153,6 +153,9 @@ def follow(bench: Bench, order: Mapping[str, Any], request: Request, resume: Che
     stream = bench.engine.stream_resumable(request, previews=True, every=bench.every, resume=resume)
     with closing(stream) as events:
         for event in events:
+            if resume is not None:  # it was taken: the engine refuses it before its first word
+                bench.say("resumed", job=job, step=resume.step, steps=resume.steps)
+                resume = None
             if isinstance(event, Result):
                 return event
             if job in bench.stops and not (bench.stops[job] == "pause" and isinstance(event, Progress)):
@@ -163,14 +166,11 @@ def follow(bench: Bench, order: Mapping[str, Any], request: Request, resume: Che
             if isinstance(event, Checkpoint):
                 save(bench, job, Path(order["checkpoint"]), event)
             else:
-                tell(bench, job, event, resume)
-                resume = None if event.phase == "denoise" else resume
+                tell(bench, job, event)
     raise RuntimeError("the engine ended without a result")
 
 
-def tell(bench: Bench, job: str, event: Progress, resume: Checkpoint | None) -> None:
-    if event.phase == "denoise" and resume is not None:
-        bench.say("resumed", job=job, step=resume.step, steps=resume.steps)
+def tell(bench: Bench, job: str, event: Progress) -> None:
     told = {"phase": event.phase, "step": event.step, "steps": event.steps, "seconds": round(event.seconds, 4)}
     bench.say("progress", job=job, **told, preview=None if event.preview is None else small(event.preview))
 

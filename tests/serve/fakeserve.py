@@ -1,0 +1,195 @@
+"""An engine for workers that draws nothing, quickly, and misbehaves where the prompt says so; and servers over it.
+
+Words in a prompt: `boom` raises an error nobody foresaw, `sorry` one that explains itself, `die` ends the process,
+`hang` sleeps in a step, `slow` takes 50 ms a step. Everything it finishes is written to a journal.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+from PIL import Image
+
+from lanting.core.checkpoint import Checkpoint
+from lanting.core.errors import RequestError
+from lanting.core.recipe import describe_request, request_of_picture
+from lanting.core.types import Progress, Recipe, Request, Result
+from lanting.specs import get_spec, settle
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+VERSIONS = {"lanting": "0.1.0", "torch": "0", "python": "3", "device": "fake", "dtype": "float32"}
+
+
+@dataclass
+class FakeEngine:
+    """The engine's contract as a worker uses it."""
+
+    spec: Any
+    loras: tuple[Any, ...] = ()
+    notes: tuple[str, ...] = ()
+    pace: float = 0.002  # seconds a step
+    journal: Path | None = None
+    strengths: tuple[float, ...] = field(default=())
+
+    def set_strengths(self, *strengths: float) -> None:
+        self.strengths = strengths
+
+    def stream_resumable(
+        self, request: Request, previews: bool = False, *, every: int = 4, resume: Checkpoint | None = None
+    ) -> Iterator[Progress | Checkpoint | Result]:
+        return self._draw(settle(request, self.spec), every, resume)
+
+    def _draw(self, request: Request, every: int, resume: Checkpoint | None) -> Iterator[Any]:
+        words, steps = str(request.prompt), request.steps or 1
+        mark = json.dumps([words, request.seed])
+        if resume is not None and resume.mark != mark:
+            raise RequestError("the checkpoint belongs to another drawing: start this one anew")
+        done = resume.step if resume else 0
+        yield Progress("encode", 1, 1, 0.001)
+        for step in range(done + 1, steps + 1):
+            time.sleep(0.05 if "slow" in words else 30 if "hang" in words and step == 2 else self.pace)
+            self._misbehave(words, step)
+            yield Progress("denoise", step, steps, 0.01 * step, Image.new("RGB", (8, 4), (step % 256, 0, 0)))
+            if every and (step - done) % every == 0 and step < steps:
+                yield Checkpoint(step, steps, mark, "float32", (1, 1, 1), b"0000")
+        yield self._result(request)
+
+    def _misbehave(self, words: str, step: int) -> None:
+        if "boom" in words:
+            raise RuntimeError("secret words of a library: /etc/passwd")
+        if "sorry" in words:
+            raise RequestError("the prompt can't be drawn: say it differently")
+        if "die" in words and step == 3:
+            os._exit(9)
+
+    def _result(self, request: Request) -> Result:
+        width, height = request.size or (16, 16)
+        images, recipes = [], []
+        for index in range(request.count):
+            one = request_of_picture(request, index)
+            loras = tuple(
+                {"name": f"{lora.name}", "sha256": "0", "path": lora.name, "strength": strength}
+                for lora, strength in zip(self.loras, self.strengths or (1.0,) * len(self.loras), strict=True)
+            )
+            recipes.append(Recipe(describe_request(one), self.spec.name, "feed", str(request.task), VERSIONS, loras))
+            images.append(Image.new("RGB", (width, height), ((one.seed or 0) % 256, 10, len(request.images))))
+        if self.journal is not None:
+            with self.journal.open("a") as file:
+                file.write(json.dumps([request.prompt, request.seed]) + "\n")
+        return Result(tuple(images), tuple(recipes), {"encode": 0.001, "denoise": 0.01 * (request.steps or 1)})
+
+
+def open_engine(model: str, **options: Any) -> FakeEngine:
+    if model == "broken":
+        raise RequestError("the model is broken: get another")
+    loras = tuple(SimpleNamespace(name=f"{name}.safetensors", strength=1.0) for name in options.get("loras", ()))
+    journal = Path(options["journal"]) if options.get("journal") else None
+    return FakeEngine(get_spec("nano"), loras, pace=options.get("pace", 0.002), journal=journal)
+
+
+@dataclass
+class Server:
+    """A server in a process of its own."""
+
+    process: subprocess.Popen[str]
+    url: str
+    folder: Path
+    log: Path
+
+    @property
+    def port(self) -> int:
+        return int(self.url.rpartition(":")[2])
+
+    def get(self, path: str, **how: Any) -> httpx.Response:
+        return httpx.get(self.url + path, timeout=30, **how)
+
+    def post(self, path: str, body: Any = None, **how: Any) -> httpx.Response:
+        return httpx.post(self.url + path, timeout=30, **({"json": body} if body is not None else {}), **how)
+
+    def submit(self, prompt: str = "a sign", **more: Any) -> dict[str, Any]:
+        headers = more.pop("headers", {})
+        answer = self.post("/api/jobs", {"prompt": prompt, **more}, headers=headers)
+        assert answer.status_code == 202, answer.text
+        return answer.json()
+
+    def ended(self, job: str, seconds: float = 20, **how: Any) -> dict[str, Any]:
+        """The job when it is over."""
+        return wait_for(lambda: over(self.get(f"/api/jobs/{job}", **how).json()), seconds)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def over(job: dict[str, Any]) -> dict[str, Any] | None:
+    return job if job["state"] in ("done", "failed", "cancelled") else None
+
+
+def wait_for(look: Any, seconds: float = 10, pause: float = 0.02) -> Any:
+    """What `look` returns when that is something."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if found := look():
+            return found
+        time.sleep(pause)
+    raise AssertionError(f"nothing after {seconds} s")
+
+
+def start(folder: Path, **settings: Any) -> Server:
+    """A server over fake engines; `settings` as in `Settings`, plain values."""
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / "server.log"
+    env = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}:{HERE}", "OMP_NUM_THREADS": "1", "LANTING_LANG": "en"}
+    words = json.dumps({"data": str(folder / "data"), "port": 0, **settings})
+    with log.open("a") as errors:
+        process = subprocess.Popen(
+            [sys.executable, str(HERE / "serving.py"), words], stdout=subprocess.PIPE, stderr=errors, text=True, env=env
+        )
+    assert process.stdout is not None
+    port = process.stdout.readline().strip()
+    assert port.isdigit(), log.read_text()
+    server = Server(process, f"http://127.0.0.1:{port}", folder, log)
+    wait_for(lambda: alive(server), 20)
+    return server
+
+
+def alive(server: Server) -> bool:
+    try:
+        return server.get("/readyz").status_code in (200, 503)
+    except httpx.HTTPError:
+        return False
+
+
+@contextmanager
+def running(folder: Path, **settings: Any) -> Iterator[Server]:
+    server = start(folder, **settings)
+    try:
+        yield server
+    finally:
+        server.kill()
+
+
+def events(server: Server, job: str, **how: Any) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    """(kind, number, body) of a job's events, until it is over."""
+    with httpx.stream("GET", f"{server.url}/api/jobs/{job}/events", timeout=30, **how) as answer:
+        kind, number = "", 0
+        with closing(answer.iter_lines()) as lines:
+            for line in lines:
+                if line.startswith("event: "):
+                    kind = line[7:]
+                elif line.startswith("id: "):
+                    number = int(line[4:])
+                elif line.startswith("data: "):
+                    yield kind, number, json.loads(line[6:])

@@ -1,0 +1,29 @@
+"""A server over fake engines as a process: prints its port. The argument is JSON of settings."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from lanting.serve.logs import write_to_stderr
+from lanting.serve.run import serve
+from lanting.serve.settings import Caps, Served, Settings
+
+
+def main() -> None:
+    told = json.loads(sys.argv[1])
+    options = told.pop("options", {})
+    names = told.pop("names", ["nano"])
+    models = tuple(Served(name, name, options) for name in names)
+    caps = Caps(**told.pop("caps", {}))
+    for name in ("hosts", "origins"):
+        told[name] = tuple(told.get(name, ()))
+    opener = told.pop("opener", "fakeserve:open_engine")
+    settings = Settings(data=Path(told.pop("data")), models=models, caps=caps, opener=opener, **told)
+    write_to_stderr()
+    serve(settings, lambda house: print(house.settings.port, flush=True))
+
+
+if __name__ == "__main__":
+    main()
