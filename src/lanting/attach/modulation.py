@@ -28,6 +28,7 @@ class Clock:
     """Which rows of the table are valid now: (B, 1 or 2) row numbers."""
 
     rows: Tensor
+    told = False  # somebody has set the rows who records the network: it must not look them up itself
 
 
 class Tabled(nn.Sequential):
@@ -150,11 +151,15 @@ class ModulationTable:
 
     def _tick(self, module: nn.Module, args: tuple[Tensor, torch.dtype]) -> None:
         """Look up the rows for the timesteps (B, k) that the network was just told."""
-        told = args[0]
+        if not self.clock.told:
+            self.clock.rows = self.look_up(args[0])
+
+    def look_up(self, told: Tensor) -> Tensor:
+        """The numbers of the rows for timesteps (B, k); rows that are missing are computed, with all others."""
         values = told.tolist()
         known = {time: row for row, time in enumerate(self.times)}
         if any(value not in known for row in values for value in row):
             self.prepare(torch.unique(told[:, 0]).flip(0))
             known = {time: row for row, time in enumerate(self.times)}
         rows = [[known[value] for value in row] for row in values]
-        self.clock.rows = torch.tensor(rows, device=told.device)
+        return torch.tensor(rows, device=told.device)

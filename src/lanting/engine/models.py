@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lanting.attach.compute import attach_kernels
+from lanting.attach.graphs import forget_graphs
 from lanting.attach.quant import KINDS, chooser
-from lanting.attach.vae import attach_vae
 from lanting.core.errors import ModelError, RequestError
 from lanting.engine.allocator import return_memory, tidy
+from lanting.engine.compute import record_steps, speed_up, speed_up_vae
 from lanting.engine.placement import Placed, place_controlnet, place_encoder, place_transformer
 from lanting.flow.latents import LatentCodec, Preview, fit_preview
 from lanting.flow.loop import Conditioning
@@ -161,8 +161,9 @@ class Models:
         stored = store_transformer(self.checkpoints["transformer"], config, self.placing("transformer"))
         placed = place_transformer(stored, self.plan)
         attach_loras(placed.net, (*self.release_loras, *self.loras), self.dtype, self.device)
-        if self.device.type == "cpu":
-            attach_kernels(placed.net)
+        speed_up(placed.net, self.device)
+        if placed.streamer is None:
+            record_steps(placed.net, placed.table, self.device)
         tidy()
         return placed
 
@@ -183,6 +184,7 @@ class Models:
         else:  # one that was left out because it counted for nothing
             detach(placed.net)
             attach_loras(placed.net, every, self.dtype, self.device)
+            forget_graphs(placed.net)
         if placed.table is not None:
             placed.table.forget()
 
@@ -194,8 +196,7 @@ class Models:
     def codec(self) -> LatentCodec:
         config = self.folder.configs["vae"]
         vae = build_vae(self.checkpoints["vae"], config, self.placing("vae"))
-        if self.device.type == "cpu":
-            attach_vae(vae)
+        speed_up_vae(vae, self.device)
         numbers = vae.config
         return LatentCodec(
             vae,
@@ -215,8 +216,7 @@ class Models:
         files = self.checkpoints["text_encoder"]
         stored = store_text_encoder(files, config, placing, vision=self.sees, head=self.captions)
         placed = place_encoder(stored, self.plan)
-        if placing.device.type == "cpu":
-            attach_kernels(placed.net)
+        speed_up(placed.net, placing.device)
         tidy()
         return placed
 
@@ -294,8 +294,7 @@ class Models:
         config = read_json(folder / "config.json")
         stored = store_controlnet(open_component(folder), config, self.placing("controlnet"))
         placed = place_controlnet(stored, self.plan)
-        if self.device.type == "cpu":
-            attach_kernels(placed.net)
+        speed_up(placed.net, self.device)
         return placed
 
     @property

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lanting.attach.modulation import MODULATIONS, ModulationTable
 from lanting.attach.parts import Part
 from lanting.attach.stream import Mapped, Slots, Streamer
-from lanting.kernels.library import ready
+from lanting.engine.compute import has_kernels
 from lanting.plan import Plan
 from lanting.weights.build import Stored
 
@@ -114,12 +114,14 @@ def place_transformer(stored: Stored[M], plan: Plan | None) -> Placed[M]:
     """The transformer by its plan; without one all of it stays on the device."""
     if plan is None:
         placed = Placed(stored, "transformer_blocks")
-        if stored.placing.device.type == "cpu" and ready():
-            placed.table = ModulationTable(placed.net)  # the weights stay: only time is saved
-        return placed
-    resident = None if plan.streamed == "none" else plan.resident_blocks
-    options = {"resident": resident, "home": plan.streamed, "table": plan.modulation_table}
-    return Placed(stored, "transformer_blocks", **options)
+    else:
+        resident = None if plan.streamed == "none" else plan.resident_blocks
+        options = {"resident": resident, "home": plan.streamed, "table": plan.modulation_table}
+        placed = Placed(stored, "transformer_blocks", **options)
+    device, free = stored.placing.device, placed.table is None and placed.streamer is None
+    if free and has_kernels(device) and (plan is None or device.type == "cuda"):
+        placed.table = ModulationTable(placed.net)  # the weights stay: only time is saved
+    return placed
 
 
 def place_controlnet(stored: Stored[M], plan: Plan | None) -> Placed[M]:

@@ -1,0 +1,140 @@
+"""Kernels at the three seams, on a GPU: products in 8 and 4 bits, attention by the best there is, fused blocks.
+
+The same idea as `attach.compute` on a CPU. A block's norms, modulation, turns, GELU and gates become one pass over
+memory each, in float32 inside; rounding activations to 8 bits is part of these passes. Without Triton, or detached,
+torch does all of it. Detached, every bit is as before.
+
+Modules stay where they are, so that streaming, tables and LoRAs find them: only their `forward` is another. The
+modulation's Linears are left alone: one row a step, and its error would reach everything. Rejected: one Linear for
+queries, keys and values. It needs a copy of their weights, and at 3072 columns each of them fills the GPU.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lanting.attach.compute import LEFT_ALONE
+from lanting.attach.gpu_linears import DTYPES, How, Rows, forget, form_of, into, joined, product_of, project
+from lanting.core.errors import RequestError
+from lanting.kernels.gpu import attention as attentions
+from lanting.kernels.gpu.rows import Gated, activate, turn
+from lanting.kernels.gpu.twins import FP8, Codes, Sums
+from lanting.nn.linears import PackedLinear
+from lanting.nn.mmdit import Attend, Block, Context, FeedForward
+
+FORMS = {None: None, "int8": torch.int8, "fp8": FP8}
+
+
+def attach_gpu(net: nn.Module, compute: str | None = None, four: str | None = None) -> None:
+    """Let a network use the kernels. Undone by `detach_gpu`.
+
+    compute  "fp8" or "int8": plain Linears of blocks are computed in 8 bits too, from copies made when they are first
+             used; None: as they are
+    four     "int8": activations that meet 4-bit weights are rounded to 8 bits; None: they stay in 16
+    Raises RequestError when LANTING_ATTENTION names no attention.
+    """
+    check_attention()
+    how = How(FORMS[compute], FORMS[four])
+    for path, module in net.named_modules():
+        if isinstance(module, PackedLinear) and not any(part in path.split(".") for part in LEFT_ALONE):
+            module.product = partial(product_of, how)
+        elif isinstance(module, Attend):
+            module.__dict__["forward"] = partial(attend, module)
+        elif isinstance(module, Block):
+            module.__dict__["forward"] = partial(fused_block, module, how)
+
+
+def detach_gpu(net: nn.Module) -> None:
+    """Every module does its own work again."""
+    for module in net.modules():
+        forget(module)
+        if isinstance(module, PackedLinear):
+            module.product = None
+        elif isinstance(module, Attend | Block):
+            module.__dict__.pop("forward", None)
+
+
+def check_attention() -> None:
+    try:
+        attentions.order(torch.device("cpu"))
+    except ValueError as error:
+        known = ", ".join(("auto", *attentions.WAYS))
+        raise RequestError(
+            "{variable} names {name}, which is no attention we know: use one of {known}",
+            variable=attentions.VARIABLE,
+            name=str(error),
+            known=known,
+        ) from None
+
+
+def attend(module: Attend, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """`Attend.forward`."""
+    if q.dtype not in DTYPES or q.dtype != k.dtype or q.dtype != v.dtype or q.requires_grad:
+        return type(module).forward(module, q, k, v, mask)
+    return attentions.choices()(q, k, v, mask)
+
+
+def on(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def graded(block: Block, img: Tensor) -> bool:
+    return torch.is_grad_enabled() and (img.requires_grad or any(p.requires_grad for p in block.parameters()))
+
+
+def fused_block(block: Block, how: How, img: Tensor, txt: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+    """`Block.forward`; where gradients are wanted the block takes that itself."""
+    if img.dtype not in DTYPES or txt.dtype != img.dtype or graded(block, img):
+        return type(block).forward(block, img, txt, ctx)
+    with on(img.device):
+        return computed(block, how, img, txt, ctx)
+
+
+def computed(block: Block, how: How, img: Tensor, txt: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+    split, length = ctx.target_tokens, txt.shape[1]
+    shift1, scale1, gate1, shift2, scale2, gate2 = block.img_mod(ctx.temb).chunk(6, -1)  # (B, 1 or 2, D) each
+    tshift1, tscale1, tgate1, tshift2, tscale2, tgate2 = block.txt_mod(ctx.temb[:, :1]).chunk(6, -1)
+    attn: Any = block.attn
+    out = attention(attn, Rows(img, (shift1, scale1), split), Rows(txt, (tshift1, tscale1)), ctx, how)
+    made = project(attn.to_out[0], Rows(out[:, length:]), how)
+    up: Any = block.img_mlp.net[0]
+    img, rows = joined(made, Gated(img, gate1, split), (shift2, scale2), up.proj, how)
+    made = project(attn.to_add_out, Rows(out[:, :length]), how)
+    up = block.txt_mlp.net[0]
+    txt, texts = joined(made, Gated(txt, tgate1), (tshift2, tscale2), up.proj, how)
+    del out, made
+    img = feed_forward(block.img_mlp, rows, Gated(img, gate2, split), how)
+    return img, feed_forward(block.txt_mlp, texts, Gated(txt, tgate2), how)
+
+
+def feed_forward(mlp: FeedForward, rows: Rows, gated: Gated, how: How) -> Tensor:
+    """base + gate times D -> 4 D -> GELU -> D of the rows; written where the base is."""
+    up: Any = mlp.net[0]
+    made, down, base = project(up.proj, rows, how), mlp.net[2], gated.base
+    form = form_of(down, how, base.device)
+    own = None if form is not None or isinstance(made, Sums) else made
+    wide = activate(made, gelu=True, form=form, out=own, dtype=base.dtype)
+    del made
+    read = Rows.of(base, wide) if isinstance(wide, Codes) else Rows(wide)
+    return activate(project(down, read, how), gated=gated, out=base)
+
+
+def attention(attn: Any, img: Rows, txt: Rows, ctx: Context, how: How) -> Tensor:
+    """Both streams' queries, keys and values side by side, normed and turned in place; (B, T + N, D)."""
+    batch, length, width = txt.x.shape
+    tokens = length + img.x.shape[1]
+    q, k, v = (torch.empty(batch, tokens, width, dtype=img.x.dtype, device=img.x.device) for _ in range(3))
+    for name, out in (("q", q), ("k", k), ("v", v)):
+        into(getattr(attn, f"add_{name}_proj"), txt, out[:, :length], how)
+        into(getattr(attn, f"to_{name}"), img, out[:, length:], how)
+    q, k, v = (x.unflatten(-1, (attn.heads, -1)) for x in (q, k, v))
+    names = ("norm_added_q", "norm_added_k", "norm_q", "norm_k")
+    norms: Any = tuple(getattr(attn, name).weight for name in names)
+    turn(q, k, norms, ctx.rope, length, attn.norm_q.eps)
+    return attn.attend(q, k, v, ctx.mask).flatten(2)

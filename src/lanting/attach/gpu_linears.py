@@ -1,0 +1,201 @@
+"""Linears on a GPU: rows that are laid out once for all that read them, and products of whatever kind a weight is.
+
+    Int8Linear          int8 times int8, a scale for each row of either
+    Fp8Linear, e4m3     e4m3 times e4m3, likewise
+    Int4Linear          16 bits times 4; or int8 times 4 where that is asked for
+    nn.Linear           torch's own; or a copy in 8 bits, made once, where that is asked for
+    everything else     as its class defines it
+A LoRA is added to what its base computes. What is made of a weight for a product is kept with the module for as long as
+the weight is the same tensor: streamed weights leave nothing behind.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lanting.kernels.gpu.here import available, has_floats
+from lanting.kernels.gpu.products import Weight, four_bit, four_by_eight, product
+from lanting.kernels.gpu.rows import Gated, activate, join_norm, norm, quantize
+from lanting.kernels.gpu.twins import FP8, Codes, Sums
+from lanting.nn.linears import Fp8Linear, Int4Linear, Int8Linear, PackedLinear
+from lanting.nn.lora import LoraLinear
+from lanting.nn.rotate import rotate_blocks
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FEWEST = 16  # rows outside of blocks below which a weight is expanded, and exact
+MADE = ("gpu scale", "gpu scale in full", "gpu copy")  # what is kept with a module
+
+
+@dataclass(frozen=True, slots=True)
+class How:
+    """What may be computed in fewer bits than it is stored in."""
+
+    plain: torch.dtype | None = None  # plain Linears of blocks: int8, e4m3, or None: as they are
+    four: torch.dtype | None = None  # activations that meet 4-bit weights: int8, or None: as they are
+
+
+def kept(module: nn.Module, name: str, source: Tensor, make: Callable[[Tensor], Any]) -> Any:
+    """make(source), remembered with the module while `source` is the same tensor."""
+    found = module.__dict__.get(name)
+    if found is None or found[0]() is not source:
+        found = module.__dict__[name] = (weakref.ref(source), make(source))
+    return found[1]
+
+
+def forget(module: nn.Module) -> None:
+    """Drop what was made of a module's weights."""
+    for name in MADE:
+        module.__dict__.pop(name, None)
+
+
+def weight_of(linear: nn.Module, how: How, device: torch.device) -> tuple[Weight, torch.dtype | None] | None:
+    """A Linear's weight as products take it, and what activations become; None where it computes by itself."""
+    if isinstance(linear, Int4Linear):
+        fits = linear.weight.is_contiguous() and linear.weight_scale.is_contiguous()
+        whole = linear.group in (64, 128) and how.four is not None
+        return (Weight(linear.weight, linear.weight_scale), how.four if whole else None) if fits else None
+    if isinstance(linear, Int8Linear | Fp8Linear):
+        form = linear.weight.dtype
+        scale = row_scales(linear) if form == torch.int8 or (form == FP8 and has_floats(device)) else None
+        return None if scale is None else (Weight(linear.weight, scale), form)
+    if type(linear) is nn.Linear and how.plain is not None and (how.plain != FP8 or has_floats(device)):
+        rows, depth = linear.weight.shape
+        if rows % 16 == 0 and depth % 16 == 0:
+            return kept(linear, "gpu copy", linear.weight, lambda w: rounded(w, how.plain)), how.plain  # type: ignore[arg-type]
+    return None
+
+
+def rounded(weight: Tensor, form: torch.dtype) -> Weight:
+    """A plain weight in 8 bits."""
+    codes = quantize(weight.detach(), form)
+    return Weight(codes.data, codes.scale.flatten())
+
+
+def row_scales(linear: Int8Linear | Fp8Linear) -> Tensor | None:
+    """One scale (out,) float32 for each row; None where a row has several."""
+    rows, scale = linear.out_features, linear.weight_scale
+    if scale is None:
+        return kept(linear, "gpu scale", linear.weight, lambda w: torch.ones(rows, device=w.device))
+    if scale.numel() == 1:
+        return kept(linear, "gpu scale in full", scale, lambda s: s.float().reshape(1).expand(rows).contiguous())
+    if scale.shape not in ((rows,), (rows, 1)):
+        return None
+    if scale.dtype == torch.float32 and scale.is_contiguous():
+        return scale.flatten()
+    return kept(linear, "gpu scale in full", scale, lambda s: s.float().flatten().contiguous())
+
+
+class Rows:
+    """Rows (B, n, D) that several Linears read: each form of them is made when first asked for, and once."""
+
+    def __init__(self, x: Tensor, vectors: tuple[Tensor, Tensor] | None = None, split: int = 0):
+        self.x, self.vectors, self.split = x, vectors, split  # the vectors: shift and scale behind a norm
+        self.forms: dict[object, Codes] = {}
+        self.normed: Tensor | None = x if vectors is None else None
+
+    @classmethod
+    def of(cls, x: Tensor, made: Tensor | Codes) -> Rows:
+        """Rows that are there already, plain or as codes of x."""
+        rows = cls(x)
+        if isinstance(made, Codes):
+            rows.forms[0, made.data.dtype] = made
+        else:
+            rows.normed = made
+        return rows
+
+    def plain(self) -> Tensor:
+        """In the network's dtype, normed and modulated."""
+        if self.normed is None:
+            assert self.vectors is not None
+            made = norm(self.x, *self.vectors, self.split)
+            assert isinstance(made, Tensor)
+            self.normed = made
+        return self.normed
+
+    def laid(self, form: torch.dtype, rotate: int) -> Codes:
+        """In 8 bits, behind a rotation if there is one."""
+        key = (rotate, form)
+        if key not in self.forms:
+            if self.normed is None and self.vectors is not None and not rotate:
+                made: Any = norm(self.x, *self.vectors, self.split, form)
+            else:
+                x = self.plain()
+                made = quantize(rotate_blocks(x, rotate) if rotate else x, form)
+            self.forms[key] = made
+        return self.forms[key]
+
+
+def form_of(linear: nn.Module, how: How, device: torch.device) -> torch.dtype | None:
+    """What the only reader of some rows wants them as; None: as they are."""
+    found = weight_of(linear, how, device) if not getattr(linear, "rotate", 0) else None
+    return None if found is None else found[1]
+
+
+def project(linear: nn.Module, rows: Rows, how: How, out: Tensor | None = None) -> Tensor | Sums:
+    """The Linear of the rows (B, n, W), in `out` (n, W) if that is given and serves."""
+    if isinstance(linear, LoraLinear) and not len(linear.changes):
+        thin = F.linear(rows.plain(), linear.down)
+        added = F.linear((thin * linear.scales).to(thin.dtype), linear.up)
+        return whole(project(linear.base, rows, how), added.dtype) + added
+    dtype, rotate, found = rows.x.dtype, getattr(linear, "rotate", 0), weight_of(linear, how, rows.x.device)
+    if found is None:
+        return by_itself(linear, rows.plain(), out)
+    weight, form = found
+    bias: Any = linear.bias
+    if not isinstance(linear, Int4Linear):
+        assert form is not None
+        return product(rows.laid(form, rotate), weight, bias, dtype, out)
+    if form is not None:
+        return four_by_eight(rows.laid(form, rotate), weight, bias, dtype)
+    x = rows.plain()
+    return four_bit(rotate_blocks(x, rotate) if rotate else x, weight, bias)
+
+
+def by_itself(linear: Any, x: Tensor, out: Tensor | None) -> Tensor:
+    """torch's product, straight to its place where there is one."""
+    if out is None or type(linear) is not nn.Linear or linear.bias is None or linear.weight.dtype != x.dtype:
+        return linear(x)
+    return torch.addmm(linear.bias, x.reshape(-1, x.shape[-1]), linear.weight.T, out=out)
+
+
+def into(linear: nn.Module, rows: Rows, out: Tensor, how: How) -> None:
+    """out (B, n, W) = the Linear of the rows; `out` may be part of a larger tensor."""
+    place = out[0] if len(out) == 1 else None
+    made = project(linear, rows, how, place)
+    if isinstance(made, Sums):
+        activate(made, out=out)
+    elif made is not place:
+        out.copy_(made)
+
+
+def whole(made: Tensor | Sums, dtype: torch.dtype) -> Tensor:
+    return activate(made, dtype=dtype) if isinstance(made, Sums) else made
+
+
+def joined(
+    made: Tensor | Sums, gated: Gated, vectors: tuple[Tensor, Tensor], reader: nn.Module, how: How
+) -> tuple[Tensor, Rows]:
+    """(x, its normed rows) for x = base + gate * what a Linear made; `reader` is who reads the rows."""
+    if isinstance(made, Sums):
+        x = activate(made, gated=gated)
+        return x, Rows(x, vectors, gated.split)
+    x, normed = join_norm(made, gated, *vectors, form_of(reader, how, made.device))
+    return x, Rows.of(x, normed) if isinstance(normed, Codes) else Rows.of(normed, normed)
+
+
+def product_of(how: How, linear: PackedLinear, x: Tensor) -> Tensor:
+    """x W^T + b of a packed Linear wherever it is; as defined where that is no gain."""
+    rows = x.numel() // max(1, x.shape[-1])
+    if rows < FEWEST or x.dtype not in DTYPES or weight_of(linear, how, x.device) is None or x.requires_grad:
+        return linear.plain(x)
+    if isinstance(linear, Int4Linear) and not available(x.device):
+        return linear.plain(x)
+    flat = x.reshape(1, rows, x.shape[-1])
+    return whole(project(linear, Rows(flat), how), x.dtype).reshape(*x.shape[:-1], linear.out_features)

@@ -1,0 +1,53 @@
+"""What computes on which device: the one place that decides.
+
+A CPU has native kernels, an NVIDIA GPU Triton's, recorded steps and channels last; Apple's GPU is torch's alone.
+`LANTING_KERNELS=off` leaves everything to torch, `LANTING_GRAPHS=off` only records nothing.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import nn
+
+from lanting.attach.compute import attach_kernels
+from lanting.attach.gpu import attach_gpu
+from lanting.attach.graphs import attach_graphs
+from lanting.attach.modulation import ModulationTable
+from lanting.attach.vae import attach_vae
+from lanting.kernels.library import OFF, ready
+from lanting.nn.mmdit import QwenImageTransformer
+from lanting.nn.vae import AutoencoderKLQwenImage
+
+
+def wanted(variable: str) -> bool:
+    return os.environ.get(variable, "").strip().lower() not in OFF
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether something of ours computes there."""
+    if device.type == "cpu":
+        return ready()
+    return device.type == "cuda" and wanted("LANTING_KERNELS")
+
+
+def speed_up(net: nn.Module, device: torch.device) -> None:
+    """Let a network use what there is. Raises RequestError when a variable asks for what we don't know."""
+    if device.type == "cpu":
+        attach_kernels(net)
+    elif has_kernels(device):
+        attach_gpu(net)
+
+
+def record_steps(net: QwenImageTransformer, table: ModulationTable | None, device: torch.device) -> None:
+    """Record the steps of a transformer whose weights stay where they are."""
+    if device.type == "cuda" and has_kernels(device) and wanted("LANTING_GRAPHS"):
+        attach_graphs(net, table)
+
+
+def speed_up_vae(vae: AutoencoderKLQwenImage, device: torch.device) -> None:
+    if device.type == "cpu":
+        attach_vae(vae)
+    elif has_kernels(device):
+        vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -1,0 +1,220 @@
+"""Matrix products in 8 and 4 bits: cuBLASLt's where they fit, Triton's where they don't, torch in floats elsewhere.
+
+    product(codes, weight, bias, dtype)    8-bit rows with an 8-bit weight, one scale for each row of either
+    four_bit(x, weight, bias)              plain rows with a 4-bit weight, expanded on its way
+    four_by_eight(codes, weight, ...)      8-bit rows with a 4-bit weight: integers inside a group
+
+Sums of int8 are whole numbers, so the ways to form them agree in every bit and the fastest is found by timing. Sums of
+e4m3 are not: one rule decides, so that a picture does not depend on a clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lanting.kernels.gpu import twins
+from lanting.kernels.gpu.here import available, capability, tuner
+from lanting.kernels.gpu.rows import activate
+from lanting.kernels.gpu.twins import FP8, Codes, Sums
+
+# rows, columns and depth of a tile, warps, stages; the last fit GPUs with little shared memory
+EIGHT = ((128, 256, 128, 8, 3), (128, 128, 128, 8, 3), (64, 128, 128, 4, 3), (64, 64, 128, 4, 3), (32, 64, 64, 4, 2))
+FOUR = ((128, 128, 32, 8, 3), (64, 128, 32, 4, 3), (32, 64, 32, 4, 2))  # depth in bytes
+WIDE = 512  # rows from which a 4-bit weight is expanded once and cuBLAS multiplies
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """(N, K) of int8 or e4m3 with a scale (N,) float32 for each row; or (N, K / 2) of 4 bits with (N, K / G)."""
+
+    data: Tensor
+    scale: Tensor
+
+    @property
+    def group(self) -> int:
+        return 2 * self.data.shape[1] // self.scale.shape[1]
+
+
+def product(
+    codes: Codes,
+    weight: Weight,
+    bias: Tensor | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    out: Tensor | None = None,
+) -> Tensor | Sums:
+    """codes W^T + bias as (*shape, N), in `out` (rows, N) if that is given; or as `Sums`, where that is faster."""
+    device = codes.data.device
+    if codes.data.dtype == torch.int8:
+        found = integers(codes, weight, bias, dtype, out)
+    elif device.type == "cuda" and floats_by_torch(device, dtype):
+        found = by_torch(codes, weight, bias, dtype, out)
+    elif available(device):
+        ways = eight_bit_ways(codes, weight, bias, dtype, out)
+        found = ways[0]()
+    else:
+        found = finish(twins.product(codes, weight.data, weight.scale), bias, dtype, out)
+    return found if isinstance(found, Sums) or out is not None else found.unflatten(0, codes.shape)
+
+
+def finish(v: Tensor, bias: Tensor | None, dtype: torch.dtype, out: Tensor | None) -> Tensor:
+    v = v if bias is None else v + bias.float()
+    return v.to(dtype) if out is None else out.copy_(v)
+
+
+def integers(
+    codes: Codes, weight: Weight, bias: Tensor | None, dtype: torch.dtype, out: Tensor | None
+) -> Tensor | Sums:
+    device, (rows, depth), columns = codes.data.device, codes.data.shape, weight.data.shape[0]
+    fits = device.type == "cuda" and rows > 16 and depth % 8 == 0 and columns % 8 == 0 and capability(device) >= (8, 0)
+    if not available(device):
+        if not fits:
+            return finish(twins.product(codes, weight.data, weight.scale), bias, dtype, out)
+        return sums_of(codes, weight, bias)
+    ways: list[Callable[[], Any]] = list(eight_bit_ways(codes, weight, bias, dtype, out))
+    if fits:  # with what follows it, for a fair comparison; the caller may then have more in that same pass
+        ways.insert(0, lambda: activate(sums_of(codes, weight, bias), dtype=dtype))
+    key = ("int8", rows_about(rows), columns, depth, dtype, device)
+    if fits and tuner().picks.get(key) == 0:
+        return sums_of(codes, weight, bias)
+    found = tuner()(key, ways, device)
+    if out is not None and found.data_ptr() != out.data_ptr():
+        out.copy_(found.flatten(0, -2))
+        return out
+    return found.flatten(0, -2)
+
+
+def sums_of(codes: Codes, weight: Weight, bias: Tensor | None) -> Sums:
+    return Sums(torch._int_mm(codes.data, weight.data.T), codes.scale, weight.scale, bias, codes.shape)
+
+
+def rows_about(rows: int) -> int:
+    """Counts of rows that share a choice: up to the next power of two."""
+    return 1 << (rows - 1).bit_length()
+
+
+def eight_bit_ways(
+    codes: Codes, weight: Weight, bias: Tensor | None, dtype: torch.dtype, out: Tensor | None
+) -> list[Callable[[], Tensor]]:
+    made = torch.empty(len(codes.data), len(weight.data), dtype=dtype, device=codes.data.device) if out is None else out
+    few = [tiles for tiles in EIGHT if tiles[0] <= max(32, rows_about(len(codes.data)))]
+    return [partial(eight_bit, codes, weight, bias, made, tiles) for tiles in few]
+
+
+def eight_bit(codes: Codes, weight: Weight, bias: Tensor | None, out: Tensor, tiles: tuple[int, ...]) -> Tensor:
+    from lanting.kernels.gpu.jit import products as jit
+
+    (rows, depth), columns = codes.data.shape, len(weight.data)
+    down, across, deep, warps, stages = tiles
+    kernel: Any = jit.eight_bit_kernel
+    kernel[(-(-rows // down) * -(-columns // across),)](
+        *(codes.data, weight.data, codes.scale, weight.scale, out if bias is None else bias, out),
+        *(rows, columns, depth, out.stride(0)),
+        BIAS=bias is not None,
+        INTEGER=codes.data.dtype == torch.int8,
+        BM=down,
+        BN=across,
+        BK=deep,
+        num_warps=warps,
+        num_stages=stages,
+    )
+    return out
+
+
+def by_torch(codes: Codes, weight: Weight, bias: Tensor | None, dtype: torch.dtype, out: Tensor | None) -> Tensor:
+    """Products of e4m3 by cuBLASLt or CUTLASS, whichever torch takes."""
+    given = {"bias": None if bias is None else bias.to(dtype), "out_dtype": dtype, "use_fast_accum": True}
+    given |= {} if out is None else {"out": out}
+    return torch._scaled_mm(
+        codes.data,
+        weight.data.T,
+        scale_a=codes.scale,
+        scale_b=weight.scale[None],
+        **given,  # type: ignore[arg-type]
+    )
+
+
+@cache
+def floats_by_torch(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch multiplies e4m3 with a scale for each row of both, and rightly: tried once."""
+    if capability(device) < (8, 9):
+        return False
+    torch_rows = torch.linspace(-1, 1, 96 * 64, device=device).view(96, 64).sin()
+    codes, other = twins.coded(torch_rows, FP8), twins.coded(torch_rows.flip(1)[:64] * 3, FP8)
+    weight = Weight(other.data, other.scale.flatten())
+    bias = torch.linspace(-2, 2, 64, device=device).to(dtype)
+    try:
+        found = by_torch(codes, weight, bias, dtype, torch.empty(96, 64, dtype=dtype, device=device)).float()
+    except Exception:
+        return False
+    wanted = twins.product(codes, weight.data, weight.scale) + bias.float()
+    return bool((found - wanted).norm() < 0.01 * wanted.norm())
+
+
+def four_bit(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+    """x (..., K) W^T + bias, in x's dtype."""
+    rows = x.flatten(0, -2).contiguous()
+    if not available(x.device):
+        return F.linear(x, twins.expand(weight.data, weight.scale, x.dtype), bias if bias is None else bias.to(x.dtype))
+    if len(rows) >= WIDE:
+        return F.linear(x, expanded(weight, x.dtype), None if bias is None else bias.to(x.dtype))
+    from lanting.kernels.gpu.jit import products as jit
+
+    (count, depth), columns = rows.shape, len(weight.data)
+    out = torch.empty(count, columns, dtype=x.dtype, device=x.device)
+    down, across, deep, warps, stages = next(t for t in FOUR if t[0] <= max(32, rows_about(count)))
+    kernel: Any = jit.four_bit_kernel
+    kernel[(-(-count // down) * -(-columns // across),)](
+        *(rows, weight.data, weight.scale, out if bias is None else bias, out, count, columns, depth, columns),
+        BIAS=bias is not None,
+        GROUP=weight.group,
+        BM=down,
+        BN=across,
+        BYTES=deep,
+        num_warps=warps,
+        num_stages=stages,
+    )
+    return out.unflatten(0, x.shape[:-1])
+
+
+def expanded(weight: Weight, dtype: torch.dtype) -> Tensor:
+    """(N, K) in `dtype`, by one pass."""
+    from lanting.kernels.gpu.jit import products as jit
+
+    columns, packed = weight.data.shape
+    out = torch.empty(columns, 2 * packed, dtype=dtype, device=weight.data.device)
+    kernel: Any = jit.expand_kernel
+    kernel[(columns, -(-packed // 1024))](
+        weight.data, weight.scale, out, 2 * packed, GROUP=weight.group, BYTES=1024, num_warps=4
+    )
+    return out
+
+
+def four_by_eight(codes: Codes, weight: Weight, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """int8 rows with a 4-bit weight, whose groups are 64 or 128."""
+    (rows, depth), columns, device = codes.data.shape, len(weight.data), codes.data.device
+    if not available(device):
+        v = codes.data.float() @ twins.expand(weight.data, weight.scale, torch.float32).T * codes.scale
+        return finish(v, bias, dtype, None).unflatten(0, codes.shape)
+    from lanting.kernels.gpu.jit import products as jit
+
+    out = torch.empty(rows, columns, dtype=dtype, device=device)
+    down = 128 if rows > 64 else 32
+    kernel: Any = jit.four_by_eight_kernel
+    kernel[(-(-rows // down) * -(-columns // 128),)](
+        *(codes.data, weight.data, codes.scale, weight.scale, out if bias is None else bias, out),
+        *(rows, columns, depth, columns),
+        BIAS=bias is not None,
+        GROUP=weight.group,
+        BM=down,
+        BN=128,
+        num_warps=8 if rows > 64 else 4,
+        num_stages=3,
+    )
+    return out.unflatten(0, codes.shape)

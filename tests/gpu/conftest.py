@@ -1,0 +1,61 @@
+"""Triton's kernels run here on the CPU, in Triton's interpreter; where there is a GPU they are compiled and run on it.
+
+The interpreter has to be asked for before Triton is imported. It cuts off what a GPU rounds when it makes 16 or 8 bits
+of a float, and multiplies the bits of bfloat16 as if they were whole numbers; both are put right here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+GPU = torch.cuda.is_available()
+if not GPU:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import numpy as np  # noqa: E402
+import triton.language as tl  # noqa: E402
+from triton.runtime import interpreter  # noqa: E402
+
+TORCH = {
+    tl.float32: torch.float32,
+    tl.float16: torch.float16,
+    tl.bfloat16: torch.bfloat16,
+    tl.float8e4nv: torch.float8_e4m3fn,
+}
+BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32}
+
+
+def convert(data, from_, to, rounding=None):
+    """Bits of one type of floats to bits of another, to the nearest."""
+    size = from_.primitive_bitwidth // 8
+    raw = torch.from_numpy(np.frombuffer(data.tobytes(), dtype=BITS[size]).copy())
+    values = raw.view(TORCH[from_]).to(TORCH[to])
+    size = to.primitive_bitwidth // 8
+    return values.view(getattr(torch, f"uint{8 * size}")).numpy().view(BITS[size]).reshape(data.shape)
+
+
+def dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+    a_data, b_data = (
+        convert(x.data, x.dtype.scalar, tl.float32).view(np.float32) if x.dtype.scalar in TORCH else x.data
+        for x in (a, b)
+    )
+    return interpreter.TensorHandle(np.matmul(a_data, b_data, dtype=d.data.dtype) + d.data, d.dtype.scalar)
+
+
+@pytest.fixture(autouse=True)
+def rounding(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The interpreter computes as a GPU does."""
+    if not GPU:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        monkeypatch.setattr(interpreter, "_convert_float", convert)
+        monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
+    yield
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device("cuda", 0) if GPU else torch.device("cpu")
