@@ -17,7 +17,7 @@ from lanting.attach.frozen import frozen_references, kept_bytes
 from lanting.attach.modulation import MODULATIONS, ModulationTable
 from lanting.attach.parts import Part
 from lanting.attach.stream import Mapped, Slots, Streamer
-from lanting.core.quality import FEWEST, LEVELS, Quality, check_words
+from lanting.core.quality import FEWEST, FIRST, LEVELS, Quality, check_words
 from lanting.flow.budget import Budget, Forecast
 from lanting.flow.frugal import Frugal
 from lanting.flow.loop import Canvas, Conditioning, Tokens, denoise
@@ -97,13 +97,14 @@ def test_a_forecast_is_infinite_until_it_was_measured_and_grows_as_it_grew():
 
 
 def test_no_more_is_spent_than_there_is():
-    budget = Budget(Quality(step=0.1, mean=0.02, age=2), [1.0, 0.75, 0.5, 0.25, 0.0])
+    budget = Budget(Quality(step=0.1, mean=0.02, age=2), [1.0, 0.8, 0.6, 0.5, 0.4, 0.2, 0.0])
+    for _ in range(FIRST):
+        budget.begin()
+        assert not budget.may(0.0)  # the first steps are computed, whatever they cost
     budget.begin()
-    assert not budget.may(0.03)  # this step's share is 0.02
+    assert not budget.may(0.11) and not budget.may(0.01, age=3) and budget.may(0.06, age=2) and not budget.may(0.05)
     budget.begin()
-    assert budget.may(0.03) and not budget.may(0.02)  # two steps' shares are 0.04 in all
-    budget.begin()
-    assert not budget.may(0.01, age=3) and budget.may(0.03, age=2)
+    assert not budget.may(0.06) and budget.may(0.05)  # 0.016 less the 0.006 that are gone
     budget.begin()
     assert budget.may(0.02) and not budget.may(0.001)
     assert budget.end() == pytest.approx(0.02) == budget.end()
@@ -248,7 +249,10 @@ def test_stopping_leaves_nothing_out_any_more():
         for step in denoise(net, given, frugal):
             if step.index == 8:
                 frugal.stop()
-    assert frugal.words[7:] == ["FF"] * 5 and any(word != "FF" for word in frugal.words[:7])
+    assert frugal.words[8:] == ["FF"] * 4 and any(word != "FF" for word in frugal.words[:8])
+    frugal.words[-1] = "L-"
+    frugal.redone()
+    assert frugal.words[-1] == "FF"
 
 
 # ---------------------------------------------------------------- frozen references

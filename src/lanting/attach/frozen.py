@@ -3,9 +3,9 @@
 What the target sees of a reference picture are its keys and values, block by block. In releases with `zero_cond_t` the
 references are modulated at time zero, so these change from step to step only through what the references themselves
 see of the target. They are kept, and in the steps between two refreshes the references' tokens do not run at all: the
-target's queries meet the kept keys and values. A judge (`flow.frugal`) decides when to refresh. What the kept ones
-would have cost is measured at every refresh, in three blocks: attention with the old keys and values against attention
-with the new ones.
+target's queries meet the kept keys and values. (In other releases the references are told the time, and what is kept
+is wrong in the next step.) A judge (`flow.frugal`) decides when to refresh. What the kept ones would have cost is
+measured at every refresh, in three blocks: attention with the old keys and values against attention with the new ones.
 
 It attaches at two seams, Stack and Attend, and works with plain blocks and with the fused ones of `attach.compute`
 alike: those compute everything but attention, which PyTorch does in these steps, since the kernels want as many keys
@@ -27,6 +27,7 @@ from lanting.attach.caches import relative, restore
 from lanting.nn.mmdit import Attend, Context
 
 SAMPLED = (1, 2, 3)  # quarters of the stack in which errors are measured
+COUPLING = 2.0  # a velocity's error by the attention's: 0.3 to 1 in nano told to use zero_cond_t, 3 in its last steps
 
 
 class Judge(Protocol):
@@ -70,7 +71,7 @@ class Frozen:
             self.split, self.beside = 0, False
         if len(self.made) == len(self.stack):
             whole = len(self.errors) == len(self.sampled)
-            self.judge.refreshed(ctx.branch, max(self.errors) if whole else torch.inf)
+            self.judge.refreshed(ctx.branch, COUPLING * max(self.errors) if whole else torch.inf)
         return out
 
     def attend(self, index: int, inner: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

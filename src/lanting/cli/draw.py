@@ -125,6 +125,8 @@ def _follow(engine: Engine, request: Request, screen: Screen, preview: Callable[
             if isinstance(event, Result):
                 return event
             screen.progress(event)
+            for notice in event.notices:
+                screen.note(notice.sentence, **notice.values)
             if preview:
                 preview(event)
     raise RuntimeError("the engine ended without a result")

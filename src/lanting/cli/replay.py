@@ -55,6 +55,7 @@ def replay(
     masks = [asked["mask"]] if asked.get("mask") else []
     masked = _inputs(masks, [mask] if mask else [], Path(picture).parent, screen, masks=True)
     request = restore_request(asked, opened, masked[0] if masked else None)
+    request = replace(request, choices=request.choices or {})  # nothing was decided then, and nothing is now
     again = output or str(Path(picture).with_name(f"{Path(picture).stem}-replay.png"))
     number = dtype if dtype else recipe.versions.get("dtype") if device is None else None
     if model is None and recipe.model not in spec_names():

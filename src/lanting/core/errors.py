@@ -31,5 +31,11 @@ class ModelError(LantingError):
     """A model or weights file is unknown, incomplete, damaged or of the wrong shape."""
 
 
+class NotFiniteError(LantingError):
+    """A network left the range of its numbers, and no safer way of computing brought it back."""
+
+    exit_code = 1
+
+
 class OutputError(LantingError):
     """A result can't be written where it was asked to go."""

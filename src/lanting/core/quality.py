@@ -11,7 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any, cast
 
+FIRST = 3  # steps that are always computed: they decide what the picture is of, and what forecasts are made from
 FEWEST = 16  # steps: releases that need no more were distilled to need no more, and keep all of theirs
 
 
@@ -52,7 +54,20 @@ NAMES = tuple(LEVELS)
 # One answer of the model: in full; with the residual of an earlier step; with that on the line through two earlier
 # steps. Small letters: beside kept references.
 LETTERS = "FfCcLl"
+MOST_SAFE = 1000  # parts of networks that ran in a safer way
 REUSED = "-"  # the guidance is taken from an earlier step
+
+
+def check_safe(entries: Sequence[Any], steps: int) -> bool:
+    """Whether these can be (step, part of a network, safer way) of a drawing."""
+    return len(entries) <= MOST_SAFE and all(
+        isinstance(one, list | tuple)
+        and len(cast("list[Any]", one)) == 3
+        and isinstance(one[0], int)
+        and 0 <= one[0] <= steps
+        and all(isinstance(word, str) and len(word) < 200 for word in cast("list[Any]", one[1:]))
+        for one in entries
+    )
 
 
 def computed(words: Sequence[str]) -> int:

@@ -85,6 +85,10 @@ class Notice:
     values: Mapping[str, object]
 
 
+def note(sentence: str, **values: object) -> Notice:
+    return Notice(sentence, values)
+
+
 @dataclass(frozen=True, slots=True)
 class Progress:
     """What every interface shows. `preview` is a small PIL picture when previews were asked for."""

@@ -1,82 +1,159 @@
-"""How one canvas is drawn: what may be left out, and what was decided, for the recipe.
+"""How one request is drawn: what may be left out, what is watched, and what was decided, for the recipe.
 
-Between the loop, which asks for velocities, and the controllers and attachments that answer instead of the plain
-network. They hang on the network only while this drawing lasts.
+Between the loop, which asks for velocities, and what answers instead of the plain networks: the controller of the dial
+(`flow.frugal`) with its caches, and around it the sentinel. They hang on the networks only while this drawing lasts, so
+that nothing of it is left for the next.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from lanting.attach.caches import residual_cache
+from lanting.attach.compute import KEPT
 from lanting.attach.frozen import frozen_references, kept_bytes
+from lanting.attach.parts import Part
+from lanting.attach.safe_vae import SafeVae
+from lanting.attach.sentinel import Sentinel
 from lanting.core.checkpoint import Checkpoint
 from lanting.core.quality import LEVELS
-from lanting.core.types import Request
+from lanting.core.types import Notice, Request
 from lanting.engine.models import Models
+from lanting.engine.remembered import Remembered
 from lanting.flow.frugal import Frugal
-from lanting.flow.loop import Canvas, Predict, velocity
+from lanting.flow.loop import Canvas, Model, velocity
 from lanting.plan import detect
 
 SPARE = 0.5  # of the memory that is free may be taken for kept references; the rest is for what a step needs
 
 
 class Drawing:
-    """`predict` is what the loop is given; `choices` what a recipe has to know afterwards. Leave it as a context."""
+    """A context: `begin` when the canvas is ready, `predict` for the loop, `told` when all is done.
 
-    def __init__(self, models: Models, request: Request, canvas: Canvas, resume: Checkpoint | None = None):
-        """`resume`: where an earlier drawing of the same request was left, if this canvas goes on from there."""
-        self.models, self.request, self.canvas = models, request, canvas
+    resume  where an earlier drawing of the same request was left, if this one goes on from there
+    """
+
+    def __init__(self, models: Models, request: Request, remembered: Remembered, resume: Checkpoint | None = None):
+        self.models, self.remembered, self.told_before = models, remembered, request.choices
+        self.level = LEVELS[request.quality or "exact"]
         self.done = resume.step if resume else 0
         self.earlier = str(resume.choices.get("steps", "")).split()[: self.done] if resume else []
-        self.hung = ExitStack()
-        self.frugal = self._frugal()
-        self.predict: Predict = self.frugal or velocity
+        self.hung, self.spared = ExitStack(), ExitStack()
+        self.frugal: Frugal | None = None
+        self.sentinel: Sentinel | None = None
+        self.vae: SafeVae | None = None
+        self.shown = 0
 
     def __enter__(self) -> Drawing:
-        if self.frugal is not None:
-            net = self.models.transformer
-            self.hung.enter_context(residual_cache(net, self.frugal))
-            if self.canvas.references and self._room():
-                self.hung.enter_context(frozen_references(net, self.frugal))
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.spared.close()
         self.hung.close()
+        if self.told_before is None:
+            self.remembered.add(self.ways())
 
-    def _frugal(self) -> Frugal | None:
-        told = str((self.request.choices or {}).get("steps", "")).split()
-        level = LEVELS[self.request.quality or "exact"]
-        return None if level.exact and not told else Frugal(level, self.canvas, told[self.done :])
+    def watch_vae(self, vae: Any) -> None:
+        """From the first picture that is encoded to the last one that is decoded."""
+        known = self.remembered.ways if self.told_before is None else {path: way for _, path, way in self._safe()}
+        self.vae = self.hung.enter_context(SafeVae(vae, known))
 
-    def _room(self) -> bool:
-        """Whether the references' keys and values fit beside everything else. Where a recipe says so, they must."""
-        if self.frugal is not None and self.frugal.told:
-            return any(letter.islower() for word in self.frugal.told for letter in word)
-        tokens = sum(reference.data.shape[1] for reference in self.canvas.references)
-        calls = len(self.canvas.start) * (1 if self.canvas.negative is None else 2)
-        wanted = kept_bytes(self.models.transformer.config, tokens, calls, self.models.dtype.itemsize)
-        return wanted <= SPARE * free_bytes(self.models.device)
+    def begin(self, canvas: Canvas) -> None:
+        """Hang everything on the networks that the steps need."""
+        models = self.models
+        nets: dict[str, nn.Module] = {"transformer": models.transformer}
+        if models.controlnet is not None and canvas.control is not None:
+            nets["controlnet"] = models.controlnet
+        told = None if self.told_before is None else [(s - self.done if s else -1, p, w) for s, p, w in self._safe()]
+        watch = Sentinel(nets, models.dtype, self.remembered.ways, told, mend=self._mend, calm=self._calm)
+        self.sentinel = self.hung.enter_context(watch)
+        words = str((self.told_before or {}).get("steps", "")).split()[self.done :]
+        if self.level.exact and not words:
+            return
+        self.frugal = Frugal(self.level, canvas, words)
+        self.spared.enter_context(residual_cache(models.transformer, self.frugal))
+        kept = any(letter.islower() for word in words for letter in word) if words else self._room(canvas)
+        if canvas.references and kept and models.transformer.config.zero_cond_t:
+            self.spared.enter_context(frozen_references(models.transformer, self.frugal))
 
+    def predict(self, model: Model, canvas: Canvas, latents: Tensor, sigma: Tensor) -> Tensor:
+        """`flow.loop.velocity`, sparing and watched."""
+        assert self.sentinel is not None
+        usual = self.frugal or velocity
+        return self.sentinel(
+            lambda: usual(model, canvas, latents, sigma), lambda: velocity(model, canvas, latents, sigma)
+        )
+
+    # ---------------------------------------------------------------- what is told
     @property
     def choice(self) -> str:
         """Of the last step."""
         return self.frugal.words[-1] if self.frugal is not None else ""
 
+    def notices(self) -> tuple[Notice, ...]:
+        """What was not told yet."""
+        every = [*(self.vae.notices if self.vae else ()), *(self.sentinel.notices if self.sentinel else ())]
+        new = tuple(every[self.shown :])
+        self.shown = len(every)
+        return new
+
     @property
     def choices(self) -> dict[str, Any]:
         """Everything that was decided so far, and would have to be decided alike to draw the same picture."""
-        if self.frugal is None:
-            return {}
-        return {"steps": " ".join([*self.earlier, *self.frugal.words])}
+        words = [*self.earlier, *self.frugal.words] if self.frugal is not None else self.earlier
+        steps = {"steps": " ".join(words)} if words else {}
+        made = [
+            [step + self.done if step >= 0 else 0, path, way]
+            for step, path, way in (self.sentinel.made if self.sentinel else ())
+        ]
+        made += [[0, path, way] for path, way in (self.vae.ways.items() if self.vae else ())]
+        return steps | ({"safe": made} if made else {})
 
     def told(self, request: Request) -> Request:
         """The request with what was decided."""
         return replace(request, choices=self.choices or None)
+
+    def ways(self) -> dict[str, str]:
+        """Part -> way, for the next drawing."""
+        return (self.sentinel.ways if self.sentinel else {}) | (self.vae.ways if self.vae else {})
+
+    # ---------------------------------------------------------------- what the sentinel asks
+    def _safe(self) -> Iterator[tuple[int, str, str]]:
+        for step, path, way in (self.told_before or {}).get("safe", ()):
+            yield int(step), str(path), str(way)
+
+    def _calm(self, redone: bool) -> None:
+        self.spared.close()
+        if self.frugal is not None:
+            self.frugal.stop()
+            if redone:
+                self.frugal.redone()
+
+    def _mend(self, path: str) -> bool:
+        """Read a part's weights from its file again."""
+        name, _, inside = path.partition(".")
+        placed: Any = self.models.placed_transformer if name == "transformer" else self.models.placed_controlnet
+        module = placed.net.get_submodule(inside)
+        part = Part(module, inside)
+        here = [name for name, tensor in part.tensors() if tensor.device.type != "meta"]
+        part.put(placed.stored.read(here), placed.device)
+        for each in module.modules():
+            for made in KEPT:
+                each.__dict__.pop(made, None)
+        return True
+
+    def _room(self, canvas: Canvas) -> bool:
+        """Whether the references' keys and values fit beside everything else."""
+        tokens = sum(reference.data.shape[1] for reference in canvas.references)
+        calls = len(canvas.start) * (1 if canvas.negative is None else 2)
+        wanted = kept_bytes(self.models.transformer.config, tokens, calls, self.models.dtype.itemsize)
+        return wanted <= SPARE * free_bytes(self.models.device)
 
 
 def free_bytes(device: torch.device) -> int:

@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Unpack, cast
 import torch
 
 from lanting.core.checkpoint import Checkpoint
-from lanting.core.errors import LantingError, ModelError, RequestError
+from lanting.core.errors import LantingError, ModelError, NotFiniteError, RequestError
 from lanting.core.recipe import describe_request, request_of_picture
 from lanting.core.types import Progress, Recipe, Request, Result
 from lanting.engine.drawing import Drawing
 from lanting.engine.fit import Fit, hold, planned
 from lanting.engine.models import Models, say_dtypes
+from lanting.engine.remembered import Remembered
 from lanting.engine.resume import go_on, mark_of, put_aside
 from lanting.engine.studio import EngineStudio
 from lanting.flow.loop import Canvas, Grid, Step, denoise
@@ -46,6 +47,7 @@ class Engine:
     def __init__(self, models: Models):
         self.models = models
         self.turn = threading.Lock()
+        self.remembered: Remembered | None = None  # what has to run in a safer way here
 
     @classmethod
     def open(
@@ -151,31 +153,38 @@ class Engine:
     ) -> Iterator[Progress | Checkpoint | Result]:
         with self.turn:
             phases = Phases()
-            with sentences(self.models.device), resting(self.models):
-                request, canvas = self._prepare(request, phases)
+            drawing = Drawing(self.models, request, self._remembered(), resume)
+            with sentences(self.models.device), resting(self.models), drawing:
+                request, canvas = self._prepare(request, phases, drawing)
                 mark = mark_of(request, self.models) if every or resume else ""
                 canvas = go_on(canvas, resume, mark) if resume else canvas
                 done = resume.step if resume else 0
                 yield from phases.finished()
                 last: Step | None = None
-                with Drawing(self.models, request, canvas, resume) as drawing:
-                    for step in denoise(self.models.transformer, canvas, drawing.predict):
-                        last = step
-                        picture = self._preview(canvas.grids[-1], step) if previews else None
-                        event = phases.tick("denoise", step.index + done, step.total + done, picture)
-                        yield replace(event, choice=drawing.choice)
-                        if every and step.index % every == 0 and step.index < step.total:
-                            yield put_aside(step, done, mark, drawing.choices)
-                request = drawing.told(request)
+                drawing.begin(canvas)
+                for step in denoise(self.models.transformer, canvas, drawing.predict):
+                    last = step
+                    picture = self._preview(canvas.grids[-1], step) if previews else None
+                    event = phases.tick("denoise", step.index + done, step.total + done, picture)
+                    yield replace(event, choice=drawing.choice, notices=drawing.notices())
+                    if every and step.index % every == 0 and step.index < step.total:
+                        yield put_aside(step, done, mark, drawing.choices)
                 self.models.rest()
                 phases.end("denoise")
                 images = self._finish(canvas, last)
                 phases.end("decode")
-                yield phases.tick("decode", 1, 1)
+                yield replace(phases.tick("decode", 1, 1), notices=drawing.notices())
+                request = drawing.told(request)
                 yield Result(tuple(images), self._recipes(request, len(images)), dict(phases.seconds))
 
+    def _remembered(self) -> Remembered:
+        key = key_of(self.models)  # strengths of LoRAs may have changed
+        if self.remembered is None or self.remembered.key != key:
+            self.remembered = Remembered(key)
+        return self.remembered
+
     @torch.no_grad()
-    def _prepare(self, request: Request, phases: Phases) -> tuple[Request, Canvas]:
+    def _prepare(self, request: Request, phases: Phases, drawing: Drawing) -> tuple[Request, Canvas]:
         """Load what is missing and let the task fill its canvas. The request comes back with a caption as its
         prompt where a picture is to be layered and nobody described it."""
         models = self.models
@@ -187,6 +196,7 @@ class Engine:
         width, height = request.size or (0, 0)
         tiles = models.plan is not None and models.plan.vae_tile > 0
         models.codec.tile = tiles or width * height > TILE_ABOVE
+        drawing.watch_vae(models.codec.vae)
         phases.end("load")
         if request.task == "layered" and not str(request.prompt).strip():
             request = replace(request, prompt=models.reader().caption(request.images[0]) or " ")
@@ -204,9 +214,7 @@ class Engine:
     @torch.no_grad()
     def _finish(self, canvas: Canvas, last: Step | None) -> Sequence[Image]:
         if last is None or not bool(torch.isfinite(last.latents).all()):
-            raise NotFiniteError(
-                f"The picture broke into numbers that are not finite in {self.models.dtype}; try --dtype float32."
-            )
+            raise NotFiniteError("The picture broke into numbers that are not finite; try --dtype float32.")
         return canvas.finish(last.latents)
 
     def _recipes(self, request: Request, images: int) -> tuple[Recipe, ...]:
@@ -227,12 +235,6 @@ class Engine:
             )
             for i in range(images)
         )
-
-
-class NotFiniteError(LantingError):
-    """The network left the range of its dtype."""
-
-    exit_code = 1
 
 
 class Phases:
@@ -284,6 +286,13 @@ def resting(models: Models) -> Iterator[None]:
         yield
     finally:
         models.rest()
+
+
+def key_of(models: Models) -> str:
+    """Everything that decides whether a model's numbers fit: device, dtypes, weights, LoRAs, what computes."""
+    versions = {name: value for name, value in versions_of(models).items() if name not in ("lanting", "python")}
+    loras = [f"{lora.sha256}:{lora.strength:g}" for lora in models.loras]
+    return " ".join([models.fingerprint, *versions.values(), *loras])
 
 
 def versions_of(models: Models) -> dict[str, str]:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 
-from lanting.core.quality import Quality
+from lanting.core.quality import FIRST, Quality
 
 STEEPEST = 2.0  # how many times faster than last time an error may be expected to grow
 
@@ -60,7 +60,13 @@ class Budget:
         wanted = self.error + error
         due = self.quality.mean * sum(self.widths[: self.index + 1])
         affordable = self.spent + self.widths[self.index] * wanted <= due
-        if self.quality.exact or age > self.quality.age or wanted > self.quality.step or not affordable:
+        if (
+            self.quality.exact
+            or self.index < FIRST
+            or age > self.quality.age
+            or wanted > self.quality.step
+            or not affordable
+        ):
             return False
         self.error = wanted
         return True

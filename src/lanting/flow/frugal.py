@@ -17,6 +17,7 @@ Distribution Quality in Diffusion Models"). It draws other pictures, not the sam
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -93,10 +94,12 @@ class Frugal:
         return " ".join(self.words)
 
     def stop(self) -> None:
-        """Leave nothing out any more. The present step was computed again, in full and by others."""
+        """Leave nothing out any more."""
         self.stopped = True
-        if self.words:
-            self.words[-1] = "F" * len(self.words[-1])
+
+    def redone(self) -> None:
+        """The present step was computed again, in full and by others."""
+        self.words[-1] = "F" * len(self.words[-1])
 
     # ---------------------------------------------------------------- the unconditional branch
     def _ask(self, side: Callable[[], T]) -> T:
@@ -143,6 +146,8 @@ class Frugal:
 
     def _choose(self, kept: Kept, change: float) -> str:
         same, line = kept.same.expected(change), kept.line.expected(change * self._arm(kept))
+        if line == math.inf:  # the first steps decide what the picture is of; one measurement is too little
+            return "F"
         error, age = min(same, line), self._age(kept)
         if self.difference is not None:  # the guidance would rest on earlier steps, too
             error, age = error + self._guidance_error(), max(age, self._age(self.guidance))

@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Any, cast
 
 from lanting.core.errors import RequestError
-from lanting.core.quality import LEVELS, NAMES, Quality, check_words
+from lanting.core.quality import LEVELS, NAMES, Quality, check_safe, check_words
 from lanting.core.types import Request
 from lanting.specs.model_spec import Defaults
 from lanting.specs.numbers import number, whole
@@ -64,13 +64,14 @@ def settle_quality(request: Request) -> Quality:
 
 def settle_choices(request: Request, steps: int) -> dict[str, Any] | None:
     """What was decided while the picture was drawn before, if it is that: recipes come from strangers' files."""
-    given: Any = request.choices
-    if not given:
+    if request.choices is None:
         return None
-    if isinstance(given, Mapping):
-        words = cast("Mapping[str, Any]", given).get("steps", "")
-        if isinstance(words, str) and (not words or check_words(words.split(), steps)):
-            return dict(cast("Mapping[str, Any]", given))
+    if isinstance(given := cast("Any", request.choices), Mapping):
+        table = dict(cast("Mapping[str, Any]", given))
+        words, safe = table.get("steps", ""), table.get("safe", [])
+        known = isinstance(words, str) and (not words or check_words(words.split(), steps))
+        if known and isinstance(safe, list | tuple) and check_safe(cast("list[Any]", safe), steps):
+            return table
     raise RequestError("the recipe's choices are none for {steps} steps: draw the picture anew", steps=steps)
 
 
