@@ -50,7 +50,7 @@ def connect(path: Path, reading: bool = False) -> sqlite3.Connection:
     """A connection in WAL mode, every commit on the disk before it returns. Raises StoreError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=10)
+        db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5)
         db.row_factory = sqlite3.Row
         if reading:
             db.execute("PRAGMA query_only = ON")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from mcp.server.mcpserver import Context, Image, MCPServer
+from mcp.server.mcpserver.exceptions import ToolError
 from mcp.server.transport_security import TransportSecuritySettings
 from pydantic import Field
 
@@ -77,7 +78,7 @@ def tools(house: House) -> MCPServer[Any]:
         try:
             wish = await edit_of(house, ctx, Request(prompt, seed=seed), images, mask)
         except LantingError as error:
-            raise ValueError(explain(error)) from None
+            raise ToolError(explain(error)) from None
         return await drawn(house, ctx, Order(wish, model, "mcp"), size)
 
     return server
@@ -111,7 +112,7 @@ async def drawn(house: House, ctx: Context[Any, Any], order: Order, size: str | 
                     await ctx.report_progress(event.body["step"], event.body["steps"])
         return await answer(house, with_picture(await house.desk.job(job.id, caller)))
     except LantingError as error:
-        raise ValueError(explain(error)) from None
+        raise ToolError(explain(error)) from None
     except asyncio.CancelledError:
         if job is not None:
             await asyncio.shield(house.desk.cancel(job.id, caller))

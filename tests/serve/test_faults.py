@@ -1,0 +1,236 @@
+"""kill -9, a stop in order, a full disk, a second server: nothing that was accepted is lost or drawn twice."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from fakeserve import HERE, events, over, running, start, wait_for
+from PIL import Image
+
+from lanting import Engine, Request
+
+
+def jobs_in(folder: Path) -> dict[str, str]:
+    """id -> state, from the ledger itself."""
+    with sqlite3.connect(folder / "data" / "queue.sqlite") as db:
+        return dict(db.execute("SELECT id, state FROM jobs").fetchall())
+
+
+def ends_of(folder: Path) -> dict[str, int]:
+    """id -> how many ends its log has."""
+    with sqlite3.connect(folder / "data" / "queue.sqlite") as db:
+        ends = "SELECT job, count(*) FROM events WHERE kind IN ('done', 'failed', 'cancelled') GROUP BY job"
+        return dict(db.execute(ends).fetchall())
+
+
+class Clients:
+    """Threads that submit until told to stop, and remember what was accepted."""
+
+    def __init__(self, count: int) -> None:
+        self.accepted: list[str] = []
+        self.url, self.stop = "", False
+        self.threads = [threading.Thread(target=self.run, args=(number,)) for number in range(count)]
+
+    def run(self, number: int) -> None:
+        turn = 0
+        while not self.stop:
+            turn += 1
+            body = {"prompt": f"a sign {number} {turn}", "steps": 6, "seed": number * 1000 + turn}
+            try:
+                answer = httpx.post(f"{self.url}/api/jobs", json=body, timeout=5)
+                if answer.status_code == 202:
+                    self.accepted.append(answer.json()["id"])
+            except httpx.HTTPError:
+                time.sleep(0.02)
+            time.sleep(0.03)
+
+
+def test_killed_at_random_points_nothing_is_lost_or_done_twice(tmp_path):
+    """Kills of the server under load (benchmarks/serve_faults.py does a hundred); orphaned workers leave by themselves."""
+    chance = random.Random(1)
+    options = {"journal": str(tmp_path / "journal"), "pace": 0.004}
+    clients = Clients(3)
+    for round_ in range(5):
+        server = start(tmp_path, options=options, every=2, caps={"waiting": 100_000})
+        clients.url = server.url
+        if round_ == 0:
+            for thread in clients.threads:
+                thread.start()
+        time.sleep(chance.uniform(0.05, 0.7))
+        server.kill()
+    clients.stop = True
+    for thread in clients.threads:
+        thread.join()
+    assert len(clients.accepted) > 20
+    with running(tmp_path, options=options, every=2, caps={"waiting": 100_000}) as server:
+        wait_for(lambda: all(state == "done" for state in jobs_in(tmp_path).values()), 60, 0.1)
+        states = jobs_in(tmp_path)
+        assert set(clients.accepted) <= set(states)  # what was being accepted in a kill may be there too
+        assert set(ends_of(tmp_path).values()) == {1} and len(ends_of(tmp_path)) == len(states)
+        for job in clients.accepted[::10]:
+            done = server.get(f"/api/jobs/{job}").json()
+            picture = server.get(done["images"][0]["url"])
+            assert picture.status_code == 200 and done["recipes"][0]["request"]["seed"] == done["request"]["seed"]
+    folders = {path.name for path in (tmp_path / "data" / "results").iterdir()}
+    assert folders == set(states)
+    assert list((tmp_path / "data" / "checkpoints").iterdir()) == []
+
+
+def test_a_job_goes_on_from_its_checkpoint(tmp_path):
+    server = start(tmp_path, every=2)
+    job = server.submit("slow", steps=30)["id"]
+    wait_for(lambda: server.get(f"/api/jobs/{job}").json().get("progress", {}).get("step", 0) > 12)
+    server.kill()
+    with running(tmp_path, every=2) as again:
+        told = list(events(again, job))
+    kinds = [kind for kind, _, _ in told]
+    assert kinds.count("done") == 1 and "interrupted" in kinds
+    resumed = next(body["step"] for kind, _, body in told if kind == "resumed")
+    first = next(body["step"] for kind, _, body in told[kinds.index("resumed") :] if kind == "step")
+    assert resumed >= 12 and first == resumed + 1
+    numbers = [number for _, number, _ in told]
+    assert numbers == sorted(set(numbers))  # also over the restart
+
+
+def test_a_finished_folder_is_a_finished_job(tmp_path):
+    """Killed between the pictures and the ledger: adopted, not drawn again."""
+    with running(tmp_path) as server:
+        job = server.submit("a sign", seed=5)["id"]
+        server.ended(job)
+    with sqlite3.connect(tmp_path / "data" / "queue.sqlite") as db:
+        db.execute("UPDATE jobs SET state = 'running', outcome = NULL, ended = NULL")
+        db.execute("DELETE FROM events WHERE kind = 'done'")
+    journal = tmp_path / "journal"
+    with running(tmp_path, options={"journal": str(journal)}) as again:
+        assert again.ended(job)["recipes"][0]["request"]["seed"] == 5
+    assert not journal.exists()
+
+
+def test_nano_resumed_is_nano_uninterrupted(tmp_path):
+    """The real engine, killed in the middle: the picture is the same to the bit."""
+    opener, options = "lanting.serve.worker:open_engine", {"device": "cpu"}
+    server = start(tmp_path, opener=opener, options=options, every=1)
+    asked = {"seed": 3, "steps": 40, "size": "192x192"}
+    job = server.submit('a red sign that says "STAY"', **asked)["id"]
+    wait_for(lambda: server.get(f"/api/jobs/{job}").json().get("progress", {}).get("step", 0) > 10, 40)
+    server.kill()
+    with running(tmp_path, opener=opener, options=options, every=1) as again:
+        done = again.ended(job, 60)
+        kinds = [kind for kind, _, _ in events(again, job)]
+        picture = again.get(done["images"][0]["url"]).content
+    assert "resumed" in kinds
+    path = tmp_path / "again.png"
+    path.write_bytes(picture)
+    with Engine.open("nano", device="cpu") as engine:
+        whole = engine.run(Request('a red sign that says "STAY"', seed=3, steps=40, size=(192, 192))).images[0]
+    assert np.array_equal(np.asarray(Image.open(path)), np.asarray(whole))
+
+
+def test_sigterm_lets_a_job_end_and_takes_no_more(tmp_path):
+    server = start(tmp_path, drain=20.0)
+    job = server.submit("slow", steps=20)["id"]
+    waiting = server.submit("a sign")["id"]
+    wait_for(lambda: "progress" in server.get(f"/api/jobs/{job}").json())
+    server.process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    answer = server.post("/api/jobs", {"prompt": "late"})
+    assert answer.status_code == 503 and answer.headers["retry-after"]
+    assert server.get("/readyz").status_code == 503
+    assert server.process.wait(20) == 0
+    assert jobs_in(tmp_path) == {job: "done", waiting: "waiting"}
+
+
+def test_sigterm_puts_aside_what_takes_too_long(tmp_path):
+    server = start(tmp_path, drain=0.2, every=1)
+    job = server.submit("slow", steps=100)["id"]
+    wait_for(lambda: server.get(f"/api/jobs/{job}").json().get("progress", {}).get("step", 0) > 3)
+    waited: list[httpx.Response] = []
+    body = {"model": "nano", "prompt": "a sign", "stream": False}
+    thread = threading.Thread(target=lambda: waited.append(server.post("/api/generate", body)))
+    thread.start()
+    time.sleep(0.2)
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(10) == 0
+    thread.join(5)
+    assert waited and waited[0].status_code == 503 and "goes on" in waited[0].json()["error"]
+    assert set(jobs_in(tmp_path).values()) == {"waiting"}
+    with running(tmp_path, every=1) as again:
+        kinds = [kind for kind, _, _ in events(again, job)]
+    assert kinds.count("resumed") == 1 and kinds[-1] == "done"
+
+
+def test_a_worker_that_is_killed_is_replaced_and_its_job_goes_on(tmp_path):
+    with running(tmp_path, every=1) as server:
+        job = server.submit("slow", steps=30)["id"]
+        wait_for(lambda: server.get(f"/api/jobs/{job}").json().get("progress", {}).get("step", 0) > 3)
+        children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
+        subprocess.run(["kill", "-9", *children], check=True)
+        kinds = [kind for kind, _, _ in events(server, job)]
+        assert kinds.count("resumed") == 1 and kinds[-1] == "done"
+
+
+def test_workers_leave_with_their_server(tmp_path):
+    server = start(tmp_path)
+    wait_for(lambda: server.get("/readyz").status_code == 200)
+    child = int(Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()[0])
+    server.kill()
+    wait_for(lambda: not Path(f"/proc/{child}").exists() or "Z" in Path(f"/proc/{child}/stat").read_text(), 5)
+
+
+def test_a_second_server_is_refused(tmp_path):
+    with running(tmp_path) as server:
+        words = json.dumps({"data": str(server.folder / "data"), "port": 0})
+        env = {"PYTHONPATH": f"{HERE.parents[1] / 'src'}:{HERE}", "LANTING_LANG": "en", "PATH": "/usr/bin:/bin"}
+        done = subprocess.run(
+            [sys.executable, str(HERE / "serving.py"), words], capture_output=True, text=True, timeout=30, env=env
+        )
+        assert done.returncode != 0 and "another server uses" in done.stderr
+
+
+def test_a_database_that_cannot_be_written_accepts_nothing_and_loses_nothing(tmp_path):
+    """Held by another writer for longer than SQLite waits: 503; afterwards all is as before."""
+    with running(tmp_path) as server:
+        first = server.submit("a sign")["id"]
+        server.ended(first)
+        other = sqlite3.connect(tmp_path / "data" / "queue.sqlite", isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")
+        answer = server.post("/api/jobs", {"prompt": "a sign"})
+        assert answer.status_code == 503 and answer.headers["retry-after"]
+        other.execute("ROLLBACK")
+        other.close()
+        second = server.submit("a sign")["id"]
+        assert server.ended(second)["state"] == "done"
+        assert set(jobs_in(tmp_path)) == {first, second}
+
+
+@pytest.mark.parametrize("model", ["broken"])
+def test_a_model_that_cannot_be_opened_is_told(tmp_path, model):
+    with running(tmp_path, names=[model]) as server:
+        told = wait_for(
+            lambda: found if (found := server.get("/api/models").json()["models"][0]).get("error") else None
+        )
+        assert told["error"] == "the model is broken: get another"
+        answer = server.post("/api/jobs", {"prompt": "x"})
+        assert answer.status_code == 503 and "broken" in answer.json()["error"]["message"]
+        assert server.get("/readyz").status_code == 503
+
+
+def test_what_is_old_is_forgotten(tmp_path):
+    with running(tmp_path) as server:
+        job = server.submit("a sign")["id"]
+        server.ended(job)
+    with running(tmp_path, keep_days=0.0) as again:
+        wait_for(lambda: again.get(f"/api/jobs/{job}").status_code == 404)
+        wait_for(lambda: not list((tmp_path / "data" / "results").iterdir()))
+        assert over({"state": "done"})

@@ -1,0 +1,71 @@
+"""The MCP SDK's client over HTTP and over stdin and stdout."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+import os
+import sys
+
+from fakeserve import HERE, ROOT
+from mcp import ClientSession, StdioServerParameters
+from mcp.client.stdio import stdio_client
+from mcp.client.streamable_http import streamable_http_client
+from PIL import Image
+
+
+async def use(session: ClientSession) -> dict:
+    """Every tool once; what came back."""
+    await session.initialize()
+    steps: list[tuple[float, float | None]] = []
+
+    async def note(progress: float, total: float | None, message: str | None) -> None:
+        steps.append((progress, total))
+
+    names = {tool.name: tool for tool in (await session.list_tools()).tools}
+    drawn = await session.call_tool(
+        "generate_image", {"prompt": "slow sign", "seed": 7, "steps": 5, "size": "64x32"}, progress_callback=note
+    )
+    told = json.loads(drawn.content[-1].text)
+    edited = await session.call_tool("edit_image", {"prompt": "red", "images": told["images"]})
+    wrong = await session.call_tool("generate_image", {"prompt": "x", "size": "1x1"})
+    return {"names": names, "steps": steps, "drawn": drawn, "edited": edited, "wrong": wrong, "told": told}
+
+
+def check(got: dict) -> None:
+    assert set(got["names"]) == {"generate_image", "edit_image"}
+    picture = got["drawn"].content[0]
+    assert picture.type == "image" and picture.mime_type == "image/png"
+    image = Image.open(io.BytesIO(base64.b64decode(picture.data)))
+    assert image.size == (64, 32) and image.getpixel((0, 0))[0] == 7
+    assert got["steps"] == [(step, 5) for step in range(1, 6)]
+    assert not got["edited"].is_error and got["edited"].content[0].type == "image"
+    assert got["wrong"].is_error and "can't be drawn" in got["wrong"].content[0].text
+
+
+def test_over_http(server):
+    async def run() -> dict:
+        async with (
+            streamable_http_client(f"{server.url}/mcp") as (read, write, *_),
+            ClientSession(read, write) as session,
+        ):
+            return await use(session)
+
+    check(asyncio.run(run()))
+
+
+def test_over_stdin_and_stdout(tmp_path):
+    env = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}:{HERE}", "LANTING_LANG": "en"}
+    code = (
+        "from pathlib import Path; from lanting.serve.mcp_tools import speak; from lanting.serve.settings import *;"
+        f"speak(Settings(Path({str(tmp_path)!r}), opener='fakeserve:open_engine'))"
+    )
+
+    async def run() -> dict:
+        how = StdioServerParameters(command=sys.executable, args=["-c", code], env=env)
+        async with stdio_client(how) as (read, write), ClientSession(read, write) as session:
+            return await use(session)
+
+    check(asyncio.run(run()))
