@@ -60,7 +60,7 @@ def kernels(root: nn.Module) -> list[tuple[nn.Module, str]]:
         (module, name)
         for module in root.modules()
         for name in ("forward", "product")
-        if module.__dict__.get(name) is not None
+        if module.__dict__.get(name) is not None and not isinstance(module.__dict__[name], Safe)
     ]
 
 
