@@ -1,7 +1,8 @@
 """Triton's kernels run here on the CPU, in Triton's interpreter; where there is a GPU they are compiled and run on it.
 
 The interpreter has to be asked for before Triton is imported. It cuts off what a GPU rounds when it makes 16 or 8 bits
-of a float, and multiplies the bits of bfloat16 as if they were whole numbers; both are put right here.
+of a float, and multiplies the bits of bfloat16 as if they were whole numbers; both are put right here. And it exchanges
+all functions of the language again for every call of a function inside a kernel: once a kernel is enough.
 """
 
 from __future__ import annotations
@@ -46,6 +47,28 @@ def dot(self, a, b, d, input_precision, max_num_imprecise_acc):
     return interpreter.TensorHandle(np.matmul(a_data, b_data, dtype=d.data.dtype) + d.data, d.dtype.scalar)
 
 
+class Patches:
+    """What the interpreter exchanges, once for all that a kernel calls."""
+
+    def __init__(self):
+        self.real, self.done = interpreter._patch_lang, set()
+
+    def __call__(self, fn):
+        wanted = {value.__name__ for value in fn.__globals__.values() if value is tl or value is tl.core}
+        if wanted <= self.done:
+            return None  # nobody puts back what a function inside a kernel exchanged
+        scope = self.real(fn)
+        self.done |= wanted
+        back = scope.restore
+
+        def restore():
+            self.done.clear()
+            back()
+
+        scope.restore = restore
+        return scope
+
+
 @pytest.fixture(autouse=True)
 def rounding(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The interpreter computes as a GPU does."""
@@ -53,6 +76,7 @@ def rounding(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setenv("TRITON_INTERPRET", "1")
         monkeypatch.setattr(interpreter, "_convert_float", convert)
         monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
+        monkeypatch.setattr(interpreter, "_patch_lang", Patches())
     yield
 
 

@@ -53,7 +53,7 @@ def product(
     device = codes.data.device
     if codes.data.dtype == torch.int8:
         found = integers(codes, weight, bias, dtype, out)
-    elif device.type == "cuda" and floats_by_torch(device, dtype):
+    elif sixteens(weight) and floats_by_torch(device, dtype):
         found = by_torch(codes, weight, bias, dtype, out)
     elif available(device):
         ways = eight_bit_ways(codes, weight, bias, dtype, out)
@@ -61,6 +61,11 @@ def product(
     else:
         found = finish(twins.product(codes, weight.data, weight.scale), bias, dtype, out)
     return found if isinstance(found, Sums) or out is not None else found.unflatten(0, codes.shape)
+
+
+def sixteens(weight: Weight) -> bool:
+    """What cuBLASLt wants of a weight of 8-bit floats."""
+    return weight.data.shape[0] % 16 == 0 and weight.data.shape[1] % 16 == 0
 
 
 def finish(v: Tensor, bias: Tensor | None, dtype: torch.dtype, out: Tensor | None) -> Tensor:

@@ -1,0 +1,59 @@
+"""Every kernel through Triton's compiler and NVIDIA's assembler, for GPUs that need not be here. Prints one line each.
+
+Run as a program: whoever imported Triton for its interpreter can't compile.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from lanting.kernels.gpu.jit import products, rows
+
+B, F, I8, U8, E4 = "*bf16", "*fp32", "*i8", "*u8", "*fp8e4nv"
+LINE = {"SCALED": False, "BIAS": True, "GELU": True, "GATE": False, "CLIP": False}
+
+
+def cases(floats: bool) -> Any:
+    """(kernel, types of what is no int32, constants, warps, stages)."""
+    for form, out in ((0, B), (1, I8), *(((2, E4),) if floats else ())):
+        kept = {"out": out, "out_scale": F, "eps": "fp32"}
+        vectors = dict.fromkeys(("x", "y", "gate", "shift", "scale", "moved", "bias", "base"), B)
+        yield rows.norm_kernel, vectors | kept, {"ADD": True, "CLIP": True, "FORM": form, "BLOCK": 4096}, 8, 3
+        yield rows.activate_kernel, vectors | kept, {**LINE, "FORM": form, "BLOCK": 16384}, 16, 3
+    scaled = {"x": "*i32", "row_scale": F, "column_scale": F, "bias": B, "gate": B, "base": B, "out": B, "out_scale": F}
+    yield rows.activate_kernel, scaled, {**LINE, "SCALED": True, "GATE": True, "FORM": 0, "BLOCK": 4096}, 8, 3
+    heads = dict.fromkeys(("q", "k", "first_q", "first_k", "other_q", "other_k"), B)
+    tables = {"cosines": F, "sines": F, "eps": "fp32"}
+    yield rows.turn_kernel, heads | tables, {"HEADS": 16, "HALF": 64}, 4, 3
+    given = {"x_scale": F, "w_scale": F, "bias": B, "out": B}
+    for kind in (I8, E4) if floats else (I8,):
+        tiles = {"BM": 128, "BN": 128, "BK": 128}
+        types = {**given, "x": kind, "weight": kind}
+        yield products.eight_bit_kernel, types, {"BIAS": True, "INTEGER": kind == I8, **tiles}, 8, 3
+    four = {**given, "w_scale": B, "x": B, "weight": U8}
+    tiles = {"BIAS": True, "GROUP": 64, "BM": 64, "BN": 128}
+    yield products.four_bit_kernel, four, {**tiles, "BYTES": 32}, 4, 3
+    yield products.four_by_eight_kernel, {**four, "x": I8}, tiles, 4, 3
+    yield products.expand_kernel, {"weight": U8, "w_scale": B, "out": B}, {"GROUP": 64, "BYTES": 1024}, 4, 3
+
+
+def main(capability: int) -> None:
+    for kernel, types, constants, warps, stages in cases(capability >= 89):
+        names = kernel.arg_names
+        signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+        aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name] != "fp32"}
+        values = {(names.index(name),): value for name, value in constants.items()}
+        source = ASTSource(kernel, signature, values, {key: a for key, a in aligned.items() if key not in values})
+        options = {"num_warps": warps, "num_stages": stages}
+        made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+        print(capability, kernel.__name__, made.metadata.shared, len(made.asm["cubin"]), flush=True)
+
+
+if __name__ == "__main__":
+    for capability in sys.argv[1:]:
+        main(int(capability))
