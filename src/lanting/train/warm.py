@@ -56,7 +56,7 @@ def pictogram_latents(vae: AutoencoderKLQwenImage) -> Tensor:
     count = blocks.shape[0]
     images = blocks.view(count, 8, 8, 8, 8, 4).transpose(2, 3).reshape(count, 64, 64, 4)
     pixels = torch.lerp(torch.full_like(images[..., :3], 128.0), images[..., :3], images[..., 3:] / 255)
-    return encode_pictures(vae, pixels.to(torch.uint8), 64).flatten(1)
+    return encode_pictures(vae, pixels.to(torch.uint8), 64).flatten(1).cpu()
 
 
 @torch.no_grad()
