@@ -107,16 +107,17 @@ class Server:
     url: str
     folder: Path
     log: Path
+    client: httpx.Client = field(default_factory=lambda: httpx.Client(timeout=30))
 
     @property
     def port(self) -> int:
         return int(self.url.rpartition(":")[2])
 
     def get(self, path: str, **how: Any) -> httpx.Response:
-        return httpx.get(self.url + path, timeout=30, **how)
+        return self.client.get(self.url + path, **how)
 
     def post(self, path: str, body: Any = None, **how: Any) -> httpx.Response:
-        return httpx.post(self.url + path, timeout=30, **({"json": body} if body is not None else {}), **how)
+        return self.client.post(self.url + path, **({"json": body} if body is not None else {}), **how)
 
     def submit(self, prompt: str = "a sign", **more: Any) -> dict[str, Any]:
         headers = more.pop("headers", {})

@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
 
 from lanting.core.errors import LantingError
 from lanting.core.lang import say
@@ -25,7 +26,7 @@ from lanting.serve.common import json_answer, plain_error
 from lanting.serve.errors import MissingError, ServeError, answer_to
 from lanting.serve.guard import Door, Guard
 from lanting.serve.house import House
-from lanting.serve.mcp_tools import http_routes, tools
+from lanting.serve.mcp_door import McpDoor
 
 Studio = Callable[[FastAPI, House], None]
 logger = logging.getLogger("lanting.serve")
@@ -40,11 +41,9 @@ class HttpError(ServeError):
 def build_app(house: House, studio: Studio | None = None) -> FastAPI:
     """The server as an ASGI application; its lifespan starts and stops the workers."""
 
-    server = tools(house)
-
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with house.living(), server.session_manager.run():
+        async with house.living():
             yield
 
     app = FastAPI(title="Lanting", version=version(), lifespan=lifespan, docs_url=None, redoc_url=None)
@@ -59,7 +58,7 @@ def build_app(house: House, studio: Studio | None = None) -> FastAPI:
         app.add_exception_handler(kind, handler)
     for dialect in (own, openai, ollama, a1111):
         app.include_router(dialect.router(house))
-    app.router.routes.extend(http_routes(server, house))
+    app.router.routes.append(Route("/mcp", McpDoor(house), name="mcp"))
     care(app, house)
     if studio is None:
         app.get("/", include_in_schema=False)(lambda: PlainTextResponse(WELCOME))

@@ -47,7 +47,8 @@ class House:
     signer: Signer
     meters: Meters
     eyes: Eyes
-    tasks: list[asyncio.Task[None]] = field(default_factory=list[asyncio.Task[None]])
+    tasks: list[asyncio.Task[None]] = field(default_factory=list[asyncio.Task[None]])  # one for each worker
+    helpers: list[asyncio.Task[None]] = field(default_factory=list[asyncio.Task[None]])  # cancelled at the end
 
     @property
     def ready(self) -> bool:
@@ -59,7 +60,7 @@ class House:
     async def living(self) -> AsyncIterator[House]:
         await recover(self)
         self.tasks = [asyncio.create_task(work(self.desk, model)) for model in self.desk.models.values()]
-        helpers = [asyncio.create_task(tell_places(self.desk)), asyncio.create_task(sweep(self.desk))]
+        self.helpers += [asyncio.create_task(tell_places(self.desk)), asyncio.create_task(sweep(self.desk))]
         try:
             yield self
         finally:
@@ -68,9 +69,9 @@ class House:
             for model in self.desk.models.values():
                 model.come.set()
             await asyncio.wait(self.tasks, timeout=15)
-            for task in (*self.tasks, *helpers):
+            for task in (*self.tasks, *self.helpers):
                 task.cancel()
-            await asyncio.gather(*self.tasks, *helpers, return_exceptions=True)
+            await asyncio.gather(*self.tasks, *self.helpers, return_exceptions=True)
             for hand in self.desk.hands.values():
                 hand.kill()
             await remember(self.desk)

@@ -31,7 +31,9 @@ from lanting.serve.own import size_in, source
 from lanting.serve.settings import Settings
 
 if TYPE_CHECKING:
-    from starlette.routing import BaseRoute
+    from contextlib import AbstractAsyncContextManager
+
+    from starlette.types import ASGIApp
 
 SEVERAL = 9  # servers over stdin and stdout that may run at once
 ABOUT = "Draws pictures from words and changes pictures by instruction, on this machine (Qwen-Image family)."
@@ -130,13 +132,14 @@ async def answer(house: House, job: Job) -> list[Any]:
     return [*pictures, json.dumps(told)]
 
 
-def http_routes(server: MCPServer[Any], house: House) -> list[BaseRoute]:
-    """The route of MCP over HTTP; host, origin and key are the guard's business."""
-    lax = TransportSecuritySettings(enable_dns_rebinding_protection=False)
+def http_app(house: House) -> tuple[ASGIApp, AbstractAsyncContextManager[None]]:
+    """MCP over HTTP, and what keeps its sessions."""
+    server = tools(house)
+    lax = TransportSecuritySettings(enable_dns_rebinding_protection=False)  # the guard has seen host and origin
     app = server.streamable_http_app(
         streamable_http_path="/mcp", transport_security=lax, max_request_body_size=house.settings.caps.body
     )
-    return list(app.routes)
+    return app, server.session_manager.run()
 
 
 def speak(settings: Settings) -> None:

@@ -1,0 +1,428 @@
+"""Nobody gets in who shouldn't: keys, hosts, origins, sizes, bombs, addresses. Mostly without a port."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import re
+import socket
+import threading
+import time
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import httpx
+import pytest
+from fakeserve import running
+from PIL import Image
+from starlette.routing import BaseRoute
+from starlette.testclient import TestClient
+from test_openai import png
+
+from fakes import bare_png
+from lanting.core.errors import LantingError, PictureError, RequestError
+from lanting.serve.app import build_app
+from lanting.serve.fetch import Limits, fetch, is_public
+from lanting.serve.guard import OPEN, bare
+from lanting.serve.house import open_house
+from lanting.serve.keys import create, revoke
+from lanting.serve.pictures import Eyes
+from lanting.serve.settings import Caps, Served, Settings
+from lanting.serve.signing import Signer
+
+LOCALHOST = "http://127.0.0.1"
+
+
+def client_for(folder: Path, **settings) -> TestClient:
+    """An application that is never started: requests meet the guard and the routes, no worker."""
+    house = open_house(Settings(folder, (Served("nano", "nano"),), **settings))
+    return TestClient(build_app(house), base_url=LOCALHOST, raise_server_exceptions=False)
+
+
+def paths(routes: list[BaseRoute]) -> list[tuple[str, str]]:
+    """(method, path) of every route, filled with something."""
+    found = []
+    for route in routes:
+        inner = getattr(route, "original_router", route)  # of a dialect
+        if hasattr(route, "path"):
+            path = re.sub(r"{[^}]*}", "0", route.path)
+            found += [(method, path) for method in (getattr(route, "methods", None) or ("GET", "POST", "DELETE"))]
+        found += paths(getattr(inner, "routes", None) or [])
+    return found
+
+
+def test_every_route_wants_a_key(tmp_path):
+    key = create(tmp_path, "Anna")
+    client = client_for(tmp_path, keys=True)
+    walked = paths(client.app.routes)  # type: ignore[attr-defined]
+    assert len(walked) > 50
+    for method, path in walked:
+        answer = client.request(method, path)
+        if path in OPEN:
+            assert answer.status_code != 401
+            continue
+        assert answer.status_code == 401 and "www-authenticate" in answer.headers, (method, path)
+        assert method == "HEAD" or "error" in answer.json()
+        if path not in ("/mcp",):  # which is opened by the application's life
+            assert client.request(method, path, headers={"Authorization": f"Bearer {key}"}).status_code != 401
+    with pytest.raises(Exception, match=r"1008|closed|disconnect"), client.websocket_connect("/queue/join"):
+        pass
+
+
+def test_a_key_comes_in_any_of_the_usual_ways_and_a_wrong_one_in_none(tmp_path):
+    key = create(tmp_path, "Anna")
+    client = client_for(tmp_path, keys=True)
+
+    def status(**headers: str) -> int:
+        return client.get(
+            "/v1/models", headers={name.replace("_", "-"): value for name, value in headers.items()}
+        ).status_code
+
+    basic = [base64.b64encode(words.encode()).decode() for words in (f"anna:{key}", f"{key}:", "anna:wrong")]
+    assert status(authorization=f"Bearer {key}") == status(x_api_key=key) == 200
+    assert [status(authorization=f"Basic {words}") for words in basic] == [200, 200, 401]
+    wrong = [
+        key[:-1] + ("A" if key[-1] != "A" else "B"),
+        "",
+        "lk-",
+        "x" * 10_000,
+        key + "\u0007",
+        "lk-00000000-" + "a" * 43,
+    ]
+    for one in wrong:
+        assert status(authorization=f"Bearer {one}") == 401
+    assert status(authorization="Basic !!!") == status(authorization="Basic /w==") == status() == 401
+    revoke(tmp_path, "Anna")
+    time.sleep(1.1)
+    assert status(authorization=f"Bearer {key}") == 401
+
+
+@pytest.mark.parametrize(
+    ("settings", "needed"),
+    [
+        ({}, False),
+        ({"host": "::1"}, False),
+        ({"host": "127.8.8.8"}, False),
+        ({"keys": True}, True),
+        ({"host": "0.0.0.0"}, True),
+        ({"host": "192.168.1.5"}, True),
+        ({"hosts": ("pictures.example.com",)}, True),
+        ({"hosts": ("localhost",)}, False),
+    ],
+)
+def test_whoever_lets_others_in_needs_keys(tmp_path, settings, needed):
+    if needed:
+        with pytest.raises(RequestError, match="lanting keys create"):
+            open_house(Settings(tmp_path, **settings))
+    else:
+        open_house(Settings(tmp_path, **settings)).lock.release()
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.com", "127.0.0.1.evil.com", "localhost.evil.com:8353", "", "[::ffff:1.2.3.4]", "a b"]
+)
+def test_a_page_that_rebinds_its_name_is_refused(tmp_path, host):
+    answer = client_for(tmp_path).get("/api/jobs", headers={"Host": host})
+    assert answer.status_code == 403 and "--allow-host" in answer.json()["error"]["message"]
+
+
+def test_hosts_that_are_allowed(tmp_path):
+    key = create(tmp_path, "Anna")
+    client = client_for(tmp_path, hosts=("pictures.example.com",))
+    how = {"Authorization": f"Bearer {key}"}
+    for host in ("localhost:8353", "127.0.0.1", "[::1]:8353", "pictures.example.com", "Pictures.Example.com:443"):
+        assert client.get("/v1/models", headers=how | {"Host": host}).status_code == 200, host
+    assert bare("[::1]:80") == "::1" and bare("HOST:80") == "host" and bare("::1") == "::1"
+
+
+def test_pages_of_other_sites_are_refused_and_get_no_cors(tmp_path):
+    client = client_for(tmp_path)
+    own = client.get("/api/jobs", headers={"Origin": "http://127.0.0.1"})
+    assert own.status_code == 200 and "access-control-allow-origin" not in own.headers
+    for headers in (
+        {"Origin": "http://evil.com"},
+        {"Origin": "null"},
+        {"Origin": "http://127.0.0.1:9999"},
+        {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"},
+    ):
+        for method, path in (
+            ("GET", "/api/jobs"),
+            ("POST", "/api/jobs"),
+            ("POST", "/sdapi/v1/interrupt"),
+            ("OPTIONS", "/v1/models"),
+        ):
+            answer = client.request(method, path, headers=headers)
+            assert answer.status_code == 403 and "access-control-allow-origin" not in answer.headers, (headers, path)
+
+
+def test_an_origin_that_is_allowed(tmp_path):
+    client = client_for(tmp_path, origins=("https://ui.example.com",))
+    answer = client.get("/api/jobs", headers={"Origin": "https://ui.example.com"})
+    assert answer.status_code == 200 and answer.headers["access-control-allow-origin"] == "https://ui.example.com"
+
+
+def test_a_form_of_another_site_changes_nothing(tmp_path):
+    """What a page can send without asking first: text/plain and forms."""
+    client = client_for(tmp_path)
+    for kind in ("text/plain", "application/x-www-form-urlencoded"):
+        for path in ("/api/jobs", "/api/generate", "/v1/images/generations", "/sdapi/v1/txt2img"):
+            answer = client.post(path, content=b'{"prompt": "x"}', headers={"Content-Type": kind})
+            assert answer.status_code in (400, 422), (path, kind)
+
+
+def test_bodies_are_bounded_before_they_are_read(tmp_path):
+    client = client_for(tmp_path, caps=Caps(body=100_000))
+    for path in ("/api/jobs", "/v1/images/generations", "/v1/images/edits", "/sdapi/v1/txt2img", "/api/generate"):
+        answer = client.post(path, content=b"x" * 100_001, headers={"Content-Type": "application/json"})
+        assert answer.status_code == 413, path
+
+        def chunks():
+            for _ in range(20):
+                yield b" " * 10_000
+
+        answer = client.post(path, content=chunks(), headers={"Content-Type": "application/json"})
+        assert answer.status_code == 413, path
+    assert client.post("/api/jobs", headers={"Content-Length": "-1"}).status_code in (400, 413)
+
+
+def test_a_body_that_never_ends_is_given_up(tmp_path):
+    with (
+        running(tmp_path, caps={"body_seconds": 0.5}) as server,
+        socket.create_connection(("127.0.0.1", server.port)) as sock,
+    ):
+        lines = (
+            "POST /api/jobs HTTP/1.1",
+            "Host: localhost",
+            "Content-Type: application/json",
+            "Content-Length: 99",
+            "",
+            "{",
+        )
+        sock.sendall("\r\n".join(lines).encode())
+        sock.settimeout(5)
+        assert b" 413 " in sock.recv(1000)
+
+
+# ---------------------------------------------------------------- pictures
+def gif(frames: int) -> bytes:
+    buffer = io.BytesIO()
+    pictures = [Image.new("P", (8, 8), number % 256) for number in range(frames)]
+    pictures[0].save(buffer, format="GIF", save_all=True, append_images=pictures[1:])
+    return buffer.getvalue()
+
+
+BAD = {
+    "81 megapixels in 10 KB": bare_png(9000, 9000),
+    "400 megapixels": bare_png(20_000, 20_000),
+    "a GIF": gif(50),
+    "an SVG": b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>',
+    "nothing": b"",
+    "half a PNG": png()[:60],
+    "text": b"GET / HTTP/1.1",
+    "a PNG's head": b"\x89PNG\r\n\x1a\n" + b"\0" * 50,
+    "JPEG that lies": b"\xff\xd8\xff\xe0" + b"\0" * 100,
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_pictures_that_are_none_are_refused_by_every_dialect(tmp_path, name):
+    client, data = client_for(tmp_path), base64.b64encode(BAD[name]).decode()
+    answers = [
+        client.post("/v1/images/edits", data={"prompt": "x"}, files={"image": ("a.png", BAD[name], "image/png")}),
+        client.post("/v1/images/variations", files={"image": ("a.png", BAD[name], "image/png")}),
+        client.post("/api/jobs", json={"prompt": "x", "images": [data]}),
+        client.post("/api/jobs", json={"prompt": "x", "images": [base64.b64encode(png()).decode()], "mask": data}),
+        client.post("/api/generate", json={"model": "nano", "prompt": "x", "images": [data]}),
+        client.post("/sdapi/v1/img2img", json={"prompt": "x", "init_images": [f"data:image/png;base64,{data}"]}),
+        client.post("/sdapi/v1/png-info", json={"image": data}),
+    ]
+    assert {answer.status_code for answer in answers} == {400}, [answer.text for answer in answers]
+    assert not any("0x" in answer.text or "Traceback" in answer.text for answer in answers)
+
+
+def test_pictures_are_bounded_together(tmp_path):
+    client = client_for(tmp_path, caps=Caps(input_pixels=10_000, pictures=3))
+    image = base64.b64encode(png((100, 60))).decode()
+    assert "million" in client.post("/api/jobs", json={"prompt": "x", "images": [image] * 2}).text
+    assert "at most 3 pictures" in client.post("/api/jobs", json={"prompt": "x", "images": [image] * 4}).text
+
+
+def test_metadata_is_left_at_the_door(tmp_path):
+    """GPS in a photograph's EXIF must not come out again, nor stay on the disk."""
+    exif = Image.Exif()
+    exif[0x010E], exif[0x0112] = "SECRET PLACE", 6  # turned by 90 degrees
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 32), "orange").save(buffer, format="JPEG", exif=exif, comment=b"SECRET PLACE")
+    with running(tmp_path) as server:
+        job = server.submit("x", images=[base64.b64encode(buffer.getvalue()).decode()])
+        assert job["request"]["images"][0]["size"] == [32, 64]  # upright
+        server.ended(job["id"])
+        kept = list((tmp_path / "data" / "pictures").iterdir())
+    assert len(kept) == 1 and b"SECRET" not in kept[0].read_bytes()
+    everything = b"".join(path.read_bytes() for path in (tmp_path / "data").rglob("*") if path.is_file())
+    assert b"SECRET" not in everything
+
+
+def test_prompts_and_keys_are_not_in_the_log(tmp_path):
+    key = create(tmp_path / "data", "Anna")
+    with running(tmp_path, keys=True) as server:
+        how = {"headers": {"Authorization": f"Bearer {key}"}}
+        job = server.submit("a very private wish", **how)
+        server.ended(job["id"], **how)
+        server.get("/nowhere?key=" + key, **how)
+    log = server.log.read_text()
+    assert "job accepted" in log and "private" not in log and key not in log
+    assert (tmp_path / "data" / "queue.sqlite").stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize(
+    "path", ["../../etc/passwd", "..%2f..%2fqueue.sqlite", "%2e%2e/%2e%2e/queue.sqlite", "0/images/..%2f0"]
+)
+def test_paths_lead_nowhere(tmp_path, path):
+    client = client_for(tmp_path)
+    for prefix in ("/api/jobs/", "/v1/models/", "/"):
+        assert client.get(prefix + path).status_code in (404, 422)
+
+
+def test_signed_addresses_are_for_one_picture_and_an_hour(monkeypatch):
+    signer = Signer(b"secret")
+    path, _, query = signer.sign("/api/jobs/1/images/0", "anna").partition("?")
+    assert signer.owner(path, query.encode()) == "anna"
+    assert signer.owner("/api/jobs/1/images/1", query.encode()) is None
+    assert signer.owner(path, query.replace("anna", "eve").encode()) is None
+    assert signer.owner(path, b"until=x") is signer.owner(path, "ü".encode()) is None
+    assert Signer(b"other").owner(path, query.encode()) is None
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 3700)
+    assert signer.owner(path, query.encode()) is None
+
+
+def test_signed_addresses_open_a_picture_without_a_key(tmp_path):
+    key = create(tmp_path / "data", "Anna")
+    with running(tmp_path, keys=True) as server:
+        how = {"headers": {"Authorization": f"Bearer {key}"}}
+        answer = server.post("/v1/images/generations", {"prompt": "a sign", "response_format": "url"}, **how)
+        url = answer.json()["data"][0]["url"]
+        assert httpx.get(url).status_code == 200
+        assert httpx.get(url.replace("images/0", "images/1")).status_code == 401
+        assert httpx.get(url.partition("?")[0]).status_code == 401
+        assert httpx.post(url).status_code == 401
+
+
+# ---------------------------------------------------------------- addresses
+@pytest.mark.parametrize(
+    "address",
+    (
+        *(
+            "127.0.0.1",
+            "10.0.0.1",
+            "172.16.3.4",
+            "192.168.0.1",
+            "169.254.169.254",
+            "0.0.0.0",
+            "100.64.0.1",
+            "224.0.0.1",
+        ),
+        *("::1", "fe80::1", "fc00::1", "::ffff:127.0.0.1", "::ffff:10.0.0.1", "64:ff9b::7f00:1", "2002:7f00:1::"),
+        *("::", "ff02::1"),
+    ),
+)
+def test_private_addresses_are_known(address):
+    assert not is_public(address)
+
+
+def test_public_addresses_are_known():
+    assert is_public("93.184.216.34") and is_public("2606:2800:220:1:248:1893:25c8:1946")
+
+
+@pytest.mark.parametrize(
+    "url",
+    (
+        *("http://127.0.0.1/x.png", "http://localhost/x.png", "http://[::1]/", "http://2130706433/", "http://0x7f.1/"),
+        *("http://169.254.169.254/latest/meta-data", "https://user:pass@example.com/", "http://example.com:22/"),
+        "http:///x",
+    ),
+)
+def test_addresses_inside_are_not_fetched(url):
+    with pytest.raises(PictureError, match="can't be fetched from its address"):
+        asyncio.run(fetch(url, Limits(seconds=3)))
+
+
+class Web(BaseHTTPRequestHandler):
+    """Pictures, and things that are none."""
+
+    def do_GET(self) -> None:
+        if self.path == "/redirect":
+            self.send_response(302)
+            self.send_header("Location", "/picture.png")
+            self.end_headers()
+            return
+        self.send_response(200)
+        self.end_headers()
+        try:
+            if self.path == "/slow":
+                for _ in range(100):
+                    self.wfile.write(b"x")
+                    time.sleep(0.05)
+            self.wfile.write(b"x" * 300_000 if self.path == "/large" else png())
+        except OSError:
+            pass
+
+    def log_message(self, *words: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def web():
+    server = HTTPServer(("127.0.0.1", 0), Web)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def test_fetching_has_limits(web):
+    limits = Limits(most=100_000, seconds=1.0, private=True)
+    picture = asyncio.run(Eyes(limits).picture(f"{web}/picture.png"))
+    assert picture.size == (64, 32)
+    for path in ("/redirect", "/large", "/slow"):
+        with pytest.raises(PictureError, match="can't be fetched"):
+            asyncio.run(fetch(f"{web}{path}", limits))
+
+
+def test_a_name_is_resolved_once_and_pinned(monkeypatch, web):
+    """The second answer of a name that changes its mind is never asked for."""
+    port, asked = int(web.rpartition(":")[2]), []
+
+    def resolve(host, port_, *_, **how):
+        asked.append(host)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port_))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    connected = []
+    real = socket.socket.connect
+    monkeypatch.setattr(socket.socket, "connect", lambda self, to: connected.append(to) or real(self, to))
+    asyncio.run(fetch(f"http://pictures.example.com:{port}/picture.png", Limits(private=True)))
+    assert asked[0] == "pictures.example.com" and set(asked[1:]) <= {"127.0.0.1"} and connected == [("127.0.0.1", port)]
+
+
+def test_fetching_is_off_unless_asked_for(tmp_path):
+    for url in ("http://example.com/x.png", "HTTPS://example.com/x.png"):
+        answer = client_for_once(tmp_path).post("/api/jobs", json={"prompt": "x", "images": [url]})
+        assert answer.status_code == 400 and "fetches no addresses" in answer.text
+
+
+def client_for_once(folder: Path) -> TestClient:
+    """One that gives its folder back."""
+    house = open_house(Settings(folder))
+    client = TestClient(build_app(house), base_url=LOCALHOST, raise_server_exceptions=False)
+    house.lock.release()
+    return client
+
+
+def test_settings_are_checked(tmp_path):
+    twice = (Served("nano", "nano"), Served("nano", "/elsewhere/nano"))
+    for settings in (Settings(tmp_path, twice), replace(Settings(tmp_path), port=70_000)):
+        with pytest.raises(LantingError):
+            open_house(settings)
