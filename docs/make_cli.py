@@ -74,6 +74,14 @@ EXAMPLES = {
     "lora show": ("lanting lora show ink.safetensors", "lanting lora show ink.safetensors --model qwen-image --json"),
     "remove": ("lanting remove qwen-image-2512",),
     "bench": ("lanting bench --quick", "lanting bench --only layer,vae --threads 1 --json bench.json"),
+    "serve": (
+        "lanting serve",
+        "lanting serve --model qwen-image-2512 --lora ink.safetensors --port 8353",
+        "lanting serve --host 0.0.0.0 --allow-host pictures.example.com",
+    ),
+    "keys create": ("lanting keys create Anna", "lanting keys create 'nightly batch' --share 0.5 --priority low"),
+    "keys list": ("lanting keys list",),
+    "keys revoke": ("lanting keys revoke Anna",),
     "train nano": ("lanting train nano --folder runs/nano",),
     "train lightning": ("lanting train lightning --model runs/nano/nano -o lightning.safetensors",),
     "eval text": (

@@ -28,6 +28,7 @@ from lanting.core.recipe import (
 )
 from lanting.core.save import Place, check_folder, name_for, plan_places, save_picture
 from lanting.core.types import Recipe, Request
+from lanting.serve.errors import ServeError
 
 VERSIONS = {"lanting": "0.1.0", "torch": "2.13.0", "device": "cpu", "dtype": "float32"}
 
@@ -285,7 +286,8 @@ def sentences() -> set[str]:
     """Every constant sentence of core, specs and cli that a person may read."""
     found: set[str] = set()
     errors = {e.__name__ for e in LantingError.__subclasses__()} | {"RefusalError"}
-    for room in ("core", "specs", "plan", "weights", "attach", "engine", "bench", "cli"):
+    errors |= {error.__name__ for error in ServeError.__subclasses__()}
+    for room in ("core", "specs", "plan", "weights", "attach", "engine", "bench", "serve", "cli"):
         for path in (Path(lanting.__file__).parent / room).glob("*.py"):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 if not (isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant)):

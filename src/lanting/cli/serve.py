@@ -9,7 +9,8 @@ import typer
 
 from lanting.cli import options as o
 from lanting.cli.screen import Screen
-from lanting.core.errors import RequestError
+from lanting.core.errors import ModelError, RequestError
+from lanting.specs import spec_names
 
 if TYPE_CHECKING:
     from lanting.serve.house import House
@@ -109,11 +110,21 @@ def tell(house: House) -> None:
 
 
 def served(model: str, options: dict[str, Any]) -> Served:
-    """A model under the name clients call it by: a release's own, else that of its file or folder."""
+    """A model under the name clients call it by: a release's own, else that of its file or folder. Raises ModelError
+    where there is none; whether it can be opened, its worker will tell."""
     from lanting.serve.settings import Served
-    from lanting.specs import spec_names
+    from lanting.weights.home import REPO, downloaded
 
-    return Served(model if model in spec_names() else Path(model).name or model, model, options)
+    if model == "nano":
+        return Served(model, model, options)
+    if model in spec_names() or REPO.fullmatch(model):
+        if downloaded(model) is None and not Path(model).expanduser().is_dir():
+            raise ModelError("{name} is not here yet: run 'lanting pull {name}', or give a folder", name=model)
+        return Served(model, model, options)
+    path = Path(model).expanduser()
+    if not path.exists():
+        raise ModelError("{path} does not exist", path=model)
+    return Served(path.resolve().name, model, options)
 
 
 def folder_for(data: str | None) -> Path:

@@ -20,7 +20,6 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from lanting.core.errors import LantingError
-from lanting.core.lang import say
 from lanting.serve import a1111, ollama, openai, own
 from lanting.serve.common import json_answer, plain_error
 from lanting.serve.errors import MissingError, ServeError, answer_to
@@ -121,7 +120,7 @@ def handlers() -> dict[Any, Any]:
             return shaped(request.url.path, error.__cause__)
         if error.status_code == 404:
             return shaped(request.url.path, MissingError("there is nothing at this address; see /openapi.json"))
-        refusal = HttpError("{reason}", reason=error.detail)
+        refusal = HttpError(str(error.detail))
         refusal.status = error.status_code
         return shaped(request.url.path, refusal)
 
@@ -129,7 +128,7 @@ def handlers() -> dict[Any, Any]:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"] if part not in ("body", "query"))
         words = str(first["msg"])[:200]
-        refusal = HttpError("{field}: {reason}", field=where or say("the request"), reason=words)
+        refusal = HttpError(f"{where}: {words}" if where else words)
         refusal.status = 422
         return shaped(request.url.path, refusal)
 

@@ -113,8 +113,10 @@ class Desk:
         model = self.model(order.model)
         if not self.accepting:
             raise ClosedError("the server is stopping: try again in a moment")
+        if model.refused:
+            raise ClosedError(model.refused)
         if model.spec is None:
-            raise ClosedError(model.refused or "the model is being loaded: try again in a moment")
+            raise ClosedError("the model is being loaded: try again in a moment")
         with self._seat(caller, model):
             if order.request.images:
                 prepared = await asyncio.to_thread(self._prepare, order, model, caller)

@@ -21,7 +21,7 @@ def lora_in(value: Mapping[str, float] | str | None) -> dict[str, float] | None:
         try:
             return {str(name): float(strength) for name, strength in json.loads(value).items()}
         except (ValueError, TypeError, AttributeError):
-            raise RequestError('lora is no JSON object of names and strengths: write {{"name": 0.8}}') from None
+            raise RequestError('lora is no JSON object of names and strengths: write {"name": 0.8}') from None
     return {name: strength for name, strength in map(_pair, value.split(",")) if name}
 
 

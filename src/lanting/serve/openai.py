@@ -148,7 +148,7 @@ async def body_of(request: HttpRequest) -> dict[str, Any]:
     except ValueError:
         raise RequestError("the request is no JSON: send an object with Content-Type application/json") from None
     if not isinstance(body, dict):
-        raise RequestError("the request is no JSON object: send {{...}}")
+        raise RequestError("the request is no JSON object: send {...}")
     return body
 
 
@@ -159,7 +159,7 @@ async def edit_of(house: House, request: HttpRequest, variation: bool) -> tuple[
     except ValidationError as error:
         first = error.errors()[0]
         field, reason = ".".join(map(str, first["loc"])), str(first["msg"])[:200]
-        raise RequestError("{field}: {reason}", field=field, reason=reason) from None
+        raise RequestError(f"{field}: {reason}") from None
     checked(ask)
     if not sources:
         raise RequestError("image is missing: upload the picture to change")

@@ -14,7 +14,7 @@ import uvicorn
 from lanting.core.errors import RequestError
 from lanting.serve.app import Studio, build_app
 from lanting.serve.house import House, open_house
-from lanting.serve.settings import Settings
+from lanting.serve.settings import Settings, check
 
 BACKLOG = 2048
 
@@ -58,7 +58,7 @@ def listen(settings: Settings) -> socket.socket:
 
 def serve(settings: Settings, opened: Callable[[House], None], studio: Studio | None = None) -> None:
     """Until a signal ends it. `opened` is called when the port is open. Raises LantingError before that."""
-    sock = listen(settings)
+    sock = listen(check(settings))
     settings = replace(settings, port=sock.getsockname()[1])
     try:
         house = open_house(settings)

@@ -42,9 +42,13 @@ QUALITY = 80  # of previews, as JPEG
 
 
 def open_engine(model: str, **options: Any) -> Engine:
-    """The real thing. A model that needs a plan on this machine gets the one that the command line would choose."""
+    """The real thing. Without budgets a model is planned for the memory that is free now, as drawing verbs do; nano
+    fits everywhere."""
     from lanting.engine import Engine
+    from lanting.plan import detect
 
+    if model != "nano" and not {"vram", "ram"} & set(options) and (free := detect().ram_free):
+        options = {**options, "ram": free}
     return Engine.open(model, **options)
 
 
@@ -61,7 +65,7 @@ class Bench:
     stops: dict[str, str] = field(default_factory=dict[str, str])  # job -> why
     orders: queue.SimpleQueue[dict[str, Any]] = field(default_factory=queue.SimpleQueue)
 
-    def say(self, what: str, **values: Any) -> None:
+    def send(self, what: str, **values: Any) -> None:
         self.out.write(json.dumps({"is": what, **values}, ensure_ascii=False) + "\n")
         self.out.flush()
 
@@ -105,10 +109,10 @@ def main() -> None:
         bench.names = tuple(Path(lora.name).stem for lora in asked)
         bench.usual = bench.strengths = tuple(float(lora.strength) for lora in asked)
     except LantingError as error:
-        bench.say("refused", sentence=explain(error), code=error.exit_code)
+        bench.send("refused", sentence=explain(error), code=error.exit_code)
         return
     loras = [{"name": name, "strength": strength} for name, strength in zip(bench.names, bench.usual, strict=True)]
-    bench.say("ready", spec=asdict(bench.engine.spec), loras=loras, notes=list(bench.engine.notes))
+    bench.send("ready", spec=asdict(bench.engine.spec), loras=loras, notes=list(bench.engine.notes))
     while True:
         take(bench, bench.orders.get())
 
@@ -120,10 +124,10 @@ def take(bench: Bench, order: Mapping[str, Any]) -> None:
         draw(bench, order)
     except LantingError as error:
         code = getattr(error, "exit_code", 1)
-        bench.say("failed", job=job, sentence=explain(error), code=code, kind=type(error).__name__)
+        bench.send("failed", job=job, sentence=explain(error), code=code, kind=type(error).__name__)
     except Exception as error:
         trace = "".join(traceback.format_exception(error))
-        bench.say("failed", job=job, sentence=None, code=1, kind=type(error).__name__, trace=trace)
+        bench.send("failed", job=job, sentence=None, code=1, kind=type(error).__name__, trace=trace)
     bench.stops.pop(job, None)
 
 
@@ -140,11 +144,11 @@ def draw(bench: Bench, order: Mapping[str, Any]) -> None:
         checkpoint.unlink(missing_ok=True)  # of another version of the model: from the start, then
         ended = follow(bench, order, request, None)
     if ended is None:
-        bench.say("stopped", job=job, why=bench.stops.get(job, ""))
+        bench.send("stopped", job=job, why=bench.stops.get(job, ""))
         return
     outcome = publish(ended, Path(order["results"]))
     checkpoint.unlink(missing_ok=True)
-    bench.say("done", job=job, outcome=outcome)
+    bench.send("done", job=job, outcome=outcome)
 
 
 def follow(bench: Bench, order: Mapping[str, Any], request: Request, resume: Checkpoint | None) -> Result | None:
@@ -154,7 +158,7 @@ def follow(bench: Bench, order: Mapping[str, Any], request: Request, resume: Che
     with closing(stream) as events:
         for event in events:
             if resume is not None:  # it was taken: the engine refuses it before its first word
-                bench.say("resumed", job=job, step=resume.step, steps=resume.steps)
+                bench.send("resumed", job=job, step=resume.step, steps=resume.steps)
                 resume = None
             if isinstance(event, Result):
                 return event
@@ -172,7 +176,7 @@ def follow(bench: Bench, order: Mapping[str, Any], request: Request, resume: Che
 
 def tell(bench: Bench, job: str, event: Progress) -> None:
     told = {"phase": event.phase, "step": event.step, "steps": event.steps, "seconds": round(event.seconds, 4)}
-    bench.say("progress", job=job, **told, preview=None if event.preview is None else small(event.preview))
+    bench.send("progress", job=job, **told, preview=None if event.preview is None else small(event.preview))
 
 
 def save(bench: Bench, job: str, path: Path, checkpoint: Checkpoint) -> None:
@@ -182,7 +186,7 @@ def save(bench: Bench, job: str, path: Path, checkpoint: Checkpoint) -> None:
     except OSError as error:
         print(f"lanting: no checkpoint could be written: {error}", file=sys.stderr)
         return
-    bench.say("checkpoint", job=job, step=checkpoint.step, steps=checkpoint.steps)
+    bench.send("checkpoint", job=job, step=checkpoint.step, steps=checkpoint.steps)
 
 
 def saved(path: Path) -> Checkpoint | None:
