@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
-from lanting.kernels.gpu import products, twins
+from lanting.kernels.gpu import here, products, twins
 from lanting.kernels.gpu.here import Tuner
 from lanting.kernels.gpu.products import Weight, four_bit, four_by_eight, product
 from lanting.kernels.gpu.rows import activate
@@ -158,3 +160,32 @@ def test_the_fastest_way_is_remembered(monkeypatch):
     monkeypatch.setattr("lanting.kernels.gpu.here.recording", lambda: True)
     assert tuner("another", ways, gpu) == "slow"  # no time while a graph is recorded
     assert tuner("a shape", ways, gpu) == "quick"
+
+
+class Stream:
+    """Notes who waits for whom."""
+
+    def __init__(self, name, log):
+        self.name, self.log = name, log
+
+    def wait_stream(self, other):
+        self.log.append((self.name, other.name))
+
+
+def test_work_runs_beside_only_while_a_graph_is_recorded(monkeypatch):
+    log, gpu = [], torch.device("cuda", 0)
+    main, side = Stream("main", log), Stream("side", log)
+    monkeypatch.setattr(here, "second", lambda device: side)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext(log.append(stream.name)))
+    for device, recording, wanted in (
+        (gpu, True, [("side", "main"), "side", ("main", "side")]),
+        (gpu, False, []),
+        (torch.device("cpu"), True, []),
+    ):
+        log.clear()
+        monkeypatch.setattr(here, "recording", lambda recording=recording: recording)
+        with here.beside(device):
+            pass
+        here.meet(device)
+        assert log == wanted

@@ -12,6 +12,7 @@ queries, keys and values. It needs a copy of their weights, and at 3072 columns 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -22,24 +23,31 @@ from lanting.attach.compute import LEFT_ALONE
 from lanting.attach.gpu_linears import DTYPES, How, Rows, forget, form_of, into, joined, product_of, project
 from lanting.core.errors import RequestError
 from lanting.kernels.gpu import attention as attentions
+from lanting.kernels.gpu.here import beside, meet
 from lanting.kernels.gpu.rows import Gated, activate, turn
 from lanting.kernels.gpu.twins import FP8, Codes, Sums
 from lanting.nn.linears import PackedLinear
 from lanting.nn.mmdit import Attend, Block, Context, FeedForward
+from lanting.nn.rotate import LARGEST
 
-FORMS = {None: None, "int8": torch.int8, "fp8": FP8}
+COMPUTE = {
+    None: How(),
+    "fp8": How(FP8),
+    "int8": How(torch.int8),
+    "int8 rotated": How(torch.int8, rotate=LARGEST),
+}
 
 
-def attach_gpu(net: nn.Module, compute: str | None = None, four: str | None = None) -> None:
+def attach_gpu(net: nn.Module, compute: str | None = None, *, four: bool = False) -> None:
     """Let a network use the kernels. Undone by `detach_gpu`.
 
-    compute  "fp8" or "int8": plain Linears of blocks are computed in 8 bits too, from copies made when they are first
-             used; None: as they are
-    four     "int8": activations that meet 4-bit weights are rounded to 8 bits; None: they stay in 16
+    compute  one of COMPUTE: plain Linears of blocks are computed in 8 bits too, from copies that are made when they are
+             first used; None: as they are
+    four     activations that meet 4-bit weights are rounded to 8 bits
     Raises RequestError when LANTING_ATTENTION names no attention.
     """
     check_attention()
-    how = How(FORMS[compute], FORMS[four])
+    how = replace(COMPUTE[compute], four=torch.int8 if four else None)
     for path, module in net.named_modules():
         if isinstance(module, PackedLinear) and not any(part in path.split(".") for part in LEFT_ALONE):
             module.product = partial(product_of, how)
@@ -97,20 +105,34 @@ def fused_block(block: Block, how: How, img: Tensor, txt: Tensor, ctx: Context) 
 
 
 def computed(block: Block, how: How, img: Tensor, txt: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
-    split, length = ctx.target_tokens, txt.shape[1]
+    """The text's work needs a small part of the GPU: it runs beside the picture's, where that can be said."""
+    split, length, device = ctx.target_tokens, txt.shape[1], img.device
     shift1, scale1, gate1, shift2, scale2, gate2 = block.img_mod(ctx.temb).chunk(6, -1)  # (B, 1 or 2, D) each
     tshift1, tscale1, tgate1, tshift2, tscale2, tgate2 = block.txt_mod(ctx.temb[:, :1]).chunk(6, -1)
     attn: Any = block.attn
     out = attention(attn, Rows(img, (shift1, scale1), split), Rows(txt, (tshift1, tscale1)), ctx, how)
-    made = project(attn.to_out[0], Rows(out[:, length:]), how)
-    up: Any = block.img_mlp.net[0]
-    img, rows = joined(made, Gated(img, gate1, split), (shift2, scale2), up.proj, how)
-    made = project(attn.to_add_out, Rows(out[:, :length]), how)
-    up = block.txt_mlp.net[0]
-    txt, texts = joined(made, Gated(txt, tgate1), (tshift2, tscale2), up.proj, how)
-    del out, made
-    img = feed_forward(block.img_mlp, rows, Gated(img, gate2, split), how)
-    return img, feed_forward(block.txt_mlp, texts, Gated(txt, tgate2), how)
+    with beside(device):
+        rest = Rows(out[:, :length]), Gated(txt, tgate1), (tshift2, tscale2), tgate2
+        txt = second_half(attn.to_add_out, block.txt_mlp, how, *rest)
+    rest = Rows(out[:, length:]), Gated(img, gate1, split), (shift2, scale2), gate2
+    img = second_half(attn.to_out[0], block.img_mlp, how, *rest)
+    meet(device)
+    return img, txt
+
+
+def second_half(
+    linear: nn.Module,
+    mlp: FeedForward,
+    how: How,
+    rows: Rows,
+    gated: Gated,
+    vectors: tuple[Tensor, Tensor],
+    gate: Tensor,
+) -> Tensor:
+    """Of one stream: what attention found joins it, then what the MLP makes of it."""
+    up: Any = mlp.net[0]
+    x, normed = joined(project(linear, rows, how), gated, vectors, up.proj, how)
+    return feed_forward(mlp, normed, Gated(x, gate, gated.split), how)
 
 
 def feed_forward(mlp: FeedForward, rows: Rows, gated: Gated, how: How) -> Tensor:
@@ -130,9 +152,13 @@ def attention(attn: Any, img: Rows, txt: Rows, ctx: Context, how: How) -> Tensor
     batch, length, width = txt.x.shape
     tokens = length + img.x.shape[1]
     q, k, v = (torch.empty(batch, tokens, width, dtype=img.x.dtype, device=img.x.device) for _ in range(3))
-    for name, out in (("q", q), ("k", k), ("v", v)):
-        into(getattr(attn, f"add_{name}_proj"), txt, out[:, :length], how)
+    places = (("q", q), ("k", k), ("v", v))
+    with beside(q.device):
+        for name, out in places:
+            into(getattr(attn, f"add_{name}_proj"), txt, out[:, :length], how)
+    for name, out in places:
         into(getattr(attn, f"to_{name}"), img, out[:, length:], how)
+    meet(q.device)
     q, k, v = (x.unflatten(-1, (attn.heads, -1)) for x in (q, k, v))
     names = ("norm_added_q", "norm_added_k", "norm_q", "norm_k")
     norms: Any = tuple(getattr(attn, name).weight for name in names)

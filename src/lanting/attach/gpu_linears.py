@@ -26,7 +26,7 @@ from lanting.kernels.gpu.rows import Gated, activate, join_norm, norm, quantize
 from lanting.kernels.gpu.twins import FP8, Codes, Sums
 from lanting.nn.linears import Fp8Linear, Int4Linear, Int8Linear, PackedLinear
 from lanting.nn.lora import LoraLinear
-from lanting.nn.rotate import rotate_blocks
+from lanting.nn.rotate import largest_block, rotate_blocks
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FEWEST = 16  # rows outside of blocks below which a weight is expanded, and exact
@@ -38,6 +38,7 @@ class How:
     """What may be computed in fewer bits than it is stored in."""
 
     plain: torch.dtype | None = None  # plain Linears of blocks: int8, e4m3, or None: as they are
+    rotate: int = 0  # the largest block in which those, and what they read, are rotated first
     four: torch.dtype | None = None  # activations that meet 4-bit weights: int8, or None: as they are
 
 
@@ -68,13 +69,22 @@ def weight_of(linear: nn.Module, how: How, device: torch.device) -> tuple[Weight
     if type(linear) is nn.Linear and how.plain is not None and (how.plain != FP8 or has_floats(device)):
         rows, depth = linear.weight.shape
         if rows % 16 == 0 and depth % 16 == 0:
-            return kept(linear, "gpu copy", linear.weight, lambda w: rounded(w, how.plain)), how.plain  # type: ignore[arg-type]
+            return kept(linear, "gpu copy", linear.weight, lambda w: rounded(w, how)), how.plain
     return None
 
 
-def rounded(weight: Tensor, form: torch.dtype) -> Weight:
+def turn_of(linear: nn.Module, how: How) -> int:
+    """The block in which a Linear's weight is rotated; 0: not at all."""
+    if type(linear) is nn.Linear and how.plain is not None and how.rotate:
+        return largest_block(linear.in_features, how.rotate)
+    return getattr(linear, "rotate", 0)
+
+
+def rounded(weight: Tensor, how: How) -> Weight:
     """A plain weight in 8 bits."""
-    codes = quantize(weight.detach(), form)
+    assert how.plain is not None
+    turn = largest_block(weight.shape[1], how.rotate) if how.rotate else 0
+    codes = quantize(rotate_blocks(weight.detach().float(), turn) if turn else weight.detach(), how.plain)
     return Weight(codes.data, codes.scale.flatten())
 
 
@@ -134,7 +144,7 @@ class Rows:
 
 def form_of(linear: nn.Module, how: How, device: torch.device) -> torch.dtype | None:
     """What the only reader of some rows wants them as; None: as they are."""
-    found = weight_of(linear, how, device) if not getattr(linear, "rotate", 0) else None
+    found = weight_of(linear, how, device) if not turn_of(linear, how) else None
     return None if found is None else found[1]
 
 
@@ -144,7 +154,7 @@ def project(linear: nn.Module, rows: Rows, how: How, out: Tensor | None = None) 
         thin = F.linear(rows.plain(), linear.down)
         added = F.linear((thin * linear.scales).to(thin.dtype), linear.up)
         return whole(project(linear.base, rows, how), added.dtype) + added
-    dtype, rotate, found = rows.x.dtype, getattr(linear, "rotate", 0), weight_of(linear, how, rows.x.device)
+    dtype, rotate, found = rows.x.dtype, turn_of(linear, how), weight_of(linear, how, rows.x.device)
     if found is None:
         return by_itself(linear, rows.plain(), out)
     weight, form = found

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -56,6 +57,32 @@ def has_floats(device: torch.device) -> bool:
 def recording() -> bool:
     """Whether a CUDA graph is being recorded: nothing may be timed or waited for then."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+@cache
+def second(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+@contextmanager
+def beside(device: torch.device) -> Iterator[None]:
+    """What is asked for inside may run beside what follows, until `meet`: while a graph is recorded, and only then.
+
+    Who uses it keeps everything that is read inside alive until `meet`, since memory is used again in the order of one
+    stream. Outside of recordings Python is what takes the time, and tuning wants the GPU for itself.
+    """
+    if device.type != "cuda" or not recording():
+        yield
+        return
+    second(device).wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(second(device)):
+        yield
+
+
+def meet(device: torch.device) -> None:
+    """Wait for what runs beside."""
+    if device.type == "cuda" and recording():
+        torch.cuda.current_stream(device).wait_stream(second(device))
 
 
 class Tuner:

@@ -11,6 +11,7 @@ Vectors are (B or 1, 1 or 2, W): with two rows of them the second holds from tok
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import gcd
 from typing import Any
 
 import torch
@@ -214,7 +215,7 @@ def turn(q: Tensor, k: Tensor, norms: tuple[Tensor, ...], rope: tuple[Tensor, Te
     from lanting.kernels.gpu.jit import rows as jit
 
     half = block_of(width // 2)
-    each = max(1, min(1024 // half, 1 << (heads - 1).bit_length()))
+    each = gcd(heads, max(1, 1024 // half))  # a power of two, and no program has too few
     cos, sin = (table.contiguous() for table in rope)
     kernel: Any = jit.turn_kernel
     kernel[(items * tokens, -(-heads // each))](
