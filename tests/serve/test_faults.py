@@ -61,7 +61,7 @@ def test_killed_at_random_points_nothing_is_lost_or_done_twice(tmp_path):
     chance = random.Random(1)
     options = {"journal": str(tmp_path / "journal"), "pace": 0.004}
     clients = Clients(3)
-    for round_ in range(5):
+    for round_ in range(4):
         server = start(tmp_path, options=options, every=2, caps={"waiting": 100_000})
         clients.url = server.url
         if round_ == 0:
@@ -121,7 +121,7 @@ def test_nano_resumed_is_nano_uninterrupted(tmp_path):
     """The real engine, killed in the middle: the picture is the same to the bit."""
     opener, options = "lanting.serve.worker:open_engine", {"device": "cpu"}
     server = start(tmp_path, opener=opener, options=options, every=1)
-    asked = {"seed": 3, "steps": 40, "size": "192x192"}
+    asked = {"seed": 3, "steps": 40, "size": "128x128"}
     job = server.submit('a red sign that says "STAY"', **asked)["id"]
     wait_for(lambda: server.get(f"/api/jobs/{job}").json().get("progress", {}).get("step", 0) > 10, 40)
     server.kill()
@@ -133,7 +133,7 @@ def test_nano_resumed_is_nano_uninterrupted(tmp_path):
     path = tmp_path / "again.png"
     path.write_bytes(picture)
     with Engine.open("nano", device="cpu") as engine:
-        whole = engine.run(Request('a red sign that says "STAY"', seed=3, steps=40, size=(192, 192))).images[0]
+        whole = engine.run(Request('a red sign that says "STAY"', seed=3, steps=40, size=(128, 128))).images[0]
     assert np.array_equal(np.asarray(Image.open(path)), np.asarray(whole))
 
 

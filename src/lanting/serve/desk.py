@@ -312,6 +312,7 @@ class Desk:
                 await asyncio.sleep(1)
         self.well = True
         self.sequence.pop(job.id, None)
+        self.files.checkpoint(job.id).unlink(missing_ok=True)
         if first:
             self.feed.put(event)
             self.meters.ended.labels(state).inc()

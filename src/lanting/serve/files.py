@@ -16,7 +16,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,6 +96,12 @@ class Files:
             return json.loads((self.results / job / OUTCOME).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
+
+    def keep_checkpoints(self, jobs: Collection[str]) -> None:
+        """Of these jobs and no others: a server killed at the end of a job leaves that job's behind."""
+        for path in self.checkpoints.iterdir():
+            if path.name not in jobs:
+                path.unlink(missing_ok=True)
 
     def forget(self, jobs: Sequence[str]) -> None:
         """Everything of these jobs."""

@@ -107,7 +107,8 @@ def note(door: Door, scope: Scope, status: int, seconds: float) -> None:
     door.meters.requests.labels(route, str(status)).inc()
     caller = scope.get("state", {}).get("caller")
     extra = {"method": scope.get("method"), "route": route, "status": status, "ms": round(seconds * 1000, 1)}
-    level = logging.WARNING if status >= 500 else logging.DEBUG if status < 400 else logging.INFO
+    dull = status < 400 or scope["path"] in OPEN
+    level = logging.DEBUG if dull else logging.WARNING if status >= 500 else logging.INFO
     logger.log(level, "answered", extra=extra | {"owner": getattr(caller, "id", None)})
 
 

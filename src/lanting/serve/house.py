@@ -135,6 +135,7 @@ async def recover(house: House) -> None:
     desk.sequence.update(sequence)
     await desk.ledger.write(lambda db: settle_all(db, desk, jobs))
     left = await desk.ledger.read(unfinished)
+    desk.files.keep_checkpoints({job.id for job in left})
     for job in left:
         desk.enqueue(job, callers[job.owner].share if job.owner in callers else 1.0)
     for job in jobs:
