@@ -107,7 +107,11 @@ class Drawing:
     def choices(self) -> dict[str, Any]:
         """Everything that was decided so far, and would have to be decided alike to draw the same picture."""
         words = [*self.earlier, *self.frugal.words] if self.frugal is not None else self.earlier
-        steps = {"steps": " ".join(words)} if words else {}
+        steps: dict[str, Any] = {"steps": " ".join(words)} if words else {}
+        if self.frugal is not None and not self.frugal.told:
+            steps["error"] = round(self.frugal.budget.spent, 4)
+        elif words and "error" in (self.told_before or {}):
+            steps["error"] = (self.told_before or {})["error"]
         made = [
             [step + self.done if step >= 0 else 0, path, way]
             for step, path, way in (self.sentinel.made if self.sentinel else ())

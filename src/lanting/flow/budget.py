@@ -46,20 +46,19 @@ class Budget:
     def __init__(self, quality: Quality, sigmas: Sequence[float]):
         self.quality = quality
         self.widths = [a - b for a, b in pairwise(sigmas)]
-        self.spent = 0.0  # the sum of width times error so far: what the latents may be off by
+        self.closed = 0.0  # spent by the steps before this one
         self.index = -1
         self.error = 0.0  # expected of this step
 
     def begin(self) -> None:
         """The next step."""
-        self._close()
-        self.index, self.error = self.index + 1, 0.0
+        self.closed, self.error, self.index = self.spent, 0.0, self.index + 1
 
     def may(self, error: float, age: int = 1) -> bool:
         """Whether this step affords so much more error, by using what is `age` steps old; if so, it is spent."""
         wanted = self.error + error
         due = self.quality.mean * sum(self.widths[: self.index + 1])
-        affordable = self.spent + self.widths[self.index] * wanted <= due
+        affordable = self.closed + self.widths[self.index] * wanted <= due
         if (
             self.quality.exact
             or self.index < FIRST
@@ -71,12 +70,7 @@ class Budget:
         self.error = wanted
         return True
 
-    def end(self) -> float:
-        """After the last step: all that was spent."""
-        self._close()
-        self.index = len(self.widths)
-        return self.spent
-
-    def _close(self) -> None:
-        if 0 <= self.index < len(self.widths):
-            self.spent += self.widths[self.index] * self.error
+    @property
+    def spent(self) -> float:
+        """The sum of width times error so far, this step included: what the latents may be off by."""
+        return self.closed + (self.widths[self.index] * self.error if self.index >= 0 else 0.0)

@@ -1,6 +1,7 @@
 """`velocity` for less work, within a budget: the controller behind `--quality`, one for each drawing.
 
 What it may leave out, in the order of what it gains:
+    the whole step             its velocity is the last one, or on the line through the last two
     all blocks but the first   their residual is taken from earlier steps (`attach.caches`), and the guidance with it
     the unconditional branch   its difference from the conditional one is that of the last step that had both
     reference pictures         their keys and values are those of an earlier step (`attach.frozen`)
@@ -12,7 +13,7 @@ Both branches are never taken from caches apart: their errors are alike and canc
 would be multiplied by the guidance scale. With both sides in one call, the unconditional branch is never left out.
 Rejected: guidance switched off outside an interval ("Applying Guidance in a Limited Interval Improves Sample and
 Distribution Quality in Diffusion Models"). It draws other pictures, not the same ones sooner. Ideas: First Block Cache
-(ParaAttention), "TeaCache" (learned thresholds, where we measure), "TaylorSeer" (the line).
+(ParaAttention), "TeaCache" (whole steps by learned thresholds, where we measure), "TaylorSeer" (the line).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from lanting.core.quality import REUSED, Quality
+from lanting.core.quality import GUESSED, REUSED, Quality
 from lanting.flow.budget import Budget, Forecast
 from lanting.flow.guidance import guide
 from lanting.flow.loop import Canvas, Model, Question
@@ -61,13 +62,25 @@ class Frugal:
         self.guidance = Kept()
         self.residuals: dict[str, Kept] = {}
         self.references: dict[str, Kept] = {}
+        self.velocities: list[Tensor] = []  # (B, N, C) of the last two steps that were computed in full
+        self.whole = Kept()  # and which those were
         self.letter, self.beside = "F", False  # of the present call, and whether beside kept references
+        self.calls = 1 if canvas.negative is None or canvas.batched_guidance else 2  # in a step in full
 
     def __call__(self, model: Model, canvas: Canvas, latents: Tensor, sigma: Tensor) -> Tensor:
         """(B, N, C), see `flow.loop.velocity`"""
         self.budget.begin()
         self.words.append("")
-        question = Question(model, canvas, latents, sigma)
+        guess = self._guess()
+        if guess is not None:
+            return guess.to(latents.dtype)
+        velocity = self._answer(Question(model, canvas, latents, sigma), canvas)
+        if self.words[-1].upper() == "F" * self.calls:
+            self._learn_velocity(velocity)
+        return velocity
+
+    def _answer(self, question: Question, canvas: Canvas) -> Tensor:
+        """The model is asked, as little as may be."""
         if canvas.negative is None:
             return self._ask(question.positive)
         if canvas.batched_guidance:
@@ -99,7 +112,38 @@ class Frugal:
 
     def redone(self) -> None:
         """The present step was computed again, in full and by others."""
-        self.words[-1] = "F" * len(self.words[-1])
+        self.words[-1] = "F" * self.calls
+
+    # ---------------------------------------------------------------- the whole step
+    def _guess(self) -> Tensor | None:
+        """The velocity without asking the model, where that may be."""
+        if self.stopped or not self.velocities:
+            return None
+        if self.told:
+            self.words[-1] = self.told[self.step] if self.told[self.step] in GUESSED else ""
+        else:
+            same = self.whole.same.expected(self._distance(self.whole))
+            line = self.whole.line.expected(self._distance(self.whole) * self._arm(self.whole))
+            known = line < math.inf and self.budget.may(min(same, line), self._age(self.whole))
+            self.words[-1] = GUESSED[line < same] if known else ""
+        if not self.words[-1]:
+            return None
+        return self._on_line() if self.words[-1] == GUESSED[1] else self.velocities[-1]
+
+    def _on_line(self) -> Tensor:
+        """(B, N, C) float32 on the line through the last two."""
+        first, last = (velocity.float() for velocity in self.velocities)
+        return torch.lerp(first, last, 1 + self._distance(self.whole) / self._gap(self.whole))
+
+    def _learn_velocity(self, velocity: Tensor) -> None:
+        if self.velocities and not self.told:
+            distance = self._distance(self.whole)
+            self.whole.same.learn(relative(velocity - self.velocities[-1], velocity), distance)
+            if len(self.velocities) == 2:
+                error = relative(velocity.float() - self._on_line(), velocity)
+                self.whole.line.learn(error, distance * self._arm(self.whole))
+        self.velocities = [*self.velocities[-1:], velocity]
+        self.whole.computed(self.step)
 
     # ---------------------------------------------------------------- the unconditional branch
     def _ask(self, side: Callable[[], T]) -> T:

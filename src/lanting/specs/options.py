@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Any, cast
 
 from lanting.core.errors import RequestError
-from lanting.core.quality import LEVELS, NAMES, Quality, check_safe, check_words
+from lanting.core.quality import NAMES, check_safe, check_words
 from lanting.core.types import Request
 from lanting.specs.model_spec import Defaults
 from lanting.specs.numbers import number, whole
@@ -42,8 +42,7 @@ def settle_options(request: Request, task: str, own: Defaults) -> tuple[dict[str
         given["padding_mask_crop"] = whole("padding_mask_crop", given["padding_mask_crop"], 0, 4096)
     if not isinstance(given.get("batched_guidance", False), bool):
         raise RequestError("batched_guidance must be true or false, not {value}", value=given["batched_guidance"])
-    level = settle_quality(request)
-    steps = level.steps(own.steps) if request.steps is None else request.steps
+    steps = own.steps if request.steps is None else request.steps
     if given.get("sigmas") is None:
         given.pop("sigmas", None)
         return given, whole("steps", steps, 1, 1000)
@@ -54,12 +53,12 @@ def settle_options(request: Request, task: str, own: Defaults) -> tuple[dict[str
     return given, count
 
 
-def settle_quality(request: Request) -> Quality:
-    """The level that was asked for."""
+def settle_quality(request: Request) -> str:
+    """The level that was asked for, by its name."""
     name = request.quality or "exact"
-    if name not in LEVELS:
+    if name not in NAMES:
         raise RequestError("there is no quality {name}; choose {names}", name=name, names=", ".join(NAMES))
-    return LEVELS[name]
+    return name
 
 
 def settle_choices(request: Request, steps: int) -> dict[str, Any] | None:

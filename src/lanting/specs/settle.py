@@ -14,7 +14,7 @@ from lanting.core.errors import RequestError
 from lanting.core.types import TASK_NAMES, Request
 from lanting.specs.model_spec import ModelSpec
 from lanting.specs.numbers import number, whole
-from lanting.specs.options import settle_choices, settle_options
+from lanting.specs.options import settle_choices, settle_options, settle_quality
 from lanting.specs.sizes import WIDEST, check_size, fit_area, largest_area, reference_size, size_of_picture
 
 LONGEST_PROMPT, LONGEST_NEGATIVE = 10_000, 4_000  # characters; the reader sees 1,024 tokens at most
@@ -50,7 +50,7 @@ def settle(request: Request, spec: ModelSpec) -> Request:
         count=count,
         strength=_strength(request, task, spec),
         options=options,
-        quality=request.quality or "exact",
+        quality=settle_quality(request),
         choices=choices,
     )
 
