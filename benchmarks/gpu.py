@@ -374,7 +374,7 @@ def run(bench: Bench) -> None:
 
 @torch.no_grad()
 def compiled(bench: Bench, net: QwenImageTransformer, theirs: Any) -> dict[str, Any]:
-    """diffusers' blocks behind torch.compile, once for all of them: milliseconds a step. Last, since it takes minutes."""
+    """diffusers' blocks behind torch.compile, once for all of them: milliseconds a step. Compiling takes a minute."""
     if bench.device.type == "cuda":
         theirs.compile_repeated_blocks(fullgraph=True, dynamic=False)
     found: dict[str, Any] = {}

@@ -3,8 +3,8 @@
     python benchmarks/gpu_memory.py --dir DIR --out results.json [--budgets 24 16 12 8] [--size 1024]
     python benchmarks/gpu_memory.py --dir DIR --out results.json --dry-run    # few layers on the CPU
 
-Writes the checkpoint of `full_size.py` in int4 (17 GB) unless it is there, then draws with `Engine.open(vram=...)`, each
-budget in a process of its own. CUDA's allocator is told the budget less what the driver takes, so that going over it
+Writes the checkpoint of `full_size.py` in int4 (17 GB) unless it is there, then draws with `Engine.open(vram=...)`,
+each budget in a process of its own. CUDA's allocator is told the budget less what the driver takes, so that going over it
 ends in an error and not in a larger card's spare memory. Seconds of loading are from a warm page cache.
 """
 
@@ -23,9 +23,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import full_size
 import torch
 
+import full_size
 from lanting import Engine, Request
 from lanting.core.types import Progress
 
