@@ -3,13 +3,15 @@
 One full-width block (3072) with random weights, beside the same block in float32: the error of what the block adds to
 the picture's stream (its residual), relative, in percent. Computed on the CPU by the kernels' twins in torch, which
 mean the same as the kernels (`tests/gpu` compares them). Weights are normal with a deviation of 0.02, as the official
-ones nearly are; their outliers, and those of real activations, are not in it. No time is measured.
+ones nearly are; their outliers, and those of real activations, are not in it. Attention with scores in 8 bits is
+measured alone, by its kernel in Triton's interpreter. No time is measured.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -90,6 +92,19 @@ def ways() -> Iterator[tuple[str, type | None, dict[str, Any], dict[str, Any] | 
     yield "int4, groups of 64, rotated, 8-bit activations", Int4Linear, {"group": 64, "rotate": 256}, {"four": True}
 
 
+def attention(tokens: int) -> float:
+    """Of scores in 8 bits: normal queries and values, and keys that share three times as much as tells them apart."""
+    os.environ["TRITON_INTERPRET"] = "1"  # only now: the block above is the twins'
+    from lanting.kernels.gpu import eight_bit
+    from lanting.kernels.gpu.attention import exact
+
+    torch.manual_seed(2)
+    q, k, v = torch.randn(3, 1, tokens, 2, 128).unbind()
+    k = k + 3 * torch.randn(1, 1, 2, 128)
+    wanted = exact(q, k, v, None)
+    return float((eight_bit.attend(q, k, v, None) - wanted).norm() / wanted.norm()) * 100
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--tokens", type=int, default=256)
@@ -110,6 +125,8 @@ def main() -> None:
         for path, old in plain.items():
             parent, _, last = path.rpartition(".")
             setattr(block.get_submodule(parent), last, old)
+    table["attention alone, scores in 8 bits"] = round(attention(given.tokens + TEXT), 2)
+    print(f"| attention alone, scores in 8 bits | {table['attention alone, scores in 8 bits']:.2f} % |")
     if given.json is not None:
         about = {"tokens": given.tokens, "text": TEXT, "torch": torch.__version__, "error_percent": table}
         given.json.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")

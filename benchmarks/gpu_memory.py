@@ -4,8 +4,8 @@
     python benchmarks/gpu_memory.py --dir DIR --out results.json --dry-run    # few layers on the CPU
 
 Writes the checkpoint of `full_size.py` in int4 (17 GB) unless it is there, then draws with `Engine.open(vram=...)`,
-each budget in a process of its own. CUDA's allocator is told the budget less what the driver takes, so that going over it
-ends in an error and not in a larger card's spare memory. Seconds of loading are from a warm page cache.
+each budget in a process of its own. CUDA's allocator is told the budget less what the driver takes: going over it is
+an error, however large the card is. Seconds of loading are from a warm page cache.
 """
 
 from __future__ import annotations
