@@ -1,6 +1,6 @@
 """What a GPU does with the full model: steps, edits, decoding, a whole picture; side by side with diffusers in one run.
 
-    python benchmarks/gpu.py --out results.json [--seconds 500] [--sizes 1024 512 1328 2048]
+    python benchmarks/gpu.py --out results.json [--seconds 500] [--parts 1024 512 decode edit ...]
     python benchmarks/gpu.py --out results.json --dry-run     # a tiny network on the CPU, every part, in half a minute
 
 Full geometry (20.4 B parameters), random weights, which diffusers' transformer shares: the pictures are noise, times
@@ -37,7 +37,8 @@ from lanting.nn.mmdit import QwenImageTransformer, TransformerConfig
 
 TEXT, SILENT = 128, 10  # tokens of the prompt and of the negative prompt
 TINY = TransformerConfig(num_layers=2, num_attention_heads=2, attention_head_dim=32, axes_dims_rope=(4, 14, 14))
-SIZES = (1024, 512, 1328, 2048)
+FIRST = "1024"  # the size at which every way is compared
+PARTS = ("nano", FIRST, "512", "decode", "edit", "1328", "picture", "2048", "compiled")
 STEPS = 50
 
 
@@ -63,6 +64,7 @@ class Bench:
             self.found[name] = work()
         except Exception as error:
             self.found[name] = {"failed": f"{type(error).__name__}: {str(error)[:600]}"}
+        self.found["attention"] = attention.chosen()
         took = time.monotonic() - began
         print(f"[{time.monotonic() - self.began:5.0f} s] {name} ({took:.1f} s): {self.found[name]}", flush=True)
         self.asked.out.write_text(json.dumps(self.found, indent=1) + "\n", encoding="utf-8")
@@ -204,13 +206,13 @@ def size(bench: Bench, net: QwenImageTransformer, theirs: Any, pixels: int) -> d
     if theirs is not None:
         tell("diffusers", lambda: step.theirs(theirs), "bf16")
     net_of = bench.found.setdefault("errors", {})
-    for name, compute, graphs in WAYS if pixels == SIZES[0] else WAYS[1:]:
+    for name, compute, graphs in WAYS if str(pixels) == FIRST else WAYS[1:-1]:
         attach_gpu(net, compute)
         step.ours(net)  # copies in 8 bits are made here
         if graphs:
             attach_graphs(net, bench.table)
         tell(name, lambda: step.ours(net), compute or "bf16")
-        if exact is not None and pixels == SIZES[0]:
+        if exact is not None and str(pixels) == FIRST:
             off = (step.ours(net).float() - exact.float()).norm() / exact.float().norm()
             net_of[f"{name}, of diffusers' velocity"] = round(float(off), 4)
         detach_graphs(net)
@@ -342,7 +344,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=500.0)
-    parser.add_argument("--sizes", type=int, nargs="*", default=list(SIZES))
+    parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=PARTS)
     parser.add_argument("--dry-run", action="store_true")
     asked = parser.parse_args()
     if not asked.dry_run and not torch.cuda.is_available():
@@ -351,8 +353,14 @@ def main() -> None:
 
 
 def run(bench: Bench) -> None:
+    """The parts that were asked for, in the order that was asked for."""
+    parts = list(bench.asked.parts)
+    if "nano" in parts:  # needs no full-size weights
+        bench.part("nano", lambda: nano(bench), 15)
+        parts.remove("nano")
+    if not parts:
+        return
     bench.part("limits", lambda: limits(bench), 5)
-    bench.part("nano", lambda: nano(bench), 20)
     net = network(bench)
     theirs: Any = None
     try:
@@ -361,14 +369,18 @@ def run(bench: Bench) -> None:
         bench.found["diffusers"] = str(error)
     bench.table = ModulationTable(net)
     bench.table.prepare(torch.tensor([0.7], dtype=torch.bfloat16, device=bench.device))
-    for pixels in bench.asked.sizes:
-        bench.part(f"{pixels}", lambda pixels=pixels: size(bench, net, theirs, pixels), 8 + (pixels / 400) ** 2)
-    bench.found["attention"] = attention.chosen()
-    bench.part("decode", lambda: decode(bench), 8)
-    bench.part("picture", lambda: picture(bench, net), 25)
-    bench.part("edit", lambda: edited(bench, net), 15)
-    if theirs is not None:
-        bench.part("compiled diffusers", lambda: compiled(bench, net, theirs), 75)
+    for name in parts:
+        works: dict[str, tuple[Callable[[], Any], float]] = {
+            "decode": (lambda: decode(bench), 8),
+            "picture": (lambda: picture(bench, net), 20),
+            "edit": (lambda: edited(bench, net), 12),
+            "compiled": (lambda: compiled(bench, net, theirs), 75),
+        }
+        work, need = works.get(name) or (
+            lambda name=name: size(bench, net, theirs, int(name)),
+            8 + (int(name) / 400) ** 2,
+        )
+        bench.part(name, work, need)
     print(json.dumps({"left out": bench.found["left out"], "attention": bench.found["attention"]}))
 
 
