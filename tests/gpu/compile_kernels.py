@@ -12,7 +12,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lanting.kernels.gpu.jit import products, rows
+from lanting.kernels.gpu.jit import attention, products, rows
 
 B, F, I8, U8, E4 = "*bf16", "*fp32", "*i8", "*u8", "*fp8e4nv"
 LINE = {"SCALED": False, "BIAS": True, "GELU": True, "GATE": False, "CLIP": False}
@@ -39,6 +39,10 @@ def cases(floats: bool) -> Any:
     tiles = {"BIAS": True, "GROUP": 64, "BM": 64, "BN": 128}
     yield products.four_bit_kernel, four, {**tiles, "BYTES": 32}, 4, 3
     yield products.four_by_eight_kernel, {**four, "x": I8}, tiles, 4, 3
+    codes = {"x": B, "mean": F, "codes": I8, "scales": F, "factor": "fp32"}
+    yield attention.head_codes_kernel, codes, {"SMOOTH": True, "BLOCK": 64, "E": 128}, 4, 3
+    heads = {"q": I8, "k": I8, "v": B, "q_scale": F, "k_scale": F, "seen": U8, "out": B}
+    yield attention.attend_kernel, heads, {"MASK": True, "BM": 128, "BN": 64, "E": 128}, 8, 3
     yield products.expand_kernel, {"weight": U8, "w_scale": B, "out": B}, {"GROUP": 64, "BYTES": 1024}, 4, 3
 
 

@@ -11,7 +11,7 @@ import torch
 from lanting.attach.gpu import check_attention
 from lanting.core.errors import RequestError
 from lanting.core.lang import chinese
-from lanting.kernels.gpu import attention
+from lanting.kernels.gpu import attention, eight_bit
 from lanting.kernels.gpu.attention import VARIABLE, WAYS, Choices, exact
 
 CPU = torch.device("cpu")
@@ -106,6 +106,44 @@ def test_torchs_own_compute_attention(masked, device):
     assert torch.allclose(found, exact(q, k, v, mask), atol=2e-3 if device.type == "cuda" else 1e-5)
     few = WAYS["math"](q[:, :7], k, v, mask)  # frozen references: keys without queries
     assert torch.allclose(few, found[:, :7], atol=1e-5)
+
+
+def far(found, wanted):
+    return float((found.float() - wanted.float()).norm() / wanted.float().norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(2, 70, 70, 2, 32), (1, 5, 150, 1, 64), (1, 130, 64, 1, 128)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_scores_in_eight_bits(dtype, shape, masked, device):
+    torch.manual_seed(6)
+    batch, queries, keys, heads, width = shape
+    q = torch.randn(batch, queries, heads, width, device=device).to(dtype)
+    k, v = torch.randn(2, batch, keys, heads, width, device=device).to(dtype).unbind()
+    mask = (torch.rand(batch, 21, device=device) > 0.4) if masked else None
+    found = eight_bit.attend(q, k, v, mask)
+    assert found.dtype == dtype and far(found, exact(q.float(), k.float(), v.float(), mask)) < 0.02
+
+
+def test_what_all_keys_share_costs_nothing(device):
+    """Keys with a large mean, as those of real networks: without taking it off, 8 bits would say little."""
+    torch.manual_seed(7)
+    q, k, v = torch.randn(3, 1, 70, 2, 64, device=device).unbind()
+    k = k + 30 * torch.randn(1, 1, 2, 64, device=device)
+    assert far(eight_bit.attend(q, k, v, None), exact(q, k, v, None)) < 0.02
+
+
+def test_eight_bits_hide_no_nan(device):
+    q, k, v = torch.randn(3, 1, 70, 1, 32, device=device).unbind()
+    q[0, 3, 0, 5] = float("nan")
+    assert eight_bit.attend(q, k, v, None)[0, 3].isnan().all()
+
+
+def test_eight_bits_only_if_asked_for(monkeypatch, device):
+    assert all("int8" not in order for order in (attention.HOPPER, attention.OLDER))
+    monkeypatch.setenv(VARIABLE, "int8")
+    assert Choices().choose(device, torch.bfloat16, 64, True) == "int8"
+    assert Choices().choose(device, torch.bfloat16, 40, True) != "int8"  # heads that it does not know
 
 
 def test_packages_are_called_with_their_own_layout(monkeypatch):

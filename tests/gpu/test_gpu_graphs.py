@@ -7,6 +7,7 @@ import torch
 
 import nets
 from lanting.attach.caches import residual_cache
+from lanting.attach.gpu import attach_gpu, detach_gpu
 from lanting.attach.graphs import Graphs, attach_graphs, detach_graphs, forget_graphs
 from lanting.attach.modulation import ModulationTable
 from lanting.core.lang import chinese
@@ -216,6 +217,21 @@ def test_gradients_are_not_recorded():
     for _ in range(3):
         net(latents, torch.tensor([0.5]), torch.randn(1, 7, 48), None, (GRID,), 12).sum().backward()
     assert recorder.recorded == 0 and latents.grad is not None
+
+
+@pytest.mark.parametrize("compute", [None, "int8", "fp8"])
+def test_fused_blocks_are_recorded(compute):
+    """They, too, wait for nothing once their choices are made."""
+    net, plain, _, recorder = pair(tabled=True)
+    for each in (net, plain):
+        attach_gpu(each, compute)
+    with pytest.MonkeyPatch.context() as patch:  # by the twins: the interpreter is slow, and its numbers are Python's
+        for module in ("rows", "products"):
+            patch.setattr(f"lanting.kernels.gpu.{module}.available", lambda device: False)
+        assert all(torch.equal(ask(net, seed=i), ask(plain, seed=i)) for i in range(4))
+        assert recorder.played == 2
+        detach_gpu(net), detach_gpu(plain)
+        assert torch.equal(ask(net), ask(plain)) and recorder.recorded == 1  # dropped with the blocks' forwards
 
 
 @pytest.mark.parametrize("problem", [RuntimeError, torch.OutOfMemoryError])

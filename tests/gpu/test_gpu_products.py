@@ -42,7 +42,7 @@ def plain(codes, weight, bias):
 def test_eight_bits(shape, form, dtype, device):
     codes, weight, bias, exact = operands(shape, form, device)
     wanted = plain(codes, weight, bias)
-    allowed = 0.003 if dtype == torch.bfloat16 else 1e-3 if device.type == "cuda" and form == FP8 else 1e-6
+    allowed = 0.003 if dtype == torch.bfloat16 else 5e-3 if device.type == "cuda" and form == FP8 else 1e-6
     found = product(codes, weight, bias, dtype)
     found = activate(found, dtype=dtype) if isinstance(found, Sums) else found
     assert found.dtype == dtype and error(found, wanted) < allowed
@@ -59,7 +59,7 @@ def test_every_tile(tiles, form, device):
     except Exception as problem:  # a GPU with less shared memory: the tuner leaves such tiles out
         assert device.type == "cuda" and "resource" in repr(problem).lower()
         return
-    allowed = 1e-3 if device.type == "cuda" and form == FP8 else 1e-6
+    allowed = 5e-3 if device.type == "cuda" and form == FP8 else 1e-6
     assert error(out[:, 8:32], plain(codes, weight, bias)) < allowed
     assert out[:, :8].isnan().all() and out[:, 32:].isnan().all()
 
@@ -137,7 +137,7 @@ def test_without_triton_torch_multiplies(device, monkeypatch):
         codes, weight, bias, _ = operands((33, 96, 72), form, device)
         found = product(codes, weight, bias, torch.float32)
         found = activate(found) if isinstance(found, Sums) else found
-        assert error(found, plain(codes, weight, bias)) < 1e-3
+        assert error(found, plain(codes, weight, bias)) < 5e-3
 
 
 def test_the_fastest_way_is_remembered(monkeypatch):

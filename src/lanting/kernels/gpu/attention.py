@@ -2,7 +2,8 @@
 
 Each candidate is asked for one small result and compared with float32; one that raises or errs is left out, and the
 choice is remembered for the device, dtype, width of heads and whether there is a mask. LANTING_ATTENTION names one that
-shall be taken where it can: fa3, fa2, cudnn, flash, efficient or math; auto is the order below.
+shall be taken where it can: fa3, fa2, cudnn, flash, efficient, math, or int8, which errs more than 16 bits do and is
+never taken by itself; auto is the order below.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lanting.kernels.gpu import eight_bit
 from lanting.kernels.gpu.here import capability
 
 Way = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 VARIABLE = "LANTING_ATTENTION"
 HALVES = (torch.float16, torch.bfloat16)
 FARTHEST = {torch.float32: 2e-3, torch.float16: 5e-3, torch.bfloat16: 2e-2}  # relative, for the right answer rounded
+ROUGH = 0.03  # the same for scores in 8 bits
 TOKENS, TEXT = 80, 21  # of the trial; no multiple of a tile
 
 
@@ -54,6 +57,7 @@ WAYS: dict[str, Way] = {
     "flash": partial(by_torch, "FLASH_ATTENTION"),
     "efficient": partial(by_torch, "EFFICIENT_ATTENTION"),
     "math": partial(by_torch, "MATH"),
+    "int8": eight_bit.attend,
 }
 HOPPER = ("fa3", "cudnn", "fa2", "flash", "efficient", "math")
 OLDER = ("fa2", "flash", "cudnn", "efficient", "math")
@@ -94,7 +98,7 @@ class Choices:
         wanted = exact(q.float(), k.float(), v.float(), mask)
         if found.shape != wanted.shape or found.dtype != dtype:
             return False
-        return bool((found.float() - wanted).norm() <= FARTHEST[dtype] * wanted.norm())
+        return bool((found.float() - wanted).norm() <= (ROUGH if name == "int8" else FARTHEST[dtype]) * wanted.norm())
 
 
 def exact(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
