@@ -153,7 +153,7 @@ def test_sigterm_lets_a_job_end_and_takes_no_more(tmp_path):
 
 def test_sigterm_puts_aside_what_takes_too_long(tmp_path):
     server = start(tmp_path, drain=0.2, every=1)
-    job = server.submit("slow", steps=100)["id"]
+    job = server.submit("slow", steps=40)["id"]
     wait_for(lambda: server.get(f"/api/jobs/{job}").json().get("progress", {}).get("step", 0) > 3)
     waited: list[httpx.Response] = []
     body = {"model": "nano", "prompt": "a sign", "stream": False}

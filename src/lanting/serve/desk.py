@@ -101,6 +101,7 @@ class Desk:
         self.coming: Counter[str] = Counter()  # owner -> jobs that are being written
         self.sequence: dict[str, int] = {}
         self.hands: dict[str, Hand] = {}  # model -> its worker
+        self.endings: set[asyncio.Task[None]] = set()  # ends of jobs that are being written
         self.told: dict[str, int] = {}  # waiting job -> how many are ahead, as its watchers know it
         self.well = True  # the last write went through
 

@@ -69,6 +69,7 @@ class House:
             for model in self.desk.models.values():
                 model.come.set()
             await asyncio.wait(self.tasks, timeout=15)
+            await asyncio.gather(*self.desk.endings, return_exceptions=True)
             for task in (*self.tasks, *self.helpers):
                 task.cancel()
             await asyncio.gather(*self.tasks, *self.helpers, return_exceptions=True)
@@ -87,7 +88,8 @@ class House:
             await asyncio.sleep(0.05)
         for run in list(desk.runs.values()):
             await desk.stop(run, "pause", patience=5.0)
-        while desk.runs:
+        until = time.monotonic() + 10.0  # an end that can't be written is found in its folder by the next server
+        while desk.runs and time.monotonic() < until:
             await asyncio.sleep(0.02)
         for job in desk.feed.watched():
             desk.feed.put(Event(job, int(time.time() * 1000), "stopping"), keep=False)

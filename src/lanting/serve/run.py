@@ -73,6 +73,7 @@ def serve(settings: Settings, opened: Callable[[House], None], studio: Studio | 
             h11_max_incomplete_event_size=64 << 10,
         )
         opened(house)
-        asyncio.run(Server(config, house).serve(sockets=[sock]))
+        with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:  # uvloop where it is installed
+            runner.run(Server(config, house).serve(sockets=[sock]))
     finally:
         sock.close()

@@ -93,34 +93,35 @@ async def healthy(desk: Desk) -> bool:
 
 
 async def handle(desk: Desk, model: Model, hand: Hand, entry: Entry) -> None:
-    """Draw one job, unless a killed server finished it already."""
+    """Draw one job, unless a killed server finished it already.
+
+    Its beginning is written when there is a commit anyway: a server that forgets it draws a waiting job, and that is
+    right. Its end is written while the next job is drawn.
+    """
     try:
         job = await desk.ledger.read(lambda db: find(db, entry.id))
-        if job is None or job.over:
-            desk.line.finished(entry.id)
-            return
-        outcome = desk.files.outcome(job.id)
-        if outcome is not None:
-            await desk.close_job(job, DONE, outcome)
-            desk.line.finished(job.id)
-            return
-        event = desk.event(job.id, "started")
-        if not await desk.ledger.write(lambda db: begin(db, event)):
-            desk.line.finished(entry.id)
-            return
     except StoreError:
         desk.well = False
         desk.line.returned(entry)
         return
+    if job is None or job.over:
+        desk.line.finished(entry.id)
+        return
+    if (outcome := desk.files.outcome(job.id)) is not None:
+        await desk.close_job(job, DONE, outcome)
+        desk.line.finished(job.id)
+        return
+    event = desk.event(job.id, "started")
+    desk.ledger.later(lambda db: begin(db, event))
     desk.feed.put(event)
     desk.meters.waited.observe(max(event.at - job.created, 0.0))
     run = desk.runs[job.id] = Run(job, deadline=time.monotonic() + job.timeout)
-    try:
-        said = await drawn(desk, hand, run)
-        await conclude(desk, model, run, said, entry)
-    finally:
-        desk.runs.pop(job.id, None)
-        desk.line.finished(job.id) if job.id in desk.line.drawing else None
+    said = await drawn(desk, hand, run)
+    ending = asyncio.create_task(conclude(desk, model, run, said, entry))
+    desk.endings.add(ending)
+    ending.add_done_callback(desk.endings.discard)
+    if said["is"] != "done":
+        await ending
 
 
 async def drawn(desk: Desk, hand: Hand, run: Run) -> Mapping[str, Any]:
@@ -177,10 +178,21 @@ def note(desk: Desk, run: Run, said: Mapping[str, Any]) -> None:
 
 async def conclude(desk: Desk, model: Model, run: Run, said: Mapping[str, Any], entry: Entry) -> None:
     """Record the end, or put the job back."""
+    try:
+        if said["is"] == "done" and not run.resumed:
+            model.pace.learn(run.job.cost, said["outcome"]["seconds"])
+        if not await recorded(desk, run, said):
+            await interrupted(desk, model, run, entry)
+    finally:
+        desk.runs.pop(run.job.id, None)
+        if run.job.id in desk.line.drawing:
+            desk.line.finished(run.job.id)
+
+
+async def recorded(desk: Desk, run: Run, said: Mapping[str, Any]) -> bool:
+    """Whether the job has ended; False where it was interrupted."""
     job = run.job
     if said["is"] == "done":
-        if not run.resumed:
-            model.pace.learn(job.cost, said["outcome"]["seconds"])
         await desk.close_job(job, DONE, said["outcome"])
     elif run.why == "cancelled":
         await desk.close_job(job, CANCELLED, {"code": "cancelled", "message": say("cancelled")})
@@ -190,7 +202,8 @@ async def conclude(desk: Desk, model: Model, run: Run, said: Mapping[str, Any], 
     elif said["is"] == "failed":
         await failed(desk, job, said)
     else:
-        await interrupted(desk, model, run, entry)
+        return False
+    return True
 
 
 async def failed(desk: Desk, job: Job, said: Mapping[str, Any]) -> None:
