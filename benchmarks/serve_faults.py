@@ -3,8 +3,8 @@
     python benchmarks/serve_faults.py --kills 100
 
 Clients submit all the time, the server is killed 0.05 to 1 second after it answers, and started again over the same
-folder; in every third round its worker is killed first. At the end the ledger, the logs and the folders are compared with
-what the clients were told. Written: benchmarks/results/serve-faults.json.
+folder; in every third round its worker is killed first. At the end the ledger, the logs and the folders are compared
+with what the clients were told. Written: benchmarks/results/serve-faults.json.
 """
 
 from __future__ import annotations

@@ -38,6 +38,9 @@ def serve(
         list[str] | None, typer.Option("--allow-origin", help="A web page elsewhere that may call, as https://host.")
     ] = None,
     lora: o.Lora = None,
+    controlnet: o.ControlNet = None,
+    text_encoder: o.TextEncoder = None,
+    vae: o.Vae = None,
     data: Data = None,
     queue: Annotated[int, typer.Option("--queue", help="Jobs that may wait; more are refused with 429.")] = 1000,
     max_side: Annotated[int, typer.Option("--max-side", help="Pictures up to this many pixels squared.")] = 2048,
@@ -61,7 +64,8 @@ def serve(
     from lanting.serve.settings import Caps, Settings
 
     how: dict[str, Any] = {"device": device, "dtype": dtype, "quant": quant, "vram": vram, "ram": ram}
-    options = {name: value for name, value in how.items() if value is not None} | {"loras": list(lora or ())}
+    how |= {"controlnet": controlnet, "parts": {"text_encoder": text_encoder, "vae": vae}, "loras": list(lora or ())}
+    options = {name: value for name, value in how.items() if value is not None}
     settings = Settings(
         data=folder_for(data),
         models=tuple(served(name, options) for name in model or ["nano"]),

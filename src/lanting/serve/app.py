@@ -60,7 +60,8 @@ def build_app(house: House, studio: Studio | None = None) -> FastAPI:
     app.router.routes.append(Route("/mcp", McpDoor(house), name="mcp"))
     care(app, house)
     if studio is None:
-        app.get("/", include_in_schema=False)(lambda: PlainTextResponse(WELCOME))
+        # HEAD: how Ollama's command line asks whether anyone is there
+        app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)(lambda: PlainTextResponse(WELCOME))
     else:
         studio(app, house)
     return app

@@ -115,7 +115,7 @@ class Desk:
         if not self.accepting:
             raise ClosedError("the server is stopping: try again in a moment")
         if model.refused:
-            raise ClosedError(model.refused)
+            raise ClosedError(self.why_not(model))
         if model.spec is None:
             raise ClosedError("the model is being loaded: try again in a moment")
         with self._seat(caller, model):
@@ -180,6 +180,11 @@ class Desk:
             known = ", ".join(self.models)
             raise UnknownModelError("no model is called {name} here; there are: {known}", name=name, known=known)
         return self.models[served.name]
+
+    def why_not(self, model: Model) -> str:
+        """Why a model can't be used. The engine's words may name folders, so only this computer hears them."""
+        general = say("the model {name} can't be opened; the server's log says why", name=model.served.name)
+        return general if self.settings.needs_keys or model.refused is None else model.refused
 
     async def job(self, id_: str, caller: Caller) -> Job:
         """Raises MissingError, also for somebody else's."""

@@ -204,9 +204,9 @@ def pictures(house: House, routes: APIRouter) -> None:
 
 def model_view(house: House, name: str) -> dict[str, Any]:
     model = house.desk.models[name]
-    told: dict[str, Any] = {"name": name, "ready": model.ready, "loras": model.loras, "notes": model.notes}
+    told: dict[str, Any] = {"name": name, "ready": model.ready, "loras": model.loras}
     if model.refused:
-        told["error"] = model.refused
+        told["error"] = house.desk.why_not(model)
     if model.spec is not None:
         own = model.spec.defaults
         told |= {"release": model.spec.name, "tasks": list(model.spec.tasks), "size": list(own.size)}

@@ -54,7 +54,7 @@ async def start(desk: Desk, model: Model, hand: Hand) -> bool:
     if said["is"] == "ready":
         model.spec, model.refused = spec_of(said["spec"]), None
         model.loras, model.notes = list(said["loras"]), list(said["notes"])
-        logger.info("worker ready", extra={"model": model.served.name})
+        logger.info("worker ready", extra={"model": model.served.name, "notes": model.notes or None})
         return True
     model.refused = said.get("sentence") or say("the worker ended before it was ready; its log says why")
     logger.error("worker not ready", extra={"model": model.served.name, "reason": model.refused})

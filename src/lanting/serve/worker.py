@@ -21,12 +21,12 @@ import threading
 import traceback
 from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from lanting.core.checkpoint import Checkpoint
-from lanting.core.errors import LantingError, RequestError
+from lanting.core.errors import LantingError, OutputError, RequestError
 from lanting.core.lang import explain
 from lanting.core.pictures import open_mask, open_picture
 from lanting.core.recipe import restore_request
@@ -146,9 +146,21 @@ def draw(bench: Bench, order: Mapping[str, Any]) -> None:
     if ended is None:
         bench.send("stopped", job=job, why=bench.stops.get(job, ""))
         return
-    outcome = publish(ended, Path(order["results"]))
+    outcome = published(ended, Path(order["results"]))
     checkpoint.unlink(missing_ok=True)
     bench.send("done", job=job, outcome=outcome)
+
+
+def published(result: Result, target: Path) -> dict[str, Any]:
+    """Write the result; recipes say which LoRAs there were, not where this machine keeps them. A disk that can't be
+    written is not explained to clients, since the explanation names its folders."""
+    recipes = tuple(
+        replace(one, loras=tuple({**lora, "path": lora["name"]} for lora in one.loras)) for one in result.recipes
+    )
+    try:
+        return publish(replace(result, recipes=recipes), target)
+    except OutputError as error:
+        raise OSError(str(error)) from error
 
 
 def follow(bench: Bench, order: Mapping[str, Any], request: Request, resume: Checkpoint | None) -> Result | None:

@@ -1,0 +1,231 @@
+"""The server's parts by themselves: the ledger, the feed, files, and bodies that nobody would send."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import logging
+import sqlite3
+import time
+
+import pytest
+from fakeserve import running
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from starlette.testclient import TestClient
+from test_door import LOCALHOST
+from test_openai import png
+
+from lanting.core.types import Recipe, Result
+from lanting.serve.app import build_app
+from lanting.serve.errors import BusyError, StoreError
+from lanting.serve.feed import UNREAD, Feed, Reader
+from lanting.serve.files import Files, publish
+from lanting.serve.guard import key_in
+from lanting.serve.house import open_house
+from lanting.serve.jobs import Event
+from lanting.serve.ledger import Ledger
+from lanting.serve.logs import JsonLines
+from lanting.serve.loras import lora_in, tags_in
+from lanting.serve.settings import Settings
+
+
+def test_the_ledger_keeps_what_it_said_it_kept(tmp_path):
+    async def use() -> None:
+        ledger = Ledger(tmp_path / "queue.sqlite")
+        put = "INSERT INTO facts VALUES (?, ?)"
+        await asyncio.gather(*(ledger.write(lambda db, n=n: db.execute(put, (f"{n}", "x"))) for n in range(300)))
+        with pytest.raises(KeyError):
+            await ledger.write(lambda db: (db.execute(put, ("half", "x")), {}["no"]))
+        ledger.later(lambda db: db.execute(put, ("lazy", "x")))
+        assert (
+            await ledger.read(lambda db: db.execute("SELECT count(*) FROM facts WHERE name = 'half'").fetchone()[0])
+            == 0
+        )
+        await ledger.write(lambda db: None)  # what was put before is written before
+        with sqlite3.connect(tmp_path / "queue.sqlite") as other:
+            names = {row[0] for row in other.execute("SELECT name FROM facts")}
+        assert names == {*map(str, range(300)), "lazy"}
+        ledger.later(lambda db: db.execute(put, ("last", "x")))
+        await ledger.close()
+        with sqlite3.connect(tmp_path / "queue.sqlite") as other:
+            assert other.execute("SELECT count(*) FROM facts WHERE name = 'last'").fetchone()[0] == 1
+
+    asyncio.run(use())
+
+
+def test_a_ledger_that_is_none_or_of_the_future(tmp_path):
+    (tmp_path / "bad.sqlite").write_bytes(b"no database" * 100)
+    with pytest.raises(StoreError, match="--data"):
+        Ledger(tmp_path / "bad.sqlite")
+    with sqlite3.connect(tmp_path / "new.sqlite") as db:
+        db.execute("PRAGMA user_version = 99")
+    with pytest.raises(StoreError, match="newer lanting"):
+        Ledger(tmp_path / "new.sqlite")
+
+
+def test_a_reader_that_does_not_read_costs_little_and_sees_the_end():
+    reader = Reader()
+    for number in range(10_000):
+        reader.put(Event("j", number, "step"))
+    reader.put(Event("j", 10_000, "done"))
+    assert len(reader._events) == UNREAD
+
+    async def drain() -> list[int]:
+        return [(await reader.get()).seq for _ in range(UNREAD)]
+
+    assert asyncio.run(drain())[-1] == 10_000
+
+
+def test_the_feed_forgets_what_has_ended():
+    feed = Feed()
+    with feed.reader("j"):
+        feed.put(Event("j", 1, "step", {}, b"preview"))
+        assert feed.watched() == ["j"] and feed.said("j")[0].preview is None
+        feed.put(Event("j", 2, "done"))
+    assert feed.said("j") == feed.watched() == []
+
+
+def result(count: int) -> Result:
+    request = {"prompt": "x", "seed": 1, "size": [8, 8]}
+    recipe = Recipe(request, "nano", "w", "text_to_image", {})
+    return Result((Image.new("RGB", (8, 8)),) * count, (recipe,) * count, {"denoise": 1.0})
+
+
+def test_results_are_whole_or_not_there(tmp_path, monkeypatch):
+    outcome = publish(result(2), tmp_path / "job")
+    assert len(outcome["images"]) == 2 and sorted(path.name for path in (tmp_path / "job").iterdir())[0] == "0.png"
+    publish(result(1), tmp_path / "job")  # a second run of the same job changes nothing
+    assert (tmp_path / "job" / "1.png").exists()
+    monkeypatch.setattr("lanting.serve.files.sync", lambda path: (_ for _ in ()).throw(OSError(28, "full")))
+    with pytest.raises(OSError):
+        publish(result(1), tmp_path / "other")
+    assert [path.name for path in tmp_path.iterdir()] == ["job"]
+
+
+def test_half_written_things_are_swept(tmp_path):
+    files = Files(tmp_path)
+    files.prepare()
+    (files.results / ".job-1").mkdir()
+    (files.results / ".job-1" / "0.png").touch()
+    (files.pictures / ".abc").touch()
+    files.prepare()
+    assert [*files.results.iterdir(), *files.pictures.iterdir()] == []
+
+
+def test_a_disk_that_cannot_be_written_fails_the_job_and_names_no_folder(tmp_path):
+    with running(tmp_path) as server:
+        folder = tmp_path / "data" / "results"
+        folder.rmdir()
+        folder.touch()
+        job = server.ended(server.submit("a sign")["id"])
+        assert job["state"] == "failed" and str(tmp_path) not in str(job)
+        folder.unlink()
+        folder.mkdir()
+        assert server.ended(server.submit("a sign")["id"])["state"] == "done"
+
+
+def test_recipes_do_not_say_where_loras_are(server):
+    job = server.ended(server.submit("a sign")["id"])
+    assert [lora["path"] for lora in job["recipes"][0]["loras"]] == ["ink.safetensors", "fox.safetensors"]
+
+
+def test_loras_in_words():
+    assert lora_in(None) is None and lora_in("") is None
+    assert lora_in("ink:0.8, fox") == {"ink": 0.8, "fox": 1.0} == lora_in('{"ink": 0.8, "fox": 1}')
+    assert tags_in("a cat <lora:ink:0.8> asleep<lora:fox>") == ("a cat  asleep", {"ink": 0.8, "fox": 1.0})
+    assert tags_in("a < b") == ("a < b", None)
+    for wrong in ("ink:x", "{", "{1", '{"a": "b"}'):
+        with pytest.raises(Exception, match="write"):
+            lora_in(wrong)
+
+
+def test_keys_in_headers():
+    assert key_in({"authorization": "bearer  k "}) == "k" and key_in({}) == ""  # type: ignore[arg-type]
+    assert key_in({"authorization": "Basic " + base64.b64encode(b"\xff:x").decode()}) == ""  # type: ignore[arg-type]
+
+
+def test_log_lines_are_json_with_their_values():
+    import json
+
+    record = logging.makeLogRecord({"msg": "job ended", "levelname": "INFO", "name": "x", "job": "1", "trace": None})
+    told = json.loads(JsonLines().format(record))
+    assert told["event"] == "job ended" and told["job"] == "1" and "trace" not in told
+
+
+# ---------------------------------------------------------------- nothing a client sends makes a 500
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=20)
+    | st.just(base64.b64encode(png()).decode()),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+FIELDS = (
+    "prompt model n size quality background output_format stream partial_images seed steps negative_prompt lora images"
+)
+FIELDS += (
+    " guidance_scale strength mask image count options task priority timeout width height cfg_scale batch_size n_iter"
+)
+FIELDS += " init_images denoising_strength mask_blur override_settings name sd_model_checkpoint response_format"
+BODIES = st.dictionaries(st.sampled_from(FIELDS.split()), VALUES, max_size=6)
+PATHS = (
+    "/api/jobs",
+    "/v1/images/generations",
+    "/v1/images/edits",
+    "/v1/images/variations",
+    "/api/generate",
+    "/api/show",
+)
+PATHS += ("/api/pull", "/sdapi/v1/txt2img", "/sdapi/v1/img2img", "/sdapi/v1/options", "/sdapi/v1/png-info")
+
+
+@pytest.fixture(scope="module")
+def refusing(tmp_path_factory):
+    """An application that checks everything and then has no room, so that nothing waits for a worker."""
+    house = open_house(Settings(tmp_path_factory.mktemp("fuzz")))
+
+    async def full(*_: object) -> None:
+        raise BusyError("the queue is full: {count} jobs wait; try again in a moment", count=0)
+
+    house.desk._accept = full  # type: ignore[method-assign,assignment]
+    return TestClient(build_app(house), base_url=LOCALHOST, raise_server_exceptions=False)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(path=st.sampled_from(PATHS), body=BODIES | VALUES)
+def test_bodies_of_chance(refusing, path, body):
+    import json
+
+    answer = refusing.post(path, content=json.dumps(body), headers={"Content-Type": "application/json"})
+    assert answer.status_code < 500, answer.text
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    path=st.sampled_from(PATHS),
+    data=st.binary(max_size=400),
+    kind=st.sampled_from(["application/json", "multipart/form-data", "multipart/form-data; boundary=x", "text/plain"]),
+)
+def test_bytes_of_chance(refusing, path, data, kind):
+    answer = refusing.post(path, content=data, headers={"Content-Type": kind})
+    assert answer.status_code < 500, answer.text
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(cut=st.integers(0, 400), flips=st.lists(st.tuples(st.integers(0, 399), st.integers(0, 255)), max_size=8))
+def test_pictures_of_chance(refusing, cut, flips):
+    data = bytearray(png((40, 30)))
+    for at, value in flips:
+        data[at % len(data)] = value
+    files = {"image": ("x.png", bytes(data[:cut]), "image/png")}
+    answer = refusing.post("/v1/images/edits", data={"prompt": "x"}, files=files)
+    assert answer.status_code < 500, answer.text
+
+
+def test_time_is_told_in_events():
+    assert abs(Event("j", int(time.time() * 1000), "step").at - time.time()) < 1
