@@ -11,7 +11,7 @@ from torch import nn
 
 from lanting.attach.gpu import attach_gpu, detach_gpu
 from lanting.attach.modulation import ModulationTable
-from lanting.kernels.gpu import attention
+from lanting.kernels.gpu import attention, products, twins
 from lanting.nn.linears import Fp8Linear, GgufLinear, Int4Linear, Int8Linear, PackedLinear
 from lanting.nn.lora import Factors, attach
 from lanting.nn.mmdit import Context, QwenImageTransformer, TransformerConfig
@@ -126,7 +126,11 @@ def test_four_bits_meet_eight(device, way):
     assert 5e-4 < error(draw(net), wanted) < 0.012
 
 
-@pytest.mark.parametrize(("compute", "most"), [("int8", 0.016), ("int8 rotated", 0.014), ("fp8", 0.05)])
+@pytest.mark.parametrize(
+    ("compute", "most", "way"),
+    [("int8", 0.016, "twins"), ("int8 rotated", 0.014, "twins"), ("fp8", 0.05, "twins"), ("fp8", 0.05, "kernels")],
+    indirect=["way"],
+)
 def test_plain_linears_in_eight_bits(compute, most, device, way):
     net = network(device)
     wanted = draw(net)
@@ -150,7 +154,7 @@ def test_detached_it_is_bit_for_bit_what_it_was(kind, device):
     net = (pack(network(device), kind) if kind else network(device)).bfloat16()
     names, before = [*net.state_dict()], draw(net)
     kept = [sorted(module.__dict__) for module in net.modules()]
-    attach_gpu(net, compute=None if kind else "fp8")
+    attach_gpu(net)
     draw(net)
     assert [*net.state_dict()] == names
     detach_gpu(net)
@@ -172,7 +176,9 @@ def test_inputs_are_left_alone(device):
 
 
 @pytest.mark.parametrize("kind", ["", "int8", "fp8 tensor", "computed"])
-def test_a_lora_counts_the_same(kind, device):
+def test_a_lora_counts_the_same(kind, device, monkeypatch):
+    if kind == "computed":  # copies have a thousand rows, which would take the interpreter seconds
+        monkeypatch.setattr("lanting.kernels.gpu.rows.available", lambda device: False)
     net = pack(network(device), kind) if kind not in ("", "computed") else network(device)
     net = net.bfloat16()
     name = "transformer_blocks.0."
@@ -191,6 +197,30 @@ def test_a_lora_counts_the_same(kind, device):
     attach_gpu(net, compute="int8" if kind == "computed" else None)
     assert error(wanted, without) > 0.05  # it does something
     assert error(draw(net), wanted) < (0.05 if "fp8" in kind else 0.025)
+
+
+def test_a_gelu_may_end_a_product(device, monkeypatch):
+    """In a kernel of cuBLASLt, where there is one; here by its twin."""
+    net, asked = network(device), []
+
+    def fused(x, weight, bias):
+        asked.append(x.shape)
+        return twins.activate((x @ weight.T).float(), bias, True).to(x.dtype)
+
+    attach_gpu(net)
+    wanted = draw(net)
+    monkeypatch.setattr("lanting.attach.gpu_linears.gelu_by_torch", lambda device, dtype: True)
+    monkeypatch.setattr("lanting.attach.gpu_linears.with_gelu", fused)
+    assert error(draw(net), wanted) < 3e-3 and len(asked) == 2
+    pack(net, "int8")
+    draw(net)
+    assert len(asked) == 2  # not for what is computed otherwise
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_torch_s_own_gelu_is_ours(dtype, device):
+    """On a GPU; elsewhere it is not asked for."""
+    assert products.gelu_by_torch(device, dtype) == (device.type == "cuda")
 
 
 def test_modulation_stays_exact(device):

@@ -11,7 +11,6 @@ queries, keys and values. It needs a copy of their weights, and at 3072 columns 
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -20,12 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from lanting.attach.compute import LEFT_ALONE
-from lanting.attach.gpu_linears import DTYPES, How, Rows, forget, form_of, into, joined, product_of, project
+from lanting.attach.gpu_linears import DTYPES, How, Rows, forget, form_of, into, joined, product_of, project, raised
 from lanting.core.errors import RequestError
 from lanting.kernels.gpu import attention as attentions
-from lanting.kernels.gpu.here import beside, meet
+from lanting.kernels.gpu.here import beside, meet, on
 from lanting.kernels.gpu.rows import Gated, activate, turn
-from lanting.kernels.gpu.twins import FP8, Codes, Sums
+from lanting.kernels.gpu.twins import FP8, Codes
 from lanting.nn.linears import PackedLinear
 from lanting.nn.mmdit import Attend, Block, Context, FeedForward
 from lanting.nn.rotate import LARGEST
@@ -87,11 +86,6 @@ def attend(module: Attend, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None)
     return attentions.choices()(q, k, v, mask)
 
 
-def on(device: torch.device) -> AbstractContextManager[object]:
-    """Triton launches on the current device."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
 def graded(block: Block, img: Tensor) -> bool:
     return torch.is_grad_enabled() and (img.requires_grad or any(p.requires_grad for p in block.parameters()))
 
@@ -138,12 +132,10 @@ def second_half(
 def feed_forward(mlp: FeedForward, rows: Rows, gated: Gated, how: How) -> Tensor:
     """base + gate times D -> 4 D -> GELU -> D of the rows; written where the base is."""
     up: Any = mlp.net[0]
-    made, down, base = project(up.proj, rows, how), mlp.net[2], gated.base
-    form = form_of(down, how, base.device)
-    own = None if form is not None or isinstance(made, Sums) else made
-    wide = activate(made, gelu=True, form=form, out=own, dtype=base.dtype)
-    del made
+    down, base = mlp.net[2], gated.base
+    wide = raised(up.proj, rows, how, form_of(down, how, base.device))
     read = Rows.of(base, wide) if isinstance(wide, Codes) else Rows(wide)
+    del wide
     return activate(project(down, read, how), gated=gated, out=base)
 
 

@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lanting.kernels.gpu.here import available, has_floats
-from lanting.kernels.gpu.products import Weight, four_bit, four_by_eight, product
+from lanting.kernels.gpu.here import available, has_floats, on
+from lanting.kernels.gpu.products import Weight, four_bit, four_by_eight, gelu_by_torch, product, with_gelu
 from lanting.kernels.gpu.rows import Gated, activate, join_norm, norm, quantize
 from lanting.kernels.gpu.twins import FP8, Codes, Sums
 from lanting.nn.linears import Fp8Linear, Int4Linear, Int8Linear, PackedLinear
@@ -175,6 +175,18 @@ def by_itself(linear: Any, x: Tensor, out: Tensor | None) -> Tensor:
     return torch.addmm(linear.bias, x.reshape(-1, x.shape[-1]), linear.weight.T, out=out)
 
 
+def raised(linear: Any, rows: Rows, how: How, form: torch.dtype | None) -> Tensor | Codes:
+    """gelu(the Linear of the rows), as their reader wants it."""
+    device, dtype = rows.x.device, rows.x.dtype
+    plain: Any = linear if type(linear) is nn.Linear and weight_of(linear, how, device) is None else None
+    if plain is not None and plain.bias is not None and plain.weight.dtype == dtype and form is None:
+        if gelu_by_torch(device, dtype):
+            return with_gelu(rows.plain(), plain.weight, plain.bias)
+    made = project(linear, rows, how)
+    place = None if form is not None or isinstance(made, Sums) else made
+    return activate(made, gelu=True, form=form, out=place, dtype=dtype)
+
+
 def into(linear: nn.Module, rows: Rows, out: Tensor, how: How) -> None:
     """out (B, n, W) = the Linear of the rows; `out` may be part of a larger tensor."""
     place = out[0] if len(out) == 1 else None
@@ -208,4 +220,5 @@ def product_of(how: How, linear: PackedLinear, x: Tensor) -> Tensor:
     if isinstance(linear, Int4Linear) and not available(x.device):
         return linear.plain(x)
     flat = x.reshape(1, rows, x.shape[-1])
-    return whole(project(linear, Rows(flat), how), x.dtype).reshape(*x.shape[:-1], linear.out_features)
+    with on(x.device):
+        return whole(project(linear, Rows(flat), how), x.dtype).reshape(*x.shape[:-1], linear.out_features)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from lanting.attach.modulation import ModulationTable, Tabled
 from lanting.core.lang import say
+from lanting.kernels.gpu.here import second
 from lanting.nn.mmdit import QwenImageTransformer, Stack
 
 MOST = 4  # recordings kept: two sides of the guidance in two sizes
@@ -53,6 +54,7 @@ class Recorder:
         """(what plays it back, where the result then is). The work is not done yet."""
         with torch.cuda.device(device):
             self.pool = self.pool or torch.cuda.graph_pool_handle()
+            second(device)  # streams are made outside of recordings
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):  # others may go on
                 found = work()

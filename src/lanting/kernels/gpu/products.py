@@ -162,6 +162,27 @@ def floats_by_torch(device: torch.device, dtype: torch.dtype) -> bool:
     return bool((found - wanted).norm() < 0.01 * wanted.norm())
 
 
+def with_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """gelu(x (..., K) W^T + bias) in one kernel of cuBLASLt; ask `gelu_by_torch` first."""
+    rows = x.reshape(-1, x.shape[-1])
+    return torch._addmm_activation(bias, rows, weight.T, use_gelu=True).unflatten(0, x.shape[:-1])
+
+
+@cache
+def gelu_by_torch(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether products in 16 bits end with a tanh-GELU in the same kernel, and rightly: tried once."""
+    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
+        return False
+    x = torch.linspace(-3, 3, 96 * 64, device=device).view(96, 64).mul(7).sin().to(dtype)
+    weight, bias = x[:32].flip(1).contiguous(), x[0, :32].contiguous()
+    try:
+        found = with_gelu(x, weight, bias).float()
+    except Exception:
+        return False
+    wanted = twins.activate(x.float() @ weight.float().T, bias, True)
+    return bool((found - wanted).norm() < 0.005 * wanted.norm())
+
+
 def four_bit(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """x (..., K) W^T + bias, in x's dtype."""
     rows = x.flatten(0, -2).contiguous()

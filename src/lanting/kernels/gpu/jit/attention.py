@@ -1,4 +1,5 @@
 """Attention with scores in 8 bits: one program a tile of queries, softmax kept up tile by tile of keys."""
+# pyright: reportOperatorIssue=false
 
 import triton
 import triton.language as tl
