@@ -108,8 +108,7 @@ class Sentinel:
         """The step in a safer way. Raises NotFiniteError or ModelError when there is none."""
         self.calm(True)
         for net in self.nets.values():
-            if "forward" in net.__dict__:
-                self.hung.set(net, "forward")  # a recording of the whole network: it would not look, nor change
+            self._run_as_it_comes(net)
         before, mended = len(self.made), [""]
         while True:
             found, fault = self._probe(again)
@@ -117,8 +116,8 @@ class Sentinel:
                 break
             if not fault.fed:
                 raise NotFiniteError(
-                    "What the text encoder or the VAE handed over is not finite in {dtype}; try --dtype float32.",
-                    dtype=name_of(self.dtype),
+                    "What {part} was given is not finite in {dtype}; try --dtype float32.",
+                    **{"part": fault.path, "dtype": name_of(self.dtype)},
                 )
             if self._damaged(self.parts[fault.path]):
                 self._mend(fault.path, mended)
@@ -158,6 +157,7 @@ class Sentinel:
 
     def _apply(self, path: str, way: str, step: int | None = None) -> None:
         part, (stack, _, number) = self.parts[path], path.rpartition(".")
+        self._run_as_it_comes(self.nets[path.partition(".")[0]])
         self.hung.plain(part)
         self.ways[path] = way
         self.made.append((self.step if step is None else step, path, way))
@@ -166,6 +166,11 @@ class Sentinel:
             onward = lambda: self.ways.get(following) in WIDE  # noqa: E731
             ends = number.isdigit() and following not in self.parts
             self.hung.set(part, "forward", Safe(part, way, onward=onward, ends=ends))
+
+    def _run_as_it_comes(self, net: nn.Module) -> None:
+        """Without a recording of the whole network, which would neither be looked into nor change."""
+        if "forward" in net.__dict__:
+            self.hung.set(net, "forward")
 
     def _climb(self, fault: Fault) -> None:
         """The next rung for a part, and for those after it whose stream it has spilt over; at last for all parts."""

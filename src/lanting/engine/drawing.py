@@ -22,6 +22,7 @@ from lanting.attach.parts import Part
 from lanting.attach.safe_vae import SafeVae
 from lanting.attach.sentinel import Sentinel
 from lanting.core.checkpoint import Checkpoint
+from lanting.core.errors import LantingError
 from lanting.core.quality import LEVELS
 from lanting.core.types import Notice, Request
 from lanting.engine.models import Models
@@ -53,10 +54,11 @@ class Drawing:
     def __enter__(self) -> Drawing:
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         self.spared.close()
         self.hung.close()
-        if self.told_before is None:
+        helped = kind is None or not issubclass(kind, LantingError)
+        if self.told_before is None and helped:
             self.remembered.add(self.ways())
 
     def watch_vae(self, vae: Any) -> None:
