@@ -49,6 +49,14 @@ class Again:
 class strict(torch.utils._python_dispatch.TorchDispatchMode):
     """A GPU that is being recorded can't be asked for numbers."""
 
+    def __enter__(self):
+        self.real, torch.Tensor.tolist = torch.Tensor.tolist, None
+        return super().__enter__()
+
+    def __exit__(self, *problem):
+        torch.Tensor.tolist = self.real
+        super().__exit__(*problem)
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         assert "_local_scalar_dense" not in str(func), "asked for a number"
         return func(*args, **(kwargs or {}))
@@ -209,6 +217,15 @@ def test_whoever_decides_in_python_is_not_recorded():
     for _ in range(3):
         ask(net)
     assert recorder.recorded == 1
+
+
+def test_inference_mode_has_recordings_of_its_own():
+    net, plain, _, recorder = pair()
+    for i in range(3):
+        with torch.inference_mode():
+            assert torch.equal(ask(net, seed=i), ask(plain, seed=i))
+        assert torch.equal(ask(net, seed=i), ask(plain, seed=i))
+    assert recorder.recorded == 2
 
 
 def test_gradients_are_not_recorded():

@@ -179,9 +179,9 @@ def raised(linear: Any, rows: Rows, how: How, form: torch.dtype | None) -> Tenso
     """gelu(the Linear of the rows), as their reader wants it."""
     device, dtype = rows.x.device, rows.x.dtype
     plain: Any = linear if type(linear) is nn.Linear and weight_of(linear, how, device) is None else None
-    if plain is not None and plain.bias is not None and plain.weight.dtype == dtype and form is None:
-        if gelu_by_torch(device, dtype):
-            return with_gelu(rows.plain(), plain.weight, plain.bias)
+    fits = plain is not None and plain.bias is not None and plain.weight.dtype == dtype and form is None
+    if fits and gelu_by_torch(device, dtype):
+        return with_gelu(rows.plain(), plain.weight, plain.bias)
     made = project(linear, rows, how)
     place = None if form is not None or isinstance(made, Sums) else made
     return activate(made, gelu=True, form=form, out=place, dtype=dtype)

@@ -105,9 +105,10 @@ class Graphs:
         control = tuple(more.get("control", ()))
         tensors = [latents, timestep, prompt_embeds, *([] if prompt_mask is None else [prompt_mask]), *control]
         fixed = (tuple(grids), target_tokens, more.get("branch", "positive"), prompt_mask is not None)
-        key = (fixed, tuple((x.shape, x.dtype, x.device) for x in tensors))
+        mode = torch.is_inference_mode_enabled()  # what is made in it can't be written to outside
+        key = (fixed, mode, tuple((x.shape, x.dtype, x.device) for x in tensors))
         plain = partial(type(self.net).forward, self.net)
-        if not self.willing(latents):
+        if not self.willing(latents) or set(more) - {"control", "branch"}:
             return plain(latents, timestep, prompt_embeds, prompt_mask, grids, target_tokens, **more)
         rows = self.rows(timestep)
         tensors += [] if rows is None else [rows]
