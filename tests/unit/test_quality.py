@@ -282,6 +282,14 @@ def test_a_whole_step_may_be_guessed(guided):
     assert torch.equal(found, exact)
 
 
+@pytest.mark.parametrize("words", ["P P P P", "Q Q Q Q", "FF Q P F-", "c- l- cl L-", "F F F F", "f- FF CC C"])
+@pytest.mark.parametrize("guided", [False, True])
+def test_words_that_nobody_would_write_draw_something(guided, words):
+    given = canvas(guided=guided, steps=4, references=1)
+    latents, frugal = drawn(nets.transformer(), given, LEVELS["exact"], words.split(), kind=Frugal)
+    assert torch.isfinite(latents).all() and check_words(frugal.words, 4)
+
+
 def test_guesses_are_on_the_line_that_velocities_draw():
     """Of a velocity that falls evenly the third is known from two."""
     line = lambda latents, timestep, *rest, **more: timestep[:, None, None].expand_as(latents)  # noqa: E731

@@ -128,7 +128,8 @@ class Frugal:
             self.words[-1] = GUESSED[line < same] if known else ""
         if not self.words[-1]:
             return None
-        return self._on_line() if self.words[-1] == GUESSED[1] else self.velocities[-1]
+        line = self.words[-1] == GUESSED[1] and len(self.velocities) == 2  # strangers' words may ask for it too early
+        return self._on_line() if line else self.velocities[-1]
 
     def _on_line(self) -> Tensor:
         """(B, N, C) float32 on the line through the last two."""
