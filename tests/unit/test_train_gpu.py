@@ -18,7 +18,7 @@ from lanting.nn.qwen_vision import QwenVision
 from lanting.train.atlas import default_atlas
 from lanting.train.design import SQUARE, STRIP, WIDE
 from lanting.train.draw import paint
-from lanting.train.feed import FeedOrder
+from lanting.train.feed import ROUND, FeedOrder, lengthened
 from lanting.train.loop import Budget, Trainer
 from lanting.train.model import PlainAttend, PlainCausalAttend, matrices, vision_config
 from lanting.train.optim import Muon
@@ -268,3 +268,13 @@ def test_an_atlas_travels_in_a_file(order, tmp_path):
     default_atlas().save(tmp_path / "other.npz", "someone's")
     with pytest.raises(ModelError):
         kept_atlas(tmp_path / "other.npz")
+
+
+def test_prompts_are_lengthened_by_spaces_at_their_end(order):
+    reader = Reader(small_tokenizer())
+    for prompt in ('A blue sign that says "HI"', "一张海报", " "):
+        ((ids, starts),) = reader.read([prompt])
+        longer = lengthened(ids, starts, len(prompt), reader.tokenizer.encode(" ", add_special_tokens=False).ids[0])
+        assert len(longer) % ROUND == 0 and 0 <= len(longer) - len(ids) < ROUND
+        assert longer == reader.read([prompt + " " * (len(longer) - len(ids))])[0][0]
+    assert all(length % ROUND == 0 for number in (1, 3) for length in order.maker(0).chunk(number).lengths)

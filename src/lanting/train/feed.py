@@ -28,6 +28,7 @@ from lanting.train.replay import Reader
 from lanting.train.ring import Chunk, Ring, picture_tokens
 from lanting.train.workers import Workers, kept_atlas
 
+ROUND = 4  # prompts are lengthened with spaces to a multiple: a step is recorded once for every length there is
 BURST = 4  # chunks taken in at once when the trainer lags behind
 CHUNK, LARGE = 128, 384  # examples of a chunk: taking in a large one is hardly more work for the trainer
 
@@ -64,6 +65,7 @@ class ChunkMaker:
         tokenizer = Tokenizer.from_file(order.tokenizer)
         self.order, self.atlas = order, kept_atlas(Path(order.atlas))
         self.readers = Reader(tokenizer), Reader(tokenizer, "edit-plus")
+        (self.space,) = tokenizer.encode(" ", add_special_tokens=False).ids
         self.rng = random.Random(order.seed * 100_003 + number)
         self.designs = DesignMaker(0, mix=order.mix)
         self.edits = EditMaker(0, mix=edit_mix(order.mix))
@@ -104,7 +106,10 @@ class ChunkMaker:
             for spot in label_places(designs[row], placements[row], prompts[row], starts)
         ]
         what = [label_grid(d, p).reshape(-1, 2) for d, p in zip(designs, placements, strict=False)]
-        rows = [ids for ids, _ in read]
+        rows = [
+            lengthened(ids, starts, len(prompt), self.space)
+            for (ids, starts), prompt in zip(read, prompts, strict=True)
+        ]
         return Chunk(
             number,
             pad(rows, self.readers[0].pad),
@@ -113,6 +118,12 @@ class ChunkMaker:
             np.stack(what),
             plan(whole, placements, self.atlas),
         )
+
+
+def lengthened(ids: list[int], starts: Sequence[int], end: int, space: int) -> list[int]:
+    """The ids of a prompt of `end` characters with as many spaces behind it as make a multiple of `ROUND`."""
+    tail = next((i for i, start in enumerate(starts) if start >= end), len(ids))
+    return [*ids[:tail], *[space] * (-len(ids) % ROUND), *ids[tail:]]
 
 
 def pad(rows: Sequence[Sequence[int]], value: int | None) -> np.ndarray:

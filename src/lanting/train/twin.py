@@ -52,7 +52,9 @@ class FusedBlocks:
     def attend(self, attn: Any, img: Tensor, txt: Tensor, turns: Tables) -> tuple[Tensor, Tensor]:
         """`mmdit.Attention.forward` without masks."""
         length, heads = txt.shape[1], attn.heads
-        text = [x.unflatten(-1, (heads, -1)) for x in (attn.add_q_proj(txt), attn.add_k_proj(txt), attn.add_v_proj(txt))]
+        text = [
+            x.unflatten(-1, (heads, -1)) for x in (attn.add_q_proj(txt), attn.add_k_proj(txt), attn.add_v_proj(txt))
+        ]
         seen = [x.unflatten(-1, (heads, -1)) for x in (attn.to_q(img), attn.to_k(img), attn.to_v(img))]
         q = torch.cat([normed(text[0], attn.norm_added_q), normed(seen[0], attn.norm_q)], 1)
         k = torch.cat([normed(text[1], attn.norm_added_k), normed(seen[1], attn.norm_k)], 1)
