@@ -175,13 +175,18 @@ def by_itself(linear: Any, x: Tensor, out: Tensor | None) -> Tensor:
     return torch.addmm(linear.bias, x.reshape(-1, x.shape[-1]), linear.weight.T, out=out)
 
 
+def ends_with_gelu(linear: nn.Module, how: How, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch multiplies a Linear and ends with a GELU, in one."""
+    if type(linear) is not nn.Linear or linear.bias is None or linear.weight.dtype != dtype:
+        return False
+    return weight_of(linear, how, device) is None and gelu_by_torch(device, dtype)
+
+
 def raised(linear: Any, rows: Rows, how: How, form: torch.dtype | None) -> Tensor | Codes:
     """gelu(the Linear of the rows), as their reader wants it."""
     device, dtype = rows.x.device, rows.x.dtype
-    plain: Any = linear if type(linear) is nn.Linear and weight_of(linear, how, device) is None else None
-    fits = plain is not None and plain.bias is not None and plain.weight.dtype == dtype and form is None
-    if fits and gelu_by_torch(device, dtype):
-        return with_gelu(rows.plain(), plain.weight, plain.bias)
+    if form is None and ends_with_gelu(linear, how, device, dtype):
+        return with_gelu(rows.plain(), linear.weight, linear.bias)
     made = project(linear, rows, how)
     place = None if form is not None or isinstance(made, Sums) else made
     return activate(made, gelu=True, form=form, out=place, dtype=dtype)
