@@ -76,10 +76,13 @@ def test_what_menus_are_filled_with(client):
     assert client.get_options()["sd_model_checkpoint"] == "nano" and client.skip() == {}
 
 
-def test_png_info(client):
+def test_png_info(client, server):
     drawn = client.txt2img(prompt="a sign", seed=4, width=64, height=32).image
     drawn.info = {}
     assert client.png_info(drawn).info == ""
+    raw = server.post("/sdapi/v1/txt2img", {"prompt": "a sign", "seed": 4}).json()["images"][0]
+    told = server.post("/sdapi/v1/png-info", {"image": raw}).json()
+    assert "Seed: 4" in told["info"] and told["items"]["lanting"].startswith("{")
 
 
 def test_errors(client, server):

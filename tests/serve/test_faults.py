@@ -43,12 +43,12 @@ class Clients:
         self.threads = [threading.Thread(target=self.run, args=(number,)) for number in range(count)]
 
     def run(self, number: int) -> None:
-        turn = 0
+        turn, client = 0, httpx.Client(timeout=5)
         while not self.stop:
             turn += 1
             body = {"prompt": f"a sign {number} {turn}", "steps": 6, "seed": number * 1000 + turn}
             try:
-                answer = httpx.post(f"{self.url}/api/jobs", json=body, timeout=5)
+                answer = client.post(f"{self.url}/api/jobs", json=body)
                 if answer.status_code == 202:
                     self.accepted.append(answer.json()["id"])
             except httpx.HTTPError:

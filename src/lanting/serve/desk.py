@@ -137,7 +137,11 @@ class Desk:
         event = self.event(job.id, "accepted", model=job.model, dialect=job.dialect)
         try:
             known = await self.ledger.write(lambda db: insert(db, job, event, once))
+        except StoreError:
+            self.sequence.pop(job.id, None)
+            raise
         except KeyError:
+            self.sequence.pop(job.id, None)
             raise ConflictError(
                 "this idempotency key was used for another request: send a new key, or the same request"
             ) from None
