@@ -47,7 +47,9 @@ def cases(floats: bool) -> Any:
 
 
 def main(capability: int) -> None:
-    for kernel, types, constants, warps, stages in cases(capability >= 89):
+    for number, (kernel, types, constants, warps, stages) in enumerate(cases(capability >= 89)):
+        if capability < 90 and number % 2:
+            continue  # every other one for GPUs that are not new: this takes seconds
         names = kernel.arg_names
         signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
         aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name] != "fp32"}
