@@ -154,6 +154,8 @@ class Graphs:
     def keep(self, key: Hashable, tensors: Sequence[Tensor], fixed: tuple[Any, ...]) -> Tensor:
         """Compute in memory of a recording's own, and record that; remember the failure where it can't be done."""
         self.trim(self.kept, self.most - 1)
+        if not self.kept:
+            self.recorder.forget()  # memory that recordings share ends with the last of them
         inputs = [x.clone() for x in tensors]
         made = self.work(inputs, fixed)
         try:
