@@ -50,8 +50,8 @@ def test_diffusers_edits_the_same_from_the_same_folder(nano, edit_plus, monkeypa
     tiny.patch_reference(monkeypatch)
     mine, reference = [], []
 
-    def watched(model, canvas):
-        for step in denoise(model, canvas):
+    def watched(*asked):
+        for step in denoise(*asked):
             mine.append(step.latents)
             yield step
 
