@@ -17,14 +17,15 @@ from starlette.testclient import TestClient
 from test_door import LOCALHOST
 from test_openai import png
 
-from lanting.core.types import Recipe, Result
+from lanting.core.types import Recipe, Request, Result
 from lanting.serve.app import build_app
 from lanting.serve.errors import BusyError, StoreError
 from lanting.serve.feed import UNREAD, Feed, Reader
 from lanting.serve.files import Files, publish
 from lanting.serve.guard import key_in
 from lanting.serve.house import open_house
-from lanting.serve.jobs import Event
+from lanting.serve.intake import Order
+from lanting.serve.jobs import LOCAL, Event, unfinished
 from lanting.serve.ledger import Ledger
 from lanting.serve.logs import JsonLines
 from lanting.serve.loras import lora_in, tags_in
@@ -144,6 +145,31 @@ def test_loras_in_words():
 def test_keys_in_headers():
     assert key_in({"authorization": "bearer  k "}) == "k" and key_in({}) == ""  # type: ignore[arg-type]
     assert key_in({"authorization": "Basic " + base64.b64encode(b"\xff:x").decode()}) == ""  # type: ignore[arg-type]
+
+
+def test_a_client_that_leaves_while_its_job_is_written_leaves_no_half_of_it(tmp_path):
+    """In the ledger and in the line, or in neither; and a cancelled one tells those who watch."""
+
+    async def use() -> None:
+        desk = open_house(Settings(tmp_path)).desk
+        for moment in range(6):
+            task = asyncio.create_task(desk.submit(Order(Request("a sign", seed=moment)), LOCAL))
+            for _ in range(moment):
+                await asyncio.sleep(0)
+            task.cancel()
+        await asyncio.sleep(0.2)
+        jobs = {job.id for job in await desk.ledger.read(unfinished)}
+        assert jobs == set(desk.line.waiting) and 0 < len(jobs) < 6
+        job = next(iter(jobs))
+        watching = asyncio.create_task(desk.wait(job, LOCAL))
+        await asyncio.sleep(0.05)
+        leaving = asyncio.create_task(desk.cancel(job, LOCAL))
+        await asyncio.sleep(0.001)
+        leaving.cancel()
+        ended = await asyncio.wait_for(watching, 5)
+        assert ended.state == "cancelled" and job not in desk.line.waiting
+
+    asyncio.run(use())
 
 
 def test_log_lines_are_json_with_their_values():

@@ -23,13 +23,13 @@ from lanting.core.pictures import decode_picture
 from lanting.core.recipe import from_json, infotext
 from lanting.core.types import Request
 from lanting.serve.common import caller_of, finished, once_of, result_path
-from lanting.serve.desk import Run
 from lanting.serve.errors import answer_to
 from lanting.serve.house import House
 from lanting.serve.intake import Order
 from lanting.serve.jobs import Caller, Job
 from lanting.serve.loras import tags_in
 from lanting.serve.pictures import from_base64, to_base64
+from lanting.serve.state import Run
 
 DIALECT = "a1111"
 SAMPLER = {"name": "Euler", "aliases": ["euler", "Euler a", "k_euler"], "options": {}}
@@ -226,6 +226,14 @@ def router(house: House) -> APIRouter:
             raise RequestError("init_images is empty: send the picture to change")
         return await draw(house, ask, request, chosen)
 
+    around(house, routes, chosen)
+    lists(house, routes)
+    return routes
+
+
+def around(house: House, routes: APIRouter, chosen: dict[str, str]) -> None:
+    """Routes of the caller's picture and of the model it chose."""
+
     @routes.get("/progress", summary="Of your picture")
     async def get_progress(request: HttpRequest, skip_current_image: bool = False) -> dict[str, Any]:
         return await asyncio.to_thread(as_png, progress(house, caller_of(request), skip_current_image))
@@ -251,9 +259,6 @@ def router(house: House) -> APIRouter:
         if ask.sd_model_checkpoint is not None:
             chosen[caller_of(request).id] = house.desk.model(ask.sd_model_checkpoint).served.name
         return {}
-
-    lists(house, routes)
-    return routes
 
 
 def as_png(told: dict[str, Any]) -> dict[str, Any]:

@@ -10,10 +10,10 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lanting.core.lang import say
 from lanting.serve.errors import BusyError, ClosedError, ConflictError, MissingError, StoreError, UnknownModelError
@@ -36,55 +36,17 @@ from lanting.serve.jobs import (
 )
 from lanting.serve.ledger import Ledger
 from lanting.serve.line import Entry, Line
-from lanting.serve.pace import Pace
-from lanting.serve.settings import Served, Settings
-from lanting.specs import ModelSpec, get_spec, spec_names
+from lanting.serve.settings import Settings
+from lanting.serve.state import Model, Place, Run, left
+from lanting.specs import get_spec, spec_names
 
 if TYPE_CHECKING:
     from lanting.serve.hand import Hand
     from lanting.serve.meters import Meters
 
+T = TypeVar("T")
 FRESH = 0.2  # seconds that computed places are good for
 logger = logging.getLogger("lanting.serve")
-
-
-@dataclass
-class Run:
-    """A job that is being drawn now."""
-
-    job: Job
-    began: float = field(default_factory=time.monotonic)
-    why: str | None = None  # it is to stop: "cancelled", "timeout", "pause"
-    deadline: float = 0.0  # monotonic; then it is stopped, or killed where it was to stop already
-    step: int = 0
-    steps: int = 0
-    stepped: float = 0.0  # seconds of drawing until this step
-    preview: bytes | None = None
-    resumed: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a job stands: `ahead` others come first (0: it is being drawn), of `waiting`; seconds until it is done."""
-
-    ahead: int
-    waiting: int
-    eta: float | None
-
-
-@dataclass
-class Model:
-    """What is known of a served model."""
-
-    served: Served
-    spec: ModelSpec | None
-    pace: Pace = field(default_factory=Pace)
-    ready: bool = False
-    refused: str | None = None  # why it can't be opened, in a sentence
-    loras: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
-    notes: list[str] = field(default_factory=list[str])
-    come: asyncio.Event = field(default_factory=asyncio.Event)  # something waits for this model
-    places: tuple[float, dict[str, Place]] = (0.0, {})
 
 
 class Desk:
@@ -101,7 +63,7 @@ class Desk:
         self.coming: Counter[str] = Counter()  # owner -> jobs that are being written
         self.sequence: dict[str, int] = {}
         self.hands: dict[str, Hand] = {}  # model -> its worker
-        self.endings: set[asyncio.Task[None]] = set()  # ends of jobs that are being written
+        self.endings: set[asyncio.Task[Any]] = set()  # what is being written
         self.told: dict[str, int] = {}  # waiting job -> how many are ahead, as its watchers know it
         self.well = True  # the last write went through
 
@@ -123,7 +85,14 @@ class Desk:
                 prepared = await asyncio.to_thread(self._prepare, order, model, caller)
             else:
                 prepared = self._prepare(order, model, caller)
-            return await self._accept(prepared, order, caller)
+            return await self.surely(self._accept(prepared, order, caller))
+
+    async def surely(self, work: Coroutine[Any, Any, T]) -> T:
+        """What must not be left half-done where its client leaves: in the ledger and not in the line, say."""
+        task = asyncio.create_task(work)
+        self.endings.add(task)
+        task.add_done_callback(self.endings.discard)
+        return await asyncio.shield(task)
 
     def _prepare(self, order: Order, model: Model, caller: Caller) -> Prepared:
         assert model.spec is not None
@@ -281,17 +250,22 @@ class Desk:
     async def cancel(self, id_: str, caller: Caller) -> Job:
         """The job, cancelled or about to be; one that has ended stays as it ended."""
         job = await self.job(id_, caller)
-        if job.over:
-            return job
-        if (entry := self.line.remove(id_)) is not None:
+        if not job.over:
+            await self.surely(self._cancel(job))
+        return await self.job(id_, caller)
+
+    async def _cancel(self, job: Job) -> None:
+        if (entry := self.line.remove(job.id)) is not None:
             try:
                 await self.close_job(job, CANCELLED, {"code": "cancelled", "message": say("cancelled")}, tries=1)
             except StoreError:
                 self.line.add(entry)
                 raise
-        elif (run := self.runs.get(id_)) is not None:
+            return
+        while job.id in self.line.drawing and job.id not in self.runs:  # a worker is just about to take it
+            await asyncio.sleep(0.01)
+        if (run := self.runs.get(job.id)) is not None:
             await self.stop(run, "cancelled")
-        return await self.job(id_, caller)
 
     async def stop(self, run: Run, why: str, patience: float = 30.0) -> None:
         """Ask the worker to stop a job within a step; it is killed where it does not."""
@@ -330,25 +304,17 @@ class Desk:
             logger.info("job ended", extra={"job": job.id, "state": state, "model": job.model})
 
     def broadcast(self) -> None:
-        """The places of those who wait, to those who watch them, where they changed. Called twice a second."""
-        told: dict[str, Place] = {}
+        """The places of those who wait, to those who watch them, where they moved by a tenth: in a long queue every
+        picture moves everyone by one, and telling all of them would cost more than drawing. Called twice a second."""
+        told: dict[str, int] = {}
         for id_ in self.feed.watched():
-            if (entry := self.line.waiting.get(id_)) is None:
+            entry = self.line.waiting.get(id_)
+            place = None if entry is None else self.places(entry.model).get(id_)
+            if place is None:
                 continue
-            place = self.places(entry.model).get(id_)
-            if place is not None:
-                told[id_] = place
-                if self.told.get(id_) != place.ahead:
-                    eta = None if place.eta is None else round(place.eta, 1)
-                    event = self.event(id_, "place", ahead=place.ahead, waiting=place.waiting, eta=eta)
-                    self.feed.put(event)
-        self.told = {id_: place.ahead for id_, place in told.items()}
-
-
-def left(run: Run, pace: Pace) -> float | None:
-    """Seconds until a job that is being drawn is done, from its own steps once there are some."""
-    spent = time.monotonic() - run.began
-    if run.step and not run.resumed:
-        return max(run.stepped / run.step * (run.steps - run.step) + pace.beside / 2, 0.0)
-    whole = pace.seconds(run.job.cost)
-    return None if whole is None else max(whole - spent, 0.0)
+            before = told[id_] = self.told.get(id_, 1 << 30)
+            if abs(before - place.ahead) > before // 10:
+                told[id_] = place.ahead
+                eta = None if place.eta is None else round(place.eta, 1)
+                self.feed.put(self.event(id_, "place", ahead=place.ahead, waiting=place.waiting, eta=eta))
+        self.told = told

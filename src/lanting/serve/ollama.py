@@ -31,6 +31,7 @@ from lanting.serve.loras import lora_in
 from lanting.serve.pictures import to_base64
 
 PATHS = ("/api/generate", "/api/tags", "/api/show", "/api/ps", "/api/pull", "/api/version", "/api/chat")
+NDJSON = "application/x-ndjson"
 VERSION = "0.14.0"  # the newest whose image clients these are
 
 
@@ -145,7 +146,6 @@ def entry(house: House, name: str) -> dict[str, Any]:
 def router(house: House) -> APIRouter:
     """The routes."""
     routes = APIRouter(prefix="/api", tags=["ollama"])
-    plain = "application/x-ndjson"
 
     @routes.post("/generate", summary="Draw a picture, or load the model where there is no prompt")
     async def generate(ask: Ask, request: HttpRequest) -> Response:
@@ -156,7 +156,14 @@ def router(house: House) -> APIRouter:
         job = await house.desk.submit(await order_of(house, ask, request), caller_of(request))
         if ask.stream is False:
             return JSONResponse(await result(house, ask, await finished(house, request, job)))
-        return StreamingResponse(pulsed(lines(house, request, ask, job), "\n"), media_type=plain)
+        return StreamingResponse(pulsed(lines(house, request, ask, job), "\n"), media_type=NDJSON)
+
+    models(house, routes)
+    return routes
+
+
+def models(house: House, routes: APIRouter) -> None:
+    """Routes of what is served."""
 
     @routes.get("/tags", summary="Models")
     async def tags() -> dict[str, Any]:
@@ -188,10 +195,8 @@ def router(house: House) -> APIRouter:
             )
         if ask.stream is False:
             return JSONResponse({"status": "success"})
-        return Response(line({"status": "pulling manifest"}) + line({"status": "success"}), media_type=plain)
+        return Response(line({"status": "pulling manifest"}) + line({"status": "success"}), media_type=NDJSON)
 
     @routes.get("/version", summary="The version of Ollama whose clients are understood")
     async def version() -> dict[str, str]:
         return {"version": VERSION}
-
-    return routes

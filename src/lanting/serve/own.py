@@ -150,6 +150,15 @@ def router(house: House) -> APIRouter:
     async def job(id_: str, request: HttpRequest) -> dict[str, Any]:
         return view(house, await desk.job(id_, caller_of(request)))
 
+    following(house, routes)
+    pictures(house, routes)
+    return routes
+
+
+def following(house: House, routes: APIRouter) -> None:
+    """Routes of one job's events and of its end."""
+    desk = house.desk
+
     @routes.get("/jobs/{id_}/events", summary="What happens to a job, as server-sent events")
     async def events(
         id_: str,
@@ -172,9 +181,6 @@ def router(house: House) -> APIRouter:
     @routes.post("/jobs/{id_}/cancel", summary="Cancel a job, within one step")
     async def cancel(id_: str, request: HttpRequest) -> dict[str, Any]:
         return view(house, await desk.cancel(id_, caller_of(request)))
-
-    pictures(house, routes)
-    return routes
 
 
 def pictures(house: House, routes: APIRouter) -> None:

@@ -58,16 +58,16 @@ class Eyes:
         return tuple([await self.picture(one, f"picture {number}") for number, one in numbered])
 
     async def _read(self, source: str | bytes, name: str, how: Callable[[bytes, str], T]) -> T:
-        data = source if isinstance(source, bytes) else await self._bytes(source, name)
-        async with self.turns:
-            return await asyncio.to_thread(how, data, name)
-
-    async def _bytes(self, text: str, name: str) -> bytes:
-        if text[:8].lower().startswith(("http://", "https://")):
+        if isinstance(source, str) and source[:8].lower().startswith(("http://", "https://")):
             if self.limits is None:
                 raise RequestError("this server fetches no addresses: send {name} itself, as base64", name=name)
-            return await fetch(text, self.limits, name)
-        return from_base64(text, name)
+            source = await fetch(source, self.limits, name)
+
+        def look() -> T:
+            return how(from_base64(source, name) if isinstance(source, str) else source, name)
+
+        async with self.turns:
+            return await asyncio.to_thread(look)
 
 
 def open_clear_mask(data: bytes, name: str) -> Image:

@@ -14,11 +14,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from lanting.core.lang import say
-from lanting.serve.desk import Desk, Model, Run
+from lanting.serve.desk import Desk
 from lanting.serve.errors import StoreError
 from lanting.serve.hand import Hand
 from lanting.serve.jobs import CANCELLED, DONE, FAILED, Job, begin, find, put_back
 from lanting.serve.line import Entry
+from lanting.serve.state import Model, Run
 from lanting.specs import Defaults, ModelSpec
 
 CRASHES = 3
