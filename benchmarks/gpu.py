@@ -212,7 +212,12 @@ def size(bench: Bench, net: QwenImageTransformer, theirs: Any, pixels: int) -> d
     net_of = bench.found.setdefault("errors", {})
     for name, compute, graphs in WAYS if str(pixels) == FIRST else WAYS[1:-1]:
         attach_gpu(net, compute)
-        step.ours(net)  # copies in 8 bits are made here
+        try:
+            step.ours(net)  # copies in 8 bits are made here
+        except Exception as error:
+            table[name] = f"{type(error).__name__}: {str(error)[:300]}"
+            detach_gpu(net)
+            continue
         recorded = attach_graphs(net, bench.table) if graphs else None
         tell(name, lambda: step.ours(net), (compute or "bf16").split()[0])
         if exact is not None and str(pixels) == FIRST:

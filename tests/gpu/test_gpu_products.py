@@ -189,3 +189,41 @@ def test_work_runs_beside_only_while_a_graph_is_recorded(monkeypatch):
             pass
         here.meet(device)
         assert log == wanted
+
+
+def test_shapes_that_torch_refuses_are_asked_about_once(monkeypatch, device):
+    codes, weight, bias, _ = operands((32, 64, 48), FP8, device)
+    wanted, asked = plain(codes, weight, bias), []
+
+    def refuses(number):
+        def way(*_):
+            asked.append(number)
+            raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED")
+
+        return way
+
+    monkeypatch.setattr(products, "floats_by_torch", lambda device, dtype: True)
+    monkeypatch.setattr(products, "refused", lambda kept=set(): kept)
+    monkeypatch.setattr(products, "by_torch", refuses(0))
+    monkeypatch.setattr(products, "alone", lambda c, w, b, dtype, out: plain(c, w, b).to(dtype))
+    for _ in range(2):
+        assert error(product(codes, weight, bias), wanted) < 0.01
+    assert asked == [0]
+    monkeypatch.setattr(products, "alone", refuses(1))
+    for _ in range(2):
+        assert error(product(codes, weight, bias), wanted) < 0.01  # Triton's
+    assert asked == [0, 1]
+
+
+def test_what_refuses_in_a_recording_ends_it(monkeypatch, device):
+    codes, weight, bias, _ = operands((16, 64, 48), FP8, device)
+
+    def refuses(*_):
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(products, "floats_by_torch", lambda device, dtype: True)
+    monkeypatch.setattr(products, "refused", lambda: set())
+    monkeypatch.setattr(products, "by_torch", refuses)
+    monkeypatch.setattr(products, "recording", lambda: True)
+    with pytest.raises(RuntimeError, match="no"):
+        product(codes, weight, bias)

@@ -59,4 +59,5 @@ def hold(device: torch.device, vram: str | int | None) -> None:
     limit = in_bytes(vram)
     if limit is not None and device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(max(limit - DRIVER, 0) / total, 1.0), device)
+        index = torch.cuda.current_device() if device.index is None else device.index
+        torch.cuda.set_per_process_memory_fraction(min(max(limit - DRIVER, 0) / total, 1.0), index)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lanting.kernels.gpu import twins
-from lanting.kernels.gpu.here import available, capability, tuner
+from lanting.kernels.gpu.here import available, capability, recording, tuner
 from lanting.kernels.gpu.rows import activate
 from lanting.kernels.gpu.twins import FP8, Codes, Sums
 
@@ -50,16 +50,10 @@ def product(
     out: Tensor | None = None,
 ) -> Tensor | Sums:
     """codes W^T + bias as (*shape, N), in `out` (rows, N) if that is given; or as `Sums`, where that is faster."""
-    device = codes.data.device
     if codes.data.dtype == torch.int8:
         found = integers(codes, weight, bias, dtype, out)
-    elif sixteens(weight) and floats_by_torch(device, dtype):
-        found = by_torch(codes, weight, bias, dtype, out)
-    elif available(device):
-        ways = eight_bit_ways(codes, weight, bias, dtype, out)
-        found = ways[0]()
     else:
-        found = finish(twins.product(codes, weight.data, weight.scale), bias, dtype, out)
+        found = floats(codes, weight, bias, dtype, out)
     return found if isinstance(found, Sums) or out is not None else found.unflatten(0, codes.shape)
 
 
@@ -130,6 +124,41 @@ def eight_bit(codes: Codes, weight: Weight, bias: Tensor | None, out: Tensor, ti
         num_stages=stages,
     )
     return out
+
+
+def floats(codes: Codes, weight: Weight, bias: Tensor | None, dtype: torch.dtype, out: Tensor | None) -> Tensor:
+    """Products of e4m3: torch's with all that follows, torch's alone, Triton's; the first that takes the shapes.
+
+    On an H200 cuBLASLt refused shapes of the full model though it took those that were tried first, so each shape is
+    asked about once, outside of recordings.
+    """
+    device, key = codes.data.device, (*codes.data.shape, len(weight.data), dtype, codes.data.device)
+    for number, way in enumerate((by_torch, alone) if sixteens(weight) and floats_by_torch(device, dtype) else ()):
+        if (number, *key) in refused():
+            continue
+        try:
+            return way(codes, weight, bias, dtype, out)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            if recording():
+                raise
+            refused().add((number, *key))
+    if available(device):
+        return eight_bit_ways(codes, weight, bias, dtype, out)[0]()
+    return finish(twins.product(codes, weight.data, weight.scale), bias, dtype, out)
+
+
+@cache
+def refused() -> set[tuple[Any, ...]]:
+    """(number of the way, rows, depth, columns, dtype, device) that torch's products did not take."""
+    return set()
+
+
+def alone(codes: Codes, weight: Weight, bias: Tensor | None, dtype: torch.dtype, out: Tensor | None) -> Tensor:
+    """The bare product, and bias and place afterwards."""
+    made = torch._scaled_mm(codes.data, weight.data.T, scale_a=codes.scale, scale_b=weight.scale[None], out_dtype=dtype)
+    return made if bias is None and out is None else finish(made, bias, dtype, out)
 
 
 def by_torch(codes: Codes, weight: Weight, bias: Tensor | None, dtype: torch.dtype, out: Tensor | None) -> Tensor:
