@@ -1,4 +1,4 @@
-"""One server over fake engines for most tests of this folder, one over nano for a few."""
+"""One server over fake engines for most tests of this folder."""
 
 from __future__ import annotations
 
@@ -18,12 +18,4 @@ def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("serve")
     options = {"loras": ["ink", "fox"], "journal": str(folder / "journal")}
     with running(folder, options=options, every=2, timeout=20.0) as one:
-        yield one
-
-
-@pytest.fixture(scope="session")
-def nano(tmp_path_factory):
-    """The real thing."""
-    opener = "lanting.serve.worker:open_engine"
-    with running(tmp_path_factory.mktemp("nano"), opener=opener, options={"device": "cpu"}) as one:
         yield one
