@@ -192,7 +192,7 @@ class Engine:
             models.see_pictures()
         _ = models.codec, models.controlnet  # built once, kept
         if not models.take_turns:
-            _ = models.transformer, models.encoder
+            models.look_ahead()
         width, height = request.size or (0, 0)
         tiles = models.plan is not None and models.plan.vae_tile > 0
         models.codec.tile = tiles or width * height > TILE_ABOVE

@@ -20,6 +20,7 @@ from torch import Tensor
 from lanting.attach.graphs import forget_graphs
 from lanting.attach.quant import KINDS, chooser
 from lanting.core.errors import ModelError, RequestError
+from lanting.engine.ahead import Ahead
 from lanting.engine.allocator import return_memory, tidy
 from lanting.engine.compute import record_steps, speed_up, speed_up_vae
 from lanting.engine.placement import Placed, place_controlnet, place_encoder, place_transformer
@@ -137,6 +138,7 @@ class Models:
         self.sees = self.captions or takes_pictures(load_template(self.spec.template))
         scheduler = {**folder.configs["scheduler"], **self.spec.schedule}
         self.schedule = Schedule.from_config(scheduler)
+        self.ahead = Ahead()
         self.controlnet_folder = None if controlnet is None else Path(controlnet).expanduser()
         if self.controlnet_folder is not None and not self.controlnet_folder.is_dir():
             raise ModelError(f"{controlnet} is no ControlNet folder; give one with config.json and safetensors.")
@@ -238,6 +240,14 @@ class Models:
         """Text encoder and transformer are never on the device together."""
         return self.plan is not None and self.plan.encoder == "unload"
 
+    def look_ahead(self) -> None:
+        """Have the transformer and the text encoder read; on a GPU the first in the background (`ahead`)."""
+        if self.device.type == "cuda" and "placed_transformer" not in self.__dict__:
+            self.ahead.begin(lambda: self.placed_transformer)
+        else:
+            _ = self.transformer
+        _ = self.encoder
+
     def reader(self) -> PromptEncoder:
         """The text encoder, ready to read."""
         if self.take_turns:
@@ -248,6 +258,7 @@ class Models:
 
     def painter(self, sigmas: Tensor) -> QwenImageTransformer:
         """The transformer, ready for the steps of a schedule (steps + 1 noise levels, the last one 0)."""
+        self.ahead.meet()
         if self.take_turns:
             self._leave("placed_encoder")
         self.placed_transformer.come()
@@ -259,6 +270,7 @@ class Models:
 
     def rest(self) -> None:
         """Let go what only passes through memory."""
+        self.ahead.end()
         for name in ("placed_transformer", "placed_encoder"):
             if name in self.__dict__:
                 self.__dict__[name].rest()
