@@ -88,7 +88,7 @@ def test_strengths_change_without_loading(folder, tmp_path):
         # where a fresh engine's weights begin in memory may change the last bit of a product, so one grey level
         assert max(high for _, high in _difference(got, want)) <= 1
         assert [lora["strength"] for lora in got.recipes[0].loras] == list(strengths)
-    assert again.images[0].tobytes() == half.images[0].tobytes()
+    assert max(high for _, high in _difference(again, half)) <= 1  # hung anew, and so elsewhere in memory
 
 
 def _difference(a, b):
