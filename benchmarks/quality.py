@@ -68,7 +68,6 @@ SETTINGS = (
     Setting("20 steps, guidance 2", False, 20, 2.0),
     Setting("6 steps, guidance 2 (nano's own)", False, None, None),
     Setting("edits, 20 steps, no guidance", True, 20, None),
-    Setting("edits, 20 steps, guidance 2", True, 20, 2.0),
 )
 WAYS = (*(Way(name, name) for name in LEVELS), Way("fewer 0.8", share=0.8), Way("fewer 0.6", share=0.6))
 
@@ -200,47 +199,61 @@ def table_of(rows: dict[str, dict[str, Any]]) -> str:
 
 def plot(told: dict[str, Any], path: Path) -> None:
     """A panel for each setting: FLIP over time. Blue is the dial, red the exact way with fewer steps."""
-    wide, high, left, top = 470, 300, 62, 58
+    wide, high, left, top = 400, 330, 58, 70
     names = list(told["settings"])
-    sheet = Image.new("RGB", (2 * wide, -(-len(names) // 2) * high + 30), "white")
-    draw, font, small = ImageDraw.Draw(sheet), ImageFont.load_default(14), ImageFont.load_default(12)
-    draw.text(
-        (14, 8), "How far from the exact picture (FLIP), by processor time as a share of the exact way's", "#000", font
-    )
-    most = max(row["flip"] for rows in told["settings"].values() for row in rows.values()) * 1.12
+    sheet = Image.new("RGB", (len(names) * wide + 10, high + 20), "white")
+    draw, font, small = ImageDraw.Draw(sheet), ImageFont.load_default(15), ImageFont.load_default(13)
+    title = "FLIP from the exact picture over processor time as a share of its.  Blue: --quality;  red: fewer steps"
+    draw.text((left - 40, 10), title, "#000", font)
+    most = max(row["flip"] for rows in told["settings"].values() for row in rows.values()) * 1.15
     for index, name in enumerate(names):
-        x0, y0 = index % 2 * wide + left, index // 2 * high + top
-        width, height = wide - left - 24, high - top - 26
-
-        def at(
-            time: float, flip: float, x0: int = x0, y0: int = y0, w: int = width, h: int = height
-        ) -> tuple[float, float]:
-            return x0 + (time - 0.3) / 0.75 * w, y0 + h - flip / most * h
-
-        draw.text((x0, y0 - 20), name, "#000", font)
-        draw.rectangle((x0, y0, x0 + width, y0 + height), outline="#999")
-        for tick in (0.4, 0.6, 0.8, 1.0):
-            draw.line([at(tick, 0), (at(tick, 0)[0], y0)], fill="#eee")
-            draw.text((at(tick, 0)[0], y0 + height + 5), f"{tick:.1f}", "#333", small, anchor="ma")
-        for step in range(0, int(most * 100) + 1, 2):
-            draw.text((x0 - 6, at(0.3, step / 100)[1]), f"{step / 100:.2f}", "#333", small, anchor="rm")
-        series(draw, small, told["settings"][name], at)
-        draw.rectangle((x0, y0, x0 + width, y0 + height), outline="#999")
+        panel = Panel(index * wide + left, top, wide - left - 12, high - top - 24, most)
+        panel.frame(draw, small, name)
+        for kind, ink in INK.items():
+            panel.series(draw, small, told["settings"][name], kind, ink)
     sheet.save(path)
 
 
-def series(draw: Any, font: Any, rows: dict[str, dict[str, Any]], at: Any) -> None:
-    for kind, ink in INK.items():
-        own = {
-            name: row for name, row in rows.items() if name == "exact" or name.startswith("fewer") == (kind == "fewer")
-        }
-        points = sorted((at(row["time"], row["flip"]), name) for name, row in own.items())
+@dataclass(frozen=True)
+class Panel:
+    """One setting's square on the sheet: time from 0.25 to 1.08 to the right, FLIP up to `most`."""
+
+    x: int
+    y: int
+    width: int
+    height: int
+    most: float
+
+    def at(self, time: float, flip: float) -> tuple[float, float]:
+        return self.x + (time - 0.25) / 0.83 * self.width, self.y + self.height * (1 - flip / self.most)
+
+    def frame(self, draw: Any, font: Any, name: str) -> None:
+        bottom = self.y + self.height
+        draw.text((self.x, self.y - 22), name, "#000", ImageFont.load_default(14))
+        for tick in (0.4, 0.6, 0.8, 1.0):
+            x = self.at(tick, 0)[0]
+            draw.line([(x, self.y), (x, bottom)], fill="#eee")
+            draw.text((x, bottom + 6), f"{tick:.1f}", "#333", font, anchor="ma")
+        for step in range(0, int(self.most * 100) + 1):
+            y = self.at(0.25, step / 100)[1]
+            draw.line([(self.x, y), (self.x + self.width, y)], fill="#eee")
+            draw.text((self.x - 6, y), f"{step / 100:.2f}", "#333", font, anchor="rm")
+        draw.rectangle((self.x, self.y, self.x + self.width, bottom), outline="#999")
+
+    def series(self, draw: Any, font: Any, rows: dict[str, dict[str, Any]], kind: str, ink: str) -> None:
+        own = [name for name in rows if name == "exact" or name.startswith("fewer") == (kind == "fewer")]
+        points = sorted((self.at(rows[name]["time"], rows[name]["flip"]), name) for name in own)
         draw.line([point for point, _ in points], fill=ink, width=2)
         for (x, y), name in points:
             draw.ellipse((x - 4, y - 4, x + 4, y + 4), fill=ink)
-            words = name.replace("fewer 0.", "0.") + (" of the steps" if kind == "fewer" else "")
-            if kind == "level" or name != "exact":
-                draw.text((x - 7, y - 12), words, ink, font, anchor="ra" if x > 150 and name == "exact" else "la")
+            if name == "exact":
+                draw.text((x - 8, y - 3), name if kind == "level" else "", INK["level"], font, anchor="rb")
+            elif kind == "level" and y > self.y + self.height - 16:
+                draw.text((x, y - 20), name, ink, font, anchor="mb")
+            elif kind == "level":
+                draw.text((x - 8, y + 2), name, ink, font, anchor="ra")
+            else:
+                draw.text((x + 8, y - 3), f"{name.removeprefix('fewer ')} of the steps", ink, font, anchor="lb")
 
 
 def main() -> None:
