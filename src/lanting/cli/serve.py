@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -51,6 +52,7 @@ def serve(
         bool, typer.Option("--fetch-urls", help="Fetch input pictures from public addresses.")
     ] = False,
     mcp: Annotated[bool, typer.Option("--mcp", help="No port: speak MCP on stdin and stdout.")] = False,
+    no_studio: Annotated[bool, typer.Option("--no-studio", help="No page for browsers: the APIs alone.")] = False,
     device: o.Device = None,
     dtype: o.DtypeFlag = None,
     quant: o.Quant = "auto",
@@ -60,7 +62,6 @@ def serve(
 ) -> None:
     """Serve a team: OpenAI, Ollama, A1111 and MCP clients, and Lanting's own API, over one queue that loses nothing."""
     ready()
-    from lanting.serve.logs import write_to_stderr
     from lanting.serve.settings import Caps, Settings
 
     how: dict[str, Any] = {"device": device, "dtype": dtype, "quant": quant, "vram": vram, "ram": ram}
@@ -80,20 +81,26 @@ def serve(
         keep_days=keep,
         caps=Caps(pixels=max_side * max_side, waiting=queue),
     )
-    write_to_stderr()
-    start(settings, mcp)
+    start(settings, mcp, not no_studio)
 
 
-def start(settings: Settings, mcp: bool) -> None:
+def start(settings: Settings, mcp: bool, page: bool) -> None:
     """On a port, or on stdin and stdout."""
+    from lanting.serve.logs import write_to_stderr
+
+    write_to_stderr()
     if mcp:
         from lanting.serve.mcp_tools import speak
 
         speak(settings)
         return
     from lanting.serve.run import serve as listen
+    from lanting.serve.studio.door import studio
 
-    listen(settings, tell)
+    if page and importlib.util.find_spec("gradio") is None:
+        Screen().line("the studio needs gradio, which is not installed: run pip install 'lanting[serve]' for it")
+        page = False
+    listen(settings, tell, studio if page else None)
 
 
 def tell(house: House) -> None:

@@ -51,7 +51,9 @@ def build_app(house: House, studio: Studio | None = None) -> FastAPI:
         app.add_middleware(
             CORSMiddleware, allow_origins=house.settings.origins, allow_methods=["*"], allow_headers=["*"]
         )
-    door = Door(house.settings, house.keyring, house.signer, house.meters, shaped)
+    app.state.login = lambda scope: None  # the studio has a page for it
+    login = lambda scope: app.state.login(scope)  # noqa: E731
+    door = Door(house.settings, house.keyring, house.signer, house.meters, shaped, login)
     app.add_middleware(Guard, door=lambda: door)
     for kind, handler in handlers().items():
         app.add_exception_handler(kind, handler)

@@ -3,7 +3,7 @@
 1. Host: only names this server has. A web page that rebinds its own name to 127.0.0.1 brings that name along.
 2. Origin: a browser says which page asks; another site's page may not, whatever it asks for.
 3. Key, where keys are needed: `Authorization: Bearer KEY`, `Basic` with the key as password (browsers, A1111 clients),
-   `X-API-Key`, or a picture's own signed address.
+   `X-API-Key`, the studio's cookie, or a picture's own signed address.
 4. Size and time of the body.
 
 One ASGI function around the whole application rather than a dependency per route: a route that somebody adds later
@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
+from starlette.requests import cookie_parser
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -36,6 +37,8 @@ from lanting.serve.settings import LOOPBACK, Settings, is_loopback
 from lanting.serve.signing import Signer
 
 OPEN = ("/healthz", "/readyz")  # for whoever watches that the server lives; they say nothing else
+LOGIN = ("POST", "/login")  # where the studio's form sends the key; there only with the studio
+COOKIE = "lanting_key"  # which no script reads and no other site sends
 logger = logging.getLogger("lanting.serve.http")
 
 
@@ -48,6 +51,7 @@ class Door:
     signer: Signer
     meters: Meters
     shape: Callable[[str, LantingError], Response]  # an error in the words of the path's dialect
+    login: Callable[[Scope], Response | None] = lambda scope: None  # what a browser without a key is shown
 
 
 class Guard:
@@ -98,7 +102,8 @@ async def turned_away(door: Door, scope: Scope, receive: Receive, send: Send, er
         await receive()
         await send({"type": "websocket.close", "code": 1008})
         return
-    await door.shape(scope["path"], error)(scope, receive, send)
+    page = door.login(scope) if isinstance(error, NoKeyError) else None
+    await (page or door.shape(scope["path"], error))(scope, receive, send)
 
 
 def note(door: Door, scope: Scope, status: int, seconds: float) -> None:
@@ -120,7 +125,7 @@ async def admitted(door: Door, scope: Scope) -> Caller | None:
     length = headers.get("content-length", "0")
     if not length.isdigit() or int(length) > door.settings.caps.body:
         raise LargeError("the request is larger than {most} MB: send less", most=door.settings.caps.body >> 20)
-    if scope["path"] in OPEN:
+    if scope["path"] in OPEN or (scope.get("method"), scope["path"]) == LOGIN:
         return None
     if not door.settings.needs_keys:
         return LOCAL
@@ -142,7 +147,7 @@ def key_in(headers: Headers) -> str:
         except (binascii.Error, UnicodeError):
             return ""
         return password or name
-    return headers.get("x-api-key", "").strip()
+    return headers.get("x-api-key", "").strip() or cookie_parser(headers.get("cookie", "")).get(COOKIE, "")
 
 
 def check_host(settings: Settings, host: str) -> None:

@@ -1,0 +1,1 @@
+"""The studio: a page in the browser over the same queue as every dialect. Gradio is imported inside functions only."""

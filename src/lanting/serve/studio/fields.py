@@ -1,0 +1,115 @@
+"""Gradio's fields as this page needs them. Uploads stay bytes here: `serve.pictures` reads them, which bounds them
+before they are decoded, as Gradio itself does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lanting.serve.studio.clerk import Canvas
+from lanting.serve.studio.forms import QUALITIES
+from lanting.serve.studio.look import text
+from lanting.serve.studio.words import Say
+
+HELD = 256 << 20  # bytes of canvases that are on their way
+RED = "#e5432e"  # of the brush
+
+
+class Held(dict[str, Any]):
+    """Canvases that are on their way, by id; the oldest go where they are too much."""
+
+    def __setitem__(self, name: str, held: Any) -> None:
+        super().__setitem__(name, held)
+        while len(self) > 1 and sum(map(weight, self.values())) > HELD:
+            self.pop(next(iter(self)))
+
+
+def easel(**how: Any) -> Any:
+    """A canvas to paint on; its value is a `Canvas`.
+
+    Its method is replaced rather than a class derived: Gradio writes a stub beside the source of every derived one.
+    """
+    import gradio as gr
+
+    brush = gr.Brush(colors=[RED], default_color=RED, color_mode="fixed", default_size="auto")
+    canvas: Any = gr.ImageEditor(
+        **{"type": "filepath", "format": "png", "sources": ("upload", "clipboard"), "transforms": (), "layers": False},
+        **{"brush": brush, "buttons": ["fullscreen"], **how},
+    )
+    held = canvas.blob_storage = Held()
+
+    def painted(payload: Any) -> Canvas:
+        if payload is not None and payload.id is not None:
+            payload = held.pop(payload.id, None)
+        if payload is None:
+            return Canvas()
+        return Canvas(content(payload.background), [one for layer in payload.layers if (one := content(layer))])
+
+    canvas.preprocess = painted
+    return canvas
+
+
+def content(held: Any) -> bytes | None:
+    """The bytes of a picture that is on its way, or of a file that was uploaded."""
+    if held is None or isinstance(held, bytes):
+        return held
+    return Path(held.path).read_bytes() if held.path else None
+
+
+def weight(held: Any) -> int:
+    return sum(len(part) for part in (held.background, held.composite, *held.layers) if part)
+
+
+def picture(**how: Any) -> Any:
+    """One uploaded picture; its value is the file's bytes."""
+    import gradio as gr
+
+    field: Any = gr.Image(type="filepath", sources=["upload", "clipboard"], buttons=[], **how)
+    field.preprocess = content
+    return field
+
+
+def html(value: str, **how: Any) -> Any:
+    """A piece of ours, whose buttons become events."""
+    import gradio as gr
+
+    return gr.HTML(value, js_on_load=text("studio.js"), apply_default_css=False, **how)
+
+
+def fold(say: Say, strength: bool, many: bool) -> list[Any]:
+    """The fields below the fold, in the order of `forms.More`."""
+    import gradio as gr
+
+    free = say("as the model likes")
+    with gr.Accordion(say("More"), open=False, elem_classes="fold"):
+        with gr.Row():
+            seed = gr.Number(
+                label=say("Seed"), value=None, precision=0, minimum=0, placeholder=say("Any"), min_width=90
+            )
+            count = gr.Number(
+                label=say("Pictures"), value=1, precision=0, minimum=1, maximum=16, min_width=90, visible=many
+            )
+        with gr.Row():
+            steps = gr.Number(label=say("Steps"), value=None, precision=0, minimum=1, placeholder=free, min_width=90)
+            guidance = gr.Number(label=say("Guidance"), value=None, minimum=0, placeholder=free, min_width=90)
+        change = gr.Slider(
+            *(0.1, 1.0, 0.6), step=0.05, label=say("Strength, where the picture is drawn over"), visible=strength
+        )
+        negative = gr.Textbox(label=say("What should not be there"), lines=1, max_lines=3)
+        names = (say("Exact"), say("High"), say("Balanced"), say("Fast"))
+        levels = list(zip(names, QUALITIES, strict=True))
+        quality = gr.Dropdown(levels, value="exact", label=say("Quality against time"))
+        loras = gr.Dropdown([], multiselect=True, label=say("LoRAs"), visible=False, info=say("None: as served."))
+        pull = gr.Slider(0, 2, 1, step=0.05, label=say("Strength of the LoRAs"), visible=False)
+    return [seed, count, steps, guidance, change, negative, quality, loras, pull]
+
+
+def plan_panel(say: Say) -> Mapping[str, Any]:
+    """The panel that says whether it fits."""
+    import gradio as gr
+
+    with gr.Accordion(say("Will it fit?"), open=False, elem_classes="fold") as box:
+        told = gr.HTML("", apply_default_css=False, min_height=24)
+    return {"box": box, "told": told}

@@ -1,0 +1,164 @@
+"""From what stands in a form to an order for the queue, and from a job back to the form. No Gradio, no HTTP."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from lanting.core.errors import RequestError
+from lanting.core.types import Request
+from lanting.serve.intake import Order
+from lanting.serve.jobs import Job
+from lanting.serve.studio.words import Say
+from lanting.specs import ModelSpec
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+DIALECT = "studio"
+QUALITIES = ("exact", "high", "balanced", "fast")
+DRAW, EDIT, LAYERS = "draw", "edit", "layers"
+PAINTED = 8  # of 255: how opaque a stroke must be to count
+
+
+@dataclass(frozen=True, slots=True)
+class More:
+    """What stands below the fold, in the order of the page's fields. None or empty: as the model recommends."""
+
+    seed: float | None = None
+    count: float | None = 1
+    steps: float | None = None
+    guidance: float | None = None
+    strength: float | None = None
+    negative: str = ""
+    quality: str | None = None
+    loras: Sequence[str] = ()
+    lora_strength: float | None = 1.0
+
+
+NAMES = tuple(one.name for one in fields(More))
+
+
+def whole(value: float | None) -> int | None:
+    """A number field's value. Raises RequestError for half a number."""
+    if value is None:
+        return None
+    if not math.isfinite(value) or value != int(value):
+        raise RequestError("{value} is not a whole number", value=value)
+    return int(value)
+
+
+def request_of(prompt: str, more: More, **rest: Any) -> Request:
+    """The wish; `rest` is what only one tab has: size, images, mask, task, options."""
+    return Request(
+        prompt=(prompt or "").strip(),
+        negative_prompt=more.negative.strip() or None,
+        seed=whole(more.seed),
+        count=whole(more.count) or 1,
+        steps=whole(more.steps),
+        guidance_scale=more.guidance,
+        quality=None if more.quality in (None, "", "exact") else more.quality,
+        **rest,
+    )
+
+
+def order_of(request: Request, model: str | None, more: More) -> Order:
+    strength = 1.0 if more.lora_strength is None else float(more.lora_strength)
+    return Order(request, model, DIALECT, dict.fromkeys(more.loras, strength) or None)
+
+
+def edit_of(prompt: str, more: More, images: tuple[Image, ...], mask: Image | None, spec: ModelSpec) -> Request:
+    """An edit as well as the model can: told what to change, or drawn over."""
+    if not images:
+        raise RequestError("there is no picture yet: drop one on the canvas")
+    task = edit_task(spec.tasks, mask is not None)
+    if task is None:
+        raise RequestError("{model} can't change pictures: choose another model", model=spec.name)
+    told = task.startswith("edit")
+    strength = None if told else more.strength
+    return request_of(prompt, more, images=images if told else images[:1], mask=mask, task=task, strength=strength)
+
+
+def edit_task(tasks: Sequence[str], masked: bool) -> str | None:
+    """The best task for a picture with or without a mask; None where a model has none."""
+    wanted = ("edit_inpaint", "inpaint") if masked else ("edit", "image_to_image")
+    return next((task for task in wanted if task in tasks), None)
+
+
+def layers_of(prompt: str, more: More, image: Image | None, count: float, fine: bool) -> Request:
+    """A picture taken apart."""
+    if image is None:
+        raise RequestError("there is no picture yet: drop one on the canvas")
+    options = {"layers": whole(count), "resolution": 1024 if fine else 640}
+    return request_of(prompt, more, images=(image,), task="layered", options=options)
+
+
+def tabs_of(spec: ModelSpec | None) -> tuple[str, ...]:
+    """The tabs that make sense for a model; drawing where nothing is known yet."""
+    if spec is None:
+        return (DRAW,)
+    able = [DRAW] if "text_to_image" in spec.tasks else []
+    able += [EDIT] if edit_task(spec.tasks, False) or edit_task(spec.tasks, True) else []
+    able += [LAYERS] if "layered" in spec.tasks else []
+    return tuple(able)
+
+
+def tab_of(job: Job) -> str:
+    """Where a job belongs."""
+    request = job.asked["request"]
+    if "layers" in (request.get("options") or {}) or request.get("task") == "layered":
+        return LAYERS
+    return EDIT if request["images"] else DRAW
+
+
+def sizes_of(spec: ModelSpec | None, say: Say) -> list[tuple[str, str]]:
+    """(what is shown, "WIDTHxHEIGHT") of a release's sizes, its own first."""
+    if spec is None:
+        return []
+    own = spec.defaults
+    named = {f"{width}x{height}": name for name, (width, height) in own.sizes.items()}
+    first = "{}x{}".format(*own.size)
+    named = {first: named.get(first) or "{}×{}".format(*own.size)} | named
+    words = {"strip": say("Strip"), "wide": say("Wide"), "large": say("Large")}
+    return [(words.get(name, name), size) for size, name in named.items()]
+
+
+def size_in(text: str | None) -> tuple[int, int] | None:
+    """A size as the page's choices have it."""
+    if not text:
+        return None
+    width, _, height = text.partition("x")
+    return int(width), int(height)
+
+
+def mask_of(layers: Sequence[Image], size: tuple[int, int]) -> Image | None:
+    """What was painted on any layer, white on black, as large as the picture; None where nothing was."""
+    from PIL import Image, ImageChops
+
+    mask = Image.new("L", size, 0)
+    for layer in layers:
+        if layer.mode == "RGBA":
+            alpha = layer.getchannel("A").point([0] * PAINTED + [255] * (256 - PAINTED))
+            mask = ImageChops.lighter(mask, alpha if alpha.size == size else alpha.resize(size))
+    return mask if mask.getbbox() else None
+
+
+def values_of(job: Job) -> tuple[str, str | None, More]:
+    """(prompt, size, the fold) that a job was asked with, so that the form looks as it did."""
+    request: Mapping[str, Any] = job.asked["request"]
+    lora: Mapping[str, float] = job.asked["lora"] or {}
+    more = More(
+        seed=request["seed"],
+        count=request["count"],
+        steps=request["steps"],
+        guidance=request["guidance_scale"],
+        strength=request["strength"],
+        negative=(request["negative_prompt"] or "").strip(),
+        quality=request.get("quality") or "exact",
+        loras=tuple(lora),
+        lora_strength=next(iter(lora.values()), 1.0),
+    )
+    size = "{}x{}".format(*request["size"]) if request["size"] else None
+    return job.prompt, size, more

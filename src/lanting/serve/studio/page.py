@@ -1,0 +1,205 @@
+"""The page: three tabs, each with its fields left and the picture beside them, and the history on the right.
+
+Built once for each language, so every word on it is final when it is sent. `wires` ties it to the clerk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+from fastapi import FastAPI
+
+from lanting.serve.house import House
+from lanting.serve.studio import show
+from lanting.serve.studio.clerk import Clerk
+from lanting.serve.studio.fields import easel, fold, html, picture, plan_panel
+from lanting.serve.studio.forms import DRAW, EDIT, LAYERS, sizes_of, tabs_of
+from lanting.serve.studio.look import seal, text, theme
+from lanting.serve.studio.words import Say
+
+HEAVIEST = "32mb"  # of an upload
+
+
+@dataclass
+class Tab:
+    """One tab's components. `extra`: size; canvas and others; picture, count and fine."""
+
+    name: str
+    tab: Any
+    prompt: Any
+    go: Any
+    stage: Any
+    fold: list[Any]
+    plan: Any
+    extra: dict[str, Any]
+
+
+@dataclass
+class Page:
+    """Everything on it."""
+
+    clerk: Clerk
+    model: Any
+    tabs: Any
+    each: dict[str, Tab]
+    search: Any
+    gallery: Any
+
+
+def application(house: House, language: str) -> FastAPI:
+    """The page as an application that answers below `/LANGUAGE/`."""
+    import gradio as gr
+
+    from lanting.serve.studio.wires import tie
+
+    outer, clerk = FastAPI(openapi_url=None), Clerk(house, language)
+    with gr.Blocks(
+        title=clerk.say("Lanting"), analytics_enabled=False, fill_width=True, delete_cache=(3600, 86_400)
+    ) as blocks:
+        tie(laid_out(clerk), blocks)
+    blocks.queue(default_concurrency_limit=None, api_open=False)
+    closed = {"footer_links": [], "run_history": False, "enable_monitoring": False, "pwa": False, "mcp_server": False}
+    gr.mount_gradio_app(
+        *(outer, blocks, f"/{language}"),
+        **closed,
+        show_error=False,
+        ssr_mode=False,
+        max_file_size=HEAVIEST,
+        theme=theme(),
+        css=text("studio.css") + shapes(house, clerk.say),
+        js=text("start.js"),
+    )
+    return outer
+
+
+def laid_out(clerk: Clerk) -> Page:
+    import gradio as gr
+
+    say, models = clerk.say, clerk.house.desk.models
+    first = next(iter(models.values()))
+    with gr.Row(elem_id="top"):
+        gr.HTML(header(clerk), apply_default_css=False)
+        model = gr.Dropdown(
+            list(models), value=first.served.name, show_label=False, container=False, elem_id="model",
+            visible=len(models) > 1, min_width=160, scale=0,
+        )  # fmt: skip
+    with gr.Row(elem_id="room"):
+        able = tabs_of(first.spec)
+        with gr.Column(scale=5, elem_id="work"), gr.Tabs(selected=able[0], elem_id="tabs") as tabs:
+            each = {DRAW: draw_tab(clerk, DRAW in able), EDIT: edit_tab(clerk, EDIT in able)}
+            each[LAYERS] = layers_tab(clerk, LAYERS in able)
+        with gr.Column(scale=1, min_width=200, elem_id="history"):
+            search = gr.Textbox(
+                placeholder=say("Search your pictures"), show_label=False, container=False, elem_id="search", lines=1,
+                max_lines=1,
+            )  # fmt: skip
+            gallery = html("", elem_id="gallery")
+    return Page(clerk, model, tabs, each, search, gallery)
+
+
+def header(clerk: Clerk) -> str:
+    """The mark, the other language, light or dark, and the way out where there was a way in."""
+    say = clerk.say
+    other, name = ("zh", "中文") if clerk.language == "en" else ("en", "English")
+    out = ""
+    if clerk.house.settings.needs_keys:
+        out = f'<form method="post" action="/logout"><button>{escape(say("Leave"))}</button></form>'
+    shade = escape(say("light or dark"))
+    return (
+        f'<header><span class="mark">{seal()}<strong>{escape(say("Lanting"))}</strong></span><nav>'
+        f'<a id="language" href="/?language={other}" lang="{other}">{name}</a>'
+        f'<button type="button" id="shade" aria-label="{shade}" title="{shade}">◐</button>{out}</nav></header>'
+    )
+
+
+def prompt_of(say: Say, name: str) -> Any:
+    """One line that grows, so that Enter sends and Shift+Enter makes a line."""
+    import gradio as gr
+
+    label, hint = {
+        DRAW: (say("What shall be drawn?"), say('for example: a blue sign that says "HELLO"')),
+        EDIT: (say("What shall change?"), say("for example: make the background red")),
+        LAYERS: (say("What is in the picture? (may be left out)"), ""),
+    }[name]
+    return gr.Textbox(
+        label=label, placeholder=hint, lines=1, max_lines=8, elem_classes="prompt", elem_id=f"{name}-words"
+    )
+
+
+def go(say: Say, name: str) -> Any:
+    import gradio as gr
+
+    words = {DRAW: say("Draw"), EDIT: say("Change it"), LAYERS: say("Take it apart")}[name]
+    return gr.Button(words, variant="primary", elem_id=f"{name}-go", elem_classes="go")
+
+
+def stage(clerk: Clerk, name: str) -> Any:
+    return html(show.empty(name, clerk.language, clerk.say), elem_id=f"{name}-stage", elem_classes="view")
+
+
+def draw_tab(clerk: Clerk, visible: bool) -> Tab:
+    import gradio as gr
+
+    say = clerk.say
+    with gr.Tab(say("Draw"), id=DRAW, visible=visible) as tab, gr.Row(elem_classes="pair"):
+        with gr.Column(scale=2, min_width=280, elem_classes="form"):
+            prompt = prompt_of(say, DRAW)
+            sizes = sizes_of(clerk.model(None).spec, say)
+            size = gr.Radio(sizes, value=sizes[0][1] if sizes else None, label=say("Shape"), elem_id="sizes")
+            button, more = go(say, DRAW), fold(say, False, True)
+            plan = plan_panel(say)
+        with gr.Column(scale=5, min_width=300, elem_classes="seen"):
+            shown = stage(clerk, DRAW)
+    return Tab(DRAW, tab, prompt, button, shown, more, plan, {"size": size})
+
+
+def edit_tab(clerk: Clerk, visible: bool) -> Tab:
+    import gradio as gr
+
+    say = clerk.say
+    with gr.Tab(say("Edit"), id=EDIT, visible=visible) as tab, gr.Row(elem_classes="pair"):
+        with gr.Column(scale=2, min_width=280, elem_classes="form"):
+            prompt, button = prompt_of(say, EDIT), go(say, EDIT)
+            others = gr.Gallery(
+                label=say("Further pictures to look at"), type="filepath", file_types=["image"], columns=3, height=150,
+                interactive=True, object_fit="contain", elem_id="others", buttons=[],
+            )  # fmt: skip
+            more, plan = fold(say, True, True), plan_panel(say)
+        with gr.Column(scale=5, min_width=300, elem_classes="seen"):
+            canvas = easel(label=say("Paint over what may change, or paint nothing"), height=380, elem_id="canvas")
+            shown = stage(clerk, EDIT)
+    return Tab(EDIT, tab, prompt, button, shown, more, plan, {"canvas": canvas, "others": others})
+
+
+def layers_tab(clerk: Clerk, visible: bool) -> Tab:
+    import gradio as gr
+
+    say = clerk.say
+    with gr.Tab(say("Layers"), id=LAYERS, visible=visible) as tab, gr.Row(elem_classes="pair"):
+        with gr.Column(scale=2, min_width=280, elem_classes="form"):
+            source = picture(label=say("A picture to take apart"), height=220, elem_id="source")
+            prompt = prompt_of(say, LAYERS)
+            count = gr.Slider(2, 8, 4, step=1, label=say("Layers"))
+            fine = gr.Checkbox(label=say("Large (1024 instead of 640)"), value=False)
+            button, more = go(say, LAYERS), fold(say, False, False)
+            plan = plan_panel(say)
+        with gr.Column(scale=5, min_width=300, elem_classes="seen"):
+            shown = stage(clerk, LAYERS)
+    return Tab(LAYERS, tab, prompt, button, shown, more, plan, {"picture": source, "count": count, "fine": fine})
+
+
+def shapes(house: House, say: Say) -> str:
+    """A little rectangle before each size's name."""
+    rules = {}
+    for model in house.desk.models.values():
+        for name, size in sizes_of(model.spec, say):
+            width, height = (int(side) for side in size.split("x"))
+            scale = 18 / max(width, height)
+            test = name.replace('"', "")
+            rules[test] = (
+                f'#sizes label[data-testid="{test}-radio-label"]::before'
+                f"{{width:{max(width * scale, 4):.0f}px;height:{max(height * scale, 4):.0f}px}}"
+            )
+    return "\n".join(rules.values())

@@ -1,0 +1,30 @@
+// Runs in every piece of HTML of ours: presses become events of Gradio, the rest is done here.
+const events = ['again', 'edit', 'fill', 'cancel', 'pick', 'more'];
+element.addEventListener('click', (click) => {
+  const thumb = click.target.closest('[data-show]');
+  if (thumb) {
+    const stage = thumb.closest('.stage');
+    const index = thumb.dataset.show;
+    stage.dataset.index = index;
+    const address = `/api/jobs/${stage.dataset.job}/images/${index}`;
+    stage.querySelector('.shown').src = address;
+    const save = stage.querySelector('a[download]');
+    if (save) {
+      save.href = address;
+      save.download = `${stage.dataset.job}-${Number(index) + 1}.png`;
+    }
+    stage.querySelectorAll('[data-show]').forEach((one) => one.removeAttribute('aria-current'));
+    thumb.setAttribute('aria-current', 'true');
+    return;
+  }
+  const pressed = click.target.closest('[data-do]');
+  if (!pressed || !events.includes(pressed.dataset.do)) return;
+  const stage = pressed.closest('.stage');
+  const told = { ...pressed.dataset, index: stage?.dataset.index ?? '0' };
+  if (pressed.dataset.do === 'cancel') pressed.disabled = true;
+  trigger(pressed.dataset.do, told);
+});
+element.addEventListener('input', (moved) => {
+  const compare = moved.target.closest('.compare');
+  if (compare) compare.style.setProperty('--at', `${moved.target.value}%`);
+});

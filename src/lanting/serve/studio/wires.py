@@ -1,0 +1,344 @@
+"""What every press does on the page: values from fields to the clerk, HTML and settings back."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lanting.core.errors import LantingError
+from lanting.serve.errors import NoKeyError
+from lanting.serve.jobs import LOCAL, Caller, Job
+from lanting.serve.studio import show
+from lanting.serve.studio.clerk import PAGE, Clerk
+from lanting.serve.studio.forms import DRAW, EDIT, LAYERS, NAMES, More, sizes_of, tab_of, tabs_of, values_of
+from lanting.serve.studio.page import Page
+
+Updates = dict[Any, Any]
+
+
+def tie(page: Page, blocks: Any) -> None:
+    """Everything."""
+    tie_orders(page)
+    tie_stages(page)
+    tie_history(page)
+    tie_plans(page)
+    tie_models(page, blocks)
+
+
+def whose(clerk: Clerk, request: Any) -> Caller:
+    """Whom the guard let in. Never this computer where keys are asked for."""
+    caller = request.request.scope.get("state", {}).get("caller")
+    if caller is None and clerk.house.settings.needs_keys:
+        raise NoKeyError("an API key is needed: send 'Authorization: Bearer KEY'; 'lanting keys create NAME' makes one")
+    return caller or LOCAL
+
+
+def listen(event: Any, handler: Any, inputs: Sequence[Any], outputs: Sequence[Any], **how: Any) -> Any:
+    """Tie a handler to an event, or to several. It gets the request first, then what the event tells, then values."""
+    import gradio as gr
+
+    handler.__annotations__ = {"request": gr.Request, "event": gr.EventData}
+    told = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": None, **how}
+    if isinstance(event, list):
+        return gr.on(event, handler, list(inputs), list(outputs), **told)
+    return event(handler, list(inputs), list(outputs), **told)
+
+
+def told_by(event: Any, name: str) -> str:
+    """A word that an event brings."""
+    data = getattr(event, "_data", None)
+    return str(data.get(name, ""))[:2000] if isinstance(data, dict) else ""
+
+
+def page_of(request: Any) -> str:
+    return str(request.session_hash)
+
+
+# ---------------------------------------------------------------- orders
+def tie_orders(page: Page) -> None:
+    """The three buttons, and Enter in their fields."""
+    extras = {DRAW: ("size",), EDIT: ("canvas", "others"), LAYERS: ("picture", "count", "fine")}
+    for name, tab in page.each.items():
+        fields = [page.search, page.model, tab.prompt, *tab.fold, *(tab.extra[one] for one in extras[name])]
+        events = [tab.go.click, tab.prompt.submit]
+        listen(events, ordering(page, name), fields, [tab.stage, page.gallery], trigger_mode="multiple")
+
+
+def ordering(page: Page, name: str) -> Any:
+    """A handler that submits what a tab asks for and follows it."""
+    clerk, tab = page.clerk, page.each[name]
+
+    async def handler(request, words, model, prompt, *values) -> AsyncIterator[Updates]:
+        who, more, rest = whose(clerk, request), More(*tidy(values[: len(NAMES)])), values[len(NAMES) :]
+
+        async def order() -> Job:
+            if name == DRAW:
+                return await clerk.draw(who, model, prompt, rest[0], more)
+            if name == EDIT:
+                others = [await asyncio.to_thread(Path(path).read_bytes) for path, _ in rest[1] or []]
+                return await clerk.edit(who, model, prompt, rest[0], others, more)
+            return await clerk.layers(who, model, prompt, rest[0], (rest[1], bool(rest[2])), more)
+
+        async for updates in followed(page, who, order, page_of(request), words, tab.stage):
+            yield updates
+
+    return handler
+
+
+def tidy(values: Sequence[Any]) -> list[Any]:
+    """Empty fields as `More` has them."""
+    seed, count, steps, guidance, strength, negative, quality, loras, pull = values
+    return [seed, count, steps, guidance, strength, negative or "", quality, tuple(loras or ()), pull]
+
+
+async def followed(
+    page: Page, who: Caller, order: Callable[[], Awaitable[Job]], key: str, words: str, stage: Any
+) -> AsyncIterator[Updates]:
+    """A job from its order to its end on a stage; the history at both."""
+    clerk = page.clerk
+    try:
+        job = await order()
+        first = True
+        async for shown in clerk.follow(who, job, key):
+            yield {stage: shown} | ({page.gallery: await clerk.gallery(who, words)} if first else {})
+            first = False
+        yield {page.gallery: await clerk.gallery(who, words)}
+    except LantingError as error:
+        yield {stage: clerk.failed(error)}
+
+
+# ---------------------------------------------------------------- on the stage
+def tie_stages(page: Page) -> None:
+    """The buttons under a picture."""
+    for name, tab in page.each.items():
+        listen(tab.stage.cancel, cancelling(page, tab.stage), [], [tab.stage])
+        listen(tab.stage.again, repeating(page, tab.stage), [page.search], [tab.stage, page.gallery])
+        target = page.each[EDIT]
+        outputs = [page.tabs, target.extra["canvas"], target.stage, *([tab.stage] if name != EDIT else [])]
+        listen(tab.stage.edit, editing(page, tab.stage), [page.model], outputs)
+        listen(tab.stage.fill, filling(tab.prompt), [], [tab.prompt])
+
+
+def cancelling(page: Page, stage: Any) -> Any:
+    async def handler(request, event) -> Updates:
+        try:
+            await page.clerk.cancel(whose(page.clerk, request), told_by(event, "job"))
+        except LantingError as error:
+            return {stage: page.clerk.failed(error)}
+        return {}
+
+    return handler
+
+
+def repeating(page: Page, stage: Any) -> Any:
+    async def handler(request, event, words) -> AsyncIterator[Updates]:
+        who, fresh = whose(page.clerk, request), told_by(event, "fresh") == "1"
+
+        async def order() -> Job:
+            return await page.clerk.again(who, told_by(event, "job"), fresh)
+
+        async for updates in followed(page, who, order, page_of(request), words, stage):
+            yield updates
+
+    return handler
+
+
+def editing(page: Page, stage: Any) -> Any:
+    """A finished picture goes onto the canvas."""
+    clerk, target = page.clerk, page.each[EDIT]
+
+    async def handler(request, event, model) -> Updates:
+        import gradio as gr
+
+        try:
+            spec = clerk.model(model).spec
+            if EDIT not in tabs_of(spec):
+                name = "?" if spec is None else spec.name
+                sentence = clerk.say("{model} can't change pictures: choose another model", model=name)
+                return {stage: show.trouble(sentence)}
+            data = await clerk.result(whose(clerk, request), told_by(event, "job"), int(told_by(event, "index") or 0))
+            path = await asyncio.to_thread(kept, clerk, data)
+        except LantingError as error:
+            return {stage: clerk.failed(error)}
+        blank = show.empty(EDIT, clerk.language, clerk.say)
+        return {page.tabs: gr.update(selected=EDIT), target.extra["canvas"]: laid(path), target.stage: blank}
+
+    return handler
+
+
+def laid(path: str | None) -> Any:
+    """A file as the canvas takes it."""
+    return None if path is None else {"background": path, "layers": [], "composite": None}
+
+
+def kept(clerk: Clerk, data: bytes) -> str:
+    """A file of its own for Gradio to show: never one that is written twice. It goes with the uploads."""
+    path = clerk.house.settings.data / "studio" / f"{secrets.token_hex(12)}.png"
+    path.write_bytes(data)
+    return str(path)
+
+
+def filling(prompt: Any) -> Any:
+    async def handler(request, event) -> Updates:
+        return {prompt: told_by(event, "text")}
+
+    return handler
+
+
+# ---------------------------------------------------------------- history
+def tie_history(page: Page) -> None:
+    """Search, older ones, and a press on a tile."""
+    clerk = page.clerk
+
+    async def find(request, event, words) -> Updates:
+        return {page.gallery: await clerk.gallery(whose(clerk, request), words)}
+
+    async def older(request, event, words) -> Updates:
+        most = told_by(event, "most")
+        return {page.gallery: await clerk.gallery(whose(clerk, request), words, int(most) if most.isdigit() else PAGE)}
+
+    listen(page.search.change, find, [page.search], [page.gallery], trigger_mode="always_last")
+    listen(page.gallery.more, older, [page.search], [page.gallery])
+    outputs = [page.tabs, page.gallery]
+    for tab in page.each.values():
+        outputs += [tab.prompt, tab.stage, *tab.fold, *tab.extra.values()]
+    listen(page.gallery.pick, picking(page), [page.search], outputs, trigger_mode="multiple")
+
+
+def picking(page: Page) -> Any:
+    """Every setting of a job comes back, and its picture; one that is not over is followed."""
+    clerk = page.clerk
+
+    async def handler(request, event, words) -> AsyncIterator[Updates]:
+        import gradio as gr
+
+        who = whose(clerk, request)
+        try:
+            job = await clerk.job(who, told_by(event, "job"))
+            tab = page.each[tab_of(job)]
+            updates = {page.tabs: gr.update(selected=tab.name), tab.stage: await clerk.stage(job)}
+            yield updates | settings_of(page, job) | await pictures_of(page, job)
+        except LantingError as error:
+            yield {page.each[DRAW].stage: clerk.failed(error)}
+            return
+        if not job.over:
+
+            async def same() -> Job:
+                return job
+
+            async for updates in followed(page, who, same, page_of(request), words, tab.stage):
+                yield updates
+
+    return handler
+
+
+def settings_of(page: Page, job: Job) -> Updates:
+    """The fields as the job was asked."""
+    import gradio as gr
+
+    tab = page.each[tab_of(job)]
+    prompt, size, more = values_of(job)
+    values = [getattr(more, name) for name in NAMES]
+    known = [lora["name"] for lora in page.clerk.model(None).loras]
+    values[NAMES.index("loras")] = [name for name in more.loras if name in known]
+    if more.strength is None:
+        values[NAMES.index("strength")] = gr.skip()
+    updates = {tab.prompt: prompt, **dict(zip(tab.fold, values, strict=True))}
+    if tab.name == DRAW and size is not None:
+        sizes = sizes_of(page.clerk.model(None).spec, page.clerk.say)
+        odd = [] if size in {known for _, known in sizes} else [(size.replace("x", "×"), size)]
+        updates[tab.extra["size"]] = gr.update(choices=[*sizes, *odd], value=size)
+    return updates
+
+
+async def pictures_of(page: Page, job: Job) -> Updates:
+    """The pictures that an edit began with, for the fields that hold them."""
+    asked, files = job.asked["request"]["images"], page.clerk.house.desk.files
+    paths = [files.picture(one["sha256"]) for one in asked]
+    if not paths or not all(path.is_file() for path in paths):
+        return {}
+    own = [await asyncio.to_thread(lambda path=path: kept(page.clerk, path.read_bytes())) for path in paths]
+    tab = page.each[tab_of(job)]
+    if tab.name == LAYERS:
+        return {tab.extra["picture"]: own[0]}
+    return {tab.extra["canvas"]: laid(own[0]), tab.extra["others"]: own[1:] or None}
+
+
+# ---------------------------------------------------------------- plans and models
+def tie_plans(page: Page) -> None:
+    """The panel is filled when it is opened, and again when the shape changes while it says something."""
+    for tab in page.each.values():
+        size = tab.extra.get("size")
+        inputs = [page.model, *([size] if size is not None else [])]
+        told = tab.plan["told"]
+        listen(tab.plan["box"].expand, planning(page, tab.name, told), inputs, [told], show_progress="minimal")
+        if size is not None:
+            listen(size.change, replanning(page, told), [*inputs, told], [told])
+
+
+def planning(page: Page, name: str, told: Any) -> Any:
+    async def handler(request, event, model, size=None) -> Updates:
+        whose(page.clerk, request)
+        try:
+            return {told: await page.clerk.plan(model, size, name)}
+        except LantingError as error:
+            return {told: page.clerk.failed(error)}
+
+    return handler
+
+
+def replanning(page: Page, told: Any) -> Any:
+    ask = planning(page, DRAW, told)
+
+    async def handler(request, event, model, size, before) -> Updates:
+        return await ask(request, event, model, size) if before else {}
+
+    return handler
+
+
+def tie_models(page: Page, blocks: Any) -> None:
+    """What depends on the model, when the page opens and when another is chosen; then what was left unfinished."""
+    outputs = [page.model, page.tabs, page.gallery, page.each[DRAW].extra["size"]]
+    for tab in page.each.values():
+        outputs += [tab.tab, *tab.fold[-2:], tab.stage]
+
+    async def opened(request, event, model, words) -> AsyncIterator[Updates]:
+        who = whose(page.clerk, request)
+        yield for_model(page, model) | {page.gallery: await page.clerk.gallery(who, words)}
+        job = await page.clerk.unfinished(who)
+        if job is None:
+            return
+
+        async def same() -> Job:
+            return job
+
+        stage = page.each[tab_of(job)].stage
+        async for updates in followed(page, who, same, page_of(request), words, stage):
+            yield updates
+
+    async def chosen(request, event, model) -> Updates:
+        return for_model(page, model)
+
+    listen(blocks.load, opened, [page.model, page.search], outputs)
+    listen(page.model.change, chosen, [page.model], outputs)
+
+
+def for_model(page: Page, name: str | None) -> Updates:
+    import gradio as gr
+
+    clerk = page.clerk
+    model = clerk.model(name)
+    able, sizes = tabs_of(model.spec), sizes_of(model.spec, clerk.say)
+    loras = [lora["name"] for lora in model.loras]
+    updates: Updates = {
+        page.tabs: gr.update(selected=able[0]) if able else gr.skip(),
+        page.each[DRAW].extra["size"]: gr.update(choices=sizes, value=sizes[0][1] if sizes else None),
+    }
+    for tab in page.each.values():
+        updates[tab.tab] = gr.update(visible=tab.name in able)
+        updates[tab.fold[-2]] = gr.update(choices=loras, value=[], visible=bool(loras))
+        updates[tab.fold[-1]] = gr.update(visible=bool(loras))
+    return updates
