@@ -26,6 +26,7 @@ WARNINGS = ("-Wall", "-Wextra", "-fvisibility=hidden", "-Wno-ignored-attributes"
 AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mfma", "-mprefer-vector-width=512")
 SETS = {  # the best first: what each instruction set is compiled with
     "x86_64": (
+        ("amx", (*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16")),
         ("avx512_bf16", (*AVX512, "-mavx512bf16")),
         ("avx512_vnni", AVX512),
         ("avx2", ("-mavx2", "-mfma", "-mf16c")),

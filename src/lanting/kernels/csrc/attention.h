@@ -3,7 +3,7 @@
 // Keys and values are first laid out for the micro-kernel, once per head; then queries are shared out over threads.
 // Products are bfloat16 with float32 sums where the processor has them and the input is bfloat16, else float32.
 #pragma once
-#include "dense.h"
+#include "amx.h"
 
 namespace {
 
@@ -20,6 +20,7 @@ struct Wide {
 #endif
   static constexpr int tile = 2 * lanes, pair = 1;
   using Element = float;
+  struct Shapes {};  // what `micro` needs while it is used
   typedef float Vector __attribute__((vector_size(lanes * 4), aligned(4)));
 
   // acc (rows, tile) = or += a (rows, n), `stride` apart, times w (n, tile)
@@ -60,12 +61,23 @@ struct Wide {
 
 #if defined(__AVX512BF16__)
 struct Brain {
-  static constexpr int lanes = 16, rows = 14, tile = 32, pair = 2;
+  static constexpr int lanes = 16, tile = 32, pair = 2;
   using Element = uint16_t;
+#if defined(LT_AMX)
+  static constexpr int rows = 32;
+  using Shapes = ::Shapes;
+
+  template <bool fresh> static inline void micro(const uint16_t* a, int64_t stride, const uint16_t* w, int64_t n, float* acc, int64_t to) {
+    multiply_tiles<true>(a, 2 * stride, 64, w, n / 32, acc, 4 * to, fresh, true);
+  }
+#else
+  static constexpr int rows = 14;
+  struct Shapes {};
 
   template <bool fresh> static inline void micro(const uint16_t* a, int64_t stride, const uint16_t* w, int64_t n, float* acc, int64_t to) {
     multiply_pairs<rows>(a, stride, 2, w, n / 2, acc, to, fresh);
   }
+#endif
 
   static inline __m512 exp2_near(__m512 x) {  // within 4e-6, far finer than the bfloat16 that becomes of it; x <= 0
     x = _mm512_max_ps(_mm512_set1_ps(-126.f), x);  // in this order NaN stays
@@ -184,6 +196,7 @@ template <class T> struct Flash {
 
   void answer(int64_t item, int64_t head, int64_t first) const {
     constexpr int R = T::rows;
+    [[maybe_unused]] typename T::Shapes shapes;
     const E *k = keys + (item * a.heads + head) * most * width, *v = values + (item * a.heads + head) * most * width;
     E* q = static_cast<E*>(lt::scratch(2, R * width * sizeof(E)));
     float* scores = static_cast<float*>(lt::scratch(3, R * gap * 4));

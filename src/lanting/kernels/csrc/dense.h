@@ -8,6 +8,28 @@ namespace {
 
 #if defined(__AVX512BF16__)
 constexpr bool DENSE = true;
+
+// Columns `begin` to `end` of 32 rows of a weight as a tile (columns / 2, 2, 16, 2).
+inline void lay_tile(const Weight& w, int64_t first, int64_t begin, int64_t end, uint16_t* tile) {
+  for (int side = 0; side < 2; side++)
+    for (int64_t k = begin; k < end; k += 32) {
+      __m512i v[16];
+      int64_t there = smaller(32, w.columns - k);
+      __mmask32 mask = there <= 0 ? 0 : there >= 32 ? 0xffffffffu : (1u << there) - 1;
+      for (int r = 0; r < 16; r++) {
+        int64_t row = smaller(first + side * 16 + r, w.rows - 1);
+        v[r] = _mm512_maskz_loadu_epi16(mask, w.data + row * w.row_bytes + 2 * k);
+      }
+      turn_around(v);
+      uint16_t* to = tile + ((k - begin) / 2 * 2 + side) * 32;
+      for (int j = 0; j < 16; j++) _mm512_store_si512(to + j * 64, v[j]);
+    }
+}
+
+#if defined(LT_AMX)
+void product(const Codes&, const Weight&, const Result&);  // amx.h
+void dense(const Codes&, const Weight&, const Result&);
+#else
 constexpr int64_t DEPTH = 4096;  // columns of a tile that are in L2 together
 
 // acc (R, 32), rows `to` apart, = or += A times W (pairs, 2, 16, 2). Of A's pairs of numbers those of a row are `step`
@@ -49,23 +71,6 @@ using MicroDense = void (*)(const uint16_t*, const uint16_t*, int64_t, float*, b
 template <int R> inline MicroDense dense_for(int rows) {
   if constexpr (R == 1) return micro_dense<1>;
   else return rows == R ? micro_dense<R> : dense_for<R - 1>(rows);
-}
-
-// Columns `begin` to `end` of 32 rows of a weight as a tile (columns / 2, 2, 16, 2).
-inline void lay_tile(const Weight& w, int64_t first, int64_t begin, int64_t end, uint16_t* tile) {
-  for (int side = 0; side < 2; side++)
-    for (int64_t k = begin; k < end; k += 32) {
-      __m512i v[16];
-      int64_t there = smaller(32, w.columns - k);
-      __mmask32 mask = there <= 0 ? 0 : there >= 32 ? 0xffffffffu : (1u << there) - 1;
-      for (int r = 0; r < 16; r++) {
-        int64_t row = smaller(first + side * 16 + r, w.rows - 1);
-        v[r] = _mm512_maskz_loadu_epi16(mask, w.data + row * w.row_bytes + 2 * k);
-      }
-      turn_around(v);
-      uint16_t* to = tile + ((k - begin) / 2 * 2 + side) * 32;
-      for (int j = 0; j < 16; j++) _mm512_store_si512(to + j * 64, v[j]);
-    }
 }
 
 struct Dense {
@@ -113,6 +118,7 @@ void dense(const Codes& a, const Weight& w, const Result& r) {
       Dense{a, w, r, columns, i * TILE, begin, smaller(panels, begin + block)}.tile();
     });
 }
+#endif
 #else
 constexpr bool DENSE = false;
 void dense(const Codes&, const Weight&, const Result&) {}

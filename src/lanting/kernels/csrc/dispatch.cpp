@@ -5,6 +5,12 @@
 #include "table.h"
 #if defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
+#elif defined(__x86_64__)
+#include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #endif
 
 namespace lt {
@@ -13,14 +19,35 @@ LT_EACH(LT_DECLARE)
 
 namespace {
 
+#if defined(__x86_64__)
+// Tiles of bytes and of bfloat16. Linux gives their 8 KB of state to a process that asks, once for all its threads.
+bool asked_for_tiles() {
+#if defined(__linux__)
+  constexpr unsigned needed = 1u << 22 | 1u << 24 | 1u << 25;  // AMX_BF16, AMX_TILE, AMX_INT8
+  constexpr long ask = 0x1023, state = 18;                     // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & needed) == needed && !syscall(SYS_arch_prctl, ask, state);
+#else
+  return false;
+#endif
+}
+
+bool has_tiles() {
+  static const bool given = asked_for_tiles();
+  return given;
+}
+#endif
+
 bool runs(const char* name) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (!strncmp(name, "avx512", 6)) {
+  bool tiles = !strcmp(name, "amx");
+  if (tiles || !strncmp(name, "avx512", 6)) {
     bool found = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                  __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                  __builtin_cpu_supports("avx512vnni");
-    return found && (strcmp(name, "avx512_bf16") || __builtin_cpu_supports("avx512bf16"));
+    if (strcmp(name, "avx512_vnni")) found = found && __builtin_cpu_supports("avx512bf16");
+    return found && (!tiles || has_tiles());
   }
   if (!strcmp(name, "avx2")) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #elif defined(__aarch64__) && defined(__linux__)

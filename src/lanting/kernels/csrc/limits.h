@@ -53,8 +53,39 @@ inline int64_t spin_floats(int64_t rounds) {
   return chains<Floats>(rounds, REGISTER / 4 * 2, [&](Floats& sum) { sum = sum * x + y; });
 }
 
+#if defined(LT_AMX)
+// Four sums of tiles, as products have them.
+template <bool brain> int64_t spin_tiles(int64_t rounds) {
+  Shapes shapes;
+  _tile_zero(0);  // zeros cost what other numbers do
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  _tile_zero(4);
+  _tile_zero(5);
+  _tile_zero(6);
+  _tile_zero(7);
+  for (int64_t round = 0; round < rounds; round++) {
+    if constexpr (brain) {
+      _tile_dpbf16ps(0, 6, 4);
+      _tile_dpbf16ps(1, 6, 5);
+      _tile_dpbf16ps(2, 7, 4);
+      _tile_dpbf16ps(3, 7, 5);
+    } else {
+      _tile_dpbssd(0, 6, 4);
+      _tile_dpbssd(1, 6, 5);
+      _tile_dpbssd(2, 7, 4);
+      _tile_dpbssd(3, 7, 5);
+    }
+  }
+  return rounds * 4 * 16 * 16 * (brain ? 64 : 128);
+}
+#endif
+
 inline int64_t spin_brains(int64_t rounds) {
-#if defined(__AVX512BF16__)
+#if defined(LT_AMX)
+  return spin_tiles<true>(rounds);
+#elif defined(__AVX512BF16__)
   __m512i bits = _mm512_set1_epi16(0x3f80);  // ones
   LT_OPAQUE(bits);
   __m512bh x = (__m512bh)bits;
@@ -67,7 +98,9 @@ inline int64_t spin_brains(int64_t rounds) {
 
 // What `micro` of product.h does for 8-bit integers, without its loads.
 inline int64_t spin_bytes(int64_t rounds) {
-#if defined(__AVX512VNNI__)
+#if defined(LT_AMX)
+  return spin_tiles<false>(rounds);
+#elif defined(__AVX512VNNI__)
   __m512i x = _mm512_set1_epi8(3);
   LT_OPAQUE(x);
   return chains<__m512i>(rounds, 128, [&](__m512i& sum) { sum = _mm512_dpbusd_epi32(sum, x, x); });

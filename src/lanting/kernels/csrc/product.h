@@ -9,7 +9,10 @@
 
 namespace {
 
-#if defined(__AVX512VNNI__)
+#if defined(LT_AMX)
+constexpr int PANEL = 32;
+constexpr int ZERO = 0;       // both sides are signed
+#elif defined(__AVX512VNNI__)
 constexpr int PANEL = 14;     // 28 of 32 registers hold sums
 constexpr int ZERO = 128;     // vpdpbusd wants one unsigned side: weights are shifted, and sums corrected
 #elif defined(__AVX2__)
@@ -22,10 +25,16 @@ constexpr int ZERO = 0;
 constexpr int PANEL = 4;
 constexpr int ZERO = 0;
 #endif
+#if defined(LT_AMX)
+constexpr int64_t TOGETHER = 64;  // bytes of a row that lie together
+#else
+constexpr int64_t TOGETHER = 4;
+#endif
 constexpr int64_t BLOCK = 6 << 20;  // bytes of activations that are kept in the last cache while weights pass by
 
 inline int64_t padded(int64_t columns) { return (columns + CHUNK - 1) / CHUNK * CHUNK; }
 
+#if !defined(LT_AMX)
 // acc (R, 32) = the first R rows of A (K4, PANEL, 4) times W (K4, 2, 16, 4)
 template <int R> void micro(const int8_t* a, const int8_t* w, int64_t k4, int32_t* out) {
 #if defined(__AVX512VNNI__)
@@ -110,10 +119,20 @@ template <int R> inline Micro micro_for(int rows) {
   if constexpr (R == 1) return micro<1>;
   else return rows == R ? micro<R> : micro_for<R - 1>(rows);
 }
+#endif
 
 // Rows are shared out evenly over panels, so that no panel computes much that nobody asked for.
 inline int64_t panel_count(int64_t rows) { return (rows + PANEL - 1) / PANEL; }
+#if defined(LT_AMX)
+inline int64_t panel_begin(int64_t rows, int64_t panel) { return smaller(rows, panel * PANEL); }  // 16 cost as much as one
+#else
 inline int64_t panel_begin(int64_t rows, int64_t panel) { return panel * rows / panel_count(rows); }
+#endif
+
+// Where a byte of a row lies that has `place` in its panel.
+inline int64_t in_panel(int64_t place, int64_t byte) {
+  return byte / TOGETHER * TOGETHER * PANEL + place * TOGETHER + byte % TOGETHER;
+}
 
 // How many panels of so many bytes weights pass by at once: what BLOCK holds, in shares as even as can be.
 inline int64_t panels_together(int64_t panels, int64_t bytes) {
@@ -121,16 +140,17 @@ inline int64_t panels_together(int64_t panels, int64_t bytes) {
   return blocks ? (panels + blocks - 1) / blocks : 1;
 }
 
-// 32 rows of a weight from row `first` on as a tile (columns / 4, 2, 16, 4); rows behind the last repeat it.
-template <int kind> void expand(const Weight& w, int64_t first, int8_t* tile) {
+// Columns `begin` to `end` of 32 rows of a weight from row `first` on as a tile (columns / 4, 2, 16, 4); rows behind the
+// last repeat it.
+template <int kind> void expand(const Weight& w, int64_t first, int64_t begin, int64_t end, int8_t* tile) {
   float per[TILE];
   for (int r = 0; r < TILE; r++) {
     float bound = w.bound[smaller(first + r, w.rows - 1)];
     per[r] = bound > 0 ? 127 / bound : 0;
   }
   for (int side = 0; side < 2; side++)
-    for (int64_t k = 0; k < padded(w.columns); k += CHUNK) {
-      int8_t* to = tile + (k / 4 * 2 + side) * 64;
+    for (int64_t k = begin; k < end; k += CHUNK) {
+      int8_t* to = tile + ((k - begin) / 4 * 2 + side) * 64;
 #if defined(__AVX512VNNI__)
       __m512i v[16];
       const __m512i shift = _mm512_set1_epi8(int8_t(ZERO));
@@ -158,14 +178,14 @@ template <int kind> void expand(const Weight& w, int64_t first, int8_t* tile) {
     }
 }
 
-void expand_tile(const Weight& w, int64_t first, int8_t* tile) {
+void expand_tile(const Weight& w, int64_t first, int64_t begin, int64_t end, int8_t* tile) {
   switch (w.kind) {
-    case INT8: return expand<INT8>(w, first, tile);
-    case INT4: return expand<INT4>(w, first, tile);
-    case Q4_0: return expand<Q4_0>(w, first, tile);
-    case Q8_0: return expand<Q8_0>(w, first, tile);
-    case Q4_K: return expand<Q4_K>(w, first, tile);
-    default: return expand<Q6_K>(w, first, tile);
+    case INT8: return expand<INT8>(w, first, begin, end, tile);
+    case INT4: return expand<INT4>(w, first, begin, end, tile);
+    case Q4_0: return expand<Q4_0>(w, first, begin, end, tile);
+    case Q8_0: return expand<Q8_0>(w, first, begin, end, tile);
+    case Q4_K: return expand<Q4_K>(w, first, begin, end, tile);
+    default: return expand<Q6_K>(w, first, begin, end, tile);
   }
 }
 
@@ -190,6 +210,7 @@ inline void finish(const Result& r, int64_t row, int64_t column, int64_t count, 
   }
 }
 
+#if !defined(LT_AMX)
 // 32 rows of a weight, ready to meet rows of activations.
 struct Tile {
   int64_t first, count;
@@ -214,7 +235,7 @@ inline void meet(const Codes& a, const Tile& t, const Result& r, int64_t panel) 
 }
 
 inline void ready_tile(const Weight& w, const Result& r, Tile& t) {
-  expand_tile(w, t.first, t.data);
+  expand_tile(w, t.first, 0, padded(w.columns), t.data);
   for (int64_t j = 0; j < TILE; j++) {
     bool there = j < t.count;
     t.scale[j] = there ? w.bound[t.first + j] / 127 : 0;
@@ -246,6 +267,7 @@ void product(const Codes& a, const Weight& w, const Result& r) {
       }
     });
 }
+#endif
 
 void bounds(const Weight& w, float* out) {
   lt::parallel(w.rows, [&](int64_t row) { out[row] = row_bound(w, row); });
@@ -255,7 +277,7 @@ void expand_all(const Weight& w, int8_t* out) {
   int64_t columns = padded(w.columns);
   lt::parallel((w.rows + TILE - 1) / TILE, [&](int64_t t) {
     int8_t* tile = static_cast<int8_t*>(lt::scratch(0, columns * TILE));
-    expand_tile(w, t * TILE, tile);
+    expand_tile(w, t * TILE, 0, columns, tile);
     for (int64_t n = 0; n < smaller(TILE, w.rows - t * TILE); n++)
       for (int64_t k = 0; k < w.columns; k++)
         out[(t * TILE + n) * w.columns + k] = int8_t(tile[(k / 4 * 2 + n / 16) * 64 + n % 16 * 4 + k % 4] ^ ZERO);

@@ -4,9 +4,15 @@
 
 namespace {
 
+// `count` bytes of a row from byte k on, into their places of a panel.
+inline void lay_bytes(const void* from, int64_t k, int64_t count, int64_t place, int8_t* panel) {
+  const int8_t* line = static_cast<const int8_t*>(from);
+  for (int64_t j = 0; j < count; j += TOGETHER) memcpy(panel + in_panel(place, k + j), line + j, TOGETHER);
+}
+
 inline void narrow_row(const float* x, const Codes& to, int64_t panel, int64_t place) {
   int64_t columns = padded(to.columns);
-  uint16_t* out = reinterpret_cast<uint16_t*>(to.data) + panel * PANEL * columns + 2 * place;
+  int8_t* out = to.data + 2 * panel * PANEL * columns;
   for (int64_t k = 0; k < columns; k += CHUNK) {
     uint16_t line[CHUNK];
     int64_t count = smaller(CHUNK, to.columns - k);
@@ -15,7 +21,7 @@ inline void narrow_row(const float* x, const Codes& to, int64_t panel, int64_t p
     } else {
       for (int64_t j = 0; j < CHUNK; j++) line[j] = j < count ? narrow(x[k + j]) : 0;
     }
-    for (int64_t j = 0; j < CHUNK; j += 2) memcpy(out + (k + j) * PANEL, line + j, 4);
+    lay_bytes(line, 2 * k, 2 * CHUNK, place, out);
   }
 }
 
@@ -31,7 +37,7 @@ inline void round_row(const float* x, const Codes& to, int64_t panel, int64_t ro
   }
   float most = as_float(uint32_t(bits)), per = most > 1e-30f ? 127 / most : 0;  // 127 / most must be a number
   int32_t sum = 0;
-  int8_t* out = to.data + panel * PANEL * columns + 4 * place;
+  int8_t* out = to.data + panel * PANEL * columns;
   for (int64_t k = 0; k < columns; k += CHUNK) {
     int8_t q[CHUNK];
     int64_t count = smaller(CHUNK, to.columns - k);
@@ -41,7 +47,7 @@ inline void round_row(const float* x, const Codes& to, int64_t panel, int64_t ro
       for (int64_t j = 0; j < CHUNK; j++) q[j] = j < count ? int8_t(nearest(x[k + j] * per)) : 0;
     }
     for (int64_t j = 0; j < CHUNK; j++) sum += q[j];
-    for (int64_t j = 0; j < CHUNK; j += 4) memcpy(out + (k + j) * PANEL, q + j, 4);
+    lay_bytes(q, k, CHUNK, place, out);
   }
   to.scale[row] = most / 127;
   to.sum[row] = sum;

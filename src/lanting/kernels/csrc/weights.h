@@ -6,6 +6,10 @@
 #pragma once
 #include "numbers.h"
 
+#if defined(__AMX_TILE__) && defined(__AMX_INT8__) && defined(__AMX_BF16__)
+#define LT_AMX  // see amx.h
+#endif
+
 namespace {
 
 constexpr int64_t CHUNK = 64;  // values that are expanded together
