@@ -14,7 +14,7 @@ from lanting.serve.studio.look import text
 from lanting.serve.studio.words import Say
 
 HELD = 256 << 20  # bytes of canvases that are on their way
-RED = "#e5432e"  # of the brush
+RED = ("rgb(229, 67, 46)", 0.6)  # of the brush: what is below can be seen
 
 
 class Held(dict[str, Any]):
@@ -29,11 +29,12 @@ class Held(dict[str, Any]):
 def easel(**how: Any) -> Any:
     """A canvas to paint on; its value is a `Canvas`.
 
-    Its method is replaced rather than a class derived: Gradio writes a stub beside the source of every derived one.
+    Its method is replaced rather than a class derived: Gradio writes a stub beside the source of every derived one. It
+    makes a component anew for every update that is no plain value, so this one must only ever be given values.
     """
     import gradio as gr
 
-    brush = gr.Brush(colors=[RED], default_color=RED, color_mode="fixed", default_size="auto")
+    brush = gr.Brush(colors=[RED], default_color=RED, color_mode="fixed", default_size=14)
     canvas: Any = gr.ImageEditor(
         **{"type": "filepath", "format": "png", "sources": ("upload", "clipboard"), "transforms": (), "layers": False},
         **{"brush": brush, "buttons": ["fullscreen"], **how},
@@ -66,6 +67,7 @@ def picture(**how: Any) -> Any:
     """One uploaded picture; its value is the file's bytes."""
     import gradio as gr
 
+    # as with `easel`: give it plain values only
     field: Any = gr.Image(type="filepath", sources=["upload", "clipboard"], buttons=[], **how)
     field.preprocess = content
     return field
@@ -78,22 +80,23 @@ def html(value: str, **how: Any) -> Any:
     return gr.HTML(value, js_on_load=text("studio.js"), apply_default_css=False, **how)
 
 
+def number(label: str, hint: str, visible: bool = True) -> Any:
+    """A field for a number that may be empty: Gradio's own makes 0 of nothing."""
+    import gradio as gr
+
+    return gr.Textbox(label=label, placeholder=hint, lines=1, max_lines=1, min_width=90, visible=visible)
+
+
 def fold(say: Say, strength: bool, many: bool) -> list[Any]:
     """The fields below the fold, in the order of `forms.More`."""
     import gradio as gr
 
-    free = say("as the model likes")
+    free = say("As usual")
     with gr.Accordion(say("More"), open=False, elem_classes="fold"):
         with gr.Row():
-            seed = gr.Number(
-                label=say("Seed"), value=None, precision=0, minimum=0, placeholder=say("Any"), min_width=90
-            )
-            count = gr.Number(
-                label=say("Pictures"), value=1, precision=0, minimum=1, maximum=16, min_width=90, visible=many
-            )
+            seed, count = number(say("Seed"), say("Any")), number(say("Pictures"), "1", many)
         with gr.Row():
-            steps = gr.Number(label=say("Steps"), value=None, precision=0, minimum=1, placeholder=free, min_width=90)
-            guidance = gr.Number(label=say("Guidance"), value=None, minimum=0, placeholder=free, min_width=90)
+            steps, guidance = number(say("Steps"), free), number(say("Guidance"), free)
         change = gr.Slider(
             *(0.1, 1.0, 0.6), step=0.05, label=say("Strength, where the picture is drawn over"), visible=strength
         )

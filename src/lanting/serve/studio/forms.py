@@ -27,10 +27,10 @@ PAINTED = 8  # of 255: how opaque a stroke must be to count
 class More:
     """What stands below the fold, in the order of the page's fields. None or empty: as the model recommends."""
 
-    seed: float | None = None
-    count: float | None = 1
-    steps: float | None = None
-    guidance: float | None = None
+    seed: str | float | None = None
+    count: str | float | None = None
+    steps: str | float | None = None
+    guidance: str | float | None = None
     strength: float | None = None
     negative: str = ""
     quality: str | None = None
@@ -41,13 +41,28 @@ class More:
 NAMES = tuple(one.name for one in fields(More))
 
 
-def whole(value: float | None) -> int | None:
-    """A number field's value. Raises RequestError for half a number."""
-    if value is None:
+def number(text: str | float | None) -> float | None:
+    """A field's number; None where it is empty. Raises RequestError."""
+    if text is None or not str(text).strip():
         return None
-    if not math.isfinite(value) or value != int(value):
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise RequestError("{text} is not a number: leave the field empty, or write one", text=repr(str(text)[:40]))
+    return value
+
+
+def whole(text: str | float | None) -> int | None:
+    """The same for whole numbers; all digits of a seed are kept."""
+    try:
+        return int(text)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        value = number(text)
+    if value is not None and value != int(value):
         raise RequestError("{value} is not a whole number", value=value)
-    return int(value)
+    return None if value is None else int(value)
 
 
 def request_of(prompt: str, more: More, **rest: Any) -> Request:
@@ -58,7 +73,7 @@ def request_of(prompt: str, more: More, **rest: Any) -> Request:
         seed=whole(more.seed),
         count=whole(more.count) or 1,
         steps=whole(more.steps),
-        guidance_scale=more.guidance,
+        guidance_scale=number(more.guidance),
         quality=None if more.quality in (None, "", "exact") else more.quality,
         **rest,
     )
@@ -145,15 +160,20 @@ def mask_of(layers: Sequence[Image], size: tuple[int, int]) -> Image | None:
     return mask if mask.getbbox() else None
 
 
+def written(value: float | None) -> str:
+    """A number as a field shows it."""
+    return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def values_of(job: Job) -> tuple[str, str | None, More]:
     """(prompt, size, the fold) that a job was asked with, so that the form looks as it did."""
     request: Mapping[str, Any] = job.asked["request"]
     lora: Mapping[str, float] = job.asked["lora"] or {}
     more = More(
-        seed=request["seed"],
-        count=request["count"],
-        steps=request["steps"],
-        guidance=request["guidance_scale"],
+        seed=written(request["seed"]),
+        count=written(request["count"] if request["count"] != 1 else None),
+        steps=written(request["steps"]),
+        guidance=written(request["guidance_scale"]),
         strength=request["strength"],
         negative=(request["negative_prompt"] or "").strip(),
         quality=request.get("quality") or "exact",

@@ -144,7 +144,7 @@ def draw_tab(clerk: Clerk, visible: bool) -> Tab:
 
     say = clerk.say
     with gr.Tab(say("Draw"), id=DRAW, visible=visible) as tab, gr.Row(elem_classes="pair"):
-        with gr.Column(scale=2, min_width=280, elem_classes="form"):
+        with gr.Column(scale=2, min_width=280, elem_classes="fields"):
             prompt = prompt_of(say, DRAW)
             sizes = sizes_of(clerk.model(None).spec, say)
             size = gr.Radio(sizes, value=sizes[0][1] if sizes else None, label=say("Shape"), elem_id="sizes")
@@ -160,15 +160,19 @@ def edit_tab(clerk: Clerk, visible: bool) -> Tab:
 
     say = clerk.say
     with gr.Tab(say("Edit"), id=EDIT, visible=visible) as tab, gr.Row(elem_classes="pair"):
-        with gr.Column(scale=2, min_width=280, elem_classes="form"):
+        with gr.Column(scale=2, min_width=280, elem_classes="fields"):
             prompt, button = prompt_of(say, EDIT), go(say, EDIT)
             others = gr.Gallery(
-                label=say("Further pictures to look at"), type="filepath", file_types=["image"], columns=3, height=150,
+                label=say("Further pictures to look at"), type="filepath", file_types=["image"], columns=3, height=110,
                 interactive=True, object_fit="contain", elem_id="others", buttons=[],
             )  # fmt: skip
             more, plan = fold(say, True, True), plan_panel(say)
         with gr.Column(scale=5, min_width=300, elem_classes="seen"):
-            canvas = easel(label=say("Paint over what may change, or paint nothing"), height=380, elem_id="canvas")
+            hint = say("Paint over what may change, or paint nothing.")
+            gr.HTML(f'<p class="hint">{escape(hint)}</p>', apply_default_css=False, elem_classes="view")
+            canvas = easel(
+                label=hint, show_label=False, height=360, elem_id="canvas", placeholder=say("Drop a picture here")
+            )
             shown = stage(clerk, EDIT)
     return Tab(EDIT, tab, prompt, button, shown, more, plan, {"canvas": canvas, "others": others})
 
@@ -178,7 +182,7 @@ def layers_tab(clerk: Clerk, visible: bool) -> Tab:
 
     say = clerk.say
     with gr.Tab(say("Layers"), id=LAYERS, visible=visible) as tab, gr.Row(elem_classes="pair"):
-        with gr.Column(scale=2, min_width=280, elem_classes="form"):
+        with gr.Column(scale=2, min_width=280, elem_classes="fields"):
             source = picture(label=say("A picture to take apart"), height=220, elem_id="source")
             prompt = prompt_of(say, LAYERS)
             count = gr.Slider(2, 8, 4, step=1, label=say("Layers"))

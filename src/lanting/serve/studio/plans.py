@@ -59,9 +59,9 @@ def panel(told: dict[str, Any] | str, say: Say, known: float | None = None) -> s
         return f'<p class="plan no">{escape(told or say("there is no answer just now: try again"))}</p>'
     chosen = told["chosen"]
     yes = say("Yes, it fits this machine.")
-    memory = say("{size} RAM", size=size(chosen["peak_ram"]))
+    memory = size(chosen["peak_ram"])
     if chosen["peak_vram"]:
-        memory = say("{size} VRAM", size=size(chosen["peak_vram"])) + ", " + memory
+        memory = say("{size} VRAM", size=size(chosen["peak_vram"])) + ", " + say("{size} RAM", size=memory)
     took = known if known is not None else chosen["image_seconds"]
     facts = [(say("memory"), memory), (say("weights"), chosen["transformer"])]
     facts += [(say("a picture"), seconds(took))] if took is not None else []

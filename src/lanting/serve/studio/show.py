@@ -193,7 +193,8 @@ def gallery(jobs: Sequence[Job], words: str, most: int, say: Say) -> str:
 
 def tile(job: Job, say: Say) -> str:
     told = escape(job.prompt or say("No words"))
-    head = f'<button type="button" class="tile {job.state}" data-do="pick" data-job="{job.id}" title="{told}"'
+    head = f'<button type="button" class="tile {job.state}" data-do="pick" data-job="{job.id}" '
+    head += f'data-tab="{tab_of(job)}" title="{told}"'
     if job.state == DONE and job.outcome:
         count = len(job.outcome["images"])
         badge = f"<b>{count}</b>" if count > 1 else ""

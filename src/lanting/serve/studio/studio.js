@@ -1,5 +1,14 @@
 // Runs in every piece of HTML of ours: presses become events of Gradio, the rest is done here.
 const events = ['again', 'edit', 'fill', 'cancel', 'pick', 'more'];
+const beside = { edit: 'lay', pick: { edit: 'restore', layers: 'unpack' } }; // what fills the fields that hold pictures
+// Pieces are drawn anew at every step, maybe between a press and its release, and then there is no click: cancelling
+// goes by the press. A click without one comes from the keyboard, or is of what stays.
+element.addEventListener('pointerdown', (press) => {
+  const pressed = press.target.closest('[data-do=cancel]');
+  if (!pressed || pressed.disabled) return;
+  pressed.disabled = true;
+  trigger('cancel', { ...pressed.dataset });
+});
 element.addEventListener('click', (click) => {
   const thumb = click.target.closest('[data-show]');
   if (thumb) {
@@ -18,11 +27,14 @@ element.addEventListener('click', (click) => {
     return;
   }
   const pressed = click.target.closest('[data-do]');
-  if (!pressed || !events.includes(pressed.dataset.do)) return;
+  if (!pressed || !events.includes(pressed.dataset.do) || pressed.disabled) return;
   const stage = pressed.closest('.stage');
   const told = { ...pressed.dataset, index: stage?.dataset.index ?? '0' };
   if (pressed.dataset.do === 'cancel') pressed.disabled = true;
   trigger(pressed.dataset.do, told);
+  const next = beside[pressed.dataset.do];
+  const also = typeof next === 'object' ? next[pressed.dataset.tab] : next;
+  if (also) trigger(also, told);
 });
 element.addEventListener('input', (moved) => {
   const compare = moved.target.closest('.compare');

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -117,8 +118,13 @@ def tie_stages(page: Page) -> None:
         listen(tab.stage.cancel, cancelling(page, tab.stage), [], [tab.stage])
         listen(tab.stage.again, repeating(page, tab.stage), [page.search], [tab.stage, page.gallery])
         target = page.each[EDIT]
-        outputs = [page.tabs, target.extra["canvas"], target.stage, *([tab.stage] if name != EDIT else [])]
-        listen(tab.stage.edit, editing(page, tab.stage), [page.model], outputs)
+        listen(
+            tab.stage.edit,
+            editing(page, tab.stage),
+            [page.model],
+            [page.tabs, target.stage, tab.stage][: 3 - (name == EDIT)],
+        )
+        listen(tab.stage.lay, laying(page), [], [target.extra["canvas"]])
         listen(tab.stage.fill, filling(tab.prompt), [], [tab.prompt])
 
 
@@ -147,24 +153,30 @@ def repeating(page: Page, stage: Any) -> Any:
 
 
 def editing(page: Page, stage: Any) -> Any:
-    """A finished picture goes onto the canvas."""
+    """A finished picture goes onto the canvas: the tab, and `laying` the picture."""
     clerk, target = page.clerk, page.each[EDIT]
 
     async def handler(request, event, model) -> Updates:
         import gradio as gr
 
-        try:
-            spec = clerk.model(model).spec
-            if EDIT not in tabs_of(spec):
-                name = "?" if spec is None else spec.name
-                sentence = clerk.say("{model} can't change pictures: choose another model", model=name)
-                return {stage: show.trouble(sentence)}
-            data = await clerk.result(whose(clerk, request), told_by(event, "job"), int(told_by(event, "index") or 0))
-            path = await asyncio.to_thread(kept, clerk, data)
-        except LantingError as error:
-            return {stage: clerk.failed(error)}
-        blank = show.empty(EDIT, clerk.language, clerk.say)
-        return {page.tabs: gr.update(selected=EDIT), target.extra["canvas"]: laid(path), target.stage: blank}
+        spec = clerk.model(model).spec
+        if EDIT not in tabs_of(spec):
+            name = "?" if spec is None else spec.name
+            return {stage: show.trouble(clerk.say("{model} can't change pictures: choose another model", model=name))}
+        return {page.tabs: gr.update(selected=EDIT), target.stage: show.empty(EDIT, clerk.language, clerk.say)}
+
+    return handler
+
+
+def laying(page: Page) -> Any:
+    """The picture of `editing`. A plain value always: see `fields.easel`."""
+
+    async def handler(request, event) -> Any:
+        who, index = whose(page.clerk, request), told_by(event, "index")
+        with suppress(LantingError):
+            data = await page.clerk.result(who, told_by(event, "job"), int(index) if index.isdigit() else 0)
+            return laid(await asyncio.to_thread(kept, page.clerk, data))
+        return None
 
     return handler
 
@@ -202,37 +214,61 @@ def tie_history(page: Page) -> None:
 
     listen(page.search.change, find, [page.search], [page.gallery], trigger_mode="always_last")
     listen(page.gallery.more, older, [page.search], [page.gallery])
-    outputs = [page.tabs, page.gallery]
+    stages = [tab.stage for tab in page.each.values()]
+    outputs = [page.tabs, page.each[DRAW].extra["size"]]
     for tab in page.each.values():
-        outputs += [tab.prompt, tab.stage, *tab.fold, *tab.extra.values()]
-    listen(page.gallery.pick, picking(page), [page.search], outputs, trigger_mode="multiple")
+        outputs += [tab.prompt, *tab.fold]
+    listen(page.gallery.pick, recalling(page), [], outputs)
+    listen(page.gallery.pick, picking(page), [page.search], [*stages, page.gallery], trigger_mode="multiple")
+    edit = page.each[EDIT].extra
+    listen(page.gallery.restore, restoring(page), [], [edit["canvas"], edit["others"]])
+    listen(page.gallery.unpack, restoring(page), [], [page.each[LAYERS].extra["picture"]])
+
+
+def recalling(page: Page) -> Any:
+    """Every setting of a job comes back."""
+
+    async def handler(request, event) -> Updates:
+        import gradio as gr
+
+        try:
+            job = await page.clerk.job(whose(page.clerk, request), told_by(event, "job"))
+        except LantingError:
+            return {}  # the stage says so
+        return {page.tabs: gr.update(selected=tab_of(job)), **settings_of(page, job)}
+
+    return handler
 
 
 def picking(page: Page) -> Any:
-    """Every setting of a job comes back, and its picture; one that is not over is followed."""
+    """A job's picture on its stage; one that is not over is followed."""
     clerk = page.clerk
 
     async def handler(request, event, words) -> AsyncIterator[Updates]:
-        import gradio as gr
-
         who = whose(clerk, request)
         try:
             job = await clerk.job(who, told_by(event, "job"))
-            tab = page.each[tab_of(job)]
-            updates = {page.tabs: gr.update(selected=tab.name), tab.stage: await clerk.stage(job)}
-            yield updates | settings_of(page, job) | await pictures_of(page, job)
         except LantingError as error:
             yield {page.each[DRAW].stage: clerk.failed(error)}
             return
-        if not job.over:
-
-            async def same() -> Job:
-                return job
-
-            async for updates in followed(page, who, same, page_of(request), words, tab.stage):
-                yield updates
+        stage = page.each[tab_of(job)].stage
+        if job.over:
+            clerk.latest.pop(f"{page_of(request)} {tab_of(job)}", None)
+            yield {stage: await clerk.stage(job)}
+            return
+        async for updates in followed(page, who, known(job), page_of(request), words, stage):
+            yield updates
 
     return handler
+
+
+def known(job: Job) -> Callable[[], Awaitable[Job]]:
+    """For `followed`: a job that was ordered before."""
+
+    async def same() -> Job:
+        return job
+
+    return same
 
 
 def settings_of(page: Page, job: Job) -> Updates:
@@ -254,17 +290,23 @@ def settings_of(page: Page, job: Job) -> Updates:
     return updates
 
 
-async def pictures_of(page: Page, job: Job) -> Updates:
-    """The pictures that an edit began with, for the fields that hold them."""
-    asked, files = job.asked["request"]["images"], page.clerk.house.desk.files
-    paths = [files.picture(one["sha256"]) for one in asked]
-    if not paths or not all(path.is_file() for path in paths):
-        return {}
-    own = [await asyncio.to_thread(lambda path=path: kept(page.clerk, path.read_bytes())) for path in paths]
-    tab = page.each[tab_of(job)]
-    if tab.name == LAYERS:
-        return {tab.extra["picture"]: own[0]}
-    return {tab.extra["canvas"]: laid(own[0]), tab.extra["others"]: own[1:] or None}
+def restoring(page: Page) -> Any:
+    """The pictures that a job began with, for the fields that hold them. Plain values always: see `fields.easel`."""
+    clerk = page.clerk
+
+    async def handler(request, event) -> Any:
+        own: list[str] = []
+        name = EDIT
+        with suppress(LantingError, OSError):
+            job = await clerk.job(whose(clerk, request), told_by(event, "job"))
+            name, files = tab_of(job), clerk.house.desk.files
+            for one in job.asked["request"]["images"]:
+                data = await asyncio.to_thread(files.picture(one["sha256"]).read_bytes)
+                own.append(await asyncio.to_thread(kept, clerk, data))
+        first = own[0] if own else None
+        return first if name == LAYERS else (laid(first), own[1:] or None)
+
+    return handler
 
 
 # ---------------------------------------------------------------- plans and models
@@ -301,29 +343,25 @@ def replanning(page: Page, told: Any) -> Any:
 
 def tie_models(page: Page, blocks: Any) -> None:
     """What depends on the model, when the page opens and when another is chosen; then what was left unfinished."""
-    outputs = [page.model, page.tabs, page.gallery, page.each[DRAW].extra["size"]]
+    outputs = [page.tabs, page.each[DRAW].extra["size"]]
     for tab in page.each.values():
-        outputs += [tab.tab, *tab.fold[-2:], tab.stage]
-
-    async def opened(request, event, model, words) -> AsyncIterator[Updates]:
-        who = whose(page.clerk, request)
-        yield for_model(page, model) | {page.gallery: await page.clerk.gallery(who, words)}
-        job = await page.clerk.unfinished(who)
-        if job is None:
-            return
-
-        async def same() -> Job:
-            return job
-
-        stage = page.each[tab_of(job)].stage
-        async for updates in followed(page, who, same, page_of(request), words, stage):
-            yield updates
+        outputs += [tab.tab, *tab.fold[-2:]]
+    stages = [tab.stage for tab in page.each.values()]
 
     async def chosen(request, event, model) -> Updates:
         return for_model(page, model)
 
-    listen(blocks.load, opened, [page.model, page.search], outputs)
-    listen(page.model.change, chosen, [page.model], outputs)
+    async def opened(request, event, words) -> AsyncIterator[Updates]:
+        who = whose(page.clerk, request)
+        yield {page.gallery: await page.clerk.gallery(who, words)}
+        job = await page.clerk.unfinished(who)
+        if job is not None:
+            stage = page.each[tab_of(job)].stage
+            async for updates in followed(page, who, known(job), page_of(request), words, stage):
+                yield updates
+
+    listen([blocks.load, page.model.change], chosen, [page.model], outputs)
+    listen(blocks.load, opened, [page.search], [*stages, page.gallery])
 
 
 def for_model(page: Page, name: str | None) -> Updates:

@@ -1,0 +1,24 @@
+"""A server with its studio as a process: prints its port. The argument is JSON of settings."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from lanting.serve.logs import write_to_stderr
+from lanting.serve.run import serve
+from lanting.serve.settings import Served, Settings
+from lanting.serve.studio.door import studio
+
+
+def main() -> None:
+    told = json.loads(sys.argv[1])
+    models = (Served("nano", "nano", {"device": "cpu", "loras": ["lightning"]}),)
+    write_to_stderr()
+    settings = Settings(data=Path(told.pop("data")), models=models, port=0, **told)
+    serve(settings, lambda house: print(house.settings.port, flush=True), studio)
+
+
+if __name__ == "__main__":
+    main()

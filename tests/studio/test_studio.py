@@ -1,0 +1,183 @@
+"""The studio as people use it: nano draws, Chromium looks. What a run saw is kept as screenshots."""
+
+from __future__ import annotations
+
+import io
+from urllib.parse import urlsplit
+
+import httpx
+from PIL import Image
+
+OPEN = "#draw-go"
+DONE = ".stage.done"
+
+
+def drawn(page, words: str, tab: str = "draw") -> None:
+    page.fill(f"#{tab}-words textarea", words)
+    page.press(f"#{tab}-words textarea", "Enter")
+    page.wait_for_selector(f"#{tab}-stage .stage:not(.empty):not(.trouble)")
+    page.wait_for_selector(f"#{tab}-stage {DONE}")
+
+
+def newest(ask, server: str) -> dict:
+    return ask(f"{server}/api/jobs?limit=1")["jobs"][0]
+
+
+def loaded(page, selector: str) -> bool:
+    """A picture is there and whole."""
+    return page.wait_for_function(
+        "s => { const i = document.querySelector(s); return i && i.naturalWidth > 0 }", arg=selector
+    )
+
+
+def test_a_sign_is_drawn_and_every_setting_comes_back(server, visit, shot, ask):
+    page = visit(server)
+    page.wait_for_selector(OPEN)
+    assert urlsplit(page.url).path == "/en/"
+    page.wait_for_selector("#gallery .nothing")
+    shot(page, "draw-empty")
+    page.click(".chips button >> nth=0")
+    page.wait_for_function("document.querySelector('#draw-words textarea').value.includes('HELLO')")
+    drawn(page, 'a blue sign that says "HELLO"')
+    loaded(page, "#draw-stage .shown")
+    shot(page, "draw-done")
+    job = newest(ask, server)
+    assert (job["dialect"], job["state"], job["request"]["size"]) == ("studio", "done", [224, 96])
+    page.click("#draw-stage [data-do=again]:not([data-fresh])")  # the same once more
+    page.wait_for_selector("#gallery .tile >> nth=1")
+    page.wait_for_function(
+        "id => document.querySelector('#draw-stage .stage.done')?.dataset.job !== id && "
+        "document.querySelector('#draw-stage .stage.done')",
+        arg=job["id"],
+    )
+    twin = newest(ask, server)
+    bytes_of = [httpx.get(f"{server}/api/jobs/{one['id']}/images/0").content for one in (job, twin)]
+    pixels = [Image.open(io.BytesIO(data)).tobytes() for data in bytes_of]
+    assert twin["id"] != job["id"] and twin["request"]["seed"] == job["request"]["seed"] and pixels[0] == pixels[1]
+    page.fill("#draw-words textarea", "other words")
+    page.click("#gallery .tile >> nth=0")
+    page.wait_for_function("document.querySelector('#draw-words textarea').value.includes('HELLO')")
+    page.click(".fold >> nth=0")
+    page.get_by_label("Seed").first.wait_for()
+    assert page.get_by_label("Seed").first.input_value() == str(job["request"]["seed"])
+
+
+def test_an_edit_with_a_painted_mask_shows_before_and_after(server, visit, shot, ask):
+    page = visit(server)
+    page.wait_for_selector(OPEN)
+    drawn(page, 'a green sign that says "TEA"')
+    page.click("#draw-stage [data-do=edit]")
+    canvas = page.wait_for_selector("#canvas canvas", state="visible")
+    page.wait_for_function(
+        "document.querySelector('#canvas').textContent.match(/[2-9]\\d\\d%/)"
+    )  # it is laid, enlarged
+    box = canvas.bounding_box()
+    middle = box["y"] + box["height"] / 2
+    page.mouse.move(box["x"] + box["width"] * 0.35, middle)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] * 0.65, middle, steps=10)
+    page.mouse.up()
+    drawn(page, "make the background red", "edit")
+    loaded(page, "#edit-stage .compare .after")
+    loaded(page, "#edit-stage .compare img")
+    page.evaluate("document.querySelector('#edit-stage').scrollIntoView()")
+    page.fill("#edit-stage .compare input", "25")
+    shot(page, "edit-done", whole=True)
+    job = newest(ask, server)
+    assert job["request"]["task"] == "edit_inpaint" and job["request"]["mask"]["size"] == [224, 96]
+    assert page.eval_on_selector("#edit-stage .compare", "e => e.style.getPropertyValue('--at')") == "25%"
+
+
+def test_a_job_is_cancelled_and_one_that_was_left_is_found_again(server, visit, shot, ask):
+    page = visit(server)
+    page.wait_for_selector(OPEN)
+    page.click(".fold >> nth=0")
+    page.get_by_label("Steps").first.fill("200")
+    page.fill("#draw-words textarea", 'a red sign that says "WAIT"')
+    page.press("#draw-words textarea", "Enter")
+    page.wait_for_selector("#draw-stage img.growing")
+    shot(page, "draw-busy")
+    page.reload()
+    page.wait_for_selector("#draw-stage img.growing")  # the queue kept it, and the page finds it
+    page.click("#draw-stage [data-do=cancel]")
+    page.wait_for_selector("#draw-stage .stage.empty:has-text('Cancelled')")
+    assert newest(ask, server)["state"] == "cancelled"
+    page.click("#draw-go")
+    page.wait_for_selector("#draw-stage .trouble:has-text('prompt is empty')")
+    shot(page, "draw-trouble")
+
+
+def test_the_history_is_searched(server, visit, shot):
+    page = visit(server)
+    page.wait_for_selector(OPEN)
+    drawn(page, 'a yellow sign, black letters, "TAXI"')
+    page.wait_for_selector("#gallery .tile[title*=TAXI]")
+    page.fill("#search input, #search textarea", "taxi")
+    page.wait_for_function("[...document.querySelectorAll('#gallery .tile')].every(t => t.title.includes('TAXI'))")
+    assert page.locator("#gallery .tile").count() == 1
+    page.fill("#search input, #search textarea", "no such words")
+    page.wait_for_selector("#gallery .nothing:has-text('no such words')")
+    shot(page, "history-nothing")
+
+
+def test_chinese_on_a_phone_in_the_dark(server, visit, shot):
+    page = visit(server, language="zh-CN", phone=True, dark=True)
+    page.wait_for_selector(OPEN)
+    assert urlsplit(page.url).path == "/zh/" and page.eval_on_selector("html", "e => e.lang") == "zh-CN"
+    assert page.inner_text(OPEN) == "画图" and page.get_by_text("想画什么？").is_visible()
+    shot(page, "phone-zh-dark")
+    drawn(page, "红色招牌，黄色的字“恭喜发财”")
+    loaded(page, "#draw-stage .shown")
+    shot(page, "phone-zh-dark-done", whole=True)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert (
+        page.evaluate("getComputedStyle(document.querySelector('.gradio-container')).backgroundColor")
+        == "rgb(23, 22, 20)"
+    )
+    page.click("#language")
+    page.wait_for_url("**/en/")
+    page.wait_for_selector(OPEN)
+    assert page.inner_text(OPEN) == "Draw"
+    page.goto(server + "/")  # the switch is remembered
+    page.wait_for_url("**/en/")
+
+
+def test_it_says_whether_it_fits_and_which_loras_there_are(server, visit, shot):
+    page = visit(server, dark=True)
+    page.wait_for_selector(OPEN)
+    page.click(".fold >> nth=1")
+    page.wait_for_selector(".plan .yes")
+    assert "MB" in page.inner_text(".plan")
+    page.click(".fold >> nth=0")
+    page.get_by_label("LoRAs").first.wait_for()
+    shot(page, "plan-dark", whole=True)
+    page.click("#shade")
+    assert "dark" not in (page.get_attribute("body", "class") or "")
+
+
+def test_without_the_key_there_is_a_login_and_nothing_else(guarded, visit, shot):
+    url, key, other = guarded
+    page = visit(url)
+    page.wait_for_selector(".login")
+    shot(page, "login")
+    page.fill("#key", "lk-wrong")
+    page.click(".login button")
+    page.wait_for_selector(".login .wrong")
+    page.fill("#key", key)
+    page.click(".login button")
+    page.wait_for_selector(OPEN)
+    (cookie,) = [one for one in page.context.cookies() if one["name"] == "lanting_key"]
+    assert cookie["httpOnly"] and cookie["sameSite"] == "Strict"
+    drawn(page, 'a sign "KEY"')
+    loaded(page, "#draw-stage .shown")
+    shot(page, "guarded-done")
+    picture = url + page.get_attribute("#draw-stage .shown", "src")
+    assert httpx.get(picture).status_code == 401
+    assert httpx.get(picture, headers={"Authorization": f"Bearer {other}"}).status_code == 404
+    assert httpx.get(picture, cookies={"lanting_key": key}).status_code == 200
+    for path in ("/en/", "/en/config", "/en/gradio_api/info", "/en/gradio_api/file=/etc/passwd", "/studio/before/x"):
+        assert httpx.get(url + path).status_code == 401, path
+    evil = {"Origin": "http://evil.example", "Cookie": f"lanting_key={key}"}
+    assert httpx.post(url + "/en/gradio_api/queue/join", headers=evil, json={}).status_code == 403
+    page.click("header form button")
+    page.wait_for_selector(".login")
