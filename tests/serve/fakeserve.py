@@ -94,7 +94,10 @@ class FakeEngine:
 def open_engine(model: str, **options: Any) -> FakeEngine:
     if model == "broken":
         raise RequestError("the model is broken: get another")
-    loras = tuple(SimpleNamespace(name=f"{name}.safetensors", strength=1.0) for name in options.get("loras", ()))
+    loras = tuple(
+        SimpleNamespace(name=f"{name}.safetensors", path=Path(f"{name}.safetensors"), strength=1.0)
+        for name in options.get("loras", ())
+    )
     journal = Path(options["journal"]) if options.get("journal") else None
     return FakeEngine(get_spec("nano"), loras, pace=options.get("pace", 0.002), journal=journal)
 

@@ -106,7 +106,7 @@ def main() -> None:
             if order["options"].get("loras")
             else ()
         )
-        bench.names = tuple(Path(lora.name).stem for lora in asked)
+        bench.names = tuple(lora.path.stem for lora in asked)
         bench.usual = bench.strengths = tuple(float(lora.strength) for lora in asked)
     except LantingError as error:
         bench.send("refused", sentence=explain(error), code=error.exit_code)
