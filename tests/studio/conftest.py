@@ -27,7 +27,8 @@ QUIET += ["--disable-component-update", "--disable-sync"]
 def serving(folder: Path, **settings) -> Iterator[str]:
     """The address of a server whose studio is open."""
     folder.mkdir(parents=True, exist_ok=True)
-    env = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "LANTING_LANG": "en"}
+    path = ":".join(map(str, (ROOT / "src", HERE, ROOT / "tests" / "serve")))
+    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "LANTING_LANG": "en"}
     words = json.dumps({"data": str(folder / "data"), **settings})
     with (folder / "server.log").open("w") as log:
         process = subprocess.Popen(
@@ -62,7 +63,7 @@ def browser():
 @pytest.fixture(scope="session")
 def server(browser, tmp_path_factory) -> Iterator[str]:
     """Asks for the browser first, so that none is started where there is nothing to see it with."""
-    with serving(tmp_path_factory.mktemp("studio")) as url:
+    with serving(tmp_path_factory.mktemp("studio"), further=["qwen-image-layered"]) as url:
         yield url
 
 
@@ -96,7 +97,7 @@ def visit(browser):
         contexts.append(context)
         context.on("request", watch)
         page = context.new_page()
-        page.set_default_timeout(30_000)
+        page.set_default_timeout(120_000)  # the machine may be busy with other tests
         page.on("pageerror", lambda error: broken.append(str(error)))
         page.goto(url + path)
         return page

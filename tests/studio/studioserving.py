@@ -11,12 +11,15 @@ from lanting.serve.run import serve
 from lanting.serve.settings import Served, Settings
 from lanting.serve.studio.door import studio
 
+OPENER = "studiofakes:open_engine"
+
 
 def main() -> None:
     told = json.loads(sys.argv[1])
-    models = (Served("nano", "nano", {"device": "cpu", "loras": ["lightning"]}),)
+    models = [Served("nano", "nano", {"device": "cpu", "loras": ["lightning"]})]
+    models += [Served(name, name) for name in told.pop("further", [])]
     write_to_stderr()
-    settings = Settings(data=Path(told.pop("data")), models=models, port=0, **told)
+    settings = Settings(data=Path(told.pop("data")), models=tuple(models), port=0, opener=OPENER, **told)
     serve(settings, lambda house: print(house.settings.port, flush=True), studio)
 
 

@@ -155,6 +155,27 @@ def test_it_says_whether_it_fits_and_which_loras_there_are(server, visit, shot):
     assert "dark" not in (page.get_attribute("body", "class") or "")
 
 
+def test_a_picture_is_taken_apart_by_a_model_that_can(server, visit, shot, ask, tmp_path):
+    Image.new("RGB", (320, 240), "orange").save(tmp_path / "poster.png")
+    page = visit(server)
+    page.wait_for_selector(OPEN)
+    assert page.get_by_role("tab", name="Layers").count() == 0
+    page.click("#model input")
+    page.get_by_role("option", name="qwen-image-layered").click()
+    page.wait_for_selector("#layers-go")
+    page.get_by_role("tab", name="Draw").wait_for(state="hidden")
+    page.set_input_files("#source input[type=file]", tmp_path / "poster.png")
+    page.wait_for_selector("#source img")
+    page.click("#layers-go")
+    page.wait_for_selector(f"#layers-stage {DONE}")
+    page.click("[data-show='2']")
+    loaded(page, "#layers-stage .shown")
+    assert page.locator("#layers-stage .thumb").count() == 4
+    assert page.get_attribute("#layers-stage a[download]", "href").endswith("/images/2")
+    shot(page, "layers-done")
+    assert newest(ask, server)["request"]["task"] == "layered"
+
+
 def test_without_the_key_there_is_a_login_and_nothing_else(guarded, visit, shot):
     url, key, other = guarded
     page = visit(url)

@@ -1,6 +1,12 @@
 // Runs in every piece of HTML of ours: presses become events of Gradio, the rest is done here.
 const events = ['again', 'edit', 'fill', 'cancel', 'pick', 'more'];
 const beside = { edit: 'lay', pick: { edit: 'restore', layers: 'unpack' } }; // what fills the fields that hold pictures
+// A canvas that is not there yet forgets what it is given: its tab is shown first, and its own start is waited for.
+const whenShown = (place, then, tries = 100) => {
+  const shown = document.querySelector(place)?.offsetParent;
+  if (shown) setTimeout(then, 400);
+  else if (tries) setTimeout(() => whenShown(place, then, tries - 1), 100);
+};
 // Pieces are drawn anew at every step, maybe between a press and its release, and then there is no click: cancelling
 // goes by the press. A click without one comes from the keyboard, or is of what stays.
 element.addEventListener('pointerdown', (press) => {
@@ -34,7 +40,7 @@ element.addEventListener('click', (click) => {
   trigger(pressed.dataset.do, told);
   const next = beside[pressed.dataset.do];
   const also = typeof next === 'object' ? next[pressed.dataset.tab] : next;
-  if (also) trigger(also, told);
+  if (also) whenShown(also === 'unpack' ? '#source' : '#canvas canvas', () => trigger(also, told));
 });
 element.addEventListener('input', (moved) => {
   const compare = moved.target.closest('.compare');
