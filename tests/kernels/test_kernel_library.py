@@ -51,6 +51,33 @@ def test_an_unknown_instruction_set_is_told():
     assert "no avx9 runs here" in done.stderr
 
 
+REFUSED = """
+import ctypes, os, struct
+code = [(0x20, 0, 0, 0), (0x15, 0, 3, 158), (0x20, 0, 0, 16), (0x15, 0, 1, 0x1023)]  # arch_prctl, asking for a state
+code += [(0x06, 0, 0, 0x50001), (0x06, 0, 0, 0x7FFF0000)]  # fails, or goes on
+text = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *each) for each in code))
+class Program(ctypes.Structure):
+    _fields_ = [("length", ctypes.c_ushort), ("at", ctypes.c_void_p)]
+system = ctypes.CDLL(None, use_errno=True)
+assert not system.prctl(38, 1, 0, 0, 0)
+if system.prctl(22, 2, ctypes.byref(Program(len(code), ctypes.addressof(text))), 0, 0):
+    print("no filter")
+else:
+    print(*lib.known_sets(), lib.instruction_set())
+"""
+
+
+@pytest.mark.skipif("amx" not in SETS, reason="the processor or the compiler has no AMX")
+def test_a_system_that_refuses_tiles_gets_the_next_set():
+    """A filter of system calls lets asking for them fail, as an old Linux or a sandbox does."""
+    done = ask(REFUSED, LANTING_KERNELS="amx")
+    assert done.returncode == 0, done.stderr
+    if "no filter" in done.stdout:
+        pytest.skip("this system lets nobody filter system calls")
+    assert done.stdout.split() == [*SETS[1:], SETS[1]]
+    assert "no amx runs here" in done.stderr
+
+
 def test_asking_imports_nothing_heavy():
     done = ask("import sys; print(lib.ready(), 'torch' in sys.modules, 'numpy' in sys.modules)")
     assert done.stdout.split()[1:] == ["False", "False"]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kernel_cases import KINDS, SETS, codes_of, columns_of, exact, random, using, weight
 from lanting.kernels import calls
+from lanting.kernels import library as lib
 
 GATES = (
     *((1, (1, 1), 0), (3, (1, 1), 0), (3, (3, 1), 0)),
@@ -67,6 +68,18 @@ def test_products_of_any_shape(rows, outputs, columns, name, isa):
         packed, _ = weight(name, outputs, columns)
         codes, out = calls.quantize(random(rows, columns)), torch.empty(rows, outputs)
         assert_near(calls.product(codes, packed, out), exact(codes, packed))
+
+
+@pytest.mark.parametrize("name", ["int8", "int4 of 64", "Q6_K"])
+def test_long_rows_and_many_outputs(isa, name):
+    """Where tiles of a weight are made together, or a row in parts, sums are the same integers."""
+    columns = columns_of(name, 8704)
+    packed, _ = weight(name, 300, columns)
+    codes, out = calls.quantize(random(49, columns)), torch.empty(49, 300)
+    wanted = exact(codes, packed)
+    for threads in (1, 3):
+        lib.use_threads(threads)
+        assert_near(calls.product(codes, packed, out), wanted)
 
 
 def test_more_rows_than_a_block_holds(isa):

@@ -13,7 +13,8 @@ namespace {
 #if defined(LT_AMX)
 constexpr int64_t PART = 512;          // bytes of a row that are in L1
 constexpr int64_t MOST_BYTES = 4096;   // bytes of a weight's row that are in L2
-constexpr int64_t MOST_TILES = 8;      // tiles of a weight that are in L2
+constexpr int64_t MOST_TILES = 8;      // tiles of a weight that are in L2; where rows are longer, half as many,
+                                       // because sums of all panels wait beside them
 
 // The shapes of all eight tiles, for as long as it lives: each thread says so itself.
 struct Shapes {
@@ -169,14 +170,11 @@ template <bool brain> struct Meeting {
     const uint8_t* x = reinterpret_cast<const uint8_t*>(a.data) + p * PANEL * bytes;
     for (int64_t k = begin; k < end; k += PART) {
       int64_t part = smaller(PART, end - k);
-      const uint8_t* coming = k + part < end ? x + (k + part) * PANEL : p + 1 < panels_end ? x + (bytes + begin) * PANEL : nullptr;
-      Ahead rest{coming, coming ? 1 : 0, PART * PANEL};
-      rest.spread(tiles);
       for (int64_t t = 0; t < tiles; t++) {
         char* to = sums + t * PANEL * TILE * 4;
         multiply_tiles<brain>(x + k * PANEL, 64, 64 * PANEL, laid + (t * depth + k - begin) * TILE, part / 64, to, TILE * 4, k == 0,
                               rows > 16);
-        rest.ask(), weight.ask();
+        weight.ask();
         if (k + part == bytes) finish_tile(p, rows, first + t * TILE, to);
       }
     }
@@ -190,7 +188,9 @@ template <bool brain> struct Meeting {
       __mmask16 there = left >= 16 ? 0xffff : (1 << left) - 1;
       __m512 bias = r.bias ? _mm512_maskz_loadu_ps(there, r.bias + j) : _mm512_setzero_ps(), scale = bias;
       if constexpr (!brain) scale = _mm512_div_ps(_mm512_maskz_loadu_ps(there, w.bound + j), _mm512_set1_ps(127));
-      for (int64_t i = 0; i < rows; i++) {
+      int64_t in_item = from % r.to.period, to = offset(r.to, from) + j;  // divisions take longer than all the rest
+      for (int64_t i = 0; i < rows; i++, in_item++, to += r.to.stride) {
+        if (in_item == r.to.period) in_item = 0, to = offset(r.to, from + i) + j;
         const char* at = sums + (i * TILE + side * 16) * 4;
         __m512 x;
         if constexpr (brain) {
@@ -199,7 +199,7 @@ template <bool brain> struct Meeting {
           x = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_load_si512(at)), _mm512_set1_ps(a.scale[from + i]));
           x = _mm512_fmadd_ps(x, scale, bias);
         }
-        finish_some(r, offset(r.to, from + i) + j, r.mode == ADD ? vector_of(r.gate, from + i) + j : nullptr, there, x);
+        finish_some(r, to, r.mode == ADD ? vector_of(r.gate, from + i) + j : nullptr, there, x);
       }
     }
   }
@@ -209,7 +209,7 @@ template <bool brain> void product_of_tiles(const Codes& a, const Weight& w, con
   int64_t bytes = padded(a.columns) * (brain ? 2 : 1), panels = panel_count(a.rows), tiles = (w.rows + TILE - 1) / TILE;
   int64_t depths = (bytes + MOST_BYTES - 1) / MOST_BYTES, depth = ((bytes + depths - 1) / depths + PART - 1) / PART * PART;
   depth = smaller(depth, bytes);
-  int64_t share = smaller(MOST_TILES, tiles / (2 * lt::threads())), block = panels_together(panels, bytes * PANEL);
+  int64_t share = smaller(depths > 1 ? MOST_TILES / 2 : MOST_TILES, tiles / (2 * lt::threads())), block = panels_together(panels, bytes * PANEL);
   if (share < 1) share = 1;
   for (int64_t begin = 0; begin < panels; begin += block)
     lt::parallel((tiles + share - 1) / share, [&](int64_t i) {

@@ -131,7 +131,7 @@ template <class T> struct Flash {
   int64_t most, width, stride;  // keys of a head, rounded up; between tokens
   E *keys, *values;             // (items, heads, most, width) each, laid out
   int64_t* count;               // (items) keys that are not masked
-  static constexpr int64_t gap = KEYS + 32 / sizeof(E);  // between rows of scores: not a power of two
+  static constexpr int64_t gap = KEYS + 64 / sizeof(E);  // between rows of scores: whole lines, not a power of two
 
   // Keys as (most / tile, width / pair, tile, pair); values as (blocks, width / tile, keys / pair, tile, pair).
   void lay(int64_t item, int64_t head) const {

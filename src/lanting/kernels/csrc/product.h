@@ -26,11 +26,12 @@ constexpr int PANEL = 4;
 constexpr int ZERO = 0;
 #endif
 #if defined(LT_AMX)
-constexpr int64_t TOGETHER = 64;  // bytes of a row that lie together
+constexpr int64_t TOGETHER = 64;     // bytes of a row that lie together
+constexpr int64_t BLOCK = 32 << 20;  // bytes of activations that weights pass by at once: a share of the last cache
 #else
 constexpr int64_t TOGETHER = 4;
+constexpr int64_t BLOCK = 6 << 20;   // bytes of activations that are kept in the last cache while weights pass by
 #endif
-constexpr int64_t BLOCK = 6 << 20;  // bytes of activations that are kept in the last cache while weights pass by
 
 inline int64_t padded(int64_t columns) { return (columns + CHUNK - 1) / CHUNK * CHUNK; }
 
