@@ -159,11 +159,11 @@ def test_a_picture_is_taken_apart_by_a_model_that_can(server, visit, shot, ask, 
     Image.new("RGB", (320, 240), "orange").save(tmp_path / "poster.png")
     page = visit(server)
     page.wait_for_selector(OPEN)
-    assert page.get_by_role("tab", name="Layers").count() == 0
+    assert not page.is_visible("#layers-tab-button")
     page.click("#model input")
     page.get_by_role("option", name="qwen-image-layered").click()
     page.wait_for_selector("#layers-go")
-    page.get_by_role("tab", name="Draw").wait_for(state="hidden")
+    page.wait_for_selector("#draw-tab-button", state="hidden")
     page.set_input_files("#source input[type=file]", tmp_path / "poster.png")
     page.wait_for_selector("#source img")
     page.click("#layers-go")

@@ -5,6 +5,7 @@ Built once for each language, so every word on it is final when it is sent. `wir
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -42,6 +43,7 @@ class Page:
 
     clerk: Clerk
     model: Any
+    hidden: Any
     tabs: Any
     each: dict[str, Tab]
     search: Any
@@ -85,18 +87,25 @@ def laid_out(clerk: Clerk) -> Page:
             list(models), value=first.served.name, show_label=False, container=False, elem_id="model",
             visible=len(models) > 1, min_width=160, scale=0,
         )  # fmt: skip
+    able = tabs_of(first.spec)
+    hidden = gr.HTML(hiding(able), apply_default_css=False, elem_id="hidden")
     with gr.Row(elem_id="room"):
-        able = tabs_of(first.spec)
         with gr.Column(scale=5, elem_id="work"), gr.Tabs(selected=able[0], elem_id="tabs") as tabs:
-            each = {DRAW: draw_tab(clerk, DRAW in able), EDIT: edit_tab(clerk, EDIT in able)}
-            each[LAYERS] = layers_tab(clerk, LAYERS in able)
+            each = {DRAW: draw_tab(clerk), EDIT: edit_tab(clerk)}
+            each[LAYERS] = layers_tab(clerk)
         with gr.Column(scale=1, min_width=200, elem_id="history"):
             search = gr.Textbox(
                 placeholder=say("Search your pictures"), show_label=False, container=False, elem_id="search", lines=1,
                 max_lines=1,
             )  # fmt: skip
             gallery = html("", elem_id="gallery")
-    return Page(clerk, model, tabs, each, search, gallery)
+    return Page(clerk, model, hidden, tabs, each, search, gallery)
+
+
+def hiding(able: Sequence[str]) -> str:
+    """A rule that hides the tabs a model has no use for. Gradio's own `visible` does not hide one that was shown."""
+    gone = [f"#{name}-tab-button" for name in (DRAW, EDIT, LAYERS) if name not in able]
+    return f"<style>{','.join(gone)}{{display:none}}</style>" if gone else "<style></style>"
 
 
 def header(clerk: Clerk) -> str:
@@ -139,11 +148,11 @@ def stage(clerk: Clerk, name: str) -> Any:
     return html(show.empty(name, clerk.language, clerk.say), elem_id=f"{name}-stage", elem_classes="view")
 
 
-def draw_tab(clerk: Clerk, visible: bool) -> Tab:
+def draw_tab(clerk: Clerk) -> Tab:
     import gradio as gr
 
     say = clerk.say
-    with gr.Tab(say("Draw"), id=DRAW, visible=visible) as tab, gr.Row(elem_classes="pair"):
+    with gr.Tab(say("Draw"), id=DRAW, elem_id="draw-tab") as tab, gr.Row(elem_classes="pair"):
         with gr.Column(scale=2, min_width=280, elem_classes="fields"):
             prompt = prompt_of(say, DRAW)
             sizes = sizes_of(clerk.model(None).spec, say)
@@ -155,11 +164,11 @@ def draw_tab(clerk: Clerk, visible: bool) -> Tab:
     return Tab(DRAW, tab, prompt, button, shown, more, plan, {"size": size})
 
 
-def edit_tab(clerk: Clerk, visible: bool) -> Tab:
+def edit_tab(clerk: Clerk) -> Tab:
     import gradio as gr
 
     say = clerk.say
-    with gr.Tab(say("Edit"), id=EDIT, visible=visible) as tab, gr.Row(elem_classes="pair"):
+    with gr.Tab(say("Edit"), id=EDIT, elem_id="edit-tab") as tab, gr.Row(elem_classes="pair"):
         with gr.Column(scale=2, min_width=280, elem_classes="fields"):
             prompt, button = prompt_of(say, EDIT), go(say, EDIT)
             others = gr.Gallery(
@@ -177,11 +186,11 @@ def edit_tab(clerk: Clerk, visible: bool) -> Tab:
     return Tab(EDIT, tab, prompt, button, shown, more, plan, {"canvas": canvas, "others": others})
 
 
-def layers_tab(clerk: Clerk, visible: bool) -> Tab:
+def layers_tab(clerk: Clerk) -> Tab:
     import gradio as gr
 
     say = clerk.say
-    with gr.Tab(say("Layers"), id=LAYERS, visible=visible) as tab, gr.Row(elem_classes="pair"):
+    with gr.Tab(say("Layers"), id=LAYERS, elem_id="layers-tab") as tab, gr.Row(elem_classes="pair"):
         with gr.Column(scale=2, min_width=280, elem_classes="fields"):
             source = picture(label=say("A picture to take apart"), height=220, elem_id="source")
             prompt = prompt_of(say, LAYERS)

@@ -15,7 +15,7 @@ from lanting.serve.jobs import LOCAL, Caller, Job
 from lanting.serve.studio import show
 from lanting.serve.studio.clerk import PAGE, Clerk
 from lanting.serve.studio.forms import DRAW, EDIT, LAYERS, NAMES, More, sizes_of, tab_of, tabs_of, values_of
-from lanting.serve.studio.page import Page
+from lanting.serve.studio.page import Page, hiding
 
 Updates = dict[Any, Any]
 
@@ -343,9 +343,9 @@ def replanning(page: Page, told: Any) -> Any:
 
 def tie_models(page: Page, blocks: Any) -> None:
     """What depends on the model, when the page opens and when another is chosen; then what was left unfinished."""
-    outputs = [page.tabs, page.each[DRAW].extra["size"]]
+    outputs = [page.hidden, page.tabs, page.each[DRAW].extra["size"]]
     for tab in page.each.values():
-        outputs += [tab.tab, *tab.fold[-2:]]
+        outputs += tab.fold[-2:]
     stages = [tab.stage for tab in page.each.values()]
 
     async def chosen(request, event, model) -> Updates:
@@ -360,7 +360,7 @@ def tie_models(page: Page, blocks: Any) -> None:
             async for updates in followed(page, who, known(job), page_of(request), words, stage):
                 yield updates
 
-    listen([blocks.load, page.model.change], chosen, [page.model], outputs)
+    listen([blocks.load, page.model.change], chosen, [page.model], outputs, trigger_mode="always_last")
     listen(blocks.load, opened, [page.search], [*stages, page.gallery])
 
 
@@ -372,11 +372,11 @@ def for_model(page: Page, name: str | None) -> Updates:
     able, sizes = tabs_of(model.spec), sizes_of(model.spec, clerk.say)
     loras = [lora["name"] for lora in model.loras]
     updates: Updates = {
+        page.hidden: hiding(able),
         page.tabs: gr.update(selected=able[0]) if able else gr.skip(),
         page.each[DRAW].extra["size"]: gr.update(choices=sizes, value=sizes[0][1] if sizes else None),
     }
     for tab in page.each.values():
-        updates[tab.tab] = gr.update(visible=tab.name in able)
         updates[tab.fold[-2]] = gr.update(choices=loras, value=[], visible=bool(loras))
         updates[tab.fold[-1]] = gr.update(visible=bool(loras))
     return updates
