@@ -174,13 +174,14 @@ template <int kind> inline __m512i fill(const Weight& w, int64_t row, int64_t k,
   const uint8_t* at = w.data + row * w.row_bytes;
   if constexpr (kind == INT8) {
     __m512i q = _mm512_loadu_si512(at + k);
+    if (w.group == w.columns) return _mm512_max_epi8(q, _mm512_set1_epi8(-127));
     int64_t groups = w.columns / w.group;
-    if (groups == 1) return _mm512_max_epi8(q, _mm512_set1_epi8(-127));
     float f[4];
     for (int i = 0; i < 4; i++) f[i] = per * number(w.scale, row * groups + (k + 16 * i) / w.group, w.scale_type);
     return scaled(q, f, 0);
   } else if constexpr (kind == INT4) {
-    int64_t groups = w.columns / w.group, g = k / w.group;
+    const int shift = __builtin_ctzll(w.group);  // dividing would take as long as all the rest
+    int64_t groups = w.columns >> shift, g = k >> shift;
     auto table = [&](int64_t i) {
       float step = per * number(w.scale, row * groups + i, w.scale_type);
       return sixteen(step, -8 * step);
