@@ -30,7 +30,7 @@ def token_names(tokenizer: Tokenizer, language: str) -> list[list[int]]:
     return [e.ids for e in tokenizer.encode_batch(names, add_special_tokens=False)]
 
 
-def common_words(tokenizer: Tokenizer) -> set[int]:
+def common_words(tokenizer: Tokenizer) -> frozenset[int]:
     """Letters, and words that sentences use for other things too (`red`, `face`): they keep what they mean."""
     found = tokenizer.encode_batch([" " + word for word in wording_words()], add_special_tokens=False)
     return LETTERS | {e.ids[0] for e in found}
