@@ -1,7 +1,7 @@
 """This machine's limits: what it does at best, on so many threads. Everything else is a share of these.
 
 Operations are the faster of two measurements: the kernels' loop of bare instructions, and the best product that torch
-makes, which may use instructions that the kernels don't (AMX) and is all there is where they are not built. Bytes are
+makes, which may use instructions that the kernels don't and is all there is where they are not built. Bytes are
 read or copied in a buffer far larger than the caches.
 """
 
