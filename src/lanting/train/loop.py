@@ -130,19 +130,21 @@ class Trainer:
         self._prefixes: dict[tuple[int, ...], Tensor] = {}
         self._pairs: tuple[list[Tensor], list[Tensor]] = ([], [])  # what follows and what is followed
         self._paired: tuple[object, object] = (None, None)  # whose they are
+        self._copied: tuple[list[Tensor], list[Tensor]] = ([], [])  # weights of the copy, and those they come from
         self.passes: Passes = passes_for(self)
 
     def use(self, fast: NanoNet) -> None:
         """Go forward and backward through a copy of the network in 16 bits (`twin`) from now on."""
         self.fast = fast
         self.passes = passes_for(self)
+        self._copied = list(fast.parameters()), list(self.net.parameters())
         self.refresh()
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Bring the copy, if there is one, up to the network's weights."""
         if self.fast is not self.net:
-            torch._foreach_copy_(list(self.fast.parameters()), list(self.net.parameters()))
+            torch._foreach_copy_(*self._copied)
 
     @property
     def progress(self) -> float:

@@ -36,7 +36,7 @@ def principal_codes(rows: Tensor, width: int, spare: bool = False) -> Tensor:
     turn = turn[int(CODE * width) :] if spare else turn[: int(CODE * width)]
     count = min(len(turn), s.numel())
     scores = u[:, :count] * s[:count] ** (1 - EVENNESS)
-    codes = (scores / scores.square().mean().sqrt() @ turn[:count]).float()
+    codes = (scores @ turn[:count]).float()
     return codes / codes.square().mean().sqrt() * (len(turn) / width if spare else 1.0) ** 0.5
 
 
