@@ -87,10 +87,6 @@ class Info(BaseModel):
     image: str = Field(description="Base64 of a PNG.")
 
 
-def title(name: str) -> str:
-    return name
-
-
 async def request_of(house: House, ask: Ask, model: str | None) -> tuple[Request, dict[str, float] | None]:
     """to_request. A picture without a mask is varied where the model can, else edited."""
     prompt, lora = tags_in(ask.prompt)
@@ -185,7 +181,7 @@ def run_of(house: House, caller: Caller) -> Run | None:
 
 
 def progress(house: House, caller: Caller, skip: bool) -> dict[str, Any]:
-    """Of the caller's job that is being drawn, else of nothing."""
+    """Of the caller's job that is being drawn, else of nothing. The picture is still a JPEG's bytes: see `as_png`."""
     run, waiting = run_of(house, caller), len(house.desk.line)
     state = {"skipped": False, "interrupted": False, "job": "", "job_count": waiting, "job_no": 0}
     state |= {"job_timestamp": "0", "sampling_step": 0, "sampling_steps": 0}
@@ -195,7 +191,7 @@ def progress(house: House, caller: Caller, skip: bool) -> dict[str, Any]:
     state |= {"job": run.job.id, "sampling_step": run.step, "sampling_steps": run.steps, "job_count": waiting + 1}
     told = {"progress": run.step / run.steps if run.steps else 0.01, "state": state, "textinfo": None}
     told["eta_relative"] = place.eta if place is not None and place.eta is not None else 0.0
-    return told | {"current_image": None if skip or run.preview is None else to_base64(run.preview)}
+    return told | {"current_image": None if skip else run.preview}
 
 
 def error_body(error: LantingError) -> dict[str, Any]:
@@ -266,7 +262,7 @@ def as_png(told: dict[str, Any]) -> dict[str, Any]:
     if told["current_image"] is None:
         return told
     buffer = io.BytesIO()
-    with Pillow.open(io.BytesIO(from_base64(told["current_image"], "preview")), formats=("JPEG",)) as image:
+    with Pillow.open(io.BytesIO(told["current_image"]), formats=("JPEG",)) as image:
         image.save(buffer, format="PNG")
     return told | {"current_image": to_base64(buffer.getvalue())}
 
