@@ -209,7 +209,7 @@ def size(bench: Bench, net: QwenImageTransformer, theirs: Any, pixels: int) -> d
     exact = step.theirs(theirs) if theirs is not None else None
     if theirs is not None:
         tell("diffusers", lambda: step.theirs(theirs), "bf16")
-    net_of = bench.found.setdefault("errors", {})
+    errors = bench.found.setdefault("errors", {})
     for name, compute, graphs in WAYS if str(pixels) == FIRST else WAYS[1:-1]:
         attach_gpu(net, compute)
         try:
@@ -222,7 +222,7 @@ def size(bench: Bench, net: QwenImageTransformer, theirs: Any, pixels: int) -> d
         tell(name, lambda: step.ours(net), (compute or "bf16").split()[0])
         if exact is not None and str(pixels) == FIRST:
             off = (step.ours(net).float() - exact.float()).norm() / exact.float().norm()
-            net_of[f"{name}, of diffusers' velocity"] = round(float(off), 4)
+            errors[f"{name}, of diffusers' velocity"] = round(float(off), 4)
         if recorded is not None and recorded.failed:
             table[f"{name}, not recorded because"] = recorded.failed
         detach_graphs(net)

@@ -16,7 +16,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,11 +167,6 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def seeds_of(outcome: Mapping[str, Any]) -> list[int]:
-    """The seed of each picture."""
-    return [int(recipe["request"]["seed"]) for recipe in outcome["recipes"]]
 
 
 def day(days: float) -> float:

@@ -46,7 +46,6 @@ class Prepared:
 
     job: Job
     digest: str
-    settled: Request
 
 
 def prepare(order: Order, spec: ModelSpec, model: str, caller: Caller, caps: Caps) -> Prepared:
@@ -72,7 +71,7 @@ def prepare(order: Order, spec: ModelSpec, model: str, caller: Caller, caps: Cap
         timeout=check_timeout(order.timeout),
         asked=asked,
     )
-    return Prepared(job, digest, settled)
+    return Prepared(job, digest)
 
 
 def store_pictures(request: Request, asked: Mapping[str, Any], files: Files) -> None:
