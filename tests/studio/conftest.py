@@ -47,9 +47,12 @@ def serving(folder: Path, **settings) -> Iterator[str]:
         process.wait()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser():
-    """Chromium of the system; without one nothing here can be seen, and the tests say so."""
+    """Chromium of the system; without one nothing here can be seen, and the tests say so.
+
+    For one file only: while its driver runs, no test in this process can start an event loop of its own.
+    """
     found = os.environ.get("LANTING_CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
     if not found:
         pytest.skip(f"no browser: none of {', '.join(NAMES)} is installed, and LANTING_CHROMIUM names none")
@@ -60,14 +63,14 @@ def browser():
         one.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def server(browser, tmp_path_factory) -> Iterator[str]:
     """Asks for the browser first, so that none is started where there is nothing to see it with."""
     with serving(tmp_path_factory.mktemp("studio"), further=["qwen-image-layered"]) as url:
         yield url
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def guarded(browser, tmp_path_factory) -> Iterator[tuple[str, str, str]]:
     """(address, key, another's key) of a server that asks for keys."""
     from lanting.serve.keys import create
