@@ -16,7 +16,7 @@ from typing import Any
 
 from typer.models import ArgumentInfo, OptionInfo
 
-from lanting.cli.main import app
+from lanting.cli.main import command_line
 
 TARGET = Path(__file__).with_name("cli.md")
 HEAD = """\
@@ -95,8 +95,9 @@ EXAMPLES = {
 WORDS = {int: "number", float: "number", str: "text", Path: "path"}
 
 
-def verbs(group: Any = app, path: str = "") -> Iterator[tuple[str, Callable[..., Any]]]:
+def verbs(group: Any = None, path: str = "") -> Iterator[tuple[str, Callable[..., Any]]]:
     """("train nano", function) of every verb, in the order of `--help`."""
+    group = group or command_line()
     for command in group.registered_commands:
         yield f"{path}{command.name}", command.callback
     for inner in group.registered_groups:

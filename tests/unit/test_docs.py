@@ -18,7 +18,7 @@ from PIL import Image
 import lanting
 from fakes import FakeEngine
 from lanting import Engine, Progress, Recipe, Request, Result
-from lanting.cli.main import app, main
+from lanting.cli.main import command_line, main
 from lanting.core.types import TASK_NAMES
 from lanting.specs import get_spec, settle, spec_names
 
@@ -112,7 +112,7 @@ def command_lines() -> Iterator[tuple[str, list[str]]]:
 
 def test_every_command_shown_can_be_typed():
     """Its verb and flags exist and its values have the right type; nothing is run."""
-    commands = typer.main.get_command(app)
+    commands = typer.main.get_command(command_line())
     shown = list(command_lines())
     assert len(shown) > 20
     for page, words in shown:

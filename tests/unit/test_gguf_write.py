@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from lanting.cli.main import app
+from lanting.cli.main import command_line
 from lanting.core.errors import ModelError, OutputError
 from lanting.nn.blocks import TYPES
 from lanting.nn.dequant import dequantize
@@ -175,7 +175,7 @@ def test_a_stopped_run_leaves_nothing_under_the_name(how: signal.Signals, tmp_pa
 def lanting(*words: str) -> str:
     from typer.testing import CliRunner
 
-    done = CliRunner().invoke(app, [*words])
+    done = CliRunner().invoke(command_line(), [*words])
     assert done.exit_code == 0, done.output
     return done.output
 
