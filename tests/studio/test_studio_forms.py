@@ -13,8 +13,9 @@ from PIL import Image
 
 from lanting.core.errors import LantingError, RequestError
 from lanting.serve.app import build_app
+from lanting.serve.errors import DrawingError, as_told, on_record, words_of
 from lanting.serve.house import open_house
-from lanting.serve.jobs import DONE, Event, Job
+from lanting.serve.jobs import DONE, FAILED, Event, Job
 from lanting.serve.keys import create
 from lanting.serve.settings import Served, Settings
 from lanting.serve.state import Place
@@ -162,6 +163,18 @@ def test_the_browsers_language_and_the_switch():
     assert preferred("en;q=0.1, zh-TW") == "zh" and preferred("") == "en" and preferred("fr") == "en"
     assert preferred("zh", "en") == "en" and preferred("zh;q=x, en;q=0.5", "xx") == "en"
     assert explained(ZH, LantingError("{path} does not exist", path="a")) == "A 不存在"
+
+
+def test_failures_are_told_in_the_pages_language():
+    """The server may speak another; and jobs of an older one have no template."""
+    error = on_record(
+        "timeout", DrawingError("the engine died {count} times on this drawing: ask for a smaller one", count=3)
+    )
+    assert as_told(error) == {"code": "timeout", "message": str(error["message"])}
+    failed = replace(job(), state=FAILED, error=error)
+    assert "引擎" in show.ended(failed, ZH) and "The engine died 3 times" in show.ended(failed, EN)
+    assert "Old words {x}" in show.ended(replace(failed, error={"code": "x", "message": "old words {x}"}), ZH)
+    assert words_of(RequestError("no {a} of {b:g}", a=Path("/x"), b=2.5)) == ["no {a} of {b:g}", {"a": "/x", "b": 2.5}]
 
 
 def test_the_planner_is_asked_about_the_model_as_it_is_served():

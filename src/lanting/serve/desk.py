@@ -15,8 +15,17 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lanting.core.lang import say
-from lanting.serve.errors import BusyError, ClosedError, ConflictError, MissingError, StoreError, UnknownModelError
+from lanting.serve.errors import (
+    BusyError,
+    ClosedError,
+    ConflictError,
+    DrawingError,
+    MissingError,
+    StoreError,
+    UnknownModelError,
+    as_told,
+    on_record,
+)
 from lanting.serve.feed import Feed
 from lanting.serve.files import Files
 from lanting.serve.intake import Order, Prepared, prepare, store_pictures, with_timeout
@@ -77,7 +86,7 @@ class Desk:
         if not self.accepting:
             raise ClosedError("the server is stopping: try again in a moment")
         if model.refused:
-            raise ClosedError(self.why_not(model))
+            raise self.why_not(model)
         if model.spec is None:
             raise ClosedError("the model is being loaded: try again in a moment")
         with self._seat(caller, model):
@@ -154,10 +163,12 @@ class Desk:
             raise UnknownModelError("no model is called {name} here; there are: {known}", name=name, known=known)
         return self.models[served.name]
 
-    def why_not(self, model: Model) -> str:
+    def why_not(self, model: Model) -> ClosedError:
         """Why a model can't be used. The engine's words may name folders, so only this computer hears them."""
-        general = say("the model {name} can't be opened; the server's log says why", name=model.served.name)
-        return general if self.settings.needs_keys or model.refused is None else model.refused
+        if self.settings.needs_keys or model.refused is None:
+            return ClosedError("the model {name} can't be opened; the server's log says why", name=model.served.name)
+        sentence, values = model.words or (model.refused, {})
+        return ClosedError(sentence, **values)
 
     async def job(self, id_: str, caller: Caller) -> Job:
         """Raises MissingError, also for somebody else's."""
@@ -254,7 +265,7 @@ class Desk:
     async def _cancel(self, job: Job) -> None:
         if (entry := self.line.remove(job.id)) is not None:
             try:
-                await self.close_job(job, CANCELLED, {"code": "cancelled", "message": say("cancelled")}, tries=1)
+                await self.close_job(job, CANCELLED, on_record("cancelled", DrawingError("cancelled")), tries=1)
             except StoreError:
                 self.line.add(entry)
                 raise
@@ -273,11 +284,11 @@ class Desk:
     async def close_job(self, job: Job, state: str, told: Mapping[str, Any], tries: int | None = None) -> None:
         """Record how a job ended, and tell who watches.
 
-        told   its outcome where it is done, else {"code", "message"}
+        told   its outcome where it is done, else what `on_record` made of the error
         tries  None: wait while the disk is full, because an end must not be lost; else raise StoreError
         """
         done = state == DONE
-        body = {"seconds": told["seconds"], "images": len(told["images"])} if done else told
+        body = {"seconds": told["seconds"], "images": len(told["images"])} if done else as_told(told)
         event = self.event(job.id, state, **body)
         while True:
             try:

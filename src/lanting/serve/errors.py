@@ -6,7 +6,9 @@ as one general sentence with a number under which the log has the rest.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from lanting.core.errors import LantingError
 from lanting.core.lang import explain
@@ -101,3 +103,19 @@ def answer_to(error: LantingError) -> Answer:
     if isinstance(error, ServeError):
         return Answer(error.status, error.code, sentence, error.retry_after)
     return Answer(400 if error.exit_code == 2 else 500, "invalid_request", sentence)
+
+
+def words_of(error: LantingError) -> list[Any]:
+    """[template, values] of an error, for JSON: whoever reads it may speak another language than this server."""
+    plain = {name: one if isinstance(one, int | float | str) else str(one) for name, one in error.values.items()}
+    return [error.sentence, plain]
+
+
+def on_record(code: str, error: LantingError) -> dict[str, Any]:
+    """An error as a job keeps it."""
+    return {"code": code, "message": explain(error), "words": words_of(error)}
+
+
+def as_told(error: Mapping[str, Any]) -> dict[str, Any]:
+    """A job's error as clients are told it."""
+    return {name: error[name] for name in ("code", "message")}

@@ -48,7 +48,7 @@ class Job:
     ended: float | None = None
     crashes: int = 0
     outcome: Mapping[str, Any] | None = None  # {"images": [{"size"}], "recipes": [...], "seconds": {...}}
-    error: Mapping[str, Any] | None = None  # {"code", "message"}
+    error: Mapping[str, Any] | None = None  # {"code", "message", "words"}
 
     @property
     def over(self) -> bool:

@@ -15,9 +15,10 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import StreamingResponse
 
 from lanting.core.errors import RequestError
+from lanting.core.lang import explain
 from lanting.core.types import Request
 from lanting.serve.common import caller_of, event_stream, once_of, result_path, sse
-from lanting.serve.errors import MissingError
+from lanting.serve.errors import MissingError, as_told
 from lanting.serve.files import ID
 from lanting.serve.house import House
 from lanting.serve.intake import Order
@@ -72,7 +73,7 @@ def view(house: House, job: Job) -> dict[str, Any]:
         names = [f"/api/jobs/{job.id}/images/{index}" for index in range(len(job.outcome["images"]))]
         told["images"] = [{"url": url, **one} for url, one in zip(names, job.outcome["images"], strict=True)]
         told |= {"recipes": job.outcome["recipes"], "seconds": job.outcome["seconds"]}
-    return told | ({} if job.error is None else {"error": job.error})
+    return told | ({} if job.error is None else {"error": as_told(job.error)})
 
 
 def line_of(event: Event, previews: bool) -> str:
@@ -212,7 +213,7 @@ def model_view(house: House, name: str) -> dict[str, Any]:
     model = house.desk.models[name]
     told: dict[str, Any] = {"name": name, "ready": model.ready, "loras": model.loras}
     if model.refused:
-        told["error"] = house.desk.why_not(model)
+        told["error"] = explain(house.desk.why_not(model))
     if model.spec is not None:
         own = model.spec.defaults
         told |= {"release": model.spec.name, "tasks": list(model.spec.tasks), "size": list(own.size)}

@@ -15,7 +15,7 @@ from typing import Any
 
 from lanting.core.lang import say
 from lanting.serve.desk import Desk
-from lanting.serve.errors import StoreError
+from lanting.serve.errors import DrawingError, StoreError, on_record
 from lanting.serve.hand import Hand
 from lanting.serve.jobs import CANCELLED, DONE, FAILED, Job, begin, find, put_back
 from lanting.serve.line import Entry
@@ -53,11 +53,12 @@ async def start(desk: Desk, model: Model, hand: Hand) -> bool:
     said = await hand.start()
     model.ready = hand.ready
     if said["is"] == "ready":
-        model.spec, model.refused = spec_of(said["spec"]), None
+        model.spec, model.refused, model.words = spec_of(said["spec"]), None, None
         model.loras, model.notes = list(said["loras"]), list(said["notes"])
         logger.info("worker ready", extra={"model": model.served.name, "notes": model.notes or None})
         return True
     model.refused = said.get("sentence") or say("the worker ended before it was ready; its log says why")
+    model.words = said.get("words")
     logger.error("worker not ready", extra={"model": model.served.name, "reason": model.refused})
     desk.meters.crashes.labels(model.served.name).inc()
     return False
@@ -196,10 +197,12 @@ async def recorded(desk: Desk, run: Run, said: Mapping[str, Any]) -> bool:
     if said["is"] == "done":
         await desk.close_job(job, DONE, said["outcome"])
     elif run.why == "cancelled":
-        await desk.close_job(job, CANCELLED, {"code": "cancelled", "message": say("cancelled")})
+        await desk.close_job(job, CANCELLED, on_record("cancelled", DrawingError("cancelled")))
     elif run.why == "timeout":
-        words = say("the drawing took longer than {seconds:g} s and was stopped: ask for less", seconds=job.timeout)
-        await desk.close_job(job, FAILED, {"code": "timeout", "message": words})
+        error = DrawingError(
+            "the drawing took longer than {seconds:g} s and was stopped: ask for less", seconds=job.timeout
+        )
+        await desk.close_job(job, FAILED, on_record("timeout", error))
     elif said["is"] == "failed":
         await failed(desk, job, said)
     else:
@@ -211,9 +214,11 @@ async def failed(desk: Desk, job: Job, said: Mapping[str, Any]) -> None:
     """In the engine's words where it could explain itself; in general ones where it could not, with all in the log."""
     extra = {"job": job.id, "kind": said["kind"], "trace": said.get("trace"), "reason": said["sentence"]}
     logger.error("job failed", extra=extra)
-    general = say("something went wrong inside; the server's log has it under {job}", job=job.id)
     code = "invalid_request" if said["code"] == 2 else "drawing_failed"
-    await desk.close_job(job, FAILED, {"code": code, "message": said["sentence"] or general})
+    told = on_record(code, DrawingError("something went wrong inside; the server's log has it under {job}", job=job.id))
+    if said["sentence"]:
+        told |= {"message": said["sentence"], "words": said["words"]}
+    await desk.close_job(job, FAILED, told)
 
 
 async def interrupted(desk: Desk, model: Model, run: Run, entry: Entry) -> None:
@@ -224,8 +229,8 @@ async def interrupted(desk: Desk, model: Model, run: Run, entry: Entry) -> None:
         desk.meters.crashes.labels(job.model).inc()
         model.ready = False
     if crashed and job.crashes + 1 >= CRASHES:
-        words = say("the engine died {count} times on this drawing: ask for a smaller one", count=CRASHES)
-        await desk.close_job(job, FAILED, {"code": "drawing_failed", "message": words})
+        error = DrawingError("the engine died {count} times on this drawing: ask for a smaller one", count=CRASHES)
+        await desk.close_job(job, FAILED, on_record("drawing_failed", error))
         return
     event = desk.event(job.id, "interrupted", crashed=crashed)
     try:

@@ -46,6 +46,7 @@ class Model:
     pace: Pace = field(default_factory=Pace)
     ready: bool = False
     refused: str | None = None  # why it can't be opened, in a sentence
+    words: list[Any] | None = None  # the same as [template, values]
     loras: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     notes: list[str] = field(default_factory=list[str])
     come: asyncio.Event = field(default_factory=asyncio.Event)  # something waits for this model

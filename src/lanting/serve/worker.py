@@ -31,6 +31,7 @@ from lanting.core.lang import explain
 from lanting.core.pictures import open_mask, open_picture
 from lanting.core.recipe import restore_request
 from lanting.core.types import Progress, Request, Result
+from lanting.serve.errors import words_of
 from lanting.serve.files import publish, replace_file
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def main() -> None:
         bench.names = tuple(lora.path.stem for lora in asked)
         bench.usual = bench.strengths = tuple(float(lora.strength) for lora in asked)
     except LantingError as error:
-        bench.send("refused", sentence=explain(error), code=error.exit_code)
+        bench.send("refused", sentence=explain(error), words=words_of(error), code=error.exit_code)
         return
     loras = [{"name": name, "strength": strength} for name, strength in zip(bench.names, bench.usual, strict=True)]
     bench.send("ready", spec=asdict(bench.engine.spec), loras=loras, notes=list(bench.engine.notes))
@@ -124,7 +125,8 @@ def take(bench: Bench, order: Mapping[str, Any]) -> None:
         draw(bench, order)
     except LantingError as error:
         code = getattr(error, "exit_code", 1)
-        bench.send("failed", job=job, sentence=explain(error), code=code, kind=type(error).__name__)
+        told = {"sentence": explain(error), "words": words_of(error), "code": code, "kind": type(error).__name__}
+        bench.send("failed", job=job, **told)
     except Exception as error:
         trace = "".join(traceback.format_exception(error))
         bench.send("failed", job=job, sentence=None, code=1, kind=type(error).__name__, trace=trace)

@@ -12,7 +12,7 @@ from typing import Any
 from lanting.serve.jobs import CANCELLED, DONE, FAILED, Event, Job
 from lanting.serve.state import Place
 from lanting.serve.studio.forms import DRAW, EDIT, LAYERS, tab_of
-from lanting.serve.studio.words import Say
+from lanting.serve.studio.words import Say, retold
 
 SIGNS = {  # what nano draws well, so that a first click is a good one
     "en": (
@@ -114,8 +114,7 @@ def ended(job: Job, say: Say, before: str | None = None) -> str:
     if job.state == CANCELLED:
         return f'<div class="stage empty"><p>{escape(say("Cancelled."))}</p></div>'
     if job.state == FAILED:
-        words = str((job.error or {}).get("message", ""))
-        return trouble(words[:1].upper() + words[1:])
+        return trouble(retold(say, job.error or {}))
     return finished(job, say, before)
 
 

@@ -5,7 +5,8 @@ The table is the same, `core/zh.toml`, and so is the test that compares it with 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from lanting.core.errors import LantingError
 from lanting.core.lang import chinese
@@ -30,6 +31,12 @@ def explained(say: Say, error: LantingError) -> str:
     """An error's sentence in the page's language."""
     words = say(error.sentence, **error.values) if error.sentence else str(error)
     return words[:1].upper() + words[1:]
+
+
+def retold(say: Say, error: Mapping[str, Any]) -> str:
+    """A job's error in the page's language; as it was told where the job is of an older server."""
+    sentence, values = error.get("words") or (str(error.get("message", "")), {})
+    return explained(say, LantingError(sentence, **values))
 
 
 def preferred(accepts: str, chosen: str | None = None) -> str:
