@@ -118,13 +118,17 @@ class ScaledLinear(PackedLinear):
         if scale is None:
             return numbers
         if scale.numel() == 1:  # two axes: a scalar would be rounded to `dtype` before the product
-            return numbers.mul_(scale.float().reshape(1, 1))
+            scale = scale.reshape(1, 1).expand(self.out_features, 1)
         scale = scale[:, None] if scale.ndim == 1 else scale  # (out / a, in / b)
         if rows is not None or scale.shape[0] != self.out_features:
             every = self.out_features // scale.shape[0]
             rows = torch.arange(self.out_features, device=scale.device) if rows is None else rows
             scale = scale[rows // every]
-        numbers.unflatten(1, (scale.shape[1], -1)).mul_(scale.float()[:, :, None])
+        # a CPU makes float32 copies of 16-bit numbers to multiply them: of a few rows at a time
+        few = max(1, RUN // self.in_features) if numbers.device.type == "cpu" else len(numbers)
+        grouped = numbers.unflatten(1, (scale.shape[1], -1))  # (out, in / b, b)
+        for some, by in zip(grouped.split(few), scale.float().split(few), strict=True):
+            some.mul_(by[:, :, None])
         return numbers
 
 

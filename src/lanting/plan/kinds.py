@@ -18,8 +18,8 @@ from lanting.core.errors import RequestError
 class Kind:
     """`block` weights of one row take `stored` bytes; every row takes `row` bytes more.
 
-    `scratch`: bytes per weight beside the expanded one while it is expanded; a CPU expands GGUF's types a few rows at
-    a time (`in_runs`) and needs next to none.
+    `scratch`: bytes per weight beside the expanded one while it is expanded; a CPU expands all but int4 a few rows at a
+    time (`in_runs`) and needs next to none.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Kind:
 
     @property
     def in_runs(self) -> bool:
-        return self.name.startswith("q")
+        return self.packed and self.name != "int4"
 
     def bytes(self, rows: int, columns: int) -> int:
         """Of a weight (rows, columns), packed as `lanting.attach.quant` does it."""
