@@ -28,7 +28,7 @@ from lanting.core.types import Notice, Request
 from lanting.engine.models import Models
 from lanting.engine.remembered import Remembered
 from lanting.flow.frugal import Frugal
-from lanting.flow.loop import Canvas, Model, velocity
+from lanting.flow.loop import Canvas, Model, Step, denoise, velocity
 from lanting.plan import detect
 
 SPARE = 0.5  # of the memory that is free may be taken for kept references; the rest is for what a step needs
@@ -45,6 +45,7 @@ class Drawing:
         self.level = LEVELS[request.quality or "exact"]
         self.done = resume.step if resume else 0
         self.earlier = str(resume.choices.get("steps", "")).split()[: self.done] if resume else []
+        self.mark = ""  # of its checkpoints
         self.hung, self.spared = ExitStack(), ExitStack()
         self.frugal: Frugal | None = None
         self.sentinel: Sentinel | None = None
@@ -83,6 +84,14 @@ class Drawing:
         kept = any(letter.islower() for word in words for letter in word) if words else self._room(canvas)
         if canvas.references and kept and models.transformer.config.zero_cond_t:
             self.spared.enter_context(frozen_references(models.transformer, self.frugal))
+
+    def steps(self, canvas: Canvas) -> Iterator[Step | None]:
+        """The loop; None where it waits for others (`engine.together`)."""
+        return denoise(self.models.transformer, canvas, self.predict)
+
+    def rest(self) -> None:
+        """All steps were made."""
+        self.models.rest()
 
     def predict(self, model: Model, canvas: Canvas, latents: Tensor, sigma: Tensor) -> Tensor:
         """`flow.loop.velocity`, sparing and watched."""

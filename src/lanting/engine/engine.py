@@ -9,8 +9,8 @@ from __future__ import annotations
 import platform
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Hashable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Unpack, cast
 
@@ -21,12 +21,13 @@ from lanting.core.errors import LantingError, ModelError, NotFiniteError, Reques
 from lanting.core.recipe import describe_request, request_of_picture
 from lanting.core.types import Progress, Recipe, Request, Result
 from lanting.engine.drawing import Drawing
-from lanting.engine.fit import Fit, hold, planned
+from lanting.engine.fit import Fit, hold, in_bytes, planned
 from lanting.engine.models import Models, say_dtypes
 from lanting.engine.remembered import Remembered
 from lanting.engine.resume import go_on, mark_of, put_aside
+from lanting.engine.room import room
 from lanting.engine.studio import EngineStudio
-from lanting.flow.loop import Canvas, Grid, Step, denoise
+from lanting.flow.loop import Canvas, Grid, Step
 from lanting.kernels.library import instruction_set
 from lanting.plan import Plan
 from lanting.specs import ModelSpec, settle
@@ -48,6 +49,8 @@ class Engine:
         self.models = models
         self.turn = threading.Lock()
         self.remembered: Remembered | None = None  # what has to run in a safer way here
+        self.proved: dict[tuple[Hashable, ...], bool] = {}  # common steps: were they the bits of steps alone?
+        self.budget: int | None = None  # bytes of the device, where somebody gave a budget
 
     @classmethod
     def open(
@@ -82,7 +85,9 @@ class Engine:
         plan = planned(folder, fit, (controlnet, *loras), **wish)
         models = Models(folder, device, dtype, controlnet, loras, quant, plan)
         hold(models.device, fit.get("vram"))
-        return cls(models)
+        engine = cls(models)
+        engine.budget = in_bytes(fit.get("vram" if models.device.type == "cuda" else "ram"))
+        return engine
 
     @property
     def folder(self) -> ModelFolder:
@@ -137,6 +142,16 @@ class Engine:
         """
         return self._draw(settle(request, self.spec), previews, every, resume)
 
+    def room(self, request: Request, most: int | None = None) -> int:
+        """How many drawings like this one may share their steps (`lanting.engine.together`), itself counted; 1: none.
+
+        most  as many as fit, up to so many; None: as many as gain something and stay the same to the last bit
+        Raises RequestError for wrong values.
+        """
+        settled, known = settle(request, self.spec), self.known()
+        shared = most is not None or all(same for (key, *_), same in self.proved.items() if key == known.key)
+        return room(self.models, settled, most, self.budget) if shared and not known.ways else 1
+
     def close(self) -> None:
         """Let the weights go."""
         with self.turn:
@@ -151,33 +166,43 @@ class Engine:
     def _draw(
         self, request: Request, previews: bool, every: int = 0, resume: Checkpoint | None = None
     ) -> Iterator[Progress | Checkpoint | Result]:
-        with self.turn:
-            phases = Phases()
-            drawing = Drawing(self.models, request, self._remembered(), resume)
-            with sentences(self.models.device), resting(self.models), drawing:
-                request, canvas = self._prepare(request, phases, drawing)
-                mark = mark_of(request, self.models) if every or resume else ""
-                canvas = go_on(canvas, resume, mark) if resume else canvas
-                done = resume.step if resume else 0
-                yield from phases.finished()
-                last: Step | None = None
-                drawing.begin(canvas)
-                for step in denoise(self.models.transformer, canvas, drawing.predict):
-                    last = step
-                    picture = self._preview(canvas.grids[-1], step) if previews else None
-                    event = phases.tick("denoise", step.index + done, step.total + done, picture)
-                    yield replace(event, choice=drawing.choice, notices=drawing.notices())
-                    if every and step.index % every == 0 and step.index < step.total:
-                        yield put_aside(step, done, mark, drawing.choices)
-                self.models.rest()
-                phases.end("denoise")
-                images = self._finish(canvas, last)
-                phases.end("decode")
-                yield replace(phases.tick("decode", 1, 1), notices=drawing.notices())
-                request = drawing.told(request)
-                yield Result(tuple(images), self._recipes(request, len(images)), dict(phases.seconds))
+        with self.turn, resting(self.models):
+            drawing = Drawing(self.models, request, self.known(), resume)
+            with closing(self.drawn(drawing, request, previews, every, resume)) as events:
+                yield from (event for event in events if event is not None)
 
-    def _remembered(self) -> Remembered:
+    def drawn(
+        self, drawing: Drawing, request: Request, previews: bool, every: int, resume: Checkpoint | None
+    ) -> Generator[Progress | Checkpoint | Result | None]:
+        """The path of one settled request, for whoever has the engine's turn; None where its steps wait for others."""
+        phases = Phases()
+        with sentences(self.models.device), drawing:
+            request, canvas = self._prepare(request, phases, drawing)
+            drawing.mark = mark_of(request, self.models) if every or resume else ""
+            canvas = go_on(canvas, resume, drawing.mark) if resume else canvas
+            yield from phases.finished()
+            last: Step | None = None
+            drawing.begin(canvas)
+            for step in drawing.steps(canvas):
+                if step is None:
+                    yield None
+                    continue
+                last = step
+                picture = self._preview(canvas.grids[-1], step) if previews else None
+                event = phases.tick("denoise", step.index + drawing.done, step.total + drawing.done, picture)
+                yield replace(event, choice=drawing.choice, notices=drawing.notices())
+                if every and step.index % every == 0 and step.index < step.total:
+                    yield put_aside(step, drawing.done, drawing.mark, drawing.choices)
+            drawing.rest()
+            phases.end("denoise")
+            images = self._finish(canvas, last)
+            phases.end("decode")
+            yield replace(phases.tick("decode", 1, 1), notices=drawing.notices())
+            request = drawing.told(request)
+            yield Result(tuple(images), self._recipes(request, len(images)), dict(phases.seconds))
+
+    def known(self) -> Remembered:
+        """What has to run in a safer way here."""
         key = key_of(self.models)  # strengths of LoRAs may have changed
         if self.remembered is None or self.remembered.key != key:
             self.remembered = Remembered(key)

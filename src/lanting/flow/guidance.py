@@ -26,16 +26,16 @@ def guide(positive: Tensor, negative: Tensor, scale: float, renormalize: bool = 
     return guided * (wanted / length.masked_fill(length == 0, 1))
 
 
-def join(first: tuple[Tensor, Tensor | None], second: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
-    """Two (embeds, mask) of one batch size stacked into one of twice the size, the shorter text padded.
+def join(*sides: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
+    """(embeds, mask) of several batches stacked into those of one batch, shorter texts padded.
 
     The mask stays None when nothing is padded: an all-true mask only selects a slower attention kernel.
     """
-    length = max(first[0].shape[1], second[0].shape[1])
-    whole = all(mask is None and embeds.shape[1] == length for embeds, mask in (first, second))
-    padded = [_pad(embeds, mask, length) for embeds, mask in (first, second)]
-    embeds = torch.cat([embeds for embeds, _ in padded])  # (2B, length, D)
-    return embeds, None if whole else torch.cat([mask for _, mask in padded])  # (2B, length)
+    length = max(embeds.shape[1] for embeds, _ in sides)
+    whole = all(mask is None and embeds.shape[1] == length for embeds, mask in sides)
+    padded = [_pad(embeds, mask, length) for embeds, mask in sides]
+    embeds = torch.cat([embeds for embeds, _ in padded])  # (B of all, length, D)
+    return embeds, None if whole else torch.cat([mask for _, mask in padded])  # (B of all, length)
 
 
 def _pad(embeds: Tensor, mask: Tensor | None, length: int) -> tuple[Tensor, Tensor]:
