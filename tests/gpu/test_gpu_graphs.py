@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack, nullcontext
+
 import pytest
 import torch
 
 import nets
 from lanting.attach.caches import residual_cache
+from lanting.attach.frozen import frozen_references
 from lanting.attach.gpu import attach_gpu, detach_gpu
 from lanting.attach.graphs import Graphs, attach_graphs, detach_graphs, forget_graphs
 from lanting.attach.modulation import ModulationTable
 from lanting.core.lang import chinese
+from lanting.core.quality import Quality
+from lanting.flow.frugal import Frugal, Kept
+from lanting.flow.loop import Canvas, Conditioning, Tokens, denoise
 from lanting.nn.lora import Factors, attach, detach, set_strengths
 
 GRID = (1, 3, 4)
@@ -21,6 +27,9 @@ class Again:
 
     def __init__(self, broken: type[Exception] | None = None, full: bool = False):
         self.broken, self.full, self.recorded, self.played, self.forgotten = broken, full, 0, 0, 0
+
+    def fresh(self):
+        return self
 
     def ready(self, device):
         return True
@@ -33,14 +42,15 @@ class Again:
             raise self.broken("no\nat all")
         self.recorded += 1
         with strict():
-            output = work().clone().fill_(float("nan"))  # recording computes nothing
+            outputs = tuple(x.clone().fill_(float("nan")) for x in work())  # recording computes nothing
 
         def play():
             self.played += 1
             with strict():
-                output.copy_(work())
+                for place, value in zip(outputs, work(), strict=True):
+                    place.copy_(value)
 
-        return play, output
+        return play, outputs
 
     def forget(self):
         self.forgotten += 1
@@ -74,6 +84,19 @@ def ask(net, time=0.5, seed=0, grids=(GRID,), **given):
     times = time if isinstance(time, torch.Tensor) else torch.full((batch,), time)
     with torch.no_grad():
         return net(latents, times, prompt, mask, grids, 12, control=control, branch=branch)
+
+
+def canvas(guided, references, steps=14):
+    draw = torch.Generator().manual_seed(0)
+    random = lambda *shape: torch.randn(*shape, generator=draw)  # noqa: E731
+    return Canvas(
+        start=random(1, 12, 16),
+        grids=((1, 4, 3),),
+        sigmas=torch.linspace(1, 0, steps + 1),
+        positive=Conditioning(random(1, 7, 48)),
+        negative=Conditioning(random(1, 5, 48)) if guided else None,
+        references=tuple(Tokens(random(1, 4, 16), (1, 2, 2)) for _ in range(references)),
+    )
 
 
 def pair(tabled=False, **changes):
@@ -111,7 +134,7 @@ def test_everything_given_counts(given):
     for i in range(4):
         assert torch.equal(ask(net, seed=i), ask(plain, seed=i))
         assert torch.equal(ask(net, seed=i, **given), ask(plain, seed=i, **given))
-    assert recorder.recorded == 2 == len(graphs.kept)
+    assert recorder.recorded == 2 == len(graphs.tapes.kept)
 
 
 def test_only_the_last_few_are_kept():
@@ -119,7 +142,7 @@ def test_only_the_last_few_are_kept():
     for text in range(5, 11):
         for i in range(3):
             assert torch.equal(ask(net, text=text, seed=i), ask(plain, text=text, seed=i))
-    assert len(graphs.kept) == 4 and recorder.recorded == 6
+    assert len(graphs.tapes.kept) == 4 and recorder.recorded == 6
     ask(net, text=10)
     assert recorder.recorded == 6  # among the last ones
     ask(net, text=5)
@@ -166,7 +189,7 @@ def test_weights_that_went_and_came_are_recorded_anew():
         each.transformer_blocks[-1].txt_mlp.net[2].weight = torch.nn.Parameter(
             each.transformer_blocks[-1].txt_mlp.net[2].weight * 2, requires_grad=False
         )
-    assert torch.equal(ask(net), ask(plain)) and not graphs.kept
+    assert torch.equal(ask(net), ask(plain)) and not graphs.tapes.kept
     ask(net)
     assert torch.equal(ask(net), ask(plain)) and recorder.recorded == 2
 
@@ -204,19 +227,88 @@ class Never:
         pass
 
 
-def test_whoever_decides_in_python_is_not_recorded():
+def test_whoever_decides_between_blocks_has_runs_of_them_recorded():
     net, plain, _, recorder = pair()
     with residual_cache(net, Never()):
-        for _ in range(3):
-            assert torch.equal(ask(net), ask(plain))
+        for i in range(4):
+            assert torch.equal(ask(net, seed=i), ask(plain, seed=i))
+        assert recorder.recorded == 2 and recorder.played == 4  # the first block, and the others
+
+
+def test_whoever_listens_to_blocks_hears_them():
+    net, plain, _, recorder = pair()
     hook = net.transformer_blocks[1].register_forward_hook(lambda *given: None)
-    for _ in range(3):
-        ask(net)
+    for each in (False, True):
+        with residual_cache(net, Never()) if each else nullcontext():
+            for _ in range(3):
+                assert torch.equal(ask(net), ask(plain))
     assert recorder.recorded == 0
     hook.remove()
     for _ in range(3):
         ask(net)
     assert recorder.recorded == 1
+
+
+class Spared(Frugal):
+    """Asks for every saving in turn, so that each is met often."""
+
+    def _guess(self):
+        return None
+
+    def _choose(self, kept, change):
+        return "FFCFLF"[self.step % 6] if len(kept.steps) == 2 else "F"
+
+    def frozen(self, branch):
+        kept = self.references.setdefault(branch, Kept())
+        self.beside = bool(kept.steps) and self.step % 4 != 3
+        return self.beside
+
+
+def spared(net, given, kind=Spared):
+    """(latents, words, errors that were seen) of a drawing with caches and frozen references."""
+    frugal, errors = kind(Quality(step=9.0, mean=9.0, age=9), given), []
+    real = frugal.refreshed
+    frugal.refreshed = lambda branch, error: errors.append(error) or real(branch, error)
+    with ExitStack() as hung:
+        hung.enter_context(residual_cache(net, frugal))
+        if given.references:
+            hung.enter_context(frozen_references(net, frugal))
+        return list(denoise(net, given, frugal))[-1].latents, frugal.words, errors
+
+
+@pytest.mark.parametrize("references", [0, 1])
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+def test_spared_steps_are_recorded_by_kind(references, guided, fused, monkeypatch):
+    """Full and cut short, refreshed and beside what is kept: the bits of running; none outlives the memory it reads."""
+    net, plain, graphs, recorder = pair(True, zero_cond_t=bool(references))
+    if fused:
+        for module in ("rows", "products"):
+            monkeypatch.setattr(f"lanting.kernels.gpu.{module}.available", lambda device: False)
+        attach_gpu(net), attach_gpu(plain)
+    given = canvas(guided, references)
+    for each in (graphs.table, graphs.other):
+        each.prepare(given.sigmas[:-1])
+    wanted, words, errors = spared(plain, given)
+    for _ in range(2):
+        found, said, seen = spared(net, given)
+        assert said == words and seen == errors and torch.equal(found, wanted)
+        assert {word[0].upper() for word in said} == set("FCL")
+        assert (len(set(map(str.islower, said))) == 2) == bool(references)
+    assert recorder.played > recorder.recorded >= 2
+    assert bool(graphs.tapes.kept) == (not references)  # beside references they end with each drawing
+    assert all("forward" not in block.attn.attend.__dict__ or fused for block in net.transformer_blocks)
+
+
+def test_a_rescue_lets_go_of_recorded_pieces():
+    """The sentinel takes the recording off the network in the middle of a drawing: blocks run as they come."""
+    net, plain, _, recorder = pair()
+    with residual_cache(net, Never()):
+        for i in range(3):
+            ask(net, seed=i)
+        before = recorder.played
+        net.__dict__.pop("forward")
+        assert torch.equal(ask(net), ask(plain)) and recorder.played == before
 
 
 def test_inference_mode_has_recordings_of_its_own():
@@ -257,7 +349,7 @@ def test_where_recording_fails_everything_runs_as_it_comes(problem, capsys):
     graphs = attach_graphs(net, None, Again(problem))  # type: ignore[arg-type]
     for i in range(4):
         assert torch.equal(ask(net, seed=i), ask(plain, seed=i))
-    assert graphs.failed and not graphs.kept
+    assert graphs.failed and not graphs.tapes.kept
     assert capsys.readouterr().err.count("not recorded") == 1
     assert "steps are not recorded: {reason}" in chinese()
 
@@ -275,6 +367,6 @@ def test_a_cpu_is_not_recorded():
     graphs = attach_graphs(net)
     for _ in range(3):
         assert torch.equal(ask(net), ask(plain))
-    assert not graphs.kept and not graphs.met
+    assert not graphs.tapes.kept and not graphs.tapes.met
     detach_graphs(net)
     assert "forward" not in net.__dict__ and not isinstance(net.forward, Graphs)

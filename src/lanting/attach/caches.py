@@ -7,7 +7,8 @@ After "First Block Cache" (ParaAttention) and "TaylorSeer" (the line through two
 errors are measured, and not set equal to a threshold.
 
 The Stack stays where it is and calls its blocks as before, so streaming, kernels and LoRAs see nothing but fewer calls:
-the next call is again of the first block, which is what streaming expects after a first block, too.
+the next call is again of the first block, which is what streaming expects after a first block, too. On a GPU the first
+block and the others are recorded apart (`attach.pieces`).
 Rejected: caches of single layers inside a block, whose keys at full size take more memory than the blocks.
 """
 
@@ -21,7 +22,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lanting.nn.mmdit import Context, Stack, through
+from lanting.attach.pieces import Pieces
+from lanting.nn.mmdit import Context, Stack
 
 
 class Judge(Protocol):
@@ -52,14 +54,15 @@ class State:
 class ResidualCache:
     """In place of a Stack's `forward`, for one drawing."""
 
-    def __init__(self, stack: Stack, judge: Judge):
-        self.stack, self.judge = stack, judge
+    def __init__(self, net: Any, judge: Judge):
+        self.stack: Stack = net.transformer_blocks
+        self.pieces, self.judge = Pieces(net), judge
         self.states: dict[str, State] = {}
 
     def __call__(self, img: Tensor, txt: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
         if not self.judge.watches(ctx.branch) or len(self.stack) < 2:
-            return through(self.stack, img, txt, ctx)
-        here, there = through(self.stack, img, txt, ctx, 0, 1)
+            return self.pieces(img, txt, ctx)
+        here, there = self.pieces(img, txt, ctx, 0, 1)
         state = self.states.get(ctx.branch)
         after = here[:, : ctx.target_tokens]
         first = after - img[:, : ctx.target_tokens]
@@ -67,7 +70,7 @@ class ResidualCache:
         ahead = None if state is None else self.judge.reuse(ctx.branch, change)
         if state is not None and ahead is not None:
             return after + state.guess(ahead), there
-        img, txt = through(self.stack, here, there, ctx, 1)
+        img, txt = self.pieces(here, there, ctx, 1)
         rest = img[:, : ctx.target_tokens] - after
         self._report(ctx, change, rest, img)
         self.states[ctx.branch] = State(first, rest, None if state is None else state.rest)
@@ -84,17 +87,22 @@ class ResidualCache:
         self.judge.computed(ctx.branch, change, same, line)
 
 
-def relative(error: Tensor, of: Tensor) -> float:
-    """Length of `error` (B, N, D) by length of `of`; of the worst picture of a batch."""
+def ratio(error: Tensor, of: Tensor) -> Tensor:
+    """Length of `error` (B, N, D) by length of `of`; of the worst picture of a batch, no dimensions."""
     lengths = [torch.linalg.vector_norm(x, dim=(1, 2), dtype=torch.float32) for x in (error, of)]  # (B,)
-    return float((lengths[0] / lengths[1].clamp(min=1e-12)).max())
+    return (lengths[0] / lengths[1].clamp(min=1e-12)).max()
+
+
+def relative(error: Tensor, of: Tensor) -> float:
+    """`ratio` as a number, for which a GPU is waited for."""
+    return float(ratio(error, of))
 
 
 @contextmanager
 def residual_cache(net: Any, judge: Judge) -> Iterator[ResidualCache]:
     """A cache on the network's `transformer_blocks`; off again afterwards, and every bit as before."""
     stack: Any = net.transformer_blocks
-    cache, old = ResidualCache(stack, judge), stack.__dict__.get("forward")
+    cache, old = ResidualCache(net, judge), stack.__dict__.get("forward")
     stack.__dict__["forward"] = cache
     try:
         yield cache

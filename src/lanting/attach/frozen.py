@@ -9,13 +9,14 @@ measured at every refresh, in three blocks: attention with the old keys and valu
 
 It attaches at two seams, Stack and Attend, and works with plain blocks and with the fused ones of `attach.compute`
 alike: those compute everything but attention, which PyTorch does in these steps, since the kernels want as many keys
-as queries. Memory: `kept_bytes`; 3 GB a megapixel of references and branch in the full model at 16 bits.
+as queries. Memory: `kept_bytes`; 3 GB a megapixel of references and branch in the full model at 16 bits. On a GPU both
+kinds of call are recorded, until the drawing ends (`attach.pieces`); what is kept stays at one place for that.
 Rejected: keys and values of one branch for both. It halves the memory, but references see the text, too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Protocol
@@ -23,7 +24,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lanting.attach.caches import relative, restore
+from lanting.attach.caches import ResidualCache, ratio, restore
+from lanting.attach.pieces import Pieces
 from lanting.nn.mmdit import Attend, Context
 
 SAMPLED = (1, 2, 3)  # quarters of the stack in which errors are measured
@@ -46,15 +48,20 @@ def kept_bytes(config: Any, tokens: int, calls: int, itemsize: int) -> int:
 class Frozen:
     """In place of the `forward` of a Stack and of its blocks' Attends, for one drawing."""
 
-    def __init__(self, stack: Any, judge: Judge):
-        self.stack, self.judge, self.inner = stack, judge, stack.forward
+    def __init__(self, net: Any, judge: Judge):
+        stack: Any = net.transformer_blocks
+        cache = stack.__dict__.get("forward")
+        self.stack, self.judge = stack, judge
+        self.pieces = cache.pieces if isinstance(cache, ResidualCache) else Pieces(net)
+        self.pieces.after = self._ran
+        self.inner = cache or self.pieces
         count = len(stack)
         self.sampled = {count * quarter // 4 for quarter in SAMPLED}
         self.kept: dict[str, dict[int, tuple[Tensor, Tensor]]] = {}  # branch -> block -> keys, values (B, R, H, E)
         self.branch, self.split = "", 0  # of the present call; where the references begin, text included
         self.beside = False  # the present call runs beside kept references
         self.made: list[int] = []  # blocks whose keys and values were made in this call
-        self.errors: list[float] = []
+        self.errors: list[Tensor] = []  # what the kept ones would have cost in some of them; no dimensions
 
     def __call__(self, img: Tensor, txt: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
         """`Stack.forward`; without the references' tokens where they are frozen."""
@@ -65,14 +72,21 @@ class Frozen:
         self.beside, self.made, self.errors = self.judge.frozen(ctx.branch), [], []
         if self.beside:
             img, ctx = img[:, :target], without_references(ctx, self.split)
+        self.pieces.kind = (self.branch, self.beside, len(self.kept.setdefault(self.branch, {})))
         try:
             out = self.inner(img, txt, ctx)
         finally:
-            self.split, self.beside = 0, False
+            self.split, self.beside, self.pieces.kind = 0, False, ()
         if len(self.made) == len(self.stack):
             whole = len(self.errors) == len(self.sampled)
-            self.judge.refreshed(ctx.branch, COUPLING * max(self.errors) if whole else torch.inf)
+            self.judge.refreshed(ctx.branch, COUPLING * float(torch.stack(self.errors).max()) if whole else torch.inf)
         return out
+
+    def _ran(self, blocks: Iterable[int], noted: Sequence[Tensor]) -> None:
+        """These blocks were computed, or played back."""
+        if self.split and not self.beside:
+            self.made += blocks
+            self.errors += noted
 
     def attend(self, index: int, inner: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """`Attend.forward` of block `index`."""
@@ -82,18 +96,21 @@ class Frozen:
         if self.beside:
             old_k, old_v = kept[index]
             return inner(q, torch.cat([k, old_k], 1), torch.cat([v, old_v], 1), mask)
-        out = inner(q, k, v, mask)
-        if index in kept and index in self.sampled:
-            self.errors.append(self._error(inner, (q, k, v, mask), kept[index], out))
-        kept[index] = k[:, self.split :].clone(), v[:, self.split :].clone()
-        self.made.append(index)
+        out, new = inner(q, k, v, mask), (k[:, self.split :], v[:, self.split :])
+        if index not in kept:
+            kept[index] = new[0].clone(), new[1].clone()
+            return out
+        if index in self.sampled:
+            self.pieces.noted.append(self._error(inner, (q, k, v, mask), kept[index], out))
+        for place, value in zip(kept[index], new, strict=True):
+            place.copy_(value)
         return out
 
-    def _error(self, inner: Any, now: tuple[Any, ...], kept: tuple[Tensor, Tensor], out: Tensor) -> float:
+    def _error(self, inner: Any, now: tuple[Any, ...], kept: tuple[Tensor, Tensor], out: Tensor) -> Tensor:
         """How far the text's and the target's attention would have been off."""
         (q, k, v), end = (x[:, : self.split] for x in now[:3]), self.split
         old = inner(q, torch.cat([k, kept[0]], 1), torch.cat([v, kept[1]], 1), now[3])
-        return relative((old - out[:, :end]).flatten(2), out[:, :end].flatten(2))
+        return ratio((old - out[:, :end]).flatten(2), out[:, :end].flatten(2))
 
 
 def without_references(ctx: Context, split: int) -> Context:
@@ -110,7 +127,8 @@ def frozen_references(net: Any, judge: Judge) -> Iterator[Frozen]:
     attends: list[Any] = [block.attn.attend for block in stack]
     assert all(isinstance(attend, Attend) for attend in attends)
     old = [module.__dict__.get("forward") for module in (stack, *attends)]
-    frozen = Frozen(stack, judge)
+    frozen = Frozen(net, judge)
+    tapes = frozen.pieces.apart()
     stack.__dict__["forward"] = frozen
     for index, attend in enumerate(attends):
         attend.__dict__["forward"] = Seat(frozen, index, attend.forward)
@@ -119,6 +137,8 @@ def frozen_references(net: Any, judge: Judge) -> Iterator[Frozen]:
     finally:
         for module, forward in zip((stack, *attends), old, strict=True):
             restore(module, forward)
+        if tapes is not None:
+            tapes.forget()
 
 
 class Seat:
