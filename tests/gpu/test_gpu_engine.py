@@ -7,10 +7,12 @@ import pytest
 import tiny
 import torch
 from test_gpu_graphs import Again
+from test_gpu_vae import autoencoder
 
 from lanting import Engine, Request
 from lanting.attach.gpu import attach_gpu
 from lanting.attach.graphs import Graphs, attach_graphs
+from lanting.attach.vae_graphs import Decoding
 from lanting.engine import compute
 from lanting.engine.compute import has_kernels, record_steps, speed_up, speed_up_vae
 from nets import transformer
@@ -27,20 +29,24 @@ def test_what_has_kernels(monkeypatch):
 @pytest.mark.parametrize(("device", "kernels", "hung"), [(GPU, "", True), (GPU, "off", False), (APPLE, "", False)])
 def test_what_is_hung_on_networks(device, kernels, hung, monkeypatch):
     monkeypatch.setenv("LANTING_KERNELS", kernels)
-    net, pictures = transformer(), torch.nn.Conv2d(3, 4, 3)
+    net, pictures = transformer(), autoencoder()
     speed_up(net, device)
     record_steps(net, None, device)
-    speed_up_vae(pictures, device)  # type: ignore[arg-type]
+    speed_up_vae(pictures, device)
     assert ("forward" in net.transformer_blocks[0].__dict__) == hung
     assert isinstance(net.forward, Graphs) == hung
-    assert pictures.weight.is_contiguous(memory_format=torch.channels_last) == hung
+    weight = pictures.decoder.up_blocks[0].resnets[0].conv1.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last) == hung
+    assert isinstance(pictures.decoder.forward, Decoding) == hung
 
 
 def test_recording_can_be_left_alone(monkeypatch):
     monkeypatch.setenv("LANTING_GRAPHS", "off")
     net = transformer()
+    pictures = autoencoder()
     record_steps(net, None, GPU)
-    assert not isinstance(net.forward, Graphs)
+    speed_up_vae(pictures, GPU)
+    assert not isinstance(net.forward, Graphs) and not isinstance(pictures.decoder.forward, Decoding)
 
 
 def test_a_picture_the_gpu_s_way(tmp_path, monkeypatch):

@@ -34,6 +34,9 @@ class Again:
     def ready(self, device):
         return True
 
+    def holds(self, size, device):
+        return not self.full
+
     def roomy(self, device):
         return not self.full
 

@@ -21,6 +21,7 @@ from lanting.core.lang import say
 from lanting.kernels.gpu.here import second
 
 SPARE = 0.05  # share of the GPU's memory below which nothing more is recorded
+HELD = 0.025  # share of it that a single recording may hold where that is asked: 1024 x 1024 pixels with 80 GB
 
 Outcome = tuple[Tensor, ...]
 Work = Callable[[Sequence[Tensor]], Outcome]
@@ -44,6 +45,10 @@ class Recorder:
         """Whether memory is left."""
         free, total = memory(device)
         return free > SPARE * total
+
+    def holds(self, size: int, device: torch.device) -> bool:
+        """Whether so many bytes may be held for good."""
+        return size <= HELD * memory(device)[1]
 
     def record(self, work: Callable[[], Outcome], device: torch.device) -> tuple[Callable[[], object], Outcome]:
         """(what plays it back, where the results then are). The work is not done yet."""

@@ -16,6 +16,7 @@ from lanting.attach.gpu import attach_gpu
 from lanting.attach.graphs import attach_graphs
 from lanting.attach.modulation import ModulationTable
 from lanting.attach.vae import attach_vae
+from lanting.attach.vae_graphs import attach_vae_graphs
 from lanting.kernels.library import OFF, ready
 from lanting.nn.mmdit import QwenImageTransformer
 from lanting.nn.vae import AutoencoderKLQwenImage
@@ -51,3 +52,5 @@ def speed_up_vae(vae: AutoencoderKLQwenImage, device: torch.device) -> None:
         attach_vae(vae)
     elif has_kernels(device):
         vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if wanted("LANTING_GRAPHS"):
+            attach_vae_graphs(vae)
