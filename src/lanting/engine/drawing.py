@@ -7,7 +7,7 @@ that nothing of it is left for the next.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from lanting.attach.caches import residual_cache
-from lanting.attach.compute import KEPT
 from lanting.attach.frozen import frozen_references, kept_bytes
+from lanting.attach.held import KEPT
 from lanting.attach.parts import Part
+from lanting.attach.safe_reader import PARTS, SafeReader, States
 from lanting.attach.safe_vae import SafeVae
 from lanting.attach.sentinel import Sentinel
 from lanting.core.checkpoint import Checkpoint
@@ -30,6 +31,7 @@ from lanting.engine.remembered import Remembered
 from lanting.flow.frugal import Frugal
 from lanting.flow.loop import Canvas, Model, Step, denoise, velocity
 from lanting.plan import detect
+from lanting.text.encoder import PromptEncoder
 
 SPARE = 0.5  # of the memory that is free may be taken for kept references; the rest is for what a step needs
 
@@ -50,7 +52,8 @@ class Drawing:
         self.frugal: Frugal | None = None
         self.sentinel: Sentinel | None = None
         self.vae: SafeVae | None = None
-        self.shown = 0
+        self.reader: SafeReader | None = None
+        self.shown: list[Notice] = []
 
     def __enter__(self) -> Drawing:
         return self
@@ -64,8 +67,13 @@ class Drawing:
 
     def watch_vae(self, vae: Any) -> None:
         """From the first picture that is encoded to the last one that is decoded."""
-        known = self.remembered.ways if self.told_before is None else {path: way for _, path, way in self._safe()}
-        self.vae = self.hung.enter_context(SafeVae(vae, known))
+        self.vae = self.hung.enter_context(SafeVae(vae, self._known()))
+
+    def read(self, encoder: PromptEncoder, work: Callable[[], States]) -> States:
+        """What the text encoder is asked to do, watched from the first prompt on."""
+        if self.reader is None:
+            self.reader = self.hung.enter_context(SafeReader(encoder.model, self._known(), mend=self._mend))
+        return self.reader.read(work)
 
     def begin(self, canvas: Canvas) -> None:
         """Hang everything on the networks that the steps need."""
@@ -109,9 +117,9 @@ class Drawing:
 
     def notices(self) -> tuple[Notice, ...]:
         """What was not told yet."""
-        every = [*(self.vae.notices if self.vae else ()), *(self.sentinel.notices if self.sentinel else ())]
-        new = tuple(every[self.shown :])
-        self.shown = len(every)
+        every = [one for watch in (self.reader, self.vae, self.sentinel) if watch for one in watch.notices]
+        new = tuple(one for one in every if not any(one is other for other in self.shown))
+        self.shown += new
         return new
 
     @property
@@ -127,7 +135,7 @@ class Drawing:
             [step + self.done if step >= 0 else 0, path, way]
             for step, path, way in (self.sentinel.made if self.sentinel else ())
         ]
-        made += [[0, path, way] for path, way in (self.vae.ways.items() if self.vae else ())]
+        made += [[0, path, way] for watch in (self.reader, self.vae) if watch for path, way in watch.ways.items()]
         return steps | ({"safe": made} if made else {})
 
     def told(self, request: Request) -> Request:
@@ -136,12 +144,17 @@ class Drawing:
 
     def ways(self) -> dict[str, str]:
         """Part -> way, for the next drawing."""
-        return (self.sentinel.ways if self.sentinel else {}) | (self.vae.ways if self.vae else {})
+        watches = [watch for watch in (self.reader, self.vae, self.sentinel) if watch]
+        return {path: way for watch in watches for path, way in watch.ways.items()}
 
     # ---------------------------------------------------------------- what the sentinel asks
     def _safe(self) -> Iterator[tuple[int, str, str]]:
         for step, path, way in (self.told_before or {}).get("safe", ()):
             yield int(step), str(path), str(way)
+
+    def _known(self) -> Mapping[str, str]:
+        """Part -> way from the first moment on."""
+        return self.remembered.ways if self.told_before is None else {path: way for _, path, way in self._safe()}
 
     def _calm(self, redone: bool) -> None:
         self.spared.close()
@@ -153,7 +166,11 @@ class Drawing:
     def _mend(self, path: str) -> bool:
         """Read a part's weights from its file again."""
         name, _, inside = path.partition(".")
-        placed: Any = self.models.placed_transformer if name == "transformer" else self.models.placed_controlnet
+        if name in PARTS:
+            placed: Any = self.models.placed_encoder
+            inside = f"{PARTS[name]}.{inside}"
+        else:
+            placed = self.models.placed_transformer if name == "transformer" else self.models.placed_controlnet
         module = placed.net.get_submodule(inside)
         part = Part(module, inside)
         here = [name for name, tensor in part.tensors() if tensor.device.type != "meta"]
