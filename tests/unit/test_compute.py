@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import nets
-from lanting.attach.compute import attach_kernels, detach_kernels, packed
+from lanting.attach.compute import attach_kernels, detach_kernels
+from lanting.attach.held import packed
 from lanting.attach.modulation import ModulationTable
 from lanting.attach.parts import Part
 from lanting.attach.stream import Mapped, Streamer

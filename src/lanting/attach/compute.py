@@ -18,16 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lanting.attach.held import KEPT, floats, packed
+from lanting.attach.whole import whole_block
 from lanting.kernels import calls
-from lanting.kernels.calls import Packed, Rounded
+from lanting.kernels.calls import Rounded
 from lanting.kernels.library import ready
-from lanting.nn.linears import GgufLinear, Int4Linear, Int8Linear, PackedLinear
+from lanting.nn.linears import PackedLinear
 from lanting.nn.mmdit import Attend, Block, Context, FeedForward
 from lanting.nn.rotate import rotate_blocks
 
 DTYPES = (torch.float32, torch.bfloat16)
 LEFT_ALONE = ("img_mod", "txt_mod", "time_text_embed")
-KEPT = ("bound", "bias in float32", "weight in float32")  # what is made once for a module
 FEWEST = 16  # rows below which torch's own products are as fast, and exact
 
 
@@ -56,25 +57,6 @@ def detach_kernels(net: nn.Module) -> None:
             module.__dict__.pop("forward", None)
 
 
-def packed(linear: nn.Module, dtype: torch.dtype | None = None) -> Packed | None:
-    """The weight of a Linear as the kernels read it, None where they can't. A row's bound is found once: weights that
-    stream come back the same. Plain ones only for activations in bfloat16."""
-    if type(linear) is nn.Linear:
-        return calls.dense(linear.weight) if dtype == torch.bfloat16 else None
-    if isinstance(linear, Int8Linear | Int4Linear):
-        data, scale = linear.weight, linear.weight_scale
-        scale = scale[:, None] if scale is not None and scale.ndim == 1 else scale
-    elif isinstance(linear, GgufLinear):
-        data, scale = linear.weight, None
-    else:
-        return None
-    bound = linear.__dict__.get("bound")
-    found = calls.packed(linear.kind, data, scale, linear.in_features, bound)
-    if found is not None and bound is None:
-        linear.__dict__["bound"] = found.bound
-    return found
-
-
 def integer_product(linear: PackedLinear, x: Tensor) -> Tensor:
     """x W^T + b with x rounded to int8; as defined where that is no gain."""
     rows = x.numel() // max(1, x.shape[-1])
@@ -87,17 +69,6 @@ def integer_product(linear: PackedLinear, x: Tensor) -> Tensor:
     return out
 
 
-def floats(module: Any, name: str) -> Tensor | None:
-    """A bias or a norm's weight in float32, made once: like bounds, it comes back the same."""
-    x = getattr(module, name)
-    if x is None or x.dtype == torch.float32:
-        return x
-    kept = module.__dict__.get(f"{name} in float32")
-    if kept is None:
-        kept = module.__dict__[f"{name} in float32"] = x.detach().float().contiguous()
-    return kept
-
-
 def attend(module: Attend, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """`Attend.forward`."""
     width = q.shape[-1]
@@ -106,6 +77,12 @@ def attend(module: Attend, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None)
     if q.device.type != "cpu" or q.dtype not in DTYPES or width % 32 or width > calls.WIDEST or q.dtype != v.dtype:
         return type(module).forward(module, q, k, v, mask)
     return calls.attend(q, k, v, mask)
+
+
+def at_its_own(module: Any) -> bool:
+    """Whether it is `attend` and nobody listens: what is told to nobody can be part of a larger call."""
+    own = getattr(module.__dict__.get("forward"), "func", None) is attend
+    return own and not module._forward_hooks and not module._forward_pre_hooks
 
 
 class Rows:
@@ -166,12 +143,12 @@ def feed_forward(mlp: FeedForward, rows: Rows, out: Tensor, gate: Tensor, split:
     project(mlp.net[2], Rows(wide), out, gate, split)
 
 
-def vectors(modulation: nn.Module, temb: Tensor, batch: int) -> tuple[Tensor, ...]:
-    """Six vectors (B, 1 or 2, D) float32: shift, scale and gate of attention, then of the MLP."""
+def vectors(modulation: nn.Module, temb: Tensor, batch: int) -> Tensor:
+    """Six vectors in a row (B, 1 or 2, 6 D) float32: shift, scale and gate of attention, then of the MLP."""
     made = modulation(temb).float().contiguous()  # (B or 1, 1 or 2, 6 D)
     if len(made) != batch:
         made = made.expand(batch, -1, -1).contiguous()
-    return made.chunk(6, -1)
+    return made
 
 
 def fused_block(block: Block, img: Tensor, txt: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
@@ -180,8 +157,11 @@ def fused_block(block: Block, img: Tensor, txt: Tensor, ctx: Context) -> tuple[T
         return type(block).forward(block, img, txt, ctx)
     split = ctx.target_tokens
     img, txt = img.clone(), txt.clone()  # sums are added where they stand, and the caller may want the old ones
-    shift1, scale1, gate1, shift2, scale2, gate2 = vectors(block.img_mod, ctx.temb, len(img))
-    tshift1, tscale1, tgate1, tshift2, tscale2, tgate2 = vectors(block.txt_mod, ctx.temb[:, :1], len(txt))
+    found = vectors(block.img_mod, ctx.temb, len(img)), vectors(block.txt_mod, ctx.temb[:, :1], len(txt))
+    if at_its_own(block.attn.attend) and whole_block(block, (img, txt), found, ctx):
+        return img, txt
+    shift1, scale1, gate1, shift2, scale2, gate2 = found[0].chunk(6, -1)
+    tshift1, tscale1, tgate1, tshift2, tscale2, tgate2 = found[1].chunk(6, -1)
     out = attention(block.attn, Rows(img, shift1, scale1, split), Rows(txt, tshift1, tscale1), ctx)
     length = txt.shape[1]
     project(block.attn.to_out[0], Rows(out[:, length:]), img, gate1, split)

@@ -86,7 +86,7 @@ def build(out: Path = LIBRARY, extra: Flags = (), sets: Sequence[str] = ()) -> t
         folder = Path(name)
         chosen = [(s, f) for s, f in known if (not sets or s in sets) and knows(command, f, folder)]
         each = "-DLT_EACH(X)=" + " ".join(f"X({s})" for s, _ in chosen)
-        jobs = [("pool", "pool.cpp", ()), ("dispatch", "dispatch.cpp", (each,))]
+        jobs = [("pool", "pool.cpp", ()), ("block", "block.cpp", ()), ("dispatch", "dispatch.cpp", (each,))]
         jobs += [(s, "kernels.cpp", (*f, f"-DLT_NAME={s}")) for s, f in chosen]
         common, objects = (*command, *SIMPLE, *WARNINGS, *extra, "-c"), [str(folder / f"{job[0]}.o") for job in jobs]
         commands = [

@@ -261,6 +261,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     return out
 
 
+def block_bytes(block: lib.Block) -> int:
+    """The room a whole block needs beside its streams."""
+    found = lib.library()
+    return 0 if found is None else found.lt_block_bytes(block)
+
+
 def norm_silu(x: Tensor, gamma: Tensor, *, silu: bool = True) -> Tensor:
     """The autoencoder's norm of x (B, C, H, W), channels last, times gamma (C,) float32, then SiLU; same layout."""
     rows = x.permute(0, 2, 3, 1)

@@ -17,7 +17,7 @@ from typing import ClassVar
 
 from lanting.kernels.build import LIBRARY, whole
 
-ABI = 3
+ABI = 4
 OFF = ("off", "0", "no")
 
 
@@ -107,6 +107,28 @@ class Conv(ctypes.Structure):
     ]
 
 
+class Affine(ctypes.Structure):
+    _fields_: ClassVar = [("weight", Weight), ("bias", c_void_p)]
+
+
+class Stream(ctypes.Structure):
+    _fields_: ClassVar = [
+        ("rows", Matrix),
+        ("vectors", PerRow),
+        ("in_", Affine * 3),
+        *((name, Affine) for name in ("out", "up", "down")),
+    ]
+
+
+class Block(ctypes.Structure):
+    _fields_: ClassVar = [
+        *((name, Stream) for name in ("txt", "img")),
+        ("turn", Turn),
+        ("attention", Attention),
+        ("room", c_void_p),
+    ]
+
+
 CALLS = {
     "lt_bounds": (Weight, c_void_p),
     "lt_expand": (Weight, c_void_p),
@@ -120,6 +142,8 @@ CALLS = {
     "lt_conv_bytes": (c_int,),
     "lt_conv_weight": (ConvWeight,),
     "lt_convolve": (Conv,),
+    "lt_block": (Block,),
+    "lt_block_bytes": (Block,),
 }
 
 
@@ -139,6 +163,7 @@ def library(path: Path = LIBRARY) -> ctypes.CDLL | None:
     for name, kinds in CALLS.items():
         call = getattr(found, name)
         call.argtypes = [k if k in (c_void_p, c_int) else ctypes.POINTER(k) for k in kinds]
+    found.lt_block_bytes.restype = c_int64
     if (asked := os.environ.get("LANTING_KERNELS", "")) and found.lt_use(asked.lower().encode()):
         warnings.warn(f"LANTING_KERNELS: no {asked} runs here, {found.lt_name().decode()} does", stacklevel=2)
     found.lt_threads(thread_count())

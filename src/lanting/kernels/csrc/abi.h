@@ -2,7 +2,7 @@
 #pragma once
 #include <cstdint>
 
-enum { ABI = 3 };
+enum { ABI = 4 };
 enum Number : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 enum Kind : int32_t { INT8 = 0, INT4 = 1, Q4_0 = 2, Q8_0 = 3, Q4_K = 4, Q6_K = 5, BF16 = 6 };
 enum Mode : int32_t { STORE = 0, GELU = 1, ADD = 2 };  // ADD: what is there += gate * value
@@ -82,4 +82,27 @@ struct Conv {
   const float* gamma;  // (in), rounded up to 16: x / |x| * gamma, then SiLU, comes first; or null
   int64_t items, height, width, in, outs;
   int32_t type, grow;
+};
+
+// A Linear: a weight as its file has it and a bias, or null.
+struct Affine {
+  Weight weight;
+  const float* bias;
+};
+
+// One stream of a block: rows that it changes where they are, and what it is multiplied with.
+struct Stream {
+  Matrix rows;      // (items, rows, columns)
+  PerRow vectors;   // shift, scale and gate of attention, then of the feed-forward: six in a row
+  Affine in[3];     // to queries, keys, values: of one kind
+  Affine out, up, down;
+};
+
+// A whole block. `turn` and `attention` know sizes, norms, angles and the mask; where rows lie is the block's own
+// business. `room` has as many bytes as lt_block_bytes says, aligned to 64.
+struct Block {
+  Stream txt, img;  // in the order of their tokens
+  Turn turn;
+  Attention attention;
+  void* room;
 };

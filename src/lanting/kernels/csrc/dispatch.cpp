@@ -1,6 +1,7 @@
 // What Python calls. Picks the best kernels that this processor runs.
 #include <cstring>
 
+#include "block.h"
 #include "pool.h"
 #include "table.h"
 #if defined(__aarch64__) && defined(__linux__)
@@ -128,3 +129,6 @@ LT_EXPORT int lt_pass(const uint8_t* from, uint8_t* to, int64_t bytes) {
 LT_EXPORT int lt_conv_bytes(int type) { return used->conv_bytes(type); }
 LT_EXPORT int lt_conv_weight(const ConvWeight* w) { return guarded([&] { used->conv_weight(*w); }); }
 LT_EXPORT int lt_convolve(const Conv* c) { return guarded([&] { used->convolve(*c); }); }
+// The room a block needs, with this set of kernels.
+LT_EXPORT int64_t lt_block_bytes(const Block* b) { return block_bytes(*used, *b); }
+LT_EXPORT int lt_block(const Block* b) { return guarded([&] { run_block(*used, *b); }); }
