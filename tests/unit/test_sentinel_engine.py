@@ -132,6 +132,115 @@ def test_a_vae_that_nothing_rescues(monkeypatch):
         assert tried[0] is None and tried[-2:] == ["float32", "bfloat16"]
 
 
+READER = "transformer=float32,vae=float32,text_encoder="
+
+
+def narrow_reader(engine, path="layers.1"):
+    """A layer of the text encoder whose MLP leaves the range of float16 inside, and comes back."""
+    mlp = engine.models.placed_encoder.net.model.get_submodule(path).mlp
+    with torch.no_grad():
+        for linear, factor in ((mlp.up_proj, 3e4), (mlp.gate_proj, 3e4)):
+            linear.weight.mul_(factor / linear.weight.abs().max().float())
+        mlp.down_proj.weight.mul_(1e-7)
+
+
+def test_the_text_encoder_overflows(own_home):
+    """It is read again with one layer wider, told, remembered for the next run, and drawn again by the recipe."""
+    path = "layers.0"
+    with Engine.open("nano", device="cpu", dtype=READER + "float16") as engine:
+        narrow_reader(engine, path=path)
+        *events, result = engine.stream(ASKED)
+        (sentence,) = told([*events, result])
+        assert sentence == f"{path} (and 0 more) of the text encoder left the range of float16: bfloat16 from now on"
+        part = [0, f"text_encoder.{path}", "bfloat16"]
+        assert part in result.recipes[0].request["choices"]["safe"]
+        assert next(engine.models.encoder.model.parameters()).dtype == torch.float16
+        assert not any("forward" in layer.__dict__ for layer in engine.models.encoder.model.model.layers)
+        engine.models.prompts.clear()
+        recipe = from_json(to_json(result.recipes[0]))
+        *events, again = engine.stream(restore_request(recipe.request))
+        assert told([*events, again]) == [] and pixels(again).tobytes() == pixels(result).tobytes()
+        engine.models.placed_encoder.net.float()
+        engine.models.prompts.clear()
+        assert np.abs(pixels(engine.run(ASKED)) - pixels(result)).mean() < 2
+    assert f'"text_encoder.{path}": "bfloat16"' in (own_home / "safe.json").read_text()
+    with Engine.open("nano", device="cpu", dtype=READER + "float16") as engine:
+        narrow_reader(engine, path=path)
+        *events, later = engine.stream(ASKED)
+        assert told([*events, later]) == [] and pixels(later).tobytes() == pixels(result).tobytes()
+
+
+def test_the_text_encoder_s_stream_overflows():
+    """Every layer behind the one whose stream leaves the range takes it wide, and the norm at the end is not fooled."""
+    with Engine.open("nano", device="cpu", dtype=READER + "float16") as engine:
+        first = engine.models.placed_encoder.net.model.layers[0].mlp.down_proj
+        with torch.no_grad():
+            first.weight.mul_(60000 / first.weight.abs().max().float())
+        states = engine.models.encoder.encode(["a sign"])[0]
+        assert not bool(torch.isfinite(states).all())
+        *events, result = engine.stream(ASKED)
+        assert len(told([*events, result])) == 1
+        safe = {path: way for _, path, way in result.recipes[0].request["choices"]["safe"]}
+        assert set(safe) >= {"text_encoder.layers.0", "text_encoder.layers.1"}
+        engine.models.placed_encoder.net.float()
+        engine.models.dtypes["text_encoder"] = torch.float32
+        engine.models.prompts.clear()
+        assert np.abs(pixels(engine.run(ASKED)) - pixels(result)).mean() < 2
+
+
+def test_a_text_encoder_that_nothing_rescues_and_one_whose_weights_are_read_again():
+    with Engine.open("nano", device="cpu", dtype=READER + "float32") as engine:
+        clean = engine.run(ASKED)
+        engine.models.prompts.clear()
+        layer = engine.models.placed_encoder.net.model.layers[0]
+        layer.mlp.up_proj.weight = torch.nn.Parameter(layer.mlp.up_proj.weight * torch.nan, requires_grad=False)
+        *events, result = engine.stream(ASKED)
+        assert told([*events, result]) == [
+            "the weights of text_encoder.layers.0 were damaged in memory: they were read again"
+        ]
+        assert pixels(result).tobytes() == pixels(clean).tobytes()
+        engine.models.prompts.clear()
+        hook = layer.register_forward_hook(lambda module, args, out: (out[0] * torch.nan, out[1]))
+        with pytest.raises(NotFiniteError, match=r"text_encoder.layers.0 gives numbers that are not finite"):
+            engine.run(ASKED)
+        hook.remove()
+
+
+def test_the_vision_tower_overflows(tmp_path):
+    from PIL import Image
+
+    picture = Image.radial_gradient("L").resize((128, 64)).convert("RGB")
+    asked = Request("make the background blue", images=(picture,), seed=2, steps=2)
+    with Engine.open("nano", device="cpu", dtype=READER + "float16") as engine:
+        engine.models.see_pictures()
+        block = engine.models.placed_encoder.net.visual.blocks[0]
+        with torch.no_grad():
+            for linear in (block.mlp.up_proj, block.mlp.gate_proj):
+                linear.weight.mul_(3e4 / linear.weight.abs().max().float())
+            block.mlp.down_proj.weight.mul_(1e-7)
+        *events, result = engine.stream(asked)
+        assert told([*events, result]) == [
+            "blocks.0 (and 0 more) of the text encoder left the range of float16: bfloat16 from now on"
+        ]
+
+
+def test_notices_are_told_once_whoever_has_them():
+    from lanting.core.types import note
+    from lanting.engine.drawing import Drawing
+
+    class Watch:
+        def __init__(self):
+            self.notices = []
+
+    with Engine.open("nano", device="cpu") as engine:
+        drawing = Drawing(engine.models, ASKED, Remembered("key"))
+        drawing.vae, drawing.sentinel = Watch(), Watch()  # type: ignore[assignment]
+        drawing.sentinel.notices.append(note("a"))
+        assert [one.sentence for one in drawing.notices()] == ["a"]
+        drawing.vae.notices.append(note("b"))
+        assert [one.sentence for one in drawing.notices()] == ["b"] and drawing.notices() == ()
+
+
 def test_weights_damaged_in_memory_are_read_from_the_file():
     with Engine.open("nano", device="cpu", dtype="float32") as engine:
         clean = engine.run(ASKED)

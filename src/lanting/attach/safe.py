@@ -142,13 +142,13 @@ def narrowed(value: Any, dtype: torch.dtype, ends: bool = False) -> Any:
     """Results as the network has them: clipped to the range, or, where a norm comes next (which does not see it),
     scaled down as a whole by a power of two."""
     if isinstance(value, tuple):
-        return tuple(narrowed(each, dtype, ends) for each in value)
+        return tuple(narrowed(each, dtype, ends and isinstance(each, Tensor)) for each in value)
     if not isinstance(value, Tensor) or not value.is_floating_point() or value.dtype == dtype:
         return value
     if dtype == torch.float16:
         most = torch.finfo(dtype).max
         if ends:
-            peak = value.abs().amax((1, 2), keepdim=True).float()  # (B, 1, 1)
+            peak = value.abs().amax(tuple(range(1, value.ndim)), keepdim=True).float()  # (B, 1, 1)
             value = value * torch.exp2(-(2 * peak / most).log2().ceil().clamp(min=0)).to(value.dtype)
-        value = value.clamp(-most, most)
+        value = value.float().clamp(-most, most)  # in bfloat16 the end of the range would be rounded beyond it
     return value.to(dtype)

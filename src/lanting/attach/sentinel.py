@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +76,7 @@ class Sentinel:
         self.band = (LOWEST, HIGHEST)
         self.peak: Tensor | None = None  # largest number of the last block's stream, in float16
 
-    def __enter__(self) -> Sentinel:
+    def __enter__(self) -> Self:
         self._apply_due(-1)
         stack: Any = getattr(self.nets.get("transformer"), "transformer_blocks", None)
         self.hook = stack.register_forward_hook(self._see) if stack and self.dtype == torch.float16 else None

@@ -27,6 +27,7 @@ from lanting.engine.remembered import Remembered
 from lanting.engine.resume import go_on, mark_of, put_aside
 from lanting.engine.room import room
 from lanting.engine.studio import EngineStudio
+from lanting.engine.together import Together
 from lanting.flow.loop import Canvas, Grid, Step
 from lanting.kernels.library import instruction_set
 from lanting.plan import Plan
@@ -143,7 +144,7 @@ class Engine:
         return self._draw(settle(request, self.spec), previews, every, resume)
 
     def room(self, request: Request, most: int | None = None) -> int:
-        """How many drawings like this one may share their steps (`lanting.engine.together`), itself counted; 1: none.
+        """How many drawings like this one may share their steps (`together`), itself counted; 1: none.
 
         most  as many as fit, up to so many; None: as many as gain something and stay the same to the last bit
         Raises RequestError for wrong values.
@@ -151,6 +152,11 @@ class Engine:
         settled, known = settle(request, self.spec), self.known()
         shared = most is not None or all(same for (key, *_), same in self.proved.items() if key == known.key)
         return room(self.models, settled, most, self.budget) if shared and not known.ways else 1
+
+    def together(self, forced: bool = False) -> Together:
+        """Drawings that share their steps, for whoever iterates; the engine is theirs until `close`. `forced`: also
+        where sharing changes last bits."""
+        return Together(self, forced)
 
     def close(self) -> None:
         """Let the weights go."""
@@ -225,7 +231,7 @@ class Engine:
         phases.end("load")
         if request.task == "layered" and not str(request.prompt).strip():
             request = replace(request, prompt=models.reader().caption(request.images[0]) or " ")
-        canvas = TASKS[request.task or "text_to_image"](EngineStudio(models), request)
+        canvas = TASKS[request.task or "text_to_image"](EngineStudio(models, drawing.read), request)
         phases.end("encode")
         models.painter(canvas.sigmas)
         phases.end("load")

@@ -6,16 +6,21 @@ The states of the last prompts are kept: drawing one again needs no text encoder
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from lanting.engine.models import Models
 from lanting.flow.loop import Conditioning
+from lanting.text.encoder import PromptEncoder
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+States = tuple[Tensor, Tensor | None]  # (B, T, D), mask (B, T)
+Read = Callable[[PromptEncoder, Callable[[], States]], States]
 
 KEPT = 8  # prompts, with their pictures, whose states stay in RAM: 4 to 10 MB each for the full model
 
@@ -26,10 +31,10 @@ def digest(image: Image) -> str:
 
 
 class EngineStudio:
-    """One request's view of the models."""
+    """One request's view of the models. `read` does what the text encoder is asked to do, under a watch."""
 
-    def __init__(self, models: Models):
-        self.models = models
+    def __init__(self, models: Models, read: Read = lambda encoder, work: work()):
+        self.models, self.read = models, read
         self.release = models.spec
         self.codec = models.codec
         self.schedule = models.schedule
@@ -40,7 +45,8 @@ class EngineStudio:
         """Prompts (and pictures, for releases that read them) to the transformer's device and dtype."""
         asked, kept = (tuple(prompts), tuple(map(digest, images))), self.models.prompts
         if asked not in kept:
-            embeds, mask = self.models.reader().encode(prompts, images)
+            encoder = self.models.reader()
+            embeds, mask = self.read(encoder, lambda: encoder.encode(prompts, images))
             kept[asked] = Conditioning(embeds.to("cpu", self.dtype), None if mask is None else mask.cpu())
         kept[asked] = found = kept.pop(asked)  # to the end: it was used last
         while len(kept) > KEPT:
