@@ -1,7 +1,8 @@
 """An engine for workers that draws nothing, quickly, and misbehaves where the prompt says so; and servers over it.
 
 Words in a prompt: `boom` raises an error nobody foresaw, `sorry` one that explains itself, `die` ends the process,
-`hang` sleeps in a step, `slow` takes 50 ms a step. Everything it finishes is written to a journal.
+`hang` sleeps in a step, `slow` takes 50 ms a step, `apart` is a drawing that can't share its third step. Everything it
+finishes is written to a journal.
 """
 
 from __future__ import annotations
@@ -42,6 +43,13 @@ class FakeEngine:
     pace: float = 0.002  # seconds a step
     journal: Path | None = None
     strengths: tuple[float, ...] = field(default=())
+    places: int = 1  # drawings that share steps
+
+    def room(self, request: Request, most: int | None = None) -> int:
+        return min(self.places, most or self.places) if settle(request, self.spec).task == "text_to_image" else 1
+
+    def together(self, forced: bool = False) -> FakeTogether:
+        return FakeTogether(self)
 
     def set_strengths(self, *strengths: float) -> None:
         self.strengths = strengths
@@ -91,6 +99,65 @@ class FakeEngine:
         return Result(tuple(images), tuple(recipes), {"encode": 0.001, "denoise": 0.01 * (request.steps or 1)})
 
 
+@dataclass(eq=False)
+class FakeSeat:
+    request: Request
+    events: Any
+    step: int
+    work: float = 0.01
+
+    @property
+    def words(self) -> str:
+        return str(self.request.prompt)
+
+
+class FakeTogether:
+    """A step of everybody in turn."""
+
+    def __init__(self, engine: FakeEngine):
+        self.engine, self.apart = engine, ""
+        self.seats: list[FakeSeat] = []
+
+    def join(self, request: Request, previews: bool, every: int, resume: Checkpoint | None) -> FakeSeat:
+        events = self.engine.stream_resumable(request, previews, every=1, resume=resume)
+        self.seats.append(FakeSeat(settle(request, self.engine.spec), events, resume.step if resume else 0))
+        return self.seats[-1]
+
+    def round(self) -> Iterator[tuple[FakeSeat, Any]]:
+        if any("apart" in seat.words and seat.step == 2 for seat in self.seats):
+            self.apart = "a step can't be shared"
+            return
+        for seat in list(self.seats):
+            for event in self._step(seat):
+                if isinstance(event, Result | Exception):
+                    self.leave(seat)
+                yield seat, event
+                if seat not in self.seats or (isinstance(event, Progress) and event.phase == "denoise"):
+                    break
+
+    def _step(self, seat: FakeSeat) -> Iterator[Any]:
+        try:
+            for event in seat.events:
+                if isinstance(event, Progress):
+                    seat.step = event.step if event.phase == "denoise" else seat.step
+                yield event
+        except Exception as error:
+            yield error
+
+    def leave(self, seat: FakeSeat) -> None:
+        if seat in self.seats:
+            self.seats.remove(seat)
+
+    def put_aside(self, seat: FakeSeat) -> Checkpoint | None:
+        mark = json.dumps([seat.words, seat.request.seed])
+        return (
+            Checkpoint(seat.step, seat.request.steps or 1, mark, "float32", (1, 1, 1), b"0000") if seat.step else None
+        )
+
+    def close(self) -> None:
+        self.seats.clear()
+
+
 def open_engine(model: str, **options: Any) -> FakeEngine:
     if model == "broken":
         raise RequestError("the model is broken: get another")
@@ -99,7 +166,8 @@ def open_engine(model: str, **options: Any) -> FakeEngine:
         for name in options.get("loras", ())
     )
     journal = Path(options["journal"]) if options.get("journal") else None
-    return FakeEngine(get_spec("nano"), loras, pace=options.get("pace", 0.002), journal=journal)
+    how = {"pace": options.get("pace", 0.002), "places": options.get("places", 1)}
+    return FakeEngine(get_spec("nano"), loras, journal=journal, **how)
 
 
 @dataclass

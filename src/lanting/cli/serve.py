@@ -21,6 +21,14 @@ Data = Annotated[
     str | None,
     typer.Option("--data", metavar="FOLDER", help="Queue, pictures and keys. Default: serve in lanting's own folder."),
 ]
+Hosts = Annotated[list[str] | None, typer.Option("--allow-host", help="A name a proxy answers to. Repeatable.")]
+Origins = Annotated[
+    list[str] | None, typer.Option("--allow-origin", help="A web page elsewhere that may call, as https://host.")
+]
+Batch = Annotated[
+    int | None,
+    typer.Option("--batch", help="Most jobs drawn together; 1: none. Default: as many as gain and stay the same."),
+]
 
 
 def serve(
@@ -32,18 +40,15 @@ def serve(
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", help="0: any that is free.")] = 8353,
     api_keys: Annotated[bool, typer.Option("--api-keys", help="Ask for keys on this computer too.")] = False,
-    allow_host: Annotated[
-        list[str] | None, typer.Option("--allow-host", help="A name a proxy answers to. Repeatable.")
-    ] = None,
-    allow_origin: Annotated[
-        list[str] | None, typer.Option("--allow-origin", help="A web page elsewhere that may call, as https://host.")
-    ] = None,
+    allow_host: Hosts = None,
+    allow_origin: Origins = None,
     lora: o.Lora = None,
     controlnet: o.ControlNet = None,
     text_encoder: o.TextEncoder = None,
     vae: o.Vae = None,
     data: Data = None,
     queue: Annotated[int, typer.Option("--queue", help="Jobs that may wait; more are refused with 429.")] = 1000,
+    batch: Batch = None,
     max_side: Annotated[int, typer.Option("--max-side", help="Pictures up to this many pixels squared.")] = 2048,
     timeout: Annotated[float, typer.Option("--timeout", help="Seconds a job may be drawn.")] = 3600.0,
     drain: Annotated[float, typer.Option("--drain", help="Seconds a running job gets when told to stop.")] = 30.0,
@@ -79,6 +84,7 @@ def serve(
         timeout=timeout,
         drain=drain,
         keep_days=keep,
+        batch=batch,
         caps=Caps(pixels=max_side * max_side, waiting=queue),
     )
     start(settings, mcp, not no_studio)

@@ -22,7 +22,7 @@ from lanting.weights.sized import planned_model
 ROWS = {"cpu": 768}  # picture tokens of one call, where that is bounded at all
 GPU_ROWS = 8192
 TASKS = ("text_to_image", "image_to_image", "inpaint")  # their grids follow from the size
-MOST = 16  # drawings that share steps, at the very most
+MOST = 16  # drawings that share steps, at the very most; `serve.settings` has it, too
 
 
 def rows_of(models: Models, picture: int) -> int:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 class ApartError(Exception):
-    """The drawings have to go on one by one. Not for people: whoever shares steps does that."""
+    """The drawings have to go on one by one."""
 
 
 class Joined(Drawing):
@@ -98,6 +98,7 @@ class Together:
     def __init__(self, engine: Engine, forced: bool = False):
         self.engine, self.forced = engine, forced
         self.seats: list[Seat] = []
+        self.apart = ""  # why no step can be shared any more: everybody has to go on alone, see `put_aside`
         engine.turn.acquire()
 
     def join(self, request: Request, previews: Any = False, every: int = 4, resume: Checkpoint | None = None) -> Seat:
@@ -111,11 +112,15 @@ class Together:
 
     def round(self) -> Iterator[tuple[Seat, Event]]:
         """Everybody's next step, with all events up to the one after; an error of one drawing is its last event.
-        Raises ApartError when the common step can't be taken."""
+        Nothing where the common step can't be taken: `apart` then says why."""
         for seat in [one for one in self.seats if one.drawing.asks is None]:
             yield from self._advance(seat)
         waiting = list(self.seats)
-        self._answer(waiting)
+        try:
+            self._answer(waiting)
+        except Exception as error:  # whatever it is, it may be one drawing's own
+            self.apart = str(error) if isinstance(error, ApartError) else f"{type(error).__name__}: {error}"
+            return
         for seat in waiting:
             yield from self._advance(seat)
 
@@ -160,13 +165,8 @@ class Together:
     @torch.no_grad()
     def _answer(self, seats: Sequence[Seat]) -> None:
         began = time.perf_counter()
-        try:
-            for group in self._groups(seats):
-                self._ask(group)
-        except ApartError:
-            raise
-        except Exception as error:
-            raise ApartError(f"{type(error).__name__}: {error}") from error
+        for group in self._groups(seats):
+            self._ask(group)
         for seat in seats:
             seat.work += (time.perf_counter() - began) / len(seats)
 

@@ -151,7 +151,9 @@ class Desk:
         raise error
 
     def enqueue(self, job: Job, share: float) -> None:
-        self.line.add(Entry(job.id, job.owner, job.model, job.priority, job.created, job.cost, share))
+        alike = "" if job.crashes else str(job.asked.get("alike", ""))  # a worker died of it, or beside it: alone, then
+        own = (job.id, job.owner, job.model, job.priority, job.created, job.cost)
+        self.line.add(Entry(*own, share, alike, job.timeout))
         if job.model in self.models:
             self.models[job.model].come.set()
 
@@ -198,13 +200,14 @@ class Desk:
 
     def _places(self, model: Model) -> dict[str, Place]:
         places: dict[str, Place] = {}
-        ahead, eta = 0, None if model.pace.per_unit is None else 0.0
         waiting = [*self.line.order(model.served.name, time.time())]
-        for run in self.runs.values():
-            if run.job.model == model.served.name:
-                eta = left(run, model.pace)
-                places[run.job.id] = Place(0, len(waiting), eta)
-                ahead += 1
+        runs = [run for run in self.runs.values() if run.job.model == model.served.name]
+        for run in runs:
+            places[run.job.id] = Place(0, len(waiting), left(run, model.pace))
+        rests = [places[run.job.id].eta or 0.0 for run in runs]
+        # of several that are drawn together each takes the longer for the others: what is left is their mean
+        eta = None if model.pace.per_unit is None else sum(rests) / max(len(rests), 1)
+        ahead = len(runs)
         for entry in waiting:
             own = model.pace.seconds(entry.cost)
             eta = None if eta is None or own is None else eta + own

@@ -56,6 +56,7 @@ def prepare(order: Order, spec: ModelSpec, model: str, caller: Caller, caps: Cap
     asked = {"request": describe_request(order.request), "lora": check_lora(order.lora)}
     digest = hashlib.sha256(json.dumps([asked, model, order.dialect], sort_keys=True).encode()).hexdigest()
     asked["request"]["seed"] = settled.seed
+    asked["alike"] = alike(settled, asked["lora"])
     priority = check_priority(order.priority, caller)
     if order.once is not None and not 0 < len(order.once) <= LONGEST_WORD:
         raise RequestError("an idempotency key has 1 to {most} characters", most=LONGEST_WORD)
@@ -72,6 +73,16 @@ def prepare(order: Order, spec: ModelSpec, model: str, caller: Caller, caps: Cap
         asked=asked,
     )
     return Prepared(job, digest)
+
+
+def alike(settled: Request, lora: Mapping[str, float] | None) -> str:
+    """The same for jobs whose steps may be taken together: everything but words, seed, strength of guidance and what is
+    in pictures. Whether such steps are shared at all, the engine decides."""
+    prompts = 1 if isinstance(settled.prompt, str) else len(settled.prompt)
+    guided = settled.guidance_scale is not None and settled.guidance_scale > 1
+    shape = [settled.task, settled.size, settled.steps, settled.strength, guided, settled.count, prompts]
+    how = [settled.quality, settled.options, len(settled.images), lora]
+    return hashlib.sha256(json.dumps([shape, how], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def store_pictures(request: Request, asked: Mapping[str, Any], files: Files) -> None:

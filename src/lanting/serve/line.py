@@ -19,7 +19,7 @@ HIGHEST = 1
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A waiting job. `cost` in any unit that is the same for all."""
+    """A waiting job. `cost` in any unit that is the same for all; jobs of one `alike` may be drawn together."""
 
     id: str
     owner: str
@@ -28,6 +28,8 @@ class Entry:
     created: float
     cost: float
     share: float = 1.0
+    alike: str = ""  # "": like no other
+    timeout: float = float("inf")  # seconds of drawing
 
     def level(self, now: float) -> int:
         return min(self.priority + int(max(now - self.created, 0.0) / PATIENCE), max(HIGHEST, self.priority))

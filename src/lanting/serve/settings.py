@@ -14,6 +14,7 @@ from typing import Any
 
 from lanting.core.errors import RequestError
 
+MOST = 16  # jobs that are drawn together
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -58,6 +59,7 @@ class Settings:
     drain: float = 30.0  # seconds a running job gets when the server is told to stop
     keep_days: float = 30.0  # finished jobs and their pictures
     every: int = 4  # steps between checkpoints
+    batch: int | None = None  # jobs drawn together at most; 1: none; None: as many as gain by it and stay the same
     caps: Caps = Caps()
     opener: str = "lanting.serve.worker:open_engine"  # what makes an engine; tests name a fake one
 
@@ -100,6 +102,11 @@ def check(settings: Settings) -> Settings:
     if len(set(names)) != len(names):
         raise RequestError(
             "two models are called {name}: serve one of them", name=next(n for n in names if names.count(n) > 1)
+        )
+    if settings.batch is not None and not 1 <= settings.batch <= MOST:
+        raise RequestError(
+            "{name} must be a whole number from {low} to {high}, not {value}",
+            **{"name": "--batch", "low": 1, "high": MOST, "value": settings.batch},
         )
     if not 0 <= settings.port <= 65535:
         raise RequestError("the port must be 0 to 65535, not {port}", port=settings.port)

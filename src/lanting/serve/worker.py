@@ -1,11 +1,13 @@
-"""The process that draws: one engine, one job at a time, JSON lines in and out.
+"""The process that draws: one engine, JSON lines in and out. One job at a time, or several that share their steps
+(`serve.crew`).
 
 A process of its own, so that drawing never delays an answer, a crash in native code or a lack of memory ends one job's
 run and not the server, and a step that hangs can be killed. When the pipe to the server closes, because it was killed,
 the worker leaves at once: two workers never draw the same queue.
 
-in   {"do": "draw", "job", "request", "lora", "pictures", "mask", "checkpoint", "results"}, {"do": "stop", "job", "why"}
-out  {"is": "ready" | "progress" | "checkpoint" | "resumed" | "done" | "failed" | "stopped", "job", ...}
+in   {"do": "draw", "job", "request", "lora", "pictures", "mask", "checkpoint", "results", "most"},
+     {"do": "stop", "job", "why"}
+out  {"is": "ready" | "room" | "progress" | "checkpoint" | "resumed" | "done" | "failed" | "stopped", "job", ...}
 """
 
 from __future__ import annotations
@@ -65,6 +67,7 @@ class Bench:
     strengths: tuple[float, ...] = ()  # their strengths now
     stops: dict[str, str] = field(default_factory=dict[str, str])  # job -> why
     orders: queue.SimpleQueue[dict[str, Any]] = field(default_factory=queue.SimpleQueue)
+    later: dict[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])  # job -> order, begun
 
     def send(self, what: str, **values: Any) -> None:
         self.out.write(json.dumps({"is": what, **values}, ensure_ascii=False) + "\n")
@@ -119,18 +122,44 @@ def main() -> None:
 
 
 def take(bench: Bench, order: Mapping[str, Any]) -> None:
-    """Draw one job and say how it ended."""
-    job = order["job"]
+    """Draw one job, or several where it may have company, and say how they ended."""
+    if (room := room_for(bench, order)) > 1:
+        from lanting.serve.crew import draw_together
+
+        bench.send("room", job=order["job"], room=room)
+        draw_together(bench, order)
+    else:
+        alone(bench, order)
+
+
+def room_for(bench: Bench, order: Mapping[str, Any]) -> int:
+    """How many jobs like this one may share their steps, itself counted."""
+    if order["most"] == 1:
+        return 1
+    try:
+        bench.hang(order["lora"])
+        return bench.engine.room(request_of(order), order["most"])
+    except Exception:  # whatever it is, it will be met and told when the job is drawn
+        return 1
+
+
+def alone(bench: Bench, order: Mapping[str, Any]) -> None:
     try:
         draw(bench, order)
-    except LantingError as error:
+    except Exception as error:
+        fail(bench, order["job"], error)
+    bench.stops.pop(order["job"], None)
+
+
+def fail(bench: Bench, job: str, error: Exception) -> None:
+    """In the error's own words where it has some for people."""
+    if isinstance(error, LantingError):
         code = getattr(error, "exit_code", 1)
         told = {"sentence": explain(error), "words": words_of(error), "code": code, "kind": type(error).__name__}
         bench.send("failed", job=job, **told)
-    except Exception as error:
+    else:
         trace = "".join(traceback.format_exception(error))
         bench.send("failed", job=job, sentence=None, code=1, kind=type(error).__name__, trace=trace)
-    bench.stops.pop(job, None)
 
 
 def draw(bench: Bench, order: Mapping[str, Any]) -> None:
@@ -148,9 +177,13 @@ def draw(bench: Bench, order: Mapping[str, Any]) -> None:
     if ended is None:
         bench.send("stopped", job=job, why=bench.stops.get(job, ""))
         return
-    outcome = published(ended, Path(order["results"]))
-    checkpoint.unlink(missing_ok=True)
-    bench.send("done", job=job, outcome=outcome)
+    finish(bench, order, ended)
+
+
+def finish(bench: Bench, order: Mapping[str, Any], result: Result, **more: Any) -> None:
+    outcome = published(result, Path(order["results"]))
+    Path(order["checkpoint"]).unlink(missing_ok=True)
+    bench.send("done", job=order["job"], outcome=outcome, **more)
 
 
 def published(result: Result, target: Path) -> dict[str, Any]:
@@ -176,16 +209,29 @@ def follow(bench: Bench, order: Mapping[str, Any], request: Request, resume: Che
                 resume = None
             if isinstance(event, Result):
                 return event
-            if job in bench.stops and not (bench.stops[job] == "pause" and isinstance(event, Progress)):
-                # a pause waits for the next checkpoint, so that no step is lost
-                if isinstance(event, Checkpoint):
-                    save(bench, job, Path(order["checkpoint"]), event)
+            if stopped(bench, order, event):
                 return None
-            if isinstance(event, Checkpoint):
-                save(bench, job, Path(order["checkpoint"]), event)
-            else:
-                tell(bench, job, event)
+            dismiss(bench)
     raise RuntimeError("the engine ended without a result")
+
+
+def stopped(bench: Bench, order: Mapping[str, Any], event: Progress | Checkpoint) -> bool:
+    """Whether the job is to stop here; else the event is told or saved."""
+    job = order["job"]
+    # a pause waits for the next checkpoint, so that no step is lost
+    stops = job in bench.stops and not (bench.stops[job] == "pause" and isinstance(event, Progress))
+    if isinstance(event, Checkpoint):
+        save(bench, job, Path(order["checkpoint"]), event)
+    elif not stops:
+        tell(bench, job, event)
+    return stops
+
+
+def dismiss(bench: Bench) -> None:
+    """Jobs that were begun and wait for their turn stop at once."""
+    for job in [job for job in bench.later if job in bench.stops]:
+        del bench.later[job]
+        bench.send("stopped", job=job, why=bench.stops.pop(job))
 
 
 def tell(bench: Bench, job: str, event: Progress) -> None:
