@@ -8,6 +8,7 @@ that the kernels don't multiply, attention that others look into) takes the sing
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from lanting.kernels import calls, library
 from lanting.nn.mmdit import Block, Context
 
 ALIGN = 64  # bytes; where rooms begin
+KEPT_ROOM = 8 << 20  # bytes of a room that is kept
+ROOMS = threading.local()
 
 
 def whole_block(block: Block, streams: tuple[Tensor, Tensor], vectors: tuple[Tensor, Tensor], ctx: Context) -> bool:
@@ -36,11 +39,21 @@ def whole_block(block: Block, streams: tuple[Tensor, Tensor], vectors: tuple[Ten
         return False
     call = library.Block(stream(txt, vectors[1], 0, of_txt), stream(img, vectors[0], ctx.target_tokens, of_img))
     kept = joint(call, attn, txt.shape[1], img, ctx)
-    room = torch.empty(calls.block_bytes(call) + ALIGN, dtype=torch.uint8)
+    room = room_of(calls.block_bytes(call) + ALIGN)
     call.room = -(-room.data_ptr() // ALIGN) * ALIGN
     calls.call("lt_block", call)
     del kept  # whose memory the call has read
     return True
+
+
+def room_of(size: int) -> Tensor:
+    """Bytes to work in. A small room stays with its thread: new memory costs a fault for every page of it."""
+    room = getattr(ROOMS, "kept", None)
+    if room is None or len(room) < size:
+        room = torch.empty(size, dtype=torch.uint8)
+        if size <= KEPT_ROOM:
+            ROOMS.kept = room
+    return room
 
 
 def linears(dtype: torch.dtype, attention: tuple[Any, ...], mlp: Any) -> list[Affine] | None:

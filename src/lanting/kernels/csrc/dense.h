@@ -96,7 +96,8 @@ struct Dense {
   void meet(int64_t panel, const uint16_t* laid, int64_t begin, int64_t end, float* sums) const {
     int64_t from = panel_begin(a.rows, panel), rows = panel_begin(a.rows, panel + 1) - from;
     const uint16_t* x = reinterpret_cast<const uint16_t*>(a.data) + (panel * columns + begin) * PANEL;
-    dense_for<PANEL>(int(rows))(x, laid, (end - begin) / 2, sums, begin == 0);
+    int64_t last = smaller(end, (w.columns + 1) / 2 * 2);  // behind it are zeros
+    dense_for<PANEL>(int(rows))(x, laid, (last - begin) / 2, sums, begin == 0);
     if (end < columns) return;
     int64_t count = smaller(TILE, w.rows - first);
     for (int64_t i = 0; i < rows; i++) {

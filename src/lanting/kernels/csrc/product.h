@@ -222,7 +222,7 @@ struct Tile {
 inline void meet(const Codes& a, const Tile& t, const Result& r, int64_t panel) {
   alignas(64) int32_t sums[PANEL * TILE];
   int64_t columns = padded(a.columns), begin = panel_begin(a.rows, panel), rows = panel_begin(a.rows, panel + 1) - begin;
-  micro_for<PANEL>(int(rows))(a.data + panel * PANEL * columns, t.data, columns / 4, sums);
+  micro_for<PANEL>(int(rows))(a.data + panel * PANEL * columns, t.data, (a.columns + 3) / 4, sums);  // zeros follow
   for (int64_t i = 0; i < rows; i++) {
     alignas(64) float x[TILE];
     float own = a.scale[begin + i];

@@ -1,6 +1,7 @@
 """Norms, modulation, rounding, GELU, gates and turns: one pass over memory each.
 
-    norm(x, shift, scale, split, form)   layer norm, times 1 + scale, plus shift; as x, or as int8 or e4m3 `Codes`
+    norm(x, shift, scale, split, form)   layer norm, times 1 + scale, plus shift; as x, or as int8 or e4m3 `Codes`,
+                                         rotated first where the form says so (`twins.Form`)
     quantize(x, form)                    rows to 8 bits
     activate(x, ...)                     what a product ends with: bias, GELU, x' + gate * x, 8 bits
     turn(q, k, ...)                      queries and keys normed and turned in place
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from lanting.kernels.gpu import twins
 from lanting.kernels.gpu.here import available
-from lanting.kernels.gpu.twins import FP8, Codes, Sums
+from lanting.kernels.gpu.twins import FP8, Codes, Form, Sums, parted
 
 FORMS: dict[torch.dtype | None, int] = {None: 0, torch.int8: 1, FP8: 2}
 WIDEST = 1 << 15  # a row is held by one program
@@ -78,7 +79,7 @@ def norm(
     shift: Tensor,
     scale: Tensor,
     split: int = 0,
-    form: torch.dtype | None = None,
+    form: Form = None,
     eps: float = 1e-6,
 ) -> Tensor | Codes:
     """Layer norm of x (B, n, W), times 1 + scale, plus shift."""
@@ -88,7 +89,7 @@ def norm(
 
 
 def join_norm(
-    y: Tensor, gated: Gated, shift: Tensor, scale: Tensor, form: torch.dtype | None = None, eps: float = 1e-6
+    y: Tensor, gated: Gated, shift: Tensor, scale: Tensor, form: Form = None, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor | Codes]:
     """(x, norm of x) for x = base + gate * y: the end of one half of a block and the beginning of the next."""
     x = gated.base
@@ -103,7 +104,7 @@ def launch_norm(
     add: tuple[Tensor, Tensor] | None,
     vectors: tuple[Tensor, Tensor],
     split: int,
-    form: torch.dtype | None,
+    form: Form,
     eps: float,
 ) -> tuple[Tensor, Tensor | Codes]:
     from lanting.kernels.gpu.jit import rows as jit
@@ -113,7 +114,8 @@ def launch_norm(
     y, gate = (x, vectors[0]) if add is None else (three(add[0]), add[1])
     gate, shift, scale = alike(gate, *vectors)
     moved = x if add is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    data, scales = room(x, form, x.dtype)
+    kind, turn = parted(form)
+    data, scales = room(x, kind, x.dtype)
     spaces = (x.stride(0), x.stride(1), y.stride(0), y.stride(1), *strides(shift))
     kernel: Any = jit.norm_kernel
     kernel[(items * n,)](
@@ -121,14 +123,15 @@ def launch_norm(
         *(n, width, split, *spaces, eps),
         ADD=add is not None,
         CLIP=x.dtype == torch.float16,
-        FORM=FORMS[form],
+        FORM=FORMS[kind],
+        ROTATE=turn,
         BLOCK=block,
         num_warps=threads(block),
     )
-    return moved, data if form is None else Codes(data.flatten(0, 1), scales, (items, n))
+    return moved, data if kind is None else Codes(data.flatten(0, 1), scales, (items, n))
 
 
-def quantize(x: Tensor, form: torch.dtype) -> Codes:
+def quantize(x: Tensor, form: Form) -> Codes:
     """Round rows (..., W) to int8 or e4m3, the largest of each becoming 127 or 448."""
     made = activate(x if x.ndim <= 3 else x.flatten(0, -2), form=form)
     assert isinstance(made, Codes)
@@ -141,11 +144,11 @@ def activate(
     bias: Tensor | None = None,
     gelu: bool = False,
     gated: Gated | None = None,
-    form: torch.dtype | None = None,
+    form: Form = None,
     out: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Any:
-    """bias, then GELU, then base + gate * that, then 8 bits: `Codes` with a form, else a tensor.
+    """bias, then GELU, then base + gate * that, then the form: `Codes` in 8 bits, else a tensor.
 
     x      (B, n, W) or (rows, W), or sums of integers, which bring their own bias
     out    where it goes, strided as may be; may be x or the base
@@ -155,14 +158,13 @@ def activate(
     like = out if out is not None else gated.base if gated is not None else data
     dtype = dtype or (torch.float32 if like.dtype == torch.int32 else like.dtype)
     if known(data):
-        return launch_activate(x, data, bias, gelu, gated, (form, dtype), out)
+        return launch_activate(x, data, bias, gelu, gated, (*parted(form), dtype), out)
     v = twins.activate(x.values() if isinstance(x, Sums) else data.float(), bias, gelu)
     if gated is not None:
         v = gated.base.float() + twins.per_token(gated.gate, v.shape[1], gated.split) * v
         v = twins.clipped(v, dtype)
-    if form is not None:
-        return twins.coded(v, form)
-    return v.to(dtype) if out is None else out.copy_(v)
+    made = twins.kept(v, form, dtype if out is None else torch.float32)
+    return made if out is None or isinstance(made, Codes) else out.copy_(made)
 
 
 def launch_activate(
@@ -171,12 +173,12 @@ def launch_activate(
     bias: Tensor | None,
     gelu: bool,
     gated: Gated | None,
-    kept: tuple[torch.dtype | None, torch.dtype],
+    kept: tuple[torch.dtype | None, int, torch.dtype],
     out: Tensor | None,
 ) -> Any:
     from lanting.kernels.gpu.jit import rows as jit
 
-    source, block, (form, dtype) = three(data), block_of(data.shape[-1]), kept
+    source, block, (form, turn, dtype) = three(data), block_of(data.shape[-1]), kept
     items, n, width = source.shape
     row, column, bias = (x.row, x.column, x.bias) if isinstance(x, Sums) else (source, source, bias)
     base, gate = (source, source) if gated is None else (three(gated.base), *alike(gated.gate))
@@ -193,6 +195,7 @@ def launch_activate(
         GATE=gated is not None,
         CLIP=dtype == torch.float16,
         FORM=FORMS[form],
+        ROTATE=turn,
         BLOCK=block,
         num_warps=threads(block),
     )

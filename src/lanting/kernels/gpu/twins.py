@@ -6,12 +6,15 @@ Everything is float32 inside and rounded once. A dozen passes over memory where 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 FP8 = torch.float8_e4m3fn
+Form = torch.dtype | tuple[torch.dtype | None, int] | None
+"""How rows are kept: int8 or e4m3 `Codes`, or None: as they are; (that, n): rotated in runs of n numbers first."""
 MOST = {torch.int8: 127.0, FP8: 448.0}
 LIMIT = 65504.0  # of float16
 LEAST = 1e-30  # a row whose largest number is below becomes zeros
@@ -63,6 +66,30 @@ def coded(v: Tensor, form: torch.dtype) -> Codes:
     return Codes(data, scale, tuple(v.shape[:-1]))
 
 
+def parted(form: Form) -> tuple[torch.dtype | None, int]:
+    """(int8, e4m3 or None, run that is rotated or 0)"""
+    return form if isinstance(form, tuple) else (form, 0)
+
+
+@cache
+def hadamard(size: int, device: torch.device) -> Tensor:
+    """The regular matrix of `nn.rotate`, (size, size) float32; `size` is a power of 4."""
+    seed = 0.5 - torch.eye(4, device=device).flip(1)
+    return seed if size == 4 else torch.kron(hadamard(size // 4, device), seed)
+
+
+def rotated(v: Tensor, size: int) -> Tensor:
+    """Runs of `size` numbers of float32 rows (..., W)."""
+    return (v.unflatten(-1, (-1, size)) @ hadamard(size, v.device)).flatten(-2) if size else v
+
+
+def kept(v: Tensor, form: Form, dtype: torch.dtype) -> Tensor | Codes:
+    """float32 rows as they are kept; plain ones in `dtype`."""
+    kind, turn = parted(form)
+    v = rotated(v, turn)
+    return v.to(dtype) if kind is None else coded(v, kind)
+
+
 def clipped(v: Tensor, dtype: torch.dtype) -> Tensor:
     return v.clamp(-LIMIT, LIMIT) if dtype == torch.float16 else v
 
@@ -72,10 +99,10 @@ def joined(x: Tensor, y: Tensor, gate: Tensor, split: int) -> Tensor:
     return clipped(x.float() + per_token(gate, x.shape[1], split) * y.float(), x.dtype).to(x.dtype)
 
 
-def norm(x: Tensor, shift: Tensor, scale: Tensor, split: int, form: torch.dtype | None, eps: float) -> Tensor | Codes:
+def norm(x: Tensor, shift: Tensor, scale: Tensor, split: int, form: Form, eps: float) -> Tensor | Codes:
     v = F.layer_norm(x.float(), x.shape[-1:], eps=eps)
     v = v * (1 + per_token(scale, x.shape[1], split)) + per_token(shift, x.shape[1], split)
-    return v.to(x.dtype) if form is None else coded(v, form)
+    return kept(v, form, x.dtype)
 
 
 def activate(v: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:

@@ -1,10 +1,11 @@
 """One program a row: everything that happens to a row between two products, in float32.
 
-`FORM` says how a result is kept: 0 in the dtype of `out`, 1 as int8, 2 as e4m3, both with a scale for the row. Rows are
+`FORM` says how a result is kept: 0 in the dtype of `out`, 1 as int8, 2 as e4m3, both with a scale for the row; `ROTATE`
+in runs of how many numbers it is rotated first (`nn.rotate`), 0 for not at all. Rows are
 numbered through items: row r is token r % n of item r // n. A row with a NaN or an infinity gets NaN for its scale, so
 that rounding hides nothing.
 """
-# pyright: reportOperatorIssue=false, reportAssignmentType=false
+# pyright: reportOperatorIssue=false, reportAssignmentType=false, reportArgumentType=false
 
 import triton
 import triton.language as tl
@@ -26,8 +27,32 @@ def clipped(v, CLIP: tl.constexpr):
 
 
 @triton.jit
-def store_row(v, out, out_scale, row, column, mask, FORM: tl.constexpr):
-    """Keep a row; `out` points to its beginning, `v` is 0 beyond its end."""
+def paired(v, AT: tl.constexpr, BLOCK: tl.constexpr):
+    """For every number its sum with the one whose place differs in the bit AT."""
+    sums = tl.sum(tl.reshape(v, (BLOCK // (2 * AT), 2, AT)), axis=1)
+    return tl.reshape(tl.broadcast_to(sums[:, None, :], (BLOCK // (2 * AT), 2, AT)), (BLOCK,))
+
+
+@triton.jit
+def rotated(v, AT: tl.constexpr, BLOCK: tl.constexpr):
+    """One digit of the regular Hadamard matrix, whose rows are all ones but for a minus on the antidiagonal: for places
+    that differ in the bits AT and 2 AT, half of a + b + c - d, d being the one that differs in both."""
+    sums = paired(v, AT, BLOCK)
+    rest = 2.0 * v - sums
+    return 0.5 * (sums + paired(rest, 2 * AT, BLOCK) - rest)
+
+
+@triton.jit
+def store_row(v, out, out_scale, row, column, mask, FORM: tl.constexpr, ROTATE: tl.constexpr, BLOCK: tl.constexpr):
+    """Keep a row, runs of ROTATE numbers rotated; `out` points to its beginning, `v` is 0 beyond its end."""
+    if ROTATE >= 4:
+        v = rotated(v, 1, BLOCK)
+    if ROTATE >= 16:
+        v = rotated(v, 4, BLOCK)
+    if ROTATE >= 64:
+        v = rotated(v, 16, BLOCK)
+    if ROTATE >= 256:
+        v = rotated(v, 64, BLOCK)
     if FORM == 0:
         tl.store(out + column, v.to(out.dtype.element_ty), mask=mask)
     else:
@@ -67,6 +92,7 @@ def norm_kernel(
     ADD: tl.constexpr,
     CLIP: tl.constexpr,
     FORM: tl.constexpr,
+    ROTATE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """out = norm(x) * (1 + scale) + shift; with ADD x is first x + gate * y, rounded, and kept in `moved`."""
@@ -89,7 +115,7 @@ def norm_kernel(
     v = v * tl.rsqrt(tl.sum(v * v, axis=0) / width + eps)
     v = v * (1.0 + tl.load(scale + vectors + column, mask=mask, other=0.0).to(tl.float32))
     v += tl.load(shift + vectors + column, mask=mask, other=0.0).to(tl.float32)
-    store_row(v, out + here, out_scale, row, column, mask, FORM)
+    store_row(v, out + here, out_scale, row, column, mask, FORM, ROTATE, BLOCK)
 
 
 @triton.jit
@@ -119,6 +145,7 @@ def activate_kernel(
     GATE: tl.constexpr,
     CLIP: tl.constexpr,
     FORM: tl.constexpr,
+    ROTATE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """What a product ends with: scales of integer sums, bias, GELU, `base` + gate times it."""
@@ -140,7 +167,7 @@ def activate_kernel(
         v += tl.load(base + item * base_item + token * base_row + column, mask=mask, other=0.0).to(tl.float32)
         v = clipped(v, CLIP)
     v = tl.where(mask, v, 0.0)
-    store_row(v, out + item * out_item + token * out_row, out_scale, row, column, mask, FORM)
+    store_row(v, out + item * out_item + token * out_row, out_scale, row, column, mask, FORM, ROTATE, BLOCK)
 
 
 @triton.jit
