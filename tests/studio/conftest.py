@@ -19,6 +19,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 SHOTS = Path(os.environ.get("LANTING_SHOTS", ROOT / "build" / "screenshots"))
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+FURTHER = {"qwen-image-layered": {}, "qwen-image": {"loras": ["ink", "fox"]}}
 QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
 QUIET += ["--disable-component-update", "--disable-sync"]
 
@@ -66,7 +67,7 @@ def browser():
 @pytest.fixture(scope="module")
 def server(browser, tmp_path_factory) -> Iterator[str]:
     """Asks for the browser first, so that none is started where there is nothing to see it with."""
-    with serving(tmp_path_factory.mktemp("studio"), further=["qwen-image-layered"]) as url:
+    with serving(tmp_path_factory.mktemp("studio"), further=FURTHER) as url:
         yield url
 
 

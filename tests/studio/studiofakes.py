@@ -1,4 +1,4 @@
-"""Engines for the studio's server: nano as it is, and a layered model that draws nothing but has layers."""
+"""Engines for the studio's server: nano as it is, a layered model that draws nothing but has layers, others plain."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from fakeserve import FakeEngine
+from fakeserve import open_engine as open_fake
 from PIL import Image
 
 from lanting.core.types import Request, Result
@@ -28,4 +29,8 @@ class Layered(FakeEngine):
 
 
 def open_engine(model: str, **options: Any) -> Any:
-    return open_real(model, **options) if model == "nano" else Layered(get_spec(model), pace=0.02)
+    if model == "nano":
+        return open_real(model, **options)
+    if model == "qwen-image-layered":
+        return Layered(get_spec(model), pace=0.02)
+    return replace(open_fake(model, **options), spec=get_spec(model))

@@ -17,7 +17,7 @@ OPENER = "studiofakes:open_engine"
 def main() -> None:
     told = json.loads(sys.argv[1])
     models = [Served("nano", "nano", {"device": "cpu", "loras": ["lightning"]})]
-    models += [Served(name, name) for name in told.pop("further", [])]
+    models += [Served(name, name, options) for name, options in told.pop("further", {}).items()]
     write_to_stderr()
     settings = Settings(data=Path(told.pop("data")), models=tuple(models), port=0, opener=OPENER, **told)
     serve(settings, lambda house: print(house.settings.port, flush=True), studio)

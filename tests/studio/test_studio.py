@@ -36,9 +36,9 @@ def test_a_sign_is_drawn_and_every_setting_comes_back(server, visit, shot, ask):
     assert urlsplit(page.url).path == "/en/"
     page.wait_for_selector("#gallery .nothing")
     shot(page, "draw-empty")
-    page.click(".chips button >> nth=0")
-    page.wait_for_function("document.querySelector('#draw-words textarea').value.includes('HELLO')")
-    drawn(page, 'a blue sign that says "HELLO"')
+    page.click(".chips button >> nth=0")  # one press, and it is drawn
+    page.wait_for_selector(f"#draw-stage {DONE}")
+    assert page.input_value("#draw-words textarea") == 'a blue sign that says "HELLO"'
     loaded(page, "#draw-stage .shown")
     shot(page, "draw-done")
     job = newest(ask, server)
@@ -66,7 +66,8 @@ def test_an_edit_with_a_painted_mask_shows_before_and_after(server, visit, shot,
     page = visit(server)
     page.wait_for_selector(OPEN)
     drawn(page, 'a green sign that says "TEA"')
-    page.click("#draw-stage [data-do=edit]")
+    page.hover("#gallery .tile >> nth=0")
+    page.click("#gallery .quick [data-do=edit] >> nth=0")
     canvas = page.wait_for_selector("#canvas canvas", state="visible")
     page.wait_for_function(
         "document.querySelector('#canvas').textContent.match(/[2-9]\\d\\d%/)"
@@ -115,6 +116,9 @@ def test_the_history_is_searched(server, visit, shot):
     page.fill("#search input, #search textarea", "taxi")
     page.wait_for_function("[...document.querySelectorAll('#gallery .tile')].every(t => t.title.includes('TAXI'))")
     assert page.locator("#gallery .tile").count() == 1
+    page.hover("#gallery .tile")
+    page.click("#gallery .quick [data-do=again]")  # drawn once more with one press
+    page.wait_for_selector("#gallery .tile >> nth=1")
     page.fill("#search input, #search textarea", "no such words")
     page.wait_for_selector("#gallery .nothing:has-text('no such words')")
     shot(page, "history-nothing")
@@ -153,6 +157,40 @@ def test_it_says_whether_it_fits_and_which_loras_there_are(server, visit, shot):
     shot(page, "plan-dark", whole=True)
     page.click("#shade")
     assert "dark" not in (page.get_attribute("body", "class") or "")
+
+
+def test_models_loras_other_clients_and_failures(server, visit, shot, ask):
+    """A strength for each LoRA; what another client draws comes by itself; a job brings its model back; a failure is
+    told in the browser's language by a server that speaks English."""
+    page = visit(server, language="zh-CN")
+    page.wait_for_selector(OPEN)
+    page.click("#model input")
+    page.get_by_role("option", name="qwen-image", exact=True).click()
+    page.click(".fold >> nth=0")
+    for name in ("ink", "fox"):
+        page.get_by_label("LoRA").first.click()
+        page.get_by_role("option", name=name).click()
+        page.get_by_label(f"number input for {name}").first.wait_for()
+    page.get_by_label("number input for fox").first.fill("0.4")
+    page.keyboard.press("Tab")
+    page.get_by_label("步数").first.fill("3")
+    shot(page, "loras-zh", whole=True)
+    drawn(page, "水墨山村")
+    job = newest(ask, server)
+    assert (job["model"], job["lora"], job["request"]["steps"]) == ("qwen-image", {"ink": 1.0, "fox": 0.4}, 3)
+    told = {"prompt": 'a green sign "API"', "seed": 1, "model": "nano"}
+    httpx.post(f"{server}/api/jobs", json=told).raise_for_status()
+    page.click("#gallery .tile[title*=API]:has(img)")
+    page.wait_for_function("document.querySelector('#model input').value == 'nano'")
+    assert page.input_value("#draw-words textarea") == told["prompt"]
+    page.click("#gallery .tile[title=水墨山村]")
+    page.wait_for_function("document.querySelector('#model input').value == 'qwen-image'")
+    page.wait_for_function("document.querySelector('#draw-words textarea').value == '水墨山村'")
+    assert page.get_by_label("number input for fox").first.input_value() == "0.4"
+    page.fill("#draw-words textarea", "boom")
+    page.click(OPEN)
+    page.wait_for_selector("#draw-stage .trouble:has-text('服务器')")
+    shot(page, "trouble-zh")
 
 
 def test_a_picture_is_taken_apart_by_a_model_that_can(server, visit, shot, ask, tmp_path):

@@ -29,6 +29,7 @@ from lanting.serve.studio.forms import (
     edit_of,
     edit_task,
     layers_of,
+    lora_of,
     mask_of,
     number,
     order_of,
@@ -68,12 +69,21 @@ def test_an_empty_form_asks_for_what_the_model_recommends():
 
 
 def test_a_full_form_asks_for_all_of_it():
-    more = More("9007199254740993", "2", "4", "1.5", None, " blur ", "fast", ("ink",), 0.8)
+    more = More("9007199254740993", "2", "4", "1.5", None, " blur ", "fast", {"ink": 0.8, "fox": 0.2})
     request = request_of("x", more, size=(192, 192))
     assert (request.seed, request.count, request.steps, request.guidance_scale) == (9007199254740993, 2, 4, 1.5)
     assert (request.negative_prompt, request.quality, request.size) == ("blur", "fast", (192, 192))
     order = order_of(request, "nano", more)
-    assert (order.model, order.dialect, order.lora) == ("nano", "studio", {"ink": 0.8})
+    assert (order.model, order.dialect, order.lora) == ("nano", "studio", {"ink": 0.8, "fox": 0.2})
+
+
+def test_each_chosen_lora_has_its_own_strength():
+    known = ["ink", "fox", "tea"]
+    assert lora_of(known, ["tea", "ink"], [0.5, 0.9, None]) == {"ink": 0.5, "tea": 1.0}
+    assert (
+        lora_of(known, [], [1.0, 1.0, 1.0]) == {}
+        and order_of(request_of("x", More()), None, More(lora={})).lora is None
+    )
 
 
 @pytest.mark.parametrize("text", ["x", "nan", "1e999", "--3"])

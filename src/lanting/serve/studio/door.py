@@ -35,7 +35,7 @@ from lanting.serve.studio.words import LANGUAGES, preferred, speaker
 
 NEEDED = re.compile(
     r"(assets|static)/.*|theme\.css|config|gradio_api/(queue/(join|data)|upload|upload_progress|heartbeat/.*|file=.*"
-    r"|startup-events|component_server|cancel|reset|info|app_id)|svelte/.*"
+    r"|startup-events|run/predict|component_server|cancel|reset|info|app_id)|svelte/.*"
 )
 LANGUAGE = "lanting_language"  # the cookie of the switch
 PATIENCE = 8.0  # seconds that the engine gets to open before Gradio is imported beside it

@@ -87,8 +87,8 @@ def number(label: str, hint: str, visible: bool = True) -> Any:
     return gr.Textbox(label=label, placeholder=hint, lines=1, max_lines=1, min_width=90, visible=visible)
 
 
-def fold(say: Say, strength: bool, many: bool) -> list[Any]:
-    """The fields below the fold, in the order of `forms.More`."""
+def fold(say: Say, strength: bool, many: bool, most: int) -> tuple[list[Any], Any, list[Any]]:
+    """The fields below the fold, in the order of `forms.NAMES`; the LoRAs; a strength for each of up to `most`."""
     import gradio as gr
 
     free = say("As usual")
@@ -105,8 +105,8 @@ def fold(say: Say, strength: bool, many: bool) -> list[Any]:
         levels = list(zip(names, QUALITIES, strict=True))
         quality = gr.Dropdown(levels, value="exact", label=say("Quality against time"))
         loras = gr.Dropdown([], multiselect=True, label=say("LoRAs"), visible=False, info=say("None: as served."))
-        pull = gr.Slider(0, 2, 1, step=0.05, label=say("Strength of the LoRAs"), visible=False)
-    return [seed, count, steps, guidance, change, negative, quality, loras, pull]
+        pulls = [gr.Slider(0, 2, 1, step=0.05, label="-", visible=False, elem_classes="pull") for _ in range(most)]
+    return [seed, count, steps, guidance, change, negative, quality], loras, pulls
 
 
 def plan_panel(say: Say) -> Mapping[str, Any]:

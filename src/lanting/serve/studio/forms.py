@@ -34,11 +34,10 @@ class More:
     strength: float | None = None
     negative: str = ""
     quality: str | None = None
-    loras: Sequence[str] = ()
-    lora_strength: float | None = 1.0
+    lora: Mapping[str, float] | None = None  # None: as the server was started
 
 
-NAMES = tuple(one.name for one in fields(More))
+NAMES = tuple(one.name for one in fields(More) if one.name != "lora")
 
 
 def number(text: str | float | None) -> float | None:
@@ -80,8 +79,13 @@ def request_of(prompt: str, more: More, **rest: Any) -> Request:
 
 
 def order_of(request: Request, model: str | None, more: More) -> Order:
-    strength = 1.0 if more.lora_strength is None else float(more.lora_strength)
-    return Order(request, model, DIALECT, dict.fromkeys(more.loras, strength) or None)
+    return Order(request, model, DIALECT, more.lora or None)
+
+
+def lora_of(known: Sequence[str], chosen: Sequence[str], strengths: Sequence[float | None]) -> dict[str, float]:
+    """The chosen LoRAs with the strength that stands in each one's own field."""
+    pairs = zip(known, strengths, strict=False)
+    return {name: 1.0 if value is None else float(value) for name, value in pairs if name in chosen}
 
 
 def edit_of(prompt: str, more: More, images: tuple[Image, ...], mask: Image | None, spec: ModelSpec) -> Request:
@@ -168,7 +172,6 @@ def written(value: float | None) -> str:
 def values_of(job: Job) -> tuple[str, str | None, More]:
     """(prompt, size, the fold) that a job was asked with, so that the form looks as it did."""
     request: Mapping[str, Any] = job.asked["request"]
-    lora: Mapping[str, float] = job.asked["lora"] or {}
     more = More(
         seed=written(request["seed"]),
         count=written(request["count"] if request["count"] != 1 else None),
@@ -177,8 +180,7 @@ def values_of(job: Job) -> tuple[str, str | None, More]:
         strength=request["strength"],
         negative=(request["negative_prompt"] or "").strip(),
         quality=request.get("quality") or "exact",
-        loras=tuple(lora),
-        lora_strength=next(iter(lora.values()), 1.0),
+        lora=job.asked["lora"],
     )
     size = "{}x{}".format(*request["size"]) if request["size"] else None
     return job.prompt, size, more

@@ -10,7 +10,7 @@ from typing import Any
 FONTS = ("system-ui", "-apple-system", "Segoe UI", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif")
 SEAL = (
     '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32"><rect width="32" height="32" rx="7" fill="#b4392a"/>'
-    '<path d="M8 10h16M10.500 6.500v3.500M21.500 6.500v3.500M9 15.500h14M7 22h18M16 10v15" stroke="#fff" '
+    '<path d="M11 6.500l1.800 3.300M21 6.500l-1.800 3.300M9 13h14M10.500 18.500h11M7 24.500h18" stroke="#fff" '
     'stroke-width="2.200" stroke-linecap="round" fill="none"/></svg>'
 )
 # what a page of the studio may load: itself. Gradio needs inline scripts, and workers and pictures from memory

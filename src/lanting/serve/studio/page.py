@@ -14,13 +14,14 @@ from fastapi import FastAPI
 
 from lanting.serve.house import House
 from lanting.serve.studio import show
-from lanting.serve.studio.clerk import Clerk
+from lanting.serve.studio.clerk import PAGE, Clerk
 from lanting.serve.studio.fields import easel, fold, html, picture, plan_panel
 from lanting.serve.studio.forms import DRAW, EDIT, LAYERS, sizes_of, tabs_of
 from lanting.serve.studio.look import seal, text, theme
 from lanting.serve.studio.words import Say
 
 HEAVIEST = "32mb"  # of an upload
+NEWS = 4.0  # seconds between looks at the history; browsers make them rare where a page is not seen
 
 
 @dataclass
@@ -32,9 +33,21 @@ class Tab:
     prompt: Any
     go: Any
     stage: Any
-    fold: list[Any]
+    more: tuple[list[Any], Any, list[Any]]  # of `fields.fold`
     plan: Any
     extra: dict[str, Any]
+
+    @property
+    def fold(self) -> list[Any]:
+        return self.more[0]
+
+    @property
+    def loras(self) -> Any:
+        return self.more[1]
+
+    @property
+    def pulls(self) -> list[Any]:
+        return self.more[2]
 
 
 @dataclass
@@ -48,6 +61,10 @@ class Page:
     each: dict[str, Tab]
     search: Any
     gallery: Any
+    timer: Any  # for what other clients of the same key do
+    most: Any  # tiles that are shown
+    sign: Any  # of what they show
+    at: Any  # the tab that is open
 
 
 def application(house: House, language: str) -> FastAPI:
@@ -99,12 +116,15 @@ def laid_out(clerk: Clerk) -> Page:
                 max_lines=1,
             )  # fmt: skip
             gallery = html("", elem_id="gallery")
-    return Page(clerk, model, hidden, tabs, each, search, gallery)
+    states = gr.State(PAGE), gr.State(""), gr.State(able[0])
+    return Page(clerk, model, hidden, tabs, each, search, gallery, gr.Timer(NEWS), *states)
 
 
-def hiding(able: Sequence[str]) -> str:
-    """A rule that hides the tabs a model has no use for. Gradio's own `visible` does not hide one that was shown."""
+def hiding(able: Sequence[str], pictures: int = 2) -> str:
+    """A rule that hides the tabs a model has no use for, and further pictures where it looks at one. Gradio's own
+    `visible` does not hide a tab that was shown."""
     gone = [f"#{name}-tab-button" for name in (DRAW, EDIT, LAYERS) if name not in able]
+    gone += ["#others"] if pictures < 2 else []
     return f"<style>{','.join(gone)}{{display:none}}</style>" if gone else "<style></style>"
 
 
@@ -144,8 +164,16 @@ def go(say: Say, name: str) -> Any:
     return gr.Button(words, variant="primary", elem_id=f"{name}-go", elem_classes="go")
 
 
+def lora_count(clerk: Clerk) -> int:
+    """Of the model that has most: each gets a field for its strength, and fields are made before there is a choice."""
+    served = clerk.house.desk.models.values()
+    return max(max(len(one.loras), len(one.served.options.get("loras") or ())) for one in served)
+
+
 def stage(clerk: Clerk, name: str) -> Any:
-    return html(show.empty(name, clerk.language, clerk.say), elem_id=f"{name}-stage", elem_classes="view")
+    spec = clerk.model(None).spec
+    empty = show.empty(name, clerk.language, clerk.say, signs=spec is not None and spec.name == "nano")
+    return html(empty, elem_id=f"{name}-stage", elem_classes="view")
 
 
 def draw_tab(clerk: Clerk) -> Tab:
@@ -157,7 +185,7 @@ def draw_tab(clerk: Clerk) -> Tab:
             prompt = prompt_of(say, DRAW)
             sizes = sizes_of(clerk.model(None).spec, say)
             size = gr.Radio(sizes, value=sizes[0][1] if sizes else None, label=say("Shape"), elem_id="sizes")
-            button, more = go(say, DRAW), fold(say, False, True)
+            button, more = go(say, DRAW), fold(say, False, True, lora_count(clerk))
             plan = plan_panel(say)
         with gr.Column(scale=5, min_width=300, elem_classes="seen"):
             shown = stage(clerk, DRAW)
@@ -175,7 +203,7 @@ def edit_tab(clerk: Clerk) -> Tab:
                 label=say("Further pictures to look at"), type="filepath", file_types=["image"], columns=3, height=110,
                 interactive=True, object_fit="contain", elem_id="others", buttons=[],
             )  # fmt: skip
-            more, plan = fold(say, True, True), plan_panel(say)
+            more, plan = fold(say, True, True, lora_count(clerk)), plan_panel(say)
         with gr.Column(scale=5, min_width=300, elem_classes="seen"):
             hint = say("Paint over what may change, or paint nothing.")
             gr.HTML(f'<p class="hint">{escape(hint)}</p>', apply_default_css=False, elem_classes="view")
@@ -196,7 +224,7 @@ def layers_tab(clerk: Clerk) -> Tab:
             prompt = prompt_of(say, LAYERS)
             count = gr.Slider(2, 8, 4, step=1, label=say("Layers"))
             fine = gr.Checkbox(label=say("Large (1024 instead of 640)"), value=False)
-            button, more = go(say, LAYERS), fold(say, False, False)
+            button, more = go(say, LAYERS), fold(say, False, False, lora_count(clerk))
             plan = plan_panel(say)
         with gr.Column(scale=5, min_width=300, elem_classes="seen"):
             shown = stage(clerk, LAYERS)

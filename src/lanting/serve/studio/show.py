@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from lanting.serve.jobs import CANCELLED, DONE, FAILED, Event, Job
+from lanting.serve.jobs import CANCELLED, DONE, FAILED, RUNNING, Event, Job
 from lanting.serve.state import Place
 from lanting.serve.studio.forms import DRAW, EDIT, LAYERS, tab_of
 from lanting.serve.studio.words import Say, retold
@@ -28,6 +28,20 @@ SIGNS = {  # what nano draws well, so that a first click is a good one
         'a blue sign that says "HELLO"',
     ),
 }
+SCENES = {  # for models that draw anything
+    "en": (
+        "a tea house in the mist, ink on paper",
+        'a bakery window at dawn, a chalkboard says "Fresh Bread"',
+        "a red fox asleep in tall grass, photograph",
+        "a poster of a lighthouse, flat colours",
+    ),
+    "zh": (
+        "雾中的茶馆，水墨画",
+        "清晨的面包店橱窗，黑板上写着“今日新鲜”",
+        "高草里睡着的红狐狸，摄影",
+        "灯塔海报，平涂色块",
+    ),
+}
 CHANGES = {
     "en": ("make the background red", "make the letters yellow", "add a border"),
     "zh": ("把背景改成红色", "把文字改成黄色", "加上边框"),
@@ -40,14 +54,14 @@ def button(do: str, words: str, main: bool = False, **data: object) -> str:
     return f'<button type="button" class="act{" main" if main else ""}" data-do="{do}"{told}>{escape(words)}</button>'
 
 
-def empty(tab: str, language: str, say: Say) -> str:
-    """Before anything was asked."""
+def empty(tab: str, language: str, say: Say, laid: bool = False, signs: bool = True) -> str:
+    """Before anything was asked. `laid`: a picture is on the canvas; `signs`: the model draws nothing else."""
     head = {
         DRAW: say("What shall it be?"),
-        EDIT: say("Drop a picture above, and say what should change."),
+        EDIT: say("What shall change?") if laid else say("Drop a picture above, and say what should change."),
         LAYERS: say("Drop a picture, and it is taken apart into layers."),
     }[tab]
-    lines = {DRAW: SIGNS, EDIT: CHANGES}.get(tab, {}).get(language, ())
+    lines = {DRAW: SIGNS if signs else SCENES, EDIT: CHANGES}.get(tab, {}).get(language, ())
     chips = "".join(button("fill", one, text=one) for one in lines)
     return f'<div class="stage empty"><p>{escape(head)}</p><div class="chips">{chips}</div></div>'
 
@@ -190,15 +204,33 @@ def gallery(jobs: Sequence[Job], words: str, most: int, say: Say) -> str:
     return f'<div class="tiles">{tiles}</div>{older}'
 
 
+AGAIN = '<path d="M13 8a5 5 0 1 1-1.500-3.600M13 2v3h-3"/>'
+PENCIL = '<path d="M3 13l.700-3L10.500 3.200l2.300 2.300L6 12.300z"/>'
+
+
+def quick(do: str, job: Job, words: str, path: str) -> str:
+    """A small button on a tile."""
+    return (
+        f'<button type="button" data-do="{do}" data-job="{job.id}" data-tab="{tab_of(job)}" '
+        f'aria-label="{escape(words)}" title="{escape(words)}">'
+        f'<svg viewBox="0 0 16 16" aria-hidden="true">{path}</svg></button>'
+    )
+
+
 def tile(job: Job, say: Say) -> str:
-    told = escape(job.prompt or say("No words"))
-    head = f'<button type="button" class="tile {job.state}" data-do="pick" data-job="{job.id}" '
-    head += f'data-tab="{tab_of(job)}" title="{told}"'
+    told, acts = escape(job.prompt or say("No words")), ""
+    head = f'<button type="button" class="open" data-do="pick" data-job="{job.id}" data-tab="{tab_of(job)}">'
     if job.state == DONE and job.outcome:
         count = len(job.outcome["images"])
         badge = f"<b>{count}</b>" if count > 1 else ""
         inside = f'<img loading="lazy" src="{address(job, 0)}" alt="{told}">{badge}'
     else:
-        state = {FAILED: say("Failed"), CANCELLED: say("Cancelled")}.get(job.state) or say("In the queue")
+        words = {FAILED: say("Failed"), CANCELLED: say("Cancelled"), RUNNING: say("Being drawn")}
+        state = words.get(job.state) or say("In the queue")
         inside = f"<span>{escape(state)}</span><small>{told}</small>"
-    return f"{head}>{inside}</button>"
+    if job.over:
+        acts = quick("again", job, say("Draw it again"), AGAIN)
+    if job.state == DONE:
+        acts += quick("edit", job, say("Edit it"), PENCIL)
+    acts = f'<div class="quick">{acts}</div>' if acts else ""
+    return f'<div class="tile {job.state}" title="{told}">{head}{inside}</button>{acts}</div>'

@@ -42,6 +42,15 @@ element.addEventListener('click', (click) => {
   const also = typeof next === 'object' ? next[pressed.dataset.tab] : next;
   if (also) whenShown(also === 'unpack' ? '#source' : '#canvas canvas', () => trigger(also, told));
 });
+// A job that begins or is shown outside the window is brought into it, once.
+let seen;
+new MutationObserver(() => {
+  const stage = element.querySelector('.stage.busy, .stage.done');
+  const job = stage?.dataset.job ?? stage?.querySelector('[data-job]')?.dataset.job;
+  if (!job || job === seen) return;
+  seen = job;
+  setTimeout(() => element.querySelector('.stage')?.scrollIntoView({ block: 'nearest', behavior: 'smooth' }), 300);
+}).observe(element, { childList: true, subtree: true });
 element.addEventListener('input', (moved) => {
   const compare = moved.target.closest('.compare');
   if (compare) compare.style.setProperty('--at', `${moved.target.value}%`);
