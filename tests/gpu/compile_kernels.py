@@ -23,10 +23,18 @@ def cases(floats: bool) -> Any:
     for form, out in ((0, B), (1, I8), *(((2, E4),) if floats else ())):
         kept = {"out": out, "out_scale": F, "eps": "fp32"}
         vectors = dict.fromkeys(("x", "y", "gate", "shift", "scale", "moved", "bias", "base"), B)
-        yield rows.norm_kernel, vectors | kept, {"ADD": True, "CLIP": True, "FORM": form, "BLOCK": 4096}, 8, 3
-        yield rows.activate_kernel, vectors | kept, {**LINE, "FORM": form, "BLOCK": 16384}, 16, 3
+        turn = 256 if form == 1 else 0
+        given = {"FORM": form, "ROTATE": turn}
+        yield rows.norm_kernel, vectors | kept, {"ADD": True, "CLIP": True, **given, "BLOCK": 4096}, 8, 3
+        yield rows.activate_kernel, vectors | kept, {**LINE, **given, "BLOCK": 16384}, 16, 3
     scaled = {"x": "*i32", "row_scale": F, "column_scale": F, "bias": B, "gate": B, "base": B, "out": B, "out_scale": F}
-    yield rows.activate_kernel, scaled, {**LINE, "SCALED": True, "GATE": True, "FORM": 0, "BLOCK": 4096}, 8, 3
+    yield (
+        rows.activate_kernel,
+        scaled,
+        {**LINE, "SCALED": True, "GATE": True, "FORM": 0, "ROTATE": 0, "BLOCK": 4096},
+        8,
+        3,
+    )
     heads = dict.fromkeys(("q", "k", "first_q", "first_k", "other_q", "other_k"), B)
     tables = {"cosines": F, "sines": F, "eps": "fp32"}
     yield rows.turn_kernel, heads | tables, {"HEADS": 16, "HALF": 64}, 4, 3

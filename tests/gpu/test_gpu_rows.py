@@ -11,6 +11,7 @@ from lanting.kernels.gpu.rows import Gated
 from lanting.kernels.gpu.twins import FP8, Codes, Sums
 from lanting.nn.mmdit import RMSNorm
 from lanting.nn.rope import rotate
+from lanting.nn.rotate import rotate_blocks
 
 FORMS = [None, torch.int8, FP8]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -49,6 +50,27 @@ def fill_with_nan(monkeypatch):
 def vectors(batch, each, width, dtype, device, count=3):
     """As a modulation makes them: pieces of one tensor."""
     return torch.randn(batch, each, count * width, device=device).to(dtype).mul_(0.3).chunk(count, -1)
+
+
+@pytest.mark.parametrize("kind", [torch.int8, None])
+@pytest.mark.parametrize("turn", [4, 16, 64, 256])
+def test_rows_are_rotated_on_their_way(kind, turn, device, monkeypatch):
+    """In all three operations, beside the matrix of `nn.rotate`."""
+    torch.manual_seed(6)
+    x, y = (torch.randn(1, 4, 256 + turn, device=device) for _ in range(2))
+    gate, shift, scale = vectors(1, 2, 256 + turn, torch.float32, device)
+    plain, form = twins.norm(x, shift, scale, 2, None, 1e-6), (kind, turn)
+    assert isinstance(plain, torch.Tensor)
+    wanted = rotate_blocks(plain, turn)
+    wanted = wanted if kind is None else twins.coded(wanted, kind)
+    same(twins.norm(x, shift, scale, 2, form, 1e-6), wanted, torch.float32)
+    gelu = rotate_blocks(torch.nn.functional.gelu(y, approximate="tanh"), turn)
+    fill_with_nan(monkeypatch)
+    same(rows.norm(x, shift, scale, 2, form), wanted, torch.float32)
+    same(rows.activate(y, gelu=True, form=form), gelu if kind is None else twins.coded(gelu, kind), torch.float32)
+    moved, found = rows.join_norm(torch.zeros_like(x), Gated(x, gate, 2), shift, scale, form)
+    assert torch.equal(moved, x)
+    same(found, wanted, torch.float32)
 
 
 def test_kernels_run_here(device):

@@ -24,7 +24,7 @@ from lanting.core.errors import RequestError
 from lanting.kernels.gpu import attention as attentions
 from lanting.kernels.gpu.here import beside, meet, on
 from lanting.kernels.gpu.rows import Gated, activate, turn
-from lanting.kernels.gpu.twins import FP8, Codes
+from lanting.kernels.gpu.twins import FP8
 from lanting.nn.linears import PackedLinear
 from lanting.nn.mmdit import Attend, Block, Context, FeedForward
 from lanting.nn.rotate import LARGEST
@@ -133,9 +133,8 @@ def feed_forward(mlp: FeedForward, rows: Rows, gated: Gated, how: How) -> Tensor
     """base + gate times D -> 4 D -> GELU -> D of the rows; written where the base is."""
     up: Any = mlp.net[0]
     down, base = mlp.net[2], gated.base
-    wide = raised(up.proj, rows, how, form_of(down, how, base.device))
-    read = Rows.of(base, wide) if isinstance(wide, Codes) else Rows(wide)
-    del wide
+    form = form_of(down, how, base.device)
+    read = Rows.of(base, raised(up.proj, rows, how, form), form)
     return activate(project(down, read, how), gated=gated, out=base)
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from lanting.kernels.gpu.here import available, has_floats, on
 from lanting.kernels.gpu.products import Weight, four_bit, four_by_eight, gelu_by_torch, product, with_gelu
 from lanting.kernels.gpu.rows import Gated, activate, join_norm, norm, quantize
-from lanting.kernels.gpu.twins import FP8, Codes, Sums
+from lanting.kernels.gpu.twins import FP8, Codes, Form, Sums, parted
 from lanting.nn.linears import Fp8Linear, Int4Linear, Int8Linear, PackedLinear
 from lanting.nn.lora import LoraLinear
 from lanting.nn.rotate import largest_block, rotate_blocks
@@ -107,45 +107,36 @@ class Rows:
 
     def __init__(self, x: Tensor, vectors: tuple[Tensor, Tensor] | None = None, split: int = 0):
         self.x, self.vectors, self.split = x, vectors, split  # the vectors: shift and scale behind a norm
-        self.forms: dict[object, Codes] = {}
-        self.normed: Tensor | None = x if vectors is None else None
+        self.forms: dict[tuple[torch.dtype | None, int], Any] = {} if vectors else {(None, 0): x}
 
     @classmethod
-    def of(cls, x: Tensor, made: Tensor | Codes) -> Rows:
-        """Rows that are there already, plain or as codes of x."""
+    def of(cls, x: Tensor, made: Tensor | Codes, form: Form) -> Rows:
+        """Rows that are there already, in one form."""
         rows = cls(x)
-        if isinstance(made, Codes):
-            rows.forms[0, made.data.dtype] = made
-        else:
-            rows.normed = made
+        rows.forms = {parted(form): made}
         return rows
 
     def plain(self) -> Tensor:
         """In the network's dtype, normed and modulated."""
-        if self.normed is None:
-            assert self.vectors is not None
-            made = norm(self.x, *self.vectors, self.split)
-            assert isinstance(made, Tensor)
-            self.normed = made
-        return self.normed
+        return self.laid(None, 0)
 
-    def laid(self, form: torch.dtype, rotate: int) -> Codes:
-        """In 8 bits, behind a rotation if there is one."""
-        key = (rotate, form)
+    def laid(self, form: torch.dtype | None, rotate: int) -> Any:
+        """`Codes` in 8 bits, or as they are for None; behind a rotation if there is one."""
+        key = (form, rotate)
         if key not in self.forms:
-            if self.normed is None and self.vectors is not None and not rotate:
-                made: Any = norm(self.x, *self.vectors, self.split, form)
+            if (None, 0) in self.forms:
+                self.forms[key] = activate(self.forms[None, 0], form=key)
             else:
-                x = self.plain()
-                made = quantize(rotate_blocks(x, rotate) if rotate else x, form)
-            self.forms[key] = made
+                assert self.vectors is not None
+                self.forms[key] = norm(self.x, *self.vectors, self.split, key)
         return self.forms[key]
 
 
-def form_of(linear: nn.Module, how: How, device: torch.device) -> torch.dtype | None:
+def form_of(linear: nn.Module, how: How, device: torch.device) -> Form:
     """What the only reader of some rows wants them as; None: as they are."""
-    found = weight_of(linear, how, device) if not turn_of(linear, how) else None
-    return None if found is None else found[1]
+    found = weight_of(linear, how, device)
+    form = (None, 0) if found is None else (found[1], turn_of(linear, how))
+    return None if form == (None, 0) else form
 
 
 def project(linear: nn.Module, rows: Rows, how: How, out: Tensor | None = None) -> Tensor | Sums:
@@ -164,8 +155,7 @@ def project(linear: nn.Module, rows: Rows, how: How, out: Tensor | None = None) 
         return product(rows.laid(form, rotate), weight, bias, dtype, out)
     if form is not None:
         return four_by_eight(rows.laid(form, rotate), weight, bias, dtype)
-    x = rows.plain()
-    return four_bit(rotate_blocks(x, rotate) if rotate else x, weight, bias)
+    return four_bit(rows.laid(None, rotate), weight, bias)
 
 
 def by_itself(linear: Any, x: Tensor, out: Tensor | None) -> Tensor:
@@ -182,7 +172,7 @@ def ends_with_gelu(linear: nn.Module, how: How, device: torch.device, dtype: tor
     return weight_of(linear, how, device) is None and gelu_by_torch(device, dtype)
 
 
-def raised(linear: Any, rows: Rows, how: How, form: torch.dtype | None) -> Tensor | Codes:
+def raised(linear: Any, rows: Rows, how: How, form: Form) -> Tensor | Codes:
     """gelu(the Linear of the rows), as their reader wants it."""
     device, dtype = rows.x.device, rows.x.dtype
     if form is None and ends_with_gelu(linear, how, device, dtype):
@@ -213,8 +203,9 @@ def joined(
     if isinstance(made, Sums):
         x = activate(made, gated=gated)
         return x, Rows(x, vectors, gated.split)
-    x, normed = join_norm(made, gated, *vectors, form_of(reader, how, made.device))
-    return x, Rows.of(x, normed) if isinstance(normed, Codes) else Rows.of(normed, normed)
+    form = form_of(reader, how, made.device)
+    x, normed = join_norm(made, gated, *vectors, form)
+    return x, Rows.of(x, normed, form)
 
 
 def product_of(how: How, linear: PackedLinear, x: Tensor) -> Tensor:
