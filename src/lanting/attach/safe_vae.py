@@ -7,7 +7,7 @@ works in tiles.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -66,14 +66,18 @@ class SafeVae:
     def dtype(self) -> torch.dtype:
         return next(self.vae.parameters()).dtype
 
-    def ladder(self, path: str) -> list[str | None]:
-        """What to try, in this order; None: as it is."""
+    def ladder(self, path: str) -> Iterator[str | None]:
+        """What to try, in this order; None: as it is. Where the kernels sit is looked up in trouble only."""
+        way = self.ways.get(path)
+        if way is None:
+            yield None
         plain = ["plain"] if kernels(self.vae) else []
         wide = ["float32"] if self.dtype in HALVES else []
         wide += ["bfloat16"] if self.dtype == torch.float16 else []
-        every = [None, *plain, *wide]
-        way = self.ways.get(path)
-        return every[every.index(way) :] if way in every else every
+        rungs = [*plain, *wide]
+        if way is not None and way not in rungs:
+            yield None
+        yield from rungs[rungs.index(way) :] if way in rungs else rungs
 
     def run(self, way: str | None, method: str, x: Tensor, **more: Any) -> Any:
         if way is None:
