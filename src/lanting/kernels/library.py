@@ -17,7 +17,7 @@ from typing import ClassVar
 
 from lanting.kernels.build import LIBRARY, whole
 
-ABI = 4
+ABI = 5
 OFF = ("off", "0", "no")
 
 
@@ -53,6 +53,7 @@ class Codes(ctypes.Structure):
         ("rows", c_int64),
         ("columns", c_int64),
         ("type", c_int32),
+        ("stride", c_int64),
     ]
 
 

@@ -81,21 +81,9 @@ __attribute__((always_inline)) inline void multiply_tiles(const void* from_a, in
   _tile_stored(3, second + 64, to);
 }
 
-// As `gelu` of numbers.h.
-inline __m512 gelu_of(__m512 x) {
-  const float rest[] = {1.3333558e-3f, 9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f, 6.9314718e-1f, 1.f};
-  __m512 square = x * x, most = _mm512_set1_ps(126.f), one = _mm512_set1_ps(1.f);
-  __m512 u = x * (_mm512_set1_ps(-2 * LOG2E * 0.7978845608f) + _mm512_set1_ps(-2 * LOG2E * 0.7978845608f * 0.044715f) * square);
-  u = _mm512_max_ps(_mm512_min_ps(u, most), -most);  // beyond, reciprocals fail
-  __m512 whole = _mm512_roundscale_ps(u, 0), r = u - whole, p = _mm512_set1_ps(1.5403530e-4f);
-  for (float next : rest) p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(next));
-  __m512 sum = _mm512_scalef_ps(p, whole) + one, per = _mm512_rcp14_ps(sum);
-  return x * (per * (one + one - sum * per));
-}
-
 // `finish` for up to 16 columns, those of `there`.
 inline void finish_some(const Result& r, int64_t at, const float* gate, __mmask16 there, __m512 x) {
-  if (r.mode == GELU) x = gelu_of(x);
+  if (r.mode == GELU) x = (__m512)(r.to.type == BFLOAT16 ? vec::gelu_of<true>((vec::Vector)x) : vec::gelu_of<false>((vec::Vector)x));
   if (r.to.type == BFLOAT16) {
     uint16_t* to = static_cast<uint16_t*>(r.to.data) + at;
     if (gate) {

@@ -7,6 +7,8 @@
 namespace lt {
 namespace {
 
+constexpr int64_t NARROW = 1024;  // columns up to which rows lie one after the other; wider ones would share places in L1
+
 int64_t up_to(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
 // What is alive together in the room. Laid out from address 0 it says how much room is needed.
@@ -45,7 +47,7 @@ class Room {
   Codes codes(int64_t count, int64_t columns) {  // as large as the larger type needs
     int8_t* data = static_cast<int8_t*>(take(up_to(count, panel_) * up_to(columns, 64) * 2));
     float* scale = static_cast<float*>(take(count * 4));
-    return {data, scale, static_cast<int32_t*>(take(count * 4)), count, columns, 0};
+    return {data, scale, static_cast<int32_t*>(take(count * 4)), count, columns, 0, 0};
   }
 
   int panel_;
@@ -77,8 +79,9 @@ class Run {
     return found;
   }
 
-  static Codes as(Codes codes, const Affine& linear) {
+  Codes as(Codes codes, const Affine& linear) const {
     codes.type = linear.weight.kind == BF16 ? BFLOAT16 : FLOAT32;
+    codes.stride = t_.in_rows && codes.columns <= NARROW ? up_to(codes.columns, 64) : 0;
     return codes;
   }
 
@@ -90,6 +93,11 @@ class Run {
 
   Codes laid(Codes codes, const Matrix& rows, const Affine& linear) {
     codes = as(codes, linear);
+    bool even = rows.rows <= rows.period && rows.columns % 2 == 0;
+    if (codes.stride && codes.type == BFLOAT16 && even) {  // a product can read them where they are
+      codes.data = static_cast<int8_t*>(rows.data), codes.stride = rows.stride;
+      return codes;
+    }
     t_.quantize(rows, codes);
     return codes;
   }

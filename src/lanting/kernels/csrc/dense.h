@@ -61,16 +61,17 @@ __attribute__((always_inline)) inline void multiply_pairs(const uint16_t* a, int
   }
 }
 
-// The first R rows of a panel (pairs, PANEL, 2).
-template <int R> void micro_dense(const uint16_t* a, const uint16_t* w, int64_t pairs, float* acc, bool fresh) {
-  multiply_pairs<R>(a, 2, 2 * PANEL, w, pairs, acc, TILE, fresh);
+// The first R rows of a panel (pairs, PANEL, 2), or rows `stride` apart.
+template <int R, bool in_rows>
+void micro_dense(const uint16_t* a, int64_t stride, const uint16_t* w, int64_t pairs, float* acc, bool fresh) {
+  multiply_pairs<R>(a, in_rows ? stride : 2, in_rows ? 2 : 2 * PANEL, w, pairs, acc, TILE, fresh);
 }
 
-using MicroDense = void (*)(const uint16_t*, const uint16_t*, int64_t, float*, bool);
+using MicroDense = void (*)(const uint16_t*, int64_t, const uint16_t*, int64_t, float*, bool);
 
-template <int R> inline MicroDense dense_for(int rows) {
-  if constexpr (R == 1) return micro_dense<1>;
-  else return rows == R ? micro_dense<R> : dense_for<R - 1>(rows);
+template <int R, bool in_rows> inline MicroDense dense_for(int rows) {
+  if constexpr (R == 1) return micro_dense<1, in_rows>;
+  else return rows == R ? micro_dense<R, in_rows> : dense_for<R - 1, in_rows>(rows);
 }
 
 struct Dense {
@@ -95,19 +96,17 @@ struct Dense {
 
   void meet(int64_t panel, const uint16_t* laid, int64_t begin, int64_t end, float* sums) const {
     int64_t from = panel_begin(a.rows, panel), rows = panel_begin(a.rows, panel + 1) - from;
-    const uint16_t* x = reinterpret_cast<const uint16_t*>(a.data) + (panel * columns + begin) * PANEL;
+    const uint16_t* x = reinterpret_cast<const uint16_t*>(a.data) + (a.stride ? from * a.stride + begin : (panel * columns + begin) * PANEL);
     int64_t last = smaller(end, (w.columns + 1) / 2 * 2);  // behind it are zeros
-    dense_for<PANEL>(int(rows))(x, laid, (last - begin) / 2, sums, begin == 0);
+    MicroDense multiply = a.stride ? dense_for<PANEL, true>(int(rows)) : dense_for<PANEL, false>(int(rows));
+    multiply(x, a.stride, laid, (last - begin) / 2, sums, begin == 0);
     if (end < columns) return;
     int64_t count = smaller(TILE, w.rows - first);
-    for (int64_t i = 0; i < rows; i++) {
-      if (r.bias)
-        for (int64_t j = 0; j < count; j++) sums[i * TILE + j] += r.bias[first + j];
-      if (count == TILE)
-        finish(r, from + i, first, TILE, sums + i * TILE);
-      else
-        finish(r, from + i, first, count, sums + i * TILE);
-    }
+    float bias[TILE];
+    for (int64_t j = 0; j < TILE; j++) bias[j] = r.bias && j < count ? r.bias[first + j] : 0;
+    for (int64_t i = 0; i < rows; i++)
+      for (int64_t j = 0; j < TILE; j++) sums[i * TILE + j] += bias[j];
+    finish(r, from, rows, first, count, sums, TILE);
   }
 };
 

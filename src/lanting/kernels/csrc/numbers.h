@@ -60,13 +60,16 @@ inline float gelu(float x) {  // tanh approximation: x * sigmoid(2u)
 
 inline float silu(float x) { return x / (1.f + exp2_of(-LOG2E * x)); }
 
+// Dividing takes as long as finishing a row of a narrow product, and mostly there is one item.
 inline int64_t offset(const Matrix& m, int64_t row) {
+  if (row < m.period) return row * m.stride;
   return row / m.period * m.item_stride + row % m.period * m.stride;
 }
 
 inline const float* vector_of(const PerRow& p, int64_t row) {
-  int64_t which = p.each > 1 && row % p.period >= p.split;
-  return p.data + (row / p.period * p.each + which) * p.stride;
+  int64_t item = row < p.period ? 0 : row / p.period;
+  int64_t which = p.each > 1 && row - item * p.period >= p.split;
+  return p.data + (item * p.each + which) * p.stride;
 }
 
 inline void load(const Matrix& m, int64_t row, float* to) {

@@ -5,6 +5,7 @@
 // changes nothing.
 #pragma once
 #include "pool.h"
+#include "vectors.h"
 #include "weights.h"
 
 namespace {
@@ -25,6 +26,11 @@ constexpr int ZERO = 0;
 constexpr int PANEL = 4;
 constexpr int ZERO = 0;
 #endif
+#if defined(__AVX512VNNI__) && !defined(LT_AMX)
+constexpr bool IN_ROWS = true;
+#else
+constexpr bool IN_ROWS = false;
+#endif
 #if defined(LT_AMX)
 constexpr int64_t TOGETHER = 64;     // bytes of a row that lie together
 constexpr int64_t BLOCK = 32 << 20;  // bytes of activations that weights pass by at once: a share of the last cache
@@ -36,18 +42,20 @@ constexpr int64_t BLOCK = 6 << 20;   // bytes of activations that are kept in th
 inline int64_t padded(int64_t columns) { return (columns + CHUNK - 1) / CHUNK * CHUNK; }
 
 #if !defined(LT_AMX)
-// acc (R, 32) = the first R rows of A (K4, PANEL, 4) times W (K4, 2, 16, 4)
-template <int R> void micro(const int8_t* a, const int8_t* w, int64_t k4, int32_t* out) {
+// acc (R, 32) = the first R rows of A (K4, PANEL, 4), or of rows `stride` apart, times W (K4, 2, 16, 4)
+template <int R, bool in_rows>
+void micro(const int8_t* a, [[maybe_unused]] int64_t stride, const int8_t* w, int64_t k4, int32_t* out) {
 #if defined(__AVX512VNNI__)
   __m512i acc[R][2];
 #pragma GCC unroll 14
   for (int r = 0; r < R; r++) acc[r][0] = acc[r][1] = _mm512_setzero_si512();
-  for (int64_t k = 0; k < k4; k++, w += 128, a += 4 * PANEL) {
+  const int64_t row = in_rows ? stride : 4, step = in_rows ? 4 : 4 * PANEL;
+  for (int64_t k = 0; k < k4; k++, w += 128, a += step) {
     __m512i w0 = _mm512_load_si512(w), w1 = _mm512_load_si512(w + 64);
 #pragma GCC unroll 14
     for (int r = 0; r < R; r++) {
       int32_t four;
-      memcpy(&four, a + 4 * r, 4);
+      memcpy(&four, a + r * row, 4);
       __m512i x = _mm512_set1_epi32(four);
       acc[r][0] = _mm512_dpbusd_epi32(acc[r][0], w0, x);
       acc[r][1] = _mm512_dpbusd_epi32(acc[r][1], w1, x);
@@ -114,11 +122,11 @@ template <int R> void micro(const int8_t* a, const int8_t* w, int64_t k4, int32_
 #endif
 }
 
-using Micro = void (*)(const int8_t*, const int8_t*, int64_t, int32_t*);
+using Micro = void (*)(const int8_t*, int64_t, const int8_t*, int64_t, int32_t*);
 
-template <int R> inline Micro micro_for(int rows) {
-  if constexpr (R == 1) return micro<1>;
-  else return rows == R ? micro<R> : micro_for<R - 1>(rows);
+template <int R, bool in_rows> inline Micro micro_for(int rows) {
+  if constexpr (R == 1) return micro<1, in_rows>;
+  else return rows == R ? micro<R, in_rows> : micro_for<R - 1, in_rows>(rows);
 }
 #endif
 
@@ -190,25 +198,52 @@ void expand_tile(const Weight& w, int64_t first, int64_t begin, int64_t end, int
   }
 }
 
-// What becomes of finished sums (`count` of them) of a row, from `column` on.
-inline void finish(const Result& r, int64_t row, int64_t column, int64_t count, float* x) {
-  if (r.mode == GELU)
-    for (int64_t j = 0; j < count; j++) x[j] = gelu(x[j]);
-  int64_t at = offset(r.to, row) + column;
-  const float* gate = r.mode == ADD ? vector_of(r.gate, row) + column : nullptr;
-  if (r.to.type == BFLOAT16) {
-    uint16_t* to = static_cast<uint16_t*>(r.to.data) + at;
-    if (gate)
-      for (int64_t j = 0; j < count; j++) to[j] = narrow(wide(to[j]) + gate[j] * x[j]);
-    else
-      for (int64_t j = 0; j < count; j++) to[j] = narrow(x[j]);
-  } else {
-    float* to = static_cast<float*>(r.to.data) + at;
-    if (gate)
-      for (int64_t j = 0; j < count; j++) to[j] += gate[j] * x[j];
-    else
-      for (int64_t j = 0; j < count; j++) to[j] = x[j];
+// What becomes of up to `lanes` finished sums.
+template <int mode, class E> inline vec::Vector finished(vec::Vector x, const E* to, const float* gate) {
+  if constexpr (mode == GELU) return vec::gelu_of<sizeof(E) == 2>(x);
+  if constexpr (mode == ADD) return vec::vector_at(to) + vec::vector_at(gate) * x;
+  return x;
+}
+
+template <int mode, class E> inline void finish_row(E* to, const float* gate, int64_t count, const float* x) {
+  using vec::lanes;
+  int64_t j = 0;
+#pragma GCC unroll 2
+  for (; j + lanes <= count; j += lanes) vec::put(to + j, finished<mode>(vec::vector_at(x + j), to + j, gate + j));
+  if (j == count) return;
+  float last[lanes] = {}, gates[lanes] = {};
+  E there[lanes] = {};
+  for (int64_t i = 0; i < count - j; i++) {
+    last[i] = x[j + i];
+    if constexpr (mode == ADD) gates[i] = gate[j + i], there[i] = to[j + i];
   }
+  vec::put(last, finished<mode>(vec::vector_at(last), there, gates));
+  for (int64_t i = 0; i < count - j; i++) vec::put_one(to + j + i, last[i]);
+}
+
+// Finished sums (rows, `gap` apart) from a row and a column on.
+template <int mode, class E>
+void finish_rows(const Result& r, int64_t row, int64_t rows, int64_t column, int64_t count, const float* x, int64_t gap) {
+  for (int64_t i = 0; i < rows; i++, x += gap) {
+    E* to = static_cast<E*>(r.to.data) + offset(r.to, row + i) + column;
+    const float* gate = mode == ADD ? vector_of(r.gate, row + i) + column : nullptr;
+    if (count == TILE)
+      finish_row<mode>(to, gate, TILE, x);  // a length that the compiler knows
+    else
+      finish_row<mode>(to, gate, count, x);
+  }
+}
+
+template <class E>
+inline void finish_as(const Result& r, int64_t row, int64_t rows, int64_t column, int64_t count, const float* x, int64_t gap) {
+  if (r.mode == GELU) finish_rows<GELU, E>(r, row, rows, column, count, x, gap);
+  else if (r.mode == ADD) finish_rows<ADD, E>(r, row, rows, column, count, x, gap);
+  else finish_rows<STORE, E>(r, row, rows, column, count, x, gap);
+}
+
+inline void finish(const Result& r, int64_t row, int64_t rows, int64_t column, int64_t count, const float* x, int64_t gap) {
+  if (r.to.type == BFLOAT16) finish_as<uint16_t>(r, row, rows, column, count, x, gap);
+  else finish_as<float>(r, row, rows, column, count, x, gap);
 }
 
 #if !defined(LT_AMX)
@@ -222,17 +257,16 @@ struct Tile {
 inline void meet(const Codes& a, const Tile& t, const Result& r, int64_t panel) {
   alignas(64) int32_t sums[PANEL * TILE];
   int64_t columns = padded(a.columns), begin = panel_begin(a.rows, panel), rows = panel_begin(a.rows, panel + 1) - begin;
-  micro_for<PANEL>(int(rows))(a.data + panel * PANEL * columns, t.data, (a.columns + 3) / 4, sums);  // zeros follow
+  Micro multiply = IN_ROWS && a.stride ? micro_for<PANEL, IN_ROWS>(int(rows)) : micro_for<PANEL, false>(int(rows));
+  const int8_t* from = a.data + (a.stride ? begin * a.stride : panel * PANEL * columns);
+  multiply(from, a.stride, t.data, (a.columns + 3) / 4, sums);  // zeros follow
+  alignas(64) float x[PANEL * TILE];
   for (int64_t i = 0; i < rows; i++) {
-    alignas(64) float x[TILE];
     float own = a.scale[begin + i];
     int32_t extra = ZERO * a.sum[begin + i];
-    for (int j = 0; j < TILE; j++) x[j] = float(sums[i * TILE + j] - extra) * own * t.scale[j] + t.bias[j];
-    if (t.count == TILE)
-      finish(r, begin + i, t.first, TILE, x);  // a length that the compiler knows
-    else
-      finish(r, begin + i, t.first, t.count, x);
+    for (int j = 0; j < TILE; j++) x[i * TILE + j] = float(sums[i * TILE + j] - extra) * own * t.scale[j] + t.bias[j];
   }
+  finish(r, begin, rows, t.first, t.count, x, TILE);
 }
 
 inline void ready_tile(const Weight& w, const Result& r, Tile& t) {

@@ -4,31 +4,67 @@
 
 namespace {
 
-// `count` bytes of a row from byte k on, into their places of a panel.
-inline void lay_bytes(const void* from, int64_t k, int64_t count, int64_t place, int8_t* panel) {
-  const int8_t* line = static_cast<const int8_t*>(from);
-  for (int64_t j = 0; j < count; j += TOGETHER) memcpy(panel + in_panel(place, k + j), line + j, TOGETHER);
-}
+// Where a row of codes lies: its bytes one after the other, or in pieces of a panel.
+struct Place {
+  int8_t* data;
+  int64_t place = -1;  // in a panel
 
-inline void narrow_row(const float* x, const Codes& to, int64_t panel, int64_t place) {
-  int64_t columns = padded(to.columns);
-  int8_t* out = to.data + 2 * panel * PANEL * columns;
-  for (int64_t k = 0; k < columns; k += CHUNK) {
-    uint16_t line[CHUNK];
+  Place(const Codes& to, int64_t panel, int64_t row) : data(to.data) {
+    int64_t size = to.type == BFLOAT16 ? 2 : 1;
+    if (IN_ROWS && to.stride) data += row * to.stride * size;
+    else data += size * panel * PANEL * padded(to.columns), place = row - panel_begin(to.rows, panel);
+  }
+
+  // CHUNK numbers of a row from byte k on.
+  template <class T> void lay(const T* from, int64_t k) const {
+    constexpr int64_t count = CHUNK * int64_t(sizeof(T));
+    const int8_t* line = reinterpret_cast<const int8_t*>(from);
+    if (place < 0) memcpy(data + k, line, count);
+    else
+      for (int64_t j = 0; j < count; j += TOGETHER) memcpy(data + in_panel(place, k + j), line + j, TOGETHER);
+  }
+};
+
+inline void narrow_row(const float* x, const Codes& to, const Place& place) {
+  for (int64_t k = 0; k < padded(to.columns); k += CHUNK) {
+    alignas(64) uint16_t line[CHUNK];
     int64_t count = smaller(CHUNK, to.columns - k);
     if (count == CHUNK) {
       for (int64_t j = 0; j < CHUNK; j++) line[j] = narrow(x[k + j]);
     } else {
       for (int64_t j = 0; j < CHUNK; j++) line[j] = j < count ? narrow(x[k + j]) : 0;
     }
-    lay_bytes(line, 2 * k, 2 * CHUNK, place, out);
+    place.lay(line, 2 * k);
   }
 }
 
-// Round a row to int8, or to bfloat16, and lay it into its place of a panel.
+// q = x * per, rounded, with zeros behind `count`; returns the sum.
+inline int32_t round_some(const float* x, float per, int64_t count, int8_t* q) {
+#if defined(__AVX512VNNI__)
+  __m512i sum = _mm512_setzero_si512();
+  for (int64_t j = 0; j < CHUNK; j += 16) {
+    __mmask16 there = count - j >= 16 ? 0xffff : count <= j ? 0 : (1 << (count - j)) - 1;
+    __m512i each = _mm512_maskz_cvtps_epi32(there, _mm512_maskz_loadu_ps(there, x + j) * _mm512_set1_ps(per));
+    sum = _mm512_add_epi32(sum, each);
+    _mm_store_si128(reinterpret_cast<__m128i*>(q + j), _mm512_cvtepi32_epi8(each));
+  }
+  return _mm512_reduce_add_epi32(sum);
+#else
+  int32_t sum = 0;
+  if (count == CHUNK) {
+    for (int64_t j = 0; j < CHUNK; j++) q[j] = int8_t(nearest(x[j] * per));
+  } else {
+    for (int64_t j = 0; j < CHUNK; j++) q[j] = j < count ? int8_t(nearest(x[j] * per)) : 0;
+  }
+  for (int64_t j = 0; j < CHUNK; j++) sum += q[j];
+  return sum;
+#endif
+}
+
+// Round a row to int8, or to bfloat16, and lay it into its place.
 inline void round_row(const float* x, const Codes& to, int64_t panel, int64_t row) {
-  int64_t columns = padded(to.columns), place = row - panel_begin(to.rows, panel);
-  if (to.type == BFLOAT16) return narrow_row(x, to, panel, place);
+  Place place(to, panel, row);
+  if (to.type == BFLOAT16) return narrow_row(x, to, place);
   int32_t bits = 0;  // of the largest: sizes are ordered as their bits are, and NaN is above all, so that it stays NaN
 #pragma omp simd reduction(max : bits)
   for (int64_t k = 0; k < to.columns; k++) {
@@ -37,17 +73,10 @@ inline void round_row(const float* x, const Codes& to, int64_t panel, int64_t ro
   }
   float most = as_float(uint32_t(bits)), per = most > 1e-30f ? 127 / most : 0;  // 127 / most must be a number
   int32_t sum = 0;
-  int8_t* out = to.data + panel * PANEL * columns;
-  for (int64_t k = 0; k < columns; k += CHUNK) {
-    int8_t q[CHUNK];
-    int64_t count = smaller(CHUNK, to.columns - k);
-    if (count == CHUNK) {
-      for (int64_t j = 0; j < CHUNK; j++) q[j] = int8_t(nearest(x[k + j] * per));
-    } else {
-      for (int64_t j = 0; j < CHUNK; j++) q[j] = j < count ? int8_t(nearest(x[k + j] * per)) : 0;
-    }
-    for (int64_t j = 0; j < CHUNK; j++) sum += q[j];
-    lay_bytes(q, k, CHUNK, place, out);
+  for (int64_t k = 0; k < padded(to.columns); k += CHUNK) {
+    alignas(64) int8_t q[CHUNK];
+    sum += round_some(x + k, per, smaller(CHUNK, to.columns - k), q);
+    place.lay(q, k);
   }
   to.scale[row] = most / 127;
   to.sum[row] = sum;
@@ -126,7 +155,8 @@ void activate(const Matrix& from, const Result& r) {
       load(from, row, x);
       if (r.bias)
         for (int64_t j = 0; j < from.columns; j++) x[j] += r.bias[j];
-      finish(r, row, 0, from.columns, x);
+      if (r.mode == STORE) store(r.to, row, x);  // exactly, also numbers near zero
+      else finish(r, row, 1, 0, from.columns, x, 0);
     }
   });
 }

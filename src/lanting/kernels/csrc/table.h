@@ -8,6 +8,7 @@ struct Table {
   const char* name;
   int panel;   // rows that the micro-kernel takes at once
   bool dense;  // whether it multiplies bfloat16 too
+  bool in_rows;  // whether products read rows of activations that lie one after the other
   void (*bounds)(const Weight&, float*);
   void (*expand)(const Weight&, int8_t*);  // all of a weight as the int8 that products see: for tests
   void (*quantize)(const Matrix&, const Codes&);

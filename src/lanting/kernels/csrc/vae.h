@@ -14,6 +14,8 @@
 namespace {
 namespace conv {
 
+using vec::lanes, vec::put, vec::put_one, vec::silu_of, vec::Vector, vec::vector_at;
+
 constexpr int64_t LANES = 16;  // channels are rounded up to, whatever the processor
 constexpr int64_t BAND = 16, PARTS = 64;  // rows of tiles that a thread takes in one go; parts there should be
 

@@ -3,7 +3,7 @@
 #include "numbers.h"
 
 namespace {
-namespace conv {
+namespace vec {
 
 #if defined(__AVX512F__)
 constexpr int lanes = 16;
@@ -42,22 +42,31 @@ inline Vector least(Vector x, float low) {
   return (Vector)(((Bits)x & ~below) | (as_bits(low) & below));
 }
 
-// As `silu` of numbers.h, written out for vectors.
-inline Vector silu_of(Vector x) {
-  const float rest[] = {1.3333558e-3f, 9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f, 6.9314718e-1f, 1.f};
-  Vector p = Vector{} + 1.5403530e-4f;
+// 1 / (1 + 2^x), as in `gelu` and `silu` of numbers.h. `near`: within 4e-6, far finer than the bfloat16 it becomes.
+template <bool near = false> inline Vector share_of(Vector x) {
+  constexpr float rest[] = {1.3333558e-3f, 9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f, 6.9314718e-1f, 1.f};
+  constexpr int skipped = near ? 2 : 0;
+  Vector p = Vector{} + (near ? rest[1] : 1.5403530e-4f);
 #if defined(__AVX512F__)
-  __m512 e = _mm512_min_ps((__m512)x * _mm512_set1_ps(-LOG2E), _mm512_set1_ps(126.f));  // beyond, reciprocals fail
-  __m512 whole = _mm512_roundscale_ps(e, 0);
-  for (float next : rest) p = p * (Vector)(e - whole) + next;
+  const __m512 most = _mm512_set1_ps(126.f);  // beyond, reciprocals fail
+  __m512 e = _mm512_max_ps(-most, _mm512_min_ps(most, (__m512)x)), whole = _mm512_roundscale_ps(e, 0);
+#pragma GCC unroll 6
+  for (int i = skipped; i < 6; i++) p = p * (Vector)(e - whole) + rest[i];
   __m512 sum = _mm512_scalef_ps((__m512)p, whole) + _mm512_set1_ps(1.f), per = _mm512_rcp14_ps(sum);
-  return x * (Vector)(per * (_mm512_set1_ps(2.f) - sum * per));
+  return (Vector)(per * (_mm512_set1_ps(2.f) - sum * per));
 #else
-  Vector e = least(-least(x * LOG2E, -126.f), -126.f), moved = e + 12582912.f, r = e - (moved - 12582912.f);
-  for (float next : rest) p = p * r + next;
-  return x / (1.f + p * (Vector)(((Bits)moved - (0x4b400000u - 127)) << 23));
+  Vector e = least(-least(-x, -126.f), -126.f), moved = e + 12582912.f, r = e - (moved - 12582912.f);
+  for (int i = skipped; i < 6; i++) p = p * r + rest[i];
+  return 1.f / (1.f + p * (Vector)(((Bits)moved - (0x4b400000u - 127)) << 23));
 #endif
 }
 
-}  // namespace conv
+inline Vector silu_of(Vector x) { return x * share_of(x * -LOG2E); }
+
+template <bool near> inline Vector gelu_of(Vector x) {
+  constexpr float per = -2 * LOG2E * 0.7978845608f;
+  return x * share_of<near>(x * (per + per * 0.044715f * (x * x)));
+}
+
+}  // namespace vec
 }  // namespace
