@@ -95,7 +95,7 @@ def care(app: FastAPI, house: House) -> None:
     async def readyz() -> JSONResponse:
         return JSONResponse({"status": "ready" if house.ready else "not ready"}, 200 if house.ready else 503)
 
-    @app.get("/metrics", tags=["care"], summary="For Prometheus")
+    @app.get("/metrics", response_class=PlainTextResponse, tags=["care"], summary="For Prometheus")
     async def metrics() -> PlainTextResponse:
         return PlainTextResponse(house.meters.page(house.desk), media_type="text/plain; version=0.0.4")
 

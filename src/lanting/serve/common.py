@@ -20,6 +20,7 @@ from lanting.serve.jobs import DONE, FAILED, LOCAL, Caller, Event, Job
 T = TypeVar("T")
 PULSE = 10.0  # seconds of silence after which a stream says that it lives
 STATUS = {"invalid_request": 400, "cancelled": 409, "timeout": 504}
+STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}  # for /openapi.json
 SSE = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # the second: nginx must not hold it back
 
 

@@ -32,6 +32,7 @@ from lanting.serve.pictures import to_base64
 
 PATHS = ("/api/generate", "/api/tags", "/api/show", "/api/ps", "/api/pull", "/api/version", "/api/chat")
 NDJSON = "application/x-ndjson"
+BOTH: dict[int | str, dict[str, Any]] = {200: {"content": {NDJSON: {}}}}  # beside JSON, for /openapi.json
 VERSION = "0.14.0"  # the newest whose image clients these are
 
 
@@ -147,7 +148,7 @@ def router(house: House) -> APIRouter:
     """The routes."""
     routes = APIRouter(prefix="/api", tags=["ollama"])
 
-    @routes.post("/generate", summary="Draw a picture, or load the model where there is no prompt")
+    @routes.post("/generate", responses=BOTH, summary="Draw a picture, or load the model where there is no prompt")
     async def generate(ask: Ask, request: HttpRequest) -> Response:
         if not ask.prompt and not ask.images:
             house.desk.model(bare(ask.model))
@@ -186,7 +187,7 @@ def models(house: House, routes: APIRouter) -> None:
         told = {"license": "", "modelfile": "", "parameters": words, "template": "{{ .Prompt }}", "modified_at": now()}
         return told | {"details": details, "model_info": info, "capabilities": ["image"]}
 
-    @routes.post("/pull", summary="Nothing is downloaded: success for what is served")
+    @routes.post("/pull", responses=BOTH, summary="Nothing is downloaded: success for what is served")
     async def pull(ask: Named) -> Response:
         name = bare(ask.model or ask.name or "")
         if house.settings.model(name) is None:

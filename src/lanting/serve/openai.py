@@ -23,6 +23,7 @@ from lanting.core.errors import LantingError, RequestError
 from lanting.core.quality import NAMES
 from lanting.core.types import Request
 from lanting.serve.common import (
+    STREAMED,
     caller_of,
     event_stream,
     finished,
@@ -265,13 +266,13 @@ def router(house: House) -> APIRouter:
     """The routes."""
     routes = APIRouter(prefix="/v1", tags=["openai"])
 
-    @routes.post("/images/generations", summary="Draw pictures")
+    @routes.post("/images/generations", responses=STREAMED, summary="Draw pictures")
     async def generations(ask: Ask, request: HttpRequest) -> Response:
         return await draw(house, request, ask, request_of(house, checked(ask)), "image_generation")
 
     body = {"content": {"application/json": {"schema": EditAsk.model_json_schema()}, "multipart/form-data": {}}}
 
-    @routes.post("/images/edits", summary="Change pictures", openapi_extra={"requestBody": body})
+    @routes.post("/images/edits", responses=STREAMED, summary="Change pictures", openapi_extra={"requestBody": body})
     async def edits(request: HttpRequest) -> Response:
         ask, wish = await edit_of(house, request, variation=False)
         return await draw(house, request, ask, wish, "image_edit")

@@ -17,7 +17,7 @@ from starlette.responses import StreamingResponse
 from lanting.core.errors import RequestError
 from lanting.core.lang import explain
 from lanting.core.types import Request
-from lanting.serve.common import caller_of, event_stream, once_of, result_path, sse
+from lanting.serve.common import STREAMED, caller_of, event_stream, once_of, result_path, sse
 from lanting.serve.errors import MissingError, as_told
 from lanting.serve.files import ID
 from lanting.serve.house import House
@@ -160,7 +160,7 @@ def following(house: House, routes: APIRouter) -> None:
     """Routes of one job's events and of its end."""
     desk = house.desk
 
-    @routes.get("/jobs/{id_}/events", summary="What happens to a job, as server-sent events")
+    @routes.get("/jobs/{id_}/events", responses=STREAMED, summary="What happens to a job, as server-sent events")
     async def events(
         id_: str,
         request: HttpRequest,
