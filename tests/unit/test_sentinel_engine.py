@@ -302,6 +302,6 @@ def test_it_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     def fails(*args, **more):
         raise OSError("the disk is full")
 
-    monkeypatch.setattr("json.dump", fails)
+    monkeypatch.setattr("os.replace", fails)
     Remembered("new", path).add({"a": "plain"})  # nothing to complain about
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json as json_
-import os
 import sys
 import time
 from pathlib import Path
@@ -16,6 +15,7 @@ from lanting.cli.eval_tables import print_table
 from lanting.cli.machine import BUILD, gpus, switched_off
 from lanting.cli.screen import Screen
 from lanting.core.errors import OutputError, RequestError
+from lanting.core.files import replace_file, unwritable
 from lanting.core.lang import say
 from lanting.core.save import check_folder
 from lanting.core.types import Progress
@@ -140,10 +140,7 @@ def place(name: str, force: bool) -> Path:
 
 def write(path: Path, text: str) -> None:
     """All of it or nothing."""
-    part = path.with_name(path.name + ".part")
     try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
+        replace_file(path, lambda part: part.write_text(text, encoding="utf-8"))
     except OSError as error:
-        part.unlink(missing_ok=True)
-        raise OutputError("{path} can't be written: {reason}", path=path, reason=error.strerror) from error
+        raise unwritable(path, error) from error

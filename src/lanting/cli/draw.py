@@ -7,7 +7,6 @@ The engine's events are drawn as a bar on a terminal and one plain line in a pip
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from lanting.cli.fit import Limits, fit
 from lanting.cli.lora import tell_wishes
 from lanting.cli.screen import Screen
+from lanting.core.files import replace_file
 from lanting.core.quality import REUSED, computed
 from lanting.core.recipe import describe_request, request_of_picture
 from lanting.core.save import Place, names_for, plan_places, save_picture
@@ -107,9 +107,7 @@ def draw(request: Request, wish: Wish, screen: Screen) -> Drawn:
         finally:
             screen.end(done)
             if preview:
-                shown = _preview_path(places[0].path)
-                for path in (shown, _part(shown)):  # Ctrl-C may come while a preview is being written
-                    path.unlink(missing_ok=True)
+                _preview_path(places[0].path).unlink(missing_ok=True)
         paths = tuple(map(save_picture, result.images, places, result.recipes))
     finally:
         engine.close()
@@ -144,10 +142,6 @@ def _preview_path(path: Path) -> Path:
     return path.with_name(f"{path.stem}.preview.png")
 
 
-def _part(path: Path) -> Path:
-    return path.with_name(f".{path.name}.part")
-
-
 def _previewer(path: Path, screen: Screen) -> Callable[[Progress], None]:
     """Keeps NAME.preview.png at the latest preview; an image viewer that watches the file shows it grow."""
     target = _preview_path(path)
@@ -155,9 +149,8 @@ def _previewer(path: Path, screen: Screen) -> Callable[[Progress], None]:
 
     def show(event: Progress) -> None:
         if event.preview is not None:
-            part = _part(target)
-            event.preview.save(part, format="PNG")
-            os.replace(part, target)
+            preview = event.preview
+            replace_file(target, lambda part: preview.save(part, format="PNG"))
 
     return show
 

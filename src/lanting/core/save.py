@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lanting.core.errors import OutputError
+from lanting.core.files import beside, unwritable
 from lanting.core.recipe import EXIF_IFD, IMAGE_DESCRIPTION, USER_COMMENT, infotext, to_json
 from lanting.core.types import Recipe
 
@@ -119,14 +120,12 @@ def save_picture(image: Image, place: Place | str | Path, recipe: Recipe | None 
         raise OutputError("{path} has no ending we write: use .png, .jpg or .webp", path=place.path)
     if kind == "JPEG" and image.mode not in ("RGB", "L"):
         raise OutputError("{path}: JPEG has no transparency; use .png or .webp", path=place.path)
-    part = place.path.with_name(f".lanting-{secrets.token_hex(6)}.part")
+    part = beside(place.path)
     try:
         image.save(part, format=kind, **how_to_save(kind, recipe))
         return _publish(part, place)
     except OSError as error:
-        raise OutputError(
-            "{path} can't be written: {reason}", path=place.path, reason=error.strerror or error
-        ) from None
+        raise unwritable(place.path, error) from None
     finally:
         part.unlink(missing_ok=True)
 

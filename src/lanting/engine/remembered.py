@@ -7,13 +7,12 @@ be read is taken as empty: all it costs is finding out again.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from lanting.core.files import replace_file
 from lanting.weights.home import home
 
 FORMAT = 1
@@ -54,11 +53,5 @@ def read(path: Path) -> dict[str, dict[str, str]]:
 
 def write(path: Path, models: Mapping[str, Mapping[str, str]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    number, scratch = tempfile.mkstemp(prefix=".safe-", dir=path.parent)
-    try:
-        with os.fdopen(number, "w", encoding="utf-8") as file:
-            json.dump({"lanting": FORMAT, "models": models}, file, indent=1)
-        os.replace(scratch, path)
-    except BaseException:
-        Path(scratch).unlink(missing_ok=True)
-        raise
+    text = json.dumps({"lanting": FORMAT, "models": models}, indent=1)
+    replace_file(path, lambda part: part.write_text(text, encoding="utf-8"))

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from lanting.core.errors import OutputError
+from lanting.core.files import replace_file, unwritable
 from lanting.core.save import check_folder
 from lanting.evals.sheet import Tile, sheet
 
@@ -42,7 +41,7 @@ def save(folder: Path, results: Mapping[str, Any], tiles: list[Tile]) -> list[Pa
     try:
         folder.mkdir(exist_ok=True)
     except OSError as error:
-        raise OutputError("{path} can't be written: {reason}", path=folder, reason=error.strerror or error) from None
+        raise unwritable(folder, error) from None
     text = json.dumps(results, ensure_ascii=False, indent=1) + "\n"
     written = [_write(folder / RESULTS, lambda part: part.write_text(text, encoding="utf-8"))]
     if tiles:
@@ -52,12 +51,8 @@ def save(folder: Path, results: Mapping[str, Any], tiles: list[Tile]) -> list[Pa
 
 
 def _write(path: Path, how: Callable[[Path], object]) -> Path:
-    part = path.with_name(f".lanting-{secrets.token_hex(6)}.part")
     try:
-        how(part)
-        os.replace(part, path)
+        replace_file(path, how)
         return path
     except OSError as error:
-        raise OutputError("{path} can't be written: {reason}", path=path, reason=error.strerror or error) from None
-    finally:
-        part.unlink(missing_ok=True)
+        raise unwritable(path, error) from None

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lanting.core.errors import OutputError
+from lanting.core.files import replace_file, sync
 from lanting.core.recipe import to_json
 from lanting.core.save import save_picture
 from lanting.core.types import Result
@@ -82,12 +83,7 @@ class Files:
         if path.exists():
             path.touch()  # it is wanted again: not to be forgotten with what is old
             return
-        part = path.with_name(f".{secrets.token_hex(8)}")
-        with part.open("wb") as file:
-            image.save(file, format="PNG", compress_level=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
+        replace_file(path, lambda part: image.save(part, format="PNG", compress_level=1), wait=True)
         sync(self.pictures)
 
     def outcome(self, job: str) -> dict[str, Any] | None:
@@ -148,25 +144,6 @@ def describe(result: Result) -> dict[str, Any]:
         "recipes": [json.loads(to_json(recipe)) for recipe in result.recipes],
         "seconds": {name: round(spent, 4) for name, spent in result.seconds.items()},
     }
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Write a file as a whole. Not waited for: a checkpoint that is lost costs a few steps."""
-    part = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
-    try:
-        part.write_bytes(data)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def day(days: float) -> float:

@@ -20,8 +20,9 @@ import os
 import queue
 import sys
 import threading
+import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -29,12 +30,13 @@ from typing import IO, TYPE_CHECKING, Any
 
 from lanting.core.checkpoint import Checkpoint
 from lanting.core.errors import LantingError, OutputError, RequestError
+from lanting.core.files import replace_file
 from lanting.core.lang import explain
 from lanting.core.pictures import open_mask, open_picture
 from lanting.core.recipe import restore_request
 from lanting.core.types import Progress, Request, Result
 from lanting.serve.errors import words_of
-from lanting.serve.files import publish, replace_file
+from lanting.serve.files import publish
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     from lanting.engine import Engine
 
 QUALITY = 80  # of previews, as JPEG
+SIGHT = 0.25  # seconds between previews: nobody sees more, and small pictures take a dozen steps in that time
 
 
 def open_engine(model: str, **options: Any) -> Engine:
@@ -201,7 +204,7 @@ def published(result: Result, target: Path) -> dict[str, Any]:
 def follow(bench: Bench, order: Mapping[str, Any], request: Request, resume: Checkpoint | None) -> Result | None:
     """Run the engine, report and save on the way; None where the job was stopped."""
     job = order["job"]
-    stream = bench.engine.stream_resumable(request, previews=True, every=bench.every, resume=resume)
+    stream = bench.engine.stream_resumable(request, previews=now_and_then(), every=bench.every, resume=resume)
     with closing(stream) as events:
         for event in events:
             if resume is not None:  # it was taken: the engine refuses it before its first word
@@ -213,6 +216,21 @@ def follow(bench: Bench, order: Mapping[str, Any], request: Request, resume: Che
                 return None
             dismiss(bench)
     raise RuntimeError("the engine ended without a result")
+
+
+def now_and_then(seconds: float = SIGHT) -> Callable[[], bool]:
+    """Whether it is time for a preview: when so many seconds have passed since the last one, or since now."""
+    last = time.monotonic()
+
+    def due() -> bool:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < seconds:
+            return False
+        last = now
+        return True
+
+    return due
 
 
 def stopped(bench: Bench, order: Mapping[str, Any], event: Progress | Checkpoint) -> bool:
@@ -242,7 +260,7 @@ def tell(bench: Bench, job: str, event: Progress) -> None:
 def save(bench: Bench, job: str, path: Path, checkpoint: Checkpoint) -> None:
     """A disk that is full must not end a drawing that goes well."""
     try:
-        replace_file(path, checkpoint.to_bytes())
+        replace_file(path, lambda part: part.write_bytes(checkpoint.to_bytes()))
     except OSError as error:
         print(f"lanting: no checkpoint could be written: {error}", file=sys.stderr)
         return

@@ -7,17 +7,14 @@ fonts takes seconds; the finished atlas is kept in our cache folder and read fro
 from __future__ import annotations
 
 import hashlib
-import os
 import string
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib.resources import files
 from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO
 from zipfile import BadZipFile
 
 import numpy as np
@@ -26,6 +23,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, features
 from torch import Tensor
 
+from lanting.core.files import replacing
 from lanting.train.assets import SIDE
 from lanting.train.design import FACES, HANZI_MARKS, PICTOGRAM, PROPORTIONAL, UNIT, advance, is_hanzi
 from lanting.train.strips import Strips, narrow_strips, stamps_of, strips_of
@@ -161,7 +159,7 @@ class Atlas:
     def save(self, path: Path, key: str = "") -> None:
         """One compressed file (about 8 MB) that `load` reads without fonts; `key` says what it was made from."""
         split = self.pictograms.view(-1, PICTOGRAM, PICTOGRAM, UNIT, UNIT, 4).transpose(2, 3)
-        with replacing(path) as file:
+        with replacing(path) as part, part.open("wb") as file:
             np.savez_compressed(
                 file,
                 key=np.asarray(key),
@@ -181,18 +179,6 @@ class Atlas:
             glyphs = narrow_strips(kept["cover"], kept["places"], kept["count"])
             names = tuple(kept["names"].tobytes().decode().split("\n"))
             return cls.of(glyphs, names, torch.from_numpy(kept["pictograms"]))
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes the place of `path` when it is whole; several processes may write at once."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as file:
-            yield file
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def source_key() -> str:

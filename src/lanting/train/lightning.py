@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lanting.core.errors import ModelError, RequestError
+from lanting.core.files import replace_file
 from lanting.engine.models import Models
 from lanting.engine.studio import EngineStudio
 from lanting.flow.loop import Canvas, velocity
@@ -36,7 +37,6 @@ from lanting.nn.lora import Factors, LoraLinear, attach
 from lanting.nn.mmdit import Attend
 from lanting.nn.swap import swap
 from lanting.train.model import PlainAttend
-from lanting.train.vae import replace_file
 from lanting.train.walks import LightningRun, Prompts, Teacher, Walk, in_bfloat16, together
 from lanting.weights.find import locate
 

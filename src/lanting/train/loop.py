@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lanting.core.errors import ModelError
+from lanting.core.files import replace_file
 from lanting.train.assets import concepts
 from lanting.train.graphs import Passes, passes_for
 from lanting.train.journal import Meter
@@ -30,7 +31,6 @@ from lanting.train.losses import judged
 from lanting.train.model import NanoNet, matrices
 from lanting.train.optim import Muon, average_gradients, mean_gradients
 from lanting.train.replay import Batch, Reader
-from lanting.train.vae import replace_file
 
 AGREE = 20  # steps on GPUs between two agreements on the time
 NEW = ("scene", "named")  # heads that only help, and that a checkpoint may be older than

@@ -21,8 +21,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lanting.core.errors import ModelError
+from lanting.core.files import replace_file
 from lanting.train.journal import NAME as LOG
-from lanting.train.vae import BEGUN, CONFIG, FROZEN, WEIGHTS, replace_file, shipped_vae
+from lanting.train.vae import BEGUN, CONFIG, FROZEN, WEIGHTS, shipped_vae
 from lanting.train.warm import shipped
 from lanting.train.widen import widen
 from lanting.weights.find import embedded_nano

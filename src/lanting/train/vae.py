@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -28,6 +27,7 @@ import torch.multiprocessing
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lanting.core.files import replace_file
 from lanting.nn.vae import AttentionBlock, AutoencoderKLQwenImage, ResidualBlock, VAEConfig, to_image_weights
 from lanting.train.losses import redrawn
 from lanting.train.optim import Muon, average_gradients
@@ -219,13 +219,6 @@ class VAETrainer:
             optimizer.load_state_dict(kept)
         self.step, self.seconds = state["clock"]
         self.agreed = self.seconds
-
-
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a neighbour of `path`, then rename it into place."""
-    part = path.with_name(path.name + ".part")
-    write(part)
-    os.replace(part, path)
 
 
 def save_vae(vae: AutoencoderKLQwenImage, path: Path) -> None:

@@ -8,9 +8,6 @@ is stopped leaves nothing under it.
 from __future__ import annotations
 
 import json
-import os
-import secrets
-import shutil
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +17,8 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from lanting.core.errors import ModelError, OutputError
+from lanting.core.errors import ModelError
+from lanting.core.files import writing
 from lanting.nn.blocks import TYPES
 from lanting.weights.gguf import ALIGNMENT, ARRAY, MAGIC, TEXT
 from lanting.weights.gguf_mix import MIXES, tensor_bytes, tensor_types
@@ -92,23 +90,12 @@ def write_gguf(
     what its entry says or has values that are not finite, OutputError where the file can't be written.
     """
     header, places, end = layout(metadata, entries)
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        if (free := shutil.disk_usage(path.parent).free) < end:
-            raise OutputError(f"{path.parent} has {free / 1e9:.1f} GB free and the file needs {end / 1e9:.1f}.")
-        with part.open("wb") as file:
-            file.write(header)
-            for entry, place in zip(entries, places, strict=True):
-                file.write(bytes(place - file.tell()))
-                _write_tensor(file, entry, path, end, report)
-            file.write(bytes(end - file.tell()))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as error:
-        raise OutputError(f"{path} can't be written ({error.strerror or error}).") from None
-    finally:
-        part.unlink(missing_ok=True)
+    with writing(path, end) as part, part.open("wb") as file:
+        file.write(header)
+        for entry, place in zip(entries, places, strict=True):
+            file.write(bytes(place - file.tell()))
+            _write_tensor(file, entry, path, end, report)
+        file.write(bytes(end - file.tell()))
 
 
 def layout(metadata: Mapping[str, Value], entries: Sequence[Entry]) -> tuple[bytes, list[int], int]:

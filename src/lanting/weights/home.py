@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lanting.core.errors import ModelError
+from lanting.core.files import replace_file
 from lanting.specs import get_spec, spec_names
 
 MARKER = "lanting.json"
@@ -141,9 +142,8 @@ def read_marker(folder: Path) -> Marker | None:
 
 def write_marker(folder: Path, marker: Marker) -> None:
     """Write `lanting.json` whole or not at all."""
-    scratch = folder / f"{MARKER}.part"
-    scratch.write_text(json.dumps(asdict(marker), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(scratch, folder / MARKER)
+    text = json.dumps(asdict(marker), indent=1, ensure_ascii=False) + "\n"
+    replace_file(folder / MARKER, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,9 +8,6 @@ fp8 and int8 are written as ComfyUI reads them; int4 is ours. The recipe and the
 from __future__ import annotations
 
 import json
-import os
-import secrets
-import shutil
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lanting.core.errors import ModelError, OutputError
+from lanting.core.errors import ModelError
+from lanting.core.files import writing
 from lanting.weights.build import Choose, Placing, expand, pack
 from lanting.weights.checkpoint import LAYER_NOTES, Checkpoint
 from lanting.weights.forms import FLAGS, Form, read_forms, shapes
@@ -125,10 +123,8 @@ def write_safetensors(
         place += entry.size
     header = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode()
     header += b" " * (-(len(header) + 8) % 64)  # data begin where any number may
-    total, scratch = len(header) + 8 + place, out.with_name(f".{out.name}.{secrets.token_hex(4)}.part")
-    try:
-        if (free := shutil.disk_usage(out.parent).free) < total:
-            raise OutputError(f"{out.parent} has {free / 1e9:.1f} GB free and the file needs {total / 1e9:.1f}.")
+    total = len(header) + 8 + place
+    with writing(out, total) as scratch:
         with scratch.open("wb") as file:
             file.write(struct.pack("<Q", len(header)) + header)
             for entry, tensor in zip(entries, parts, strict=True):
@@ -138,14 +134,7 @@ def write_safetensors(
                     raise ModelError(f"{entry.name} is not what its header says; the model is damaged.")
                 if report is not None:
                     report(file.tell(), total)
-            file.flush()
-            os.fsync(file.fileno())
         read_header(scratch)
-        os.replace(scratch, out)
-    except OSError as error:
-        raise OutputError(f"{out} can't be written ({error.strerror or error}).") from None
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def _chosen(choose: Choose | None, name: str, shape: tuple[int, ...]) -> Form | None:
