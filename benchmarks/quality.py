@@ -7,7 +7,8 @@ Every picture is drawn at every level, one after the other and in another order 
 machine does meets all of them alike; beside them stands the exact way with fewer steps, which is the other way to be
 sooner. Time is processor time of the steps alone, one thread, as a share of the exact way's. FLIP and SSIMULACRA2
 compare with the exact picture; `read` is the share of lines that an optical reader reads, `done` that of edits that
-were made. `off` is what the latents are really off by, in the unit of the budget, and `forecast` what was expected.
+were made. `off` is what the latents are really off by, in the unit of the budget, `forecast` what was expected, and
+`beyond` how many pictures are off by more than the level's budget for the mean.
 """
 
 from __future__ import annotations
@@ -169,13 +170,15 @@ def measure(bench: Bench, setting: Setting, count: int) -> dict[str, dict[str, A
             row["words"].append(shot.words)
         print(f"{setting.name}: {index + 1}/{len(cases)}", end="\r", file=sys.stderr, flush=True)
     print(file=sys.stderr)
-    return {name: summary(row) for name, row in rows.items()}
+    return {way.name: summary(rows[way.name], LEVELS[way.quality].mean) for way in WAYS}
 
 
-def summary(row: defaultdict[str, list[Any]]) -> dict[str, Any]:
+def summary(row: defaultdict[str, list[Any]], budget: float) -> dict[str, Any]:
     table: dict[str, Any] = {"pictures": len(row["flip"]), "time": round(median(row["share"]), 3)}
     table |= {name: round(mean(row[name]), 4) for name in ("flip", "ssimulacra2", "off", "forecast")}
     table |= {f"{name} worst": round(max(row[name]), 4) for name in ("flip", "off", "forecast")}
+    if budget:
+        table["beyond"] = sum(off > budget for off in row["off"])
     table["right"] = share_of(*zip(*row["right"], strict=True)).as_json()
     if row["words"][0]:
         both = sum(len(row["words"][0][0]) for _ in row["words"][0])
@@ -186,14 +189,15 @@ def summary(row: defaultdict[str, list[Any]]) -> dict[str, Any]:
 
 
 def table_of(rows: dict[str, dict[str, Any]]) -> str:
-    lines = ["| | time | of 60 blocks | FLIP | worst | SSIM2 | right | off | forecast |", "|" + "---|" * 9]
+    lines = ["| | time | of 60 blocks | FLIP | worst | SSIM2 | right | off | worst | forecast | beyond |"]
+    lines.append("|" + "---|" * 11)
     for name, row in rows.items():
         right = "{share:.0%} [{low:.0%}, {high:.0%}]".format(**row["right"])
         blocks = f"{row['passes 60 blocks']:.2f}" if "passes 60 blocks" in row else ""
         numbers = f"{row['flip']:.4f} | {row['flip worst']:.4f} | {row['ssimulacra2']:.1f} | {right}"
-        lines.append(
-            f"| {name} | {row['time']:.2f} | {blocks} | {numbers} | {row['off']:.4f} | {row['forecast']:.4f} |"
-        )
+        beyond = f"{row['beyond']} of {row['pictures']}" if "beyond" in row else ""
+        off = f"{row['off']:.4f} | {row['off worst']:.4f} | {row['forecast']:.4f} | {beyond}"
+        lines.append(f"| {name} | {row['time']:.2f} | {blocks} | {numbers} | {off} |")
     return "\n".join(lines)
 
 

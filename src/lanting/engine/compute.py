@@ -1,7 +1,8 @@
 """What computes on which device: the one place that decides.
 
 A CPU has native kernels, an NVIDIA GPU Triton's, recorded steps and channels last; Apple's GPU is torch's alone.
-`LANTING_KERNELS=off` leaves everything to torch, `LANTING_GRAPHS=off` only records nothing.
+`LANTING_KERNELS=off` leaves everything to torch, `LANTING_GRAPHS=off` only records nothing. `LANTING_COMPILE=on` has
+torch.compile make the blocks' kernels in place of ours.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import torch
 from torch import nn
 
+from lanting.attach.compiled import VARIABLE, attach_compiled, backend_of
 from lanting.attach.compute import attach_kernels
 from lanting.attach.gpu import attach_gpu
 from lanting.attach.graphs import attach_graphs
@@ -18,7 +20,7 @@ from lanting.attach.modulation import ModulationTable
 from lanting.attach.vae import attach_vae
 from lanting.attach.vae_graphs import attach_vae_graphs
 from lanting.kernels.library import OFF, ready
-from lanting.nn.mmdit import QwenImageTransformer
+from lanting.nn.mmdit import Block, QwenImageTransformer
 from lanting.nn.vae import AutoencoderKLQwenImage
 
 
@@ -35,7 +37,10 @@ def has_kernels(device: torch.device) -> bool:
 
 def speed_up(net: nn.Module, device: torch.device) -> None:
     """Let a network use what there is. Raises RequestError when a variable asks for what we don't know."""
-    if device.type == "cpu":
+    backend = backend_of(os.environ.get(VARIABLE, ""))
+    if backend is not None and any(isinstance(module, Block) for module in net.modules()):
+        attach_compiled(net, backend)
+    elif device.type == "cpu":
         attach_kernels(net)
     elif has_kernels(device):
         attach_gpu(net)
