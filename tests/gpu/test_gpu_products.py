@@ -33,7 +33,7 @@ def operands(shape, form, device):
 def plain(codes, weight, bias):
     """By the definition, in float64."""
     x, w = codes.data.double() * codes.scale, weight.data.double() * weight.scale[:, None]
-    return x @ w.T + bias
+    return x @ w.T + (0 if bias is None else bias)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -191,28 +191,98 @@ def test_work_runs_beside_only_while_a_graph_is_recorded(monkeypatch):
         assert log == wanted
 
 
+def plainly(codes, weight, bias, dtype, out):
+    made = plain(codes, weight, bias).to(dtype)
+    return made if out is None else out.copy_(made)
+
+
 def test_shapes_that_torch_refuses_are_asked_about_once(monkeypatch, device):
     codes, weight, bias, _ = operands((32, 64, 48), FP8, device)
     wanted, asked = plain(codes, weight, bias), []
 
-    def refuses(number):
+    def refuses(number, problem=RuntimeError):
         def way(*_):
             asked.append(number)
-            raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED")
+            raise problem("CUBLAS_STATUS_NOT_SUPPORTED")
 
         return way
 
     monkeypatch.setattr(products, "floats_by_torch", lambda device, dtype: True)
     monkeypatch.setattr(products, "refused", lambda kept=set(): kept)
-    monkeypatch.setattr(products, "by_torch", refuses(0))
-    monkeypatch.setattr(products, "alone", lambda c, w, b, dtype, out: plain(c, w, b).to(dtype))
+    monkeypatch.setattr(products, "BY_TORCH", (refuses(0), plainly))
     for _ in range(2):
         assert error(product(codes, weight, bias), wanted) < 0.01
     assert asked == [0]
-    monkeypatch.setattr(products, "alone", refuses(1))
+    monkeypatch.setattr(products, "BY_TORCH", (refuses(0), refuses(1, ValueError), refuses(2)))
     for _ in range(2):
         assert error(product(codes, weight, bias), wanted) < 0.01  # Triton's
-    assert asked == [0, 1]
+    assert asked == [0, 1, 2]
+
+
+class Torch:
+    """Takes what cuBLASLt takes of 8-bit floats, and asserts the rest."""
+
+    def __init__(self, refuses=()):
+        self.refuses, self.seen = refuses, []
+
+    def __call__(self, a, b, *, scale_a, scale_b, out_dtype, **given):
+        bias, out = given.get("bias"), given.get("out")
+        (rows, depth), columns = a.shape, b.shape[1]
+        assert a.is_contiguous() and b.T.is_contiguous() and depth % 16 == 0 and columns % 16 == 0
+        assert (scale_a.shape, scale_b.shape) == ((rows, 1), (1, columns))
+        assert all(s.dtype == torch.float32 and s.is_contiguous() for s in (scale_a, scale_b))
+        assert all(x.data_ptr() % 16 == 0 for x in (a, b, scale_a, scale_b, *(x for x in (bias, out) if x is not None)))
+        assert bias is None or (bias.dtype == out_dtype and bias.is_contiguous())
+        assert out is None or (out.shape == (rows, columns) and out.dtype == out_dtype and out.is_contiguous())
+        now = ("bias" if bias is not None else "bare", "fast" if given["use_fast_accum"] else "exact")
+        self.seen.append(now)
+        if now in self.refuses:
+            raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED")
+        made = (a.float() @ b.float()) * scale_a * scale_b
+        made = (made if bias is None else made + bias.float()).to(out_dtype)
+        return made if out is None else out.copy_(made)
+
+
+@pytest.mark.parametrize("rows", [1, 10, 33])
+@pytest.mark.parametrize("refuses", [(), (("bias", "fast"),), (("bias", "fast"), ("bare", "fast"))])
+def test_what_torch_is_given_is_what_it_takes(rows, refuses, device, monkeypatch):
+    """Few rows, places in the middle of a larger tensor, a scale for all, and every way that may be refused."""
+    codes, weight, bias, _ = operands((rows, 64, 48), FP8, device)
+    stand_in = Torch(refuses)
+    monkeypatch.setattr(torch, "_scaled_mm", stand_in)
+    monkeypatch.setattr(products, "floats_by_torch", lambda device, dtype: True)
+    monkeypatch.setattr(products, "refused", lambda kept=set(): kept)
+    wanted, joint = plain(codes, weight, bias), torch.full((rows + 3, 48), 7.0, dtype=torch.bfloat16, device=device)
+    for place in (None, joint[3:], joint.new_zeros(rows, 96)[:, :48]):
+        found = product(codes, weight, bias, torch.bfloat16, place)
+        assert isinstance(found, torch.Tensor) and error(found.flatten(0, -2), wanted) < 0.01
+        assert place is None or found.data_ptr() == place.data_ptr()
+    assert (joint[:3] == 7).all() and stand_in.seen[: 1 + len(refuses)][-1] not in refuses
+    assert len(stand_in.seen) == 3 + len(refuses)  # refused once, and never asked again
+    for one in (True, False):  # as files have them: one scale for all, a weight that is a view
+        other = Weight(weight.data if one else weight.data.T.contiguous().T, weight.scale[:1].expand(48))
+        assert error(product(codes, other, None), plain(codes, other, None)) < 0.01
+
+
+def test_tiles_that_do_not_fit_are_left_out(monkeypatch, device):
+    codes, weight, bias, _ = operands((256, 64, 48), FP8, device)
+
+    class OutOfResources(Exception):
+        pass
+
+    tried, kept = [], set()
+
+    def multiply(codes, weight, bias, out, tiles):
+        tried.append(tiles)
+        if tiles[1] > 128:
+            raise OutOfResources("shared memory")
+        return plainly(codes, weight, bias, out.dtype, out)
+
+    monkeypatch.setattr(products, "eight_bit", multiply)
+    monkeypatch.setattr(products, "refused", lambda: kept)
+    for _ in range(2):
+        assert error(product(codes, weight, bias), plain(codes, weight, bias)) < 0.01
+    assert tried == [products.EIGHT[0], products.EIGHT[1], products.EIGHT[1]]
 
 
 def test_what_refuses_in_a_recording_ends_it(monkeypatch, device):
@@ -223,7 +293,7 @@ def test_what_refuses_in_a_recording_ends_it(monkeypatch, device):
 
     monkeypatch.setattr(products, "floats_by_torch", lambda device, dtype: True)
     monkeypatch.setattr(products, "refused", lambda: set())
-    monkeypatch.setattr(products, "by_torch", refuses)
+    monkeypatch.setattr(products, "BY_TORCH", (refuses,))
     monkeypatch.setattr(products, "recording", lambda: True)
     with pytest.raises(RuntimeError, match="no"):
         product(codes, weight, bias)

@@ -127,51 +127,78 @@ def eight_bit(codes: Codes, weight: Weight, bias: Tensor | None, out: Tensor, ti
 
 
 def floats(codes: Codes, weight: Weight, bias: Tensor | None, dtype: torch.dtype, out: Tensor | None) -> Tensor:
-    """Products of e4m3: torch's with all that follows, torch's alone, Triton's; the first that takes the shapes.
+    """Products of e4m3: torch's with all that follows, torch's bare, torch's bare with exact sums, Triton's; the first
+    that takes the shapes.
 
     On an H200 cuBLASLt refused shapes of the full model though it took those that were tried first, so each shape is
     asked about once, outside of recordings.
     """
     device, key = codes.data.device, (*codes.data.shape, len(weight.data), dtype, codes.data.device)
-    for number, way in enumerate((by_torch, alone) if sixteens(weight) and floats_by_torch(device, dtype) else ()):
+    for number, way in enumerate(BY_TORCH if sixteens(weight) and floats_by_torch(device, dtype) else ()):
         if (number, *key) in refused():
             continue
         try:
             return way(codes, weight, bias, dtype, out)
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError:
+        except (RuntimeError, ValueError):  # the second is how newer versions say it of shapes
             if recording():
                 raise
             refused().add((number, *key))
     if available(device):
-        return eight_bit_ways(codes, weight, bias, dtype, out)[0]()
+        return by_triton(codes, weight, bias, dtype, out)
     return finish(twins.product(codes, weight.data, weight.scale), bias, dtype, out)
 
 
 @cache
 def refused() -> set[tuple[Any, ...]]:
-    """(number of the way, rows, depth, columns, dtype, device) that torch's products did not take."""
+    """(number of the way, rows, depth, columns, dtype, device) that torch's products did not take; (tiles, dtype,
+    device) that do not fit Triton's."""
     return set()
 
 
-def alone(codes: Codes, weight: Weight, bias: Tensor | None, dtype: torch.dtype, out: Tensor | None) -> Tensor:
-    """The bare product, and bias and place afterwards."""
-    made = torch._scaled_mm(codes.data, weight.data.T, scale_a=codes.scale, scale_b=weight.scale[None], out_dtype=dtype)
-    return made if bias is None and out is None else finish(made, bias, dtype, out)
+def by_triton(codes: Codes, weight: Weight, bias: Tensor | None, dtype: torch.dtype, out: Tensor | None) -> Tensor:
+    """The first tile that fits: what is out of a GPU's shared memory is so every time, so no clock decides."""
+    *ways, last = eight_bit_ways(codes, weight, bias, dtype, out)
+    for way in ways:
+        key = (way.args[-1], codes.data.dtype, codes.data.device)
+        if key in refused():
+            continue
+        try:
+            return way()
+        except Exception as error:
+            if type(error).__name__ != "OutOfResources" or recording():
+                raise
+            refused().add(key)
+    return last()
+
+
+def scaled(codes: Codes, weight: Weight, dtype: torch.dtype, **more: Any) -> Tensor:
+    """`torch._scaled_mm` as it wants things: rows (M, K) with scales (M, 1), a weight (K, N) whose columns are
+    contiguous with scales (1, N), all scales in float32."""
+    rows = codes.data if codes.data.is_contiguous() else codes.data.contiguous()
+    scales = codes.scale.reshape(-1, 1).contiguous(), weight.scale.reshape(1, -1).contiguous()
+    data = weight.data if weight.data.is_contiguous() else weight.data.contiguous()
+    return torch._scaled_mm(rows, data.T, scale_a=scales[0], scale_b=scales[1], out_dtype=dtype, **more)
 
 
 def by_torch(codes: Codes, weight: Weight, bias: Tensor | None, dtype: torch.dtype, out: Tensor | None) -> Tensor:
-    """Products of e4m3 by cuBLASLt or CUTLASS, whichever torch takes."""
-    given = {"bias": None if bias is None else bias.to(dtype), "out_dtype": dtype, "use_fast_accum": True}
-    given |= {} if out is None else {"out": out}
-    return torch._scaled_mm(
-        codes.data,
-        weight.data.T,
-        scale_a=codes.scale,
-        scale_b=weight.scale[None],
-        **given,  # type: ignore[arg-type]
-    )
+    """Products of e4m3 by cuBLASLt or CUTLASS, whichever torch takes, with bias and in place."""
+    given: dict[str, Any] = {"bias": None if bias is None else bias.to(dtype), "use_fast_accum": True}
+    whole = out is not None and out.is_contiguous() and out.data_ptr() % 16 == 0
+    made = scaled(codes, weight, dtype, **given, **({"out": out} if whole else {}))
+    return made if out is None or whole else out.copy_(made)
+
+
+def alone(
+    codes: Codes, weight: Weight, bias: Tensor | None, dtype: torch.dtype, out: Tensor | None, fast: bool = True
+) -> Tensor:
+    """The bare product, then bias and place in one pass."""
+    made = scaled(codes, weight, dtype, use_fast_accum=fast)
+    return made if bias is None and out is None else activate(made, bias=bias, out=made if out is None else out)
+
+
+BY_TORCH = (by_torch, alone, partial(alone, fast=False))
 
 
 @cache
