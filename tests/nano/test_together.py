@@ -180,7 +180,7 @@ def test_where_bits_differ_nothing_is_shared_unless_asked_for(as_usual, monkeypa
     plain = module.velocities
     monkeypatch.setattr(as_usual, "proved", {})
     monkeypatch.setattr(module, "velocities", lambda *asked: [one * 1.01 for one in plain(*asked)])
-    assert as_usual.room(WISHES[0]) == 4
+    assert as_usual.room(WISHES[0]) == 6
     with closing(as_usual.together()) as crew:
         crew.join(WISHES[0])
         drawn(crew, {})
@@ -198,7 +198,7 @@ def test_who_may_share(as_usual, most, monkeypatch):
         return as_usual.room(replace(WISHES[0], **more), asked)
 
     usual = [places(), places(guidance_scale=1.0), places(size=(256, 256))]
-    assert usual == ([1, 1, 1] if most else [4, 9, 1])
+    assert usual == ([1, 1, 1] if most else [6, 6, 1])
     assert places(size=(256, 256), asked=3) == 3 and places(asked=1) == 1
     assert places(quality="high") == places(prompt=(SHORT, LONG)) == places(options={"batched_guidance": True}) == 1
     with pytest.raises(RequestError):

@@ -1,9 +1,9 @@
 """How many drawings may share their steps (`engine.together`): what is worth it, what stays the same, what fits.
 
-Rows of a call that are too few leave a processor idle, and too many leave its caches: on a CPU steps of small pictures
-gain up to half as much again by going together, and those of 256 x 256 pixels nothing beyond their own two sides
-(benchmarks/serve_batch.py). So a call has up to ROWS picture tokens, and without being asked no more drawings share
-steps than fill it: more would only keep the first one waiting.
+Rows of a call that are too few leave a processor idle: on a CPU steps of small pictures take up to half as long when
+they are taken together, and those of 256 x 256 pixels a tenth less (benchmarks/serve_batch.py). So a call has up to
+ROWS picture tokens, and without being asked no more drawings share steps than fill it, and none where only two would:
+whoever came first is done later for it.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from lanting.plan.model import job_of
 from lanting.plan.room import seats
 from lanting.weights.sized import planned_model
 
-ROWS = {"cpu": 768}  # picture tokens of one call, where that is bounded at all
+ROWS = {"cpu": 512}  # picture tokens of one call
 GPU_ROWS = 8192
+WORTH = 3  # drawings, from which on they share steps without being asked
 TASKS = ("text_to_image", "image_to_image", "inpaint")  # their grids follow from the size
 MOST = 16  # drawings that share steps, at the very most; `serve.settings` has it, too
 
@@ -52,7 +53,8 @@ def room(models: Models, request: Request, most: int | None, budget: int | None)
     if most is None:
         if models.device.type != "cpu":  # libraries choose other products for other numbers of rows: other last bits
             return 1
-        most = rows_of(models, tokens(job.size)) // (job.branches * job.batch)
+        most = rows_of(models, tokens(job.size)) // job.batch
+        most = most if most >= WORTH else 1
     kind = plain(str(models.dtype).removeprefix("torch."))
     if model.packed:
         kind = model.body_kind()

@@ -5,16 +5,16 @@ told comes from a step that all take together. They may come and go between step
 meanwhile, so whatever goes wrong in a common step (numbers that are not finite, too little memory, an error) ends the
 sharing and not the drawings: each can be gone on with alone, from where it is, under its sentinel.
 
-That the bits are the same follows from rows being computed one like the other, which kernels do and libraries need
-not. So it is tried: the first common step of each shape is also taken alone, and where a bit differs nothing is shared
-from then on, unless somebody asked for it.
+That the bits are the same follows from rows being computed one like the other, and from attention that leaves out what
+is masked before it sums anything: our kernels for CPUs do both, and libraries need not. So it is tried: the first
+common step of each shape is also taken alone, and where a bit differs nothing is shared from then on, unless somebody
+asked for it.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from lanting.attach.sentinel import HIGHEST, LOWEST
-from lanting.attach.unpadded import unpadded
 from lanting.core.checkpoint import Checkpoint
 from lanting.core.types import Progress, Request, Result
 from lanting.engine.drawing import Drawing
@@ -192,8 +191,7 @@ class Together:
         else:
             grids = questions[0].canvas.grids
             most = rows_of(models, sum(frames * rows * columns for frames, rows, columns in grids))
-            with unpadded(net) if models.device.type == "cpu" else nullcontext():
-                found = velocities(net, questions, most)
+            found = velocities(net, questions, most)
             self._prove(questions, found)
         if not all(map(sound, found)):
             raise ApartError("a velocity is not possible")

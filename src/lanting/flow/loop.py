@@ -125,21 +125,22 @@ class Question:
 
     def positive(self) -> Tensor:
         """(B, N, C)"""
-        return self._ask(self.canvas.positive, "positive")
+        return self.ask(self.canvas.positive, "positive")
 
     def negative(self) -> Tensor:
         """(B, N, C); only where there is guidance"""
         assert self.canvas.negative is not None
-        return self._ask(self.canvas.negative, "negative")
+        return self.ask(self.canvas.negative, "negative")
 
     def both(self) -> tuple[Tensor, Tensor]:
         """Positive and negative in one call."""
         assert self.canvas.negative is not None
         sides = [(side.embeds, side.mask) for side in (self.canvas.positive, self.canvas.negative)]
-        positive, negative = self._ask(Conditioning(*join(*sides)), "both").chunk(2)
+        positive, negative = self.ask(Conditioning(*join(*sides)), "both").chunk(2)
         return positive, negative
 
-    def _ask(self, prompt: Conditioning, branch: str) -> Tensor:
+    def ask(self, prompt: Conditioning, branch: str) -> Tensor:
+        """(B, N, C) under any prompt; `branch` is for caches"""
         copies = len(prompt.embeds) // self.batch  # 2 when both sides of the guidance go in one call
         prediction = self.model(
             _stacked(self.seen, copies),

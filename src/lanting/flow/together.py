@@ -1,8 +1,9 @@
 """Velocities of several canvases in one call of the model, each at its own noise level and under its own prompt.
 
-Nothing is asked that a canvas alone would not ask, so canvases may come and go between steps. Both sides of the
-guidance of all of them are one list of rows; the longest texts are asked together, so that little is padded. Padding
-must not change what is computed for a row: whoever calls sees to that (`attach.unpadded`), or accepts other last bits.
+Nothing is asked that a canvas alone would not ask, so canvases may come and go between steps. The prompts of all of
+them go together, and so do their negative prompts, which are mostly the same; a canvas that is alone is asked as ever.
+Texts of similar length go in one call, so that little is padded. Whether padding changes last bits is up to the model's
+attention. Rejected: prompts and negative prompts, which are short, in one call; one canvas alone would be slower.
 """
 
 from __future__ import annotations
@@ -48,34 +49,35 @@ def joinable(canvas: Canvas) -> bool:
 def velocities(model: Model, asked: Sequence[Asked], most: int) -> list[Tensor]:
     """(B, N, C) for each, as `flow.loop.velocity` gives it alone; all of one grid.
 
-    most  rows of one call: the batch sizes of what is asked, both sides of the guidance counted
+    most  rows of one call: the batch sizes of what is asked
     """
     questions = [Question(model, one.canvas, one.latents, one.sigma) for one in asked]
+    positive = [Side(i, question, question.canvas.positive) for i, question in enumerate(questions)]
+    negative = [Side(i, q, q.canvas.negative) for i, q in enumerate(questions) if q.canvas.negative is not None]
     answers: list[list[Tensor]] = [[] for _ in asked]
-    sides = [Side(i, question, question.canvas.positive) for i, question in enumerate(questions)]
-    sides += [Side(i, q, q.canvas.negative) for i, q in enumerate(questions) if q.canvas.negative is not None]
-    found: dict[int, Tensor] = {}
-    for group in groups(sorted(range(len(sides)), key=lambda i: -sides[i].text), sides, most):
-        found |= zip(group, ask(model, [sides[i] for i in group]), strict=True)
-    for i, side in enumerate(sides):  # positive sides come first
-        answers[side.number].append(found[i])
+    for sides in (positive, negative):
+        for group in groups(sorted(sides, key=lambda side: -side.text), most):
+            for side, found in zip(group, ask(model, group), strict=True):
+                answers[side.number].append(found)
     return [guided(one.canvas, answer) for one, answer in zip(asked, answers, strict=True)]
 
 
-def groups(order: Sequence[int], sides: Sequence[Side], most: int) -> Iterator[list[int]]:
-    """Numbers of sides that go in one call, in this order; at least one a call."""
-    group: list[int] = []
-    for i in order:
-        if group and sum(sides[j].question.batch for j in (*group, i)) > most:
+def groups(sides: Sequence[Side], most: int) -> Iterator[list[Side]]:
+    """Sides that go in one call, in this order; at least one a call."""
+    group: list[Side] = []
+    for side in sides:
+        if group and sum(one.question.batch for one in (*group, side)) > most:
             yield group
             group = []
-        group.append(i)
+        group.append(side)
     if group:
         yield group
 
 
 def ask(model: Model, sides: Sequence[Side]) -> list[Tensor]:
     """(B, N, C) of each, in one call."""
+    if len(sides) == 1:
+        return [sides[0].question.ask(sides[0].prompt, "both")]
     embeds, mask = join(*((side.prompt.embeds, side.prompt.mask) for side in sides))
     first = sides[0].question
     seen, timesteps = ([getattr(side.question, name) for side in sides] for name in ("seen", "timestep"))
