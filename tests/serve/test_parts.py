@@ -30,6 +30,7 @@ from lanting.serve.ledger import Ledger
 from lanting.serve.logs import JsonLines
 from lanting.serve.loras import lora_in, tags_in
 from lanting.serve.settings import Settings
+from lanting.serve.worker import now_and_then
 
 
 def test_the_ledger_keeps_what_it_said_it_kept(tmp_path):
@@ -255,3 +256,16 @@ def test_pictures_of_chance(refusing, cut, flips):
 
 def test_time_is_told_in_events():
     assert abs(Event("j", int(time.time() * 1000), "step").at - time.time()) < 1
+
+
+def test_previews_come_now_and_then(monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr("lanting.serve.worker.time.monotonic", lambda: clock[0])
+    due = now_and_then(0.25)
+    seen = []
+    for _ in range(40):
+        clock[0] += 0.02
+        seen.append(due())
+    assert seen.count(True) == 3 and not seen[0]  # of 0.8 s
+    clock[0] += 1
+    assert due() and not due()

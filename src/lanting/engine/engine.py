@@ -9,7 +9,7 @@ from __future__ import annotations
 import platform
 import threading
 import time
-from collections.abc import Generator, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Unpack, cast
@@ -39,6 +39,8 @@ from lanting.weights.lora_file import Lora
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+Previews = bool | Callable[[], bool]
 
 TILE_ABOVE = 2048 * 2048  # pixels; the VAE's memory grows with them, and tiles bound it at a small loss of exactness
 
@@ -126,13 +128,14 @@ class Engine:
                 return event
         raise LantingError("The drawing ended without a result; please report this.")
 
-    def stream(self, request: Request, previews: bool = False) -> Iterator[Progress | Result]:
-        """Progress after every phase and step, then one Result. Values are checked before this returns, so a
+    def stream(self, request: Request, previews: Previews = False) -> Iterator[Progress | Result]:
+        """Progress after every phase and step, then one Result. `previews`: with a small picture at every step, or at
+        those at which it says so. Values are checked before this returns, so a
         wrong request raises here and not at the first `next`. Close the iterator to cancel."""
         return cast("Iterator[Progress | Result]", self._draw(settle(request, self.spec), previews))
 
     def stream_resumable(
-        self, request: Request, previews: bool = False, *, every: int = 4, resume: Checkpoint | None = None
+        self, request: Request, previews: Previews = False, *, every: int = 4, resume: Checkpoint | None = None
     ) -> Iterator[Progress | Checkpoint | Result]:
         """As `stream`, with a Checkpoint after every `every` steps (0: none), and going on from one of the same
         request: the picture is that of a drawing that was never interrupted. The request must have a seed. With a
@@ -170,7 +173,7 @@ class Engine:
         self.close()
 
     def _draw(
-        self, request: Request, previews: bool, every: int = 0, resume: Checkpoint | None = None
+        self, request: Request, previews: Previews, every: int = 0, resume: Checkpoint | None = None
     ) -> Iterator[Progress | Checkpoint | Result]:
         with self.turn, resting(self.models):
             drawing = Drawing(self.models, request, self.known(), resume)
@@ -178,7 +181,7 @@ class Engine:
                 yield from (event for event in events if event is not None)
 
     def drawn(
-        self, drawing: Drawing, request: Request, previews: bool, every: int, resume: Checkpoint | None
+        self, drawing: Drawing, request: Request, previews: Previews, every: int, resume: Checkpoint | None
     ) -> Generator[Progress | Checkpoint | Result | None]:
         """The path of one settled request, for whoever has the engine's turn; None where its steps wait for others."""
         phases = Phases()
@@ -194,7 +197,8 @@ class Engine:
                     yield None
                     continue
                 last = step
-                picture = self._preview(canvas.grids[-1], step) if previews else None
+                shown = previews() if callable(previews) else previews
+                picture = self._preview(canvas.grids[-1], step) if shown else None
                 event = phases.tick("denoise", step.index + drawing.done, step.total + drawing.done, picture)
                 yield replace(event, choice=drawing.choice, notices=drawing.notices())
                 if every and step.index % every == 0 and step.index < step.total:

@@ -17,7 +17,7 @@ from typing import Any
 from lanting.core.checkpoint import Checkpoint
 from lanting.core.errors import RequestError
 from lanting.core.types import Result
-from lanting.serve.worker import Bench, alone, dismiss, fail, finish, request_of, save, saved, stopped
+from lanting.serve.worker import Bench, alone, dismiss, fail, finish, now_and_then, request_of, save, saved, stopped
 
 
 @dataclass(slots=True)
@@ -62,7 +62,7 @@ def sit(bench: Bench, shared: Any, chairs: dict[Any, Chair], order: Mapping[str,
     resume = None if anew else saved(Path(order["checkpoint"]))
     try:
         bench.hang(order["lora"])
-        seat = shared.join(request_of(order), previews=True, every=bench.every, resume=resume)
+        seat = shared.join(request_of(order), previews=now_and_then(), every=bench.every, resume=resume)
     except Exception as error:
         fail(bench, order["job"], error)
         bench.stops.pop(order["job"], None)
