@@ -81,20 +81,30 @@ struct Brain {
 
   static inline __m512 exp2_near(__m512 x) {  // within 4e-6, far finer than the bfloat16 that becomes of it; x <= 0
     x = _mm512_max_ps(_mm512_set1_ps(-126.f), x);  // in this order NaN stays
-    __m512 whole = _mm512_roundscale_ps(x, 0), r = _mm512_sub_ps(x, whole);
+    const __m512 magic = _mm512_set1_ps(12582912.f);  // as `nearest`; other units than scalef's are free
+    __m512 moved = _mm512_add_ps(x, magic), r = _mm512_sub_ps(x, _mm512_sub_ps(moved, magic));
     __m512 p = _mm512_fmadd_ps(_mm512_set1_ps(9.6181291e-3f), r, _mm512_set1_ps(5.5504109e-2f));
     p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.4022651e-1f));
     p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.9314718e-1f));
-    return _mm512_scalef_ps(_mm512_fmadd_ps(p, r, _mm512_set1_ps(1.f)), whole);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.f));
+    __m512i whole = _mm512_slli_epi32(_mm512_castps_si512(moved), 23);
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p), whole));
   }
 
   static inline float shares(const float* s, uint16_t* to, int64_t n, float scale, float most) {
     const __m512 per = _mm512_set1_ps(scale), high = _mm512_set1_ps(most);
     __m512 sum = _mm512_setzero_ps();
-    for (int64_t j = 0; j < n; j += 16) {
-      __mmask16 there = n - j >= 16 ? 0xffff : (1 << (n - j)) - 1;
-      __m512 e = exp2_near(_mm512_fmsub_ps(_mm512_loadu_ps(s + j), per, high));
-      e = _mm512_maskz_mov_ps(there, e);
+    int64_t j = 0;
+    auto some = [&](int64_t at, __mmask16 there) {
+      return _mm512_maskz_mov_ps(there, exp2_near(_mm512_fmsub_ps(_mm512_loadu_ps(s + at), per, high)));
+    };
+    for (; j + 32 <= n; j += 32) {
+      __m512 e = some(j, 0xffff), f = some(j + 16, 0xffff);
+      sum = _mm512_add_ps(sum, _mm512_add_ps(e, f));
+      _mm512_storeu_si512(to + j, (__m512i)_mm512_cvtne2ps_pbh(f, e));
+    }
+    for (; j < n; j += 16) {
+      __m512 e = some(j, n - j >= 16 ? 0xffff : (1 << (n - j)) - 1);
       sum = _mm512_add_ps(sum, e);
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + j), (__m256i)_mm512_cvtneps_pbh(e));
     }

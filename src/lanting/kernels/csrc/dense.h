@@ -104,9 +104,9 @@ struct Dense {
     int64_t count = smaller(TILE, w.rows - first);
     float bias[TILE];
     for (int64_t j = 0; j < TILE; j++) bias[j] = r.bias && j < count ? r.bias[first + j] : 0;
-    for (int64_t i = 0; i < rows; i++)
-      for (int64_t j = 0; j < TILE; j++) sums[i * TILE + j] += bias[j];
-    finish(r, from, rows, first, count, sums, TILE);
+    finish(r, from, rows, first, count, [&](int64_t i, int64_t j) {
+      return vec::vector_at(sums + i * TILE + j) + vec::vector_at(bias + j);
+    });
   }
 };
 

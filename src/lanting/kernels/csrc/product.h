@@ -165,8 +165,11 @@ template <int kind> void expand(const Weight& w, int64_t first, int64_t begin, i
       const __m512i shift = _mm512_set1_epi8(int8_t(ZERO));
       for (int r = 0; r < 16; r++) {
         int64_t row = smaller(first + side * 16 + r, w.rows - 1);
-        if (k + CHUNK <= w.columns) {
+        int64_t there = w.columns - k;
+        if (there >= CHUNK) {
           v[r] = fill<kind>(w, row, k, per[side * 16 + r]);
+        } else if (w.columns >= CHUNK && row + 1 < w.rows) {  // what it reads behind the row is the next one
+          v[r] = _mm512_maskz_mov_epi8((uint64_t(1) << there) - 1, fill<kind>(w, row, k, per[side * 16 + r]));
         } else {
           alignas(64) int8_t last[CHUNK];
           fill_plain(w, row, k, per[side * 16 + r], last);
@@ -205,45 +208,40 @@ template <int mode, class E> inline vec::Vector finished(vec::Vector x, const E*
   return x;
 }
 
-template <int mode, class E> inline void finish_row(E* to, const float* gate, int64_t count, const float* x) {
-  using vec::lanes;
-  int64_t j = 0;
-#pragma GCC unroll 2
-  for (; j + lanes <= count; j += lanes) vec::put(to + j, finished<mode>(vec::vector_at(x + j), to + j, gate + j));
-  if (j == count) return;
-  float last[lanes] = {}, gates[lanes] = {};
-  E there[lanes] = {};
-  for (int64_t i = 0; i < count - j; i++) {
-    last[i] = x[j + i];
-    if constexpr (mode == ADD) gates[i] = gate[j + i], there[i] = to[j + i];
-  }
-  vec::put(last, finished<mode>(vec::vector_at(last), there, gates));
-  for (int64_t i = 0; i < count - j; i++) vec::put_one(to + j + i, last[i]);
+// The columns of a row behind whole vectors.
+template <int mode, class E> inline void finish_last(E* to, const float* gate, int64_t count, vec::Vector x) {
+  float last[vec::lanes], gates[vec::lanes] = {};
+  E there[vec::lanes] = {};
+  if constexpr (mode == ADD)
+    for (int64_t i = 0; i < count; i++) gates[i] = gate[i], there[i] = to[i];
+  vec::put(last, finished<mode>(x, there, gates));
+  for (int64_t i = 0; i < count; i++) vec::put_one(to + i, last[i]);
 }
 
-// Finished sums (rows, `gap` apart) from a row and a column on.
-template <int mode, class E>
-void finish_rows(const Result& r, int64_t row, int64_t rows, int64_t column, int64_t count, const float* x, int64_t gap) {
-  for (int64_t i = 0; i < rows; i++, x += gap) {
+// `rows` and `count` columns of a result, from a row and a column on. `sums(i, j)` are `lanes` of them, from row i's
+// column j on; it may be asked for some behind the last.
+template <int mode, class E, class S>
+void finish_as(const Result& r, int64_t row, int64_t rows, int64_t column, int64_t count, const S& sums) {
+  using vec::lanes;
+  for (int64_t i = 0; i < rows; i++) {
     E* to = static_cast<E*>(r.to.data) + offset(r.to, row + i) + column;
     const float* gate = mode == ADD ? vector_of(r.gate, row + i) + column : nullptr;
-    if (count == TILE)
-      finish_row<mode>(to, gate, TILE, x);  // a length that the compiler knows
-    else
-      finish_row<mode>(to, gate, count, x);
+    if (count == TILE) {  // a length that the compiler knows
+#pragma GCC unroll 8
+      for (int64_t j = 0; j < TILE; j += lanes) vec::put(to + j, finished<mode>(sums(i, j), to + j, gate + j));
+      continue;
+    }
+    int64_t j = 0;
+    for (; j + lanes <= count; j += lanes) vec::put(to + j, finished<mode>(sums(i, j), to + j, gate + j));
+    if (j < count) finish_last<mode>(to + j, gate + j, count - j, sums(i, j));
   }
 }
 
-template <class E>
-inline void finish_as(const Result& r, int64_t row, int64_t rows, int64_t column, int64_t count, const float* x, int64_t gap) {
-  if (r.mode == GELU) finish_rows<GELU, E>(r, row, rows, column, count, x, gap);
-  else if (r.mode == ADD) finish_rows<ADD, E>(r, row, rows, column, count, x, gap);
-  else finish_rows<STORE, E>(r, row, rows, column, count, x, gap);
-}
-
-inline void finish(const Result& r, int64_t row, int64_t rows, int64_t column, int64_t count, const float* x, int64_t gap) {
-  if (r.to.type == BFLOAT16) finish_as<uint16_t>(r, row, rows, column, count, x, gap);
-  else finish_as<float>(r, row, rows, column, count, x, gap);
+template <class S> inline void finish(const Result& r, int64_t row, int64_t rows, int64_t column, int64_t count, const S& sums) {
+  bool brain = r.to.type == BFLOAT16;
+  if (r.mode == GELU) (brain ? finish_as<GELU, uint16_t, S> : finish_as<GELU, float, S>)(r, row, rows, column, count, sums);
+  else if (r.mode == ADD) (brain ? finish_as<ADD, uint16_t, S> : finish_as<ADD, float, S>)(r, row, rows, column, count, sums);
+  else (brain ? finish_as<STORE, uint16_t, S> : finish_as<STORE, float, S>)(r, row, rows, column, count, sums);
 }
 
 #if !defined(LT_AMX)
@@ -260,13 +258,10 @@ inline void meet(const Codes& a, const Tile& t, const Result& r, int64_t panel) 
   Micro multiply = IN_ROWS && a.stride ? micro_for<PANEL, IN_ROWS>(int(rows)) : micro_for<PANEL, false>(int(rows));
   const int8_t* from = a.data + (a.stride ? begin * a.stride : panel * PANEL * columns);
   multiply(from, a.stride, t.data, (a.columns + 3) / 4, sums);  // zeros follow
-  alignas(64) float x[PANEL * TILE];
-  for (int64_t i = 0; i < rows; i++) {
-    float own = a.scale[begin + i];
-    int32_t extra = ZERO * a.sum[begin + i];
-    for (int j = 0; j < TILE; j++) x[i * TILE + j] = float(sums[i * TILE + j] - extra) * own * t.scale[j] + t.bias[j];
-  }
-  finish(r, begin, rows, t.first, t.count, x, TILE);
+  finish(r, begin, rows, t.first, t.count, [&](int64_t i, int64_t j) {
+    vec::Vector x = vec::from_integers(sums + i * TILE + j, ZERO * a.sum[begin + i]);
+    return x * a.scale[begin + i] * vec::vector_at(t.scale + j) + vec::vector_at(t.bias + j);
+  });
 }
 
 inline void ready_tile(const Weight& w, const Result& r, Tile& t) {

@@ -93,12 +93,8 @@ void quantize(const Matrix& from, const Codes& to) {
 }
 
 inline void norm_row(float* x, int64_t columns, const float* shift, const float* scale) {
-  float sum = 0, square = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t k = 0; k < columns; k++) sum += x[k];
-  float mean = sum / columns;
-#pragma omp simd reduction(+ : square)
-  for (int64_t k = 0; k < columns; k++) square += (x[k] - mean) * (x[k] - mean);
+  float mean = vec::total(x, columns, [](auto v) { return v; }) / columns;
+  float square = vec::total(x, columns, [mean](auto v) { return (v - mean) * (v - mean); });
   float per = 1 / __builtin_sqrtf(square / columns + 1e-6f);
   for (int64_t k = 0; k < columns; k++) x[k] = (x[k] - mean) * per * (1 + scale[k]) + shift[k];
 }
@@ -116,47 +112,64 @@ void norm(const Matrix& from, const PerRow& shift, const PerRow& scale, const Ma
   });
 }
 
-inline void turn_head(float* x, int64_t width, float eps, const float* weight, const float* cos, const float* sin) {
-  float square = 0;
-#pragma omp simd reduction(+ : square)
-  for (int64_t j = 0; j < width; j++) square += x[j] * x[j];
-  float per = 1 / __builtin_sqrtf(square / width + eps);
-  for (int64_t j = 0; j < width / 2; j++) {
-    float a = x[2 * j] * per * weight[2 * j], b = x[2 * j + 1] * per * weight[2 * j + 1];
-    x[2 * j] = a * cos[j] - b * sin[j];
-    x[2 * j + 1] = a * sin[j] + b * cos[j];
+// What a token's heads are multiplied with, and their swapped neighbours: the norm's weight and the turn in one.
+struct Angle {
+  float own[512], other[512];
+
+  void set(const float* weight, const float* cos, const float* sin, int64_t width) {
+    for (int64_t j = 0; j < width / 2; j++) {
+      own[2 * j] = weight[2 * j] * cos[j], own[2 * j + 1] = weight[2 * j + 1] * cos[j];
+      other[2 * j] = -weight[2 * j + 1] * sin[j], other[2 * j + 1] = weight[2 * j] * sin[j];
+    }
   }
+};
+
+template <class E> inline void turn_head(E* x, int64_t width, float eps, const Angle& by) {
+  using vec::lanes;
+  int64_t j = 0, in_vectors = width / lanes * lanes;
+  vec::Vector squares{};
+  for (; j < in_vectors; j += lanes) squares += vec::vector_at(x + j) * vec::vector_at(x + j);
+  float square = vec::sum_of(squares), rest[lanes];
+  for (; j < width; j++) rest[j - in_vectors] = vec::one_at(x + j), square += rest[j - in_vectors] * rest[j - in_vectors];
+  float per = 1 / __builtin_sqrtf(square / width + eps);
+  for (j = 0; j < in_vectors; j += lanes) {
+    vec::Vector each = vec::vector_at(x + j) * per;
+    vec::put(x + j, each * vec::vector_at(by.own + j) + vec::swapped(each) * vec::vector_at(by.other + j));
+  }
+  for (; j < width; j++)
+    vec::put_one(x + j, per * (rest[j - in_vectors] * by.own[j] + rest[(j - in_vectors) ^ 1] * by.other[j]));
 }
 
-void turn(const Turn& t) {
+template <class E> void turn_as(const Turn& t) {
   lt::parallel((t.items * t.tokens + 15) / 16, [&](int64_t part) {
-    float x[512];
+    Angle by;
     for (int64_t i = part * 16; i < smaller(t.items * t.tokens, part * 16 + 16); i++) {
-      int64_t token = i % t.tokens;
-      bool first = token < t.first;
+      int64_t token = i % t.tokens, at = token * t.width / 2;
       for (int which = 0; which < 2; which++) {
-        const float* weight = which ? (first ? t.first_k : t.rest_k) : (first ? t.first_q : t.rest_q);
-        Matrix m{which ? t.k : t.q, t.items * t.tokens * t.heads, t.width, t.width, INT64_MAX, 0, t.type};
-        for (int64_t h = 0; h < t.heads; h++) {
-          load(m, i * t.heads + h, x);
-          turn_head(x, t.width, t.eps, weight, t.cos + token * t.width / 2, t.sin + token * t.width / 2);
-          store(m, i * t.heads + h, x);
-        }
+        const float *first = which ? t.first_k : t.first_q, *rest = which ? t.rest_k : t.rest_q;
+        by.set(token < t.first ? first : rest, t.cos + at, t.sin + at, t.width);
+        E* x = static_cast<E*>(which ? t.k : t.q) + i * t.heads * t.width;
+        for (int64_t h = 0; h < t.heads; h++) turn_head(x + h * t.width, t.width, t.eps, by);
       }
     }
   });
 }
 
+void turn(const Turn& t) {
+  if (t.type == BFLOAT16) turn_as<uint16_t>(t);
+  else turn_as<float>(t);
+}
+
 // What products end with, for results that came from elsewhere: rows + bias, GELU, gate.
 void activate(const Matrix& from, const Result& r) {
   lt::parallel((from.rows + 7) / 8, [&](int64_t part) {
-    float* x = static_cast<float*>(lt::scratch(1, from.columns * 4));
+    float* x = static_cast<float*>(lt::scratch(1, from.columns * 4 + 64));
     for (int64_t row = part * 8; row < smaller(from.rows, part * 8 + 8); row++) {
       load(from, row, x);
       if (r.bias)
         for (int64_t j = 0; j < from.columns; j++) x[j] += r.bias[j];
       if (r.mode == STORE) store(r.to, row, x);  // exactly, also numbers near zero
-      else finish(r, row, 1, 0, from.columns, x, 0);
+      else finish(r, row, 1, 0, from.columns, [&](int64_t, int64_t j) { return vec::vector_at(x + j); });
     }
   });
 }

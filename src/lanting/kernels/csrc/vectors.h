@@ -33,8 +33,45 @@ inline void put(uint16_t* to, Vector x) {
 #endif
 }
 
+inline float one_at(const float* at) { return *at; }
+inline float one_at(const uint16_t* at) { return wide(*at); }
 inline void put_one(float* to, float x) { *to = x; }
 inline void put_one(uint16_t* to, float x) { *to = narrow(x); }
+
+// Integers less one of them.
+inline Vector from_integers(const int32_t* at, int32_t less) {
+  typedef int32_t Integers __attribute__((vector_size(lanes * 4), aligned(4), may_alias));
+  return __builtin_convertvector(*reinterpret_cast<const Integers*>(at) - less, Vector);
+}
+
+inline float sum_of(Vector x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)x);
+#else
+  float sum = 0;
+  for (int i = 0; i < lanes; i++) sum += x[i];
+  return sum;
+#endif
+}
+
+// Neighbours change places.
+inline Vector swapped(Vector x) {
+  typedef uint64_t Pairs __attribute__((vector_size(lanes * 4), aligned(4), may_alias));
+  return (Vector)((Pairs)x << 32 | (Pairs)x >> 32);
+}
+
+// The sum of what `each` makes of numbers.
+template <class F> inline float total(const float* x, int64_t count, F each) {
+  Vector sums[4] = {};
+  int64_t j = 0;
+  for (; j + 4 * lanes <= count; j += 4 * lanes)
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) sums[i] += each(vector_at(x + j + i * lanes));
+  for (; j + lanes <= count; j += lanes) sums[0] += each(vector_at(x + j));
+  float sum = sum_of((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  for (; j < count; j++) sum += each(Vector{} + x[j])[0];
+  return sum;
+}
 
 // x, or `low` where it is less.
 inline Vector least(Vector x, float low) {
