@@ -182,7 +182,8 @@ def test_where_bits_differ_nothing_is_shared_unless_asked_for(as_usual, monkeypa
     monkeypatch.setattr(module, "velocities", lambda *asked: [one * 1.01 for one in plain(*asked)])
     assert as_usual.room(WISHES[0]) == 6
     with closing(as_usual.together()) as crew:
-        crew.join(WISHES[0])
+        for wish in WISHES[:2]:
+            crew.join(wish)
         drawn(crew, {})
         assert "bits" in crew.apart
     assert (as_usual.room(WISHES[0]), as_usual.room(WISHES[0], 3)) == (1, 3)

@@ -14,17 +14,15 @@ def seats(model: Model, job: Job, kind: Kind, how: tuple[str, bool], spare: int,
 
     kind  how the transformer's Linears are held
     how   (dtype of activations, on a CPU)
-    Both sides of the guidance may go in one call, so they count twice. Pictures are decoded one by one.
+    Pictures are decoded one by one.
     """
     dtype, on_cpu = how
     sizes = model.transformer(kind, dtype)
 
     def step(count: int) -> int:
-        batch = count * job.batch * job.branches
-        peak = transformer_peak(
-            model.geometry.transformer, sizes, kind, replace(job, batch=batch), dtype, on_cpu, table=True
-        )
-        held = count * job.batch * job.target_tokens * model.geometry.transformer.in_channels * BYTES[dtype]
+        net, batch = model.geometry.transformer, count * job.batch
+        peak = transformer_peak(net, sizes, kind, replace(job, batch=batch), dtype, on_cpu, table=True)
+        held = batch * job.target_tokens * net.in_channels * BYTES[dtype]
         return peak + 3 * held  # latents, their noise, and the velocity
 
     first = step(1)
