@@ -1,13 +1,15 @@
-"""What a GPU does with the full model: steps, edits, decoding, a whole picture; side by side with diffusers in one run.
+"""What a GPU does with the full model: steps, edits, decoding, whole pictures, budgets of memory; beside diffusers.
 
-    python benchmarks/gpu.py --out results.json [--seconds 500] [--parts 1024 512 decode edit ...]
-    python benchmarks/gpu.py --out results.json --dry-run     # a tiny network on the CPU, every part, in half a minute
+    python benchmarks/gpu.py --out results.json [--plot steps.png] [--seconds 520] [--parts 1024 512 decode edit ...]
+    python benchmarks/gpu.py --out results.json --dry-run     # a tiny network on the CPU, all but `memory`, in a minute
+    python benchmarks/gpu.py --from results.json --plot steps.png
 
 Full geometry (20.4 B parameters), random weights, which diffusers' transformer shares: the pictures are noise, times
 and memory are real. A step is both sides of the guidance, 128 and 10 tokens of text. Medians after two rounds that
 don't count. The percentage of the limit is the time that the step's products need at the rates measured here, over the
-time they took. What does not fit into `--seconds` is left out and named; results are written after every part.
-`benchmarks/gpu_memory.py` does the same for memory.
+time they took. Parts come in the order of what they tell, each with a time of its own; results are written after every
+part, and what a part found before it was cut or failed is in them. What does not fit into `--seconds` is left out and
+named. The part `memory` is `benchmarks/gpu_memory.py`, which writes 18 GB to a temporary folder first.
 """
 
 from __future__ import annotations
@@ -15,227 +17,99 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
 from torch import Tensor
 
+from gpu_bench import Bench, Step, diffusers_network, limits, network
+from gpu_plot import plot
+from lanting.attach.caches import residual_cache
 from lanting.attach.frozen import frozen_references
 from lanting.attach.gpu import attach_gpu, detach_gpu
-from lanting.attach.graphs import attach_graphs, detach_graphs
+from lanting.attach.graphs import Graphs, attach_graphs, detach_graphs
 from lanting.attach.modulation import ModulationTable
-from lanting.flow.guidance import guide
-from lanting.kernels.gpu import attention, products
+from lanting.core.quality import LEVELS
+from lanting.flow.frugal import Frugal
+from lanting.flow.loop import Canvas, Conditioning, denoise, velocity
+from lanting.flow.schedule import model_timestep
 from lanting.nn.mmdit import QwenImageTransformer, TransformerConfig
 
-TEXT, SILENT = 128, 10  # tokens of the prompt and of the negative prompt
-TINY = TransformerConfig(num_layers=2, num_attention_heads=2, attention_head_dim=32, axes_dims_rope=(4, 14, 14))
 FIRST = "1024"  # the size at which every way is compared
-PARTS = ("nano", FIRST, "512", "decode", "edit", "1328", "picture", "2048", "compiled")
+# name -> seconds without which it is not begun, and after which it is cut
+PARTS = {
+    FIRST: (20, 110),
+    "edit": (15, 60),
+    "picture": (20, 70),
+    "decode": (8, 25),
+    "512": (8, 40),
+    "1328": (15, 50),
+    "2048": (25, 90),
+    "nano": (10, 40),
+    "compiled": (60, 150),
+    "memory": (60, 200),
+}
 STEPS = 50
-
-
-class Bench:
-    """One run: device, deadline, and what was found."""
-
-    def __init__(self, asked: argparse.Namespace):
-        self.asked, self.began = asked, time.monotonic()
-        self.device = torch.device("cpu" if asked.dry_run else "cuda")
-        self.found: dict[str, Any] = {"torch": torch.__version__, "left out": []}
-        self.table: Any = None  # of modulations, which all of ours use
-
-    def left(self) -> float:
-        return self.asked.seconds - (time.monotonic() - self.began)
-
-    def part(self, name: str, work: Callable[[], Any], need: float) -> Any:
-        """Do one part if `need` seconds are left; what fails is told and does not end the run."""
-        if self.left() < need:
-            self.found["left out"].append(name)
-            return None
-        began = time.monotonic()
-        try:
-            self.found[name] = work()
-        except Exception as error:
-            self.found[name] = {"failed": f"{type(error).__name__}: {str(error)[:600]}"}
-        self.found["attention"] = attention.chosen()
-        took = time.monotonic() - began
-        print(f"[{time.monotonic() - self.began:5.0f} s] {name} ({took:.1f} s): {self.found[name]}", flush=True)
-        self.asked.out.write_text(json.dumps(self.found, indent=1) + "\n", encoding="utf-8")
-        return self.found[name]
-
-    def clock(self, work: Callable[[], Any], rounds: int = 3, warm: int = 2) -> float:
-        """Milliseconds, the median."""
-        seen = []
-        for round_ in range(warm + rounds):
-            self.wait()
-            began = time.perf_counter()
-            work()
-            self.wait()
-            if round_ >= warm:
-                seen.append(1000 * (time.perf_counter() - began))
-        return statistics.median(seen)
-
-    def wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
-    def peak(self, work: Callable[[], float]) -> tuple[float, float]:
-        """(what `work` returns, GB allocated at most meanwhile beyond what was there)."""
-        if self.device.type != "cuda":
-            return work(), 0.0
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        return work(), (torch.cuda.max_memory_allocated() - before) / 1e9
-
-
-def limits(bench: Bench) -> dict[str, Any]:
-    """Rates of this GPU: products in TFLOP/s, memory in TB/s read plus written."""
-    if bench.device.type != "cuda":
-        return {"bf16": 1.0, "fp8": 1.0, "int8": 1.0}
-    n = 8192
-    a = torch.randn(n, n, device="cuda", dtype=torch.bfloat16)
-    e4m3, i8 = a.to(torch.float8_e4m3fn), (a * 30).to(torch.int8)
-    ones = torch.ones(n, 1, device="cuda")
-    rate = lambda ms: round(2 * n**3 / ms / 1e9)  # noqa: E731
-    found: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "bf16": rate(bench.clock(lambda: a @ a, 10))}
-    scaled = lambda: torch._scaled_mm(e4m3, e4m3.T, ones, ones.T, out_dtype=torch.bfloat16)  # noqa: E731
-    for name, work in (("fp8", scaled), ("int8", lambda: torch._int_mm(i8, i8.T))):
-        try:
-            found[name] = rate(bench.clock(work, 10))
-        except RuntimeError as error:
-            found[name] = str(error)[:200]
-    found["by torch"] = {
-        "fp8": products.floats_by_torch(torch.device("cuda", 0), torch.bfloat16),
-        "gelu": products.gelu_by_torch(torch.device("cuda", 0), torch.bfloat16),
-    }
-    found["tb_per_s"] = round(2 * a.nbytes / bench.clock(lambda: a.clone(), 10) / 1e9, 2)
-    return found
-
-
-@torch.no_grad()
-def network(bench: Bench, **changes: Any) -> QwenImageTransformer:
-    """Random weights of a size that keeps activations in range, made where they are used."""
-    config = TINY if bench.asked.dry_run else TransformerConfig()
-    config = TransformerConfig(**{**vars(config), **changes})
-    with torch.device("meta"):
-        net = QwenImageTransformer(config)
-    net = net.to(torch.bfloat16).to_empty(device=bench.device)
-    torch.manual_seed(0)
-    for name, p in net.named_parameters():
-        if p.ndim > 1:
-            p.normal_(0, 0.5 / p.shape[-1] ** 0.5)
-        else:
-            p.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
-    return net.eval().requires_grad_(False)
-
-
-class Step:
-    """Both sides of the guidance for one size, as calls of any network."""
-
-    def __init__(self, bench: Bench, net: QwenImageTransformer, size: int, reference: int = 0):
-        side, other = (pixels // 16 if not bench.asked.dry_run else pixels // 128 for pixels in (size, reference))
-        self.grids = [(1, side, side), *([(1, other, other)] if reference else [])]
-        self.tokens, config = side * side, net.config
-        whole = self.tokens + other * other
-        make = lambda *shape: torch.randn(*shape, device=bench.device, dtype=torch.bfloat16)  # noqa: E731
-        torch.manual_seed(1)
-        self.latents = make(1, whole, config.in_channels)
-        self.texts = [make(1, n, config.joint_attention_dim) for n in (TEXT, SILENT)]
-        self.timestep = torch.tensor([0.7], device=bench.device)
-
-    def ours(self, net: QwenImageTransformer) -> Tensor:
-        sides = [
-            net(self.latents, self.timestep, text, None, self.grids, self.tokens, branch=branch)[:, : self.tokens]
-            for text, branch in zip(self.texts, ("positive", "negative"), strict=True)
-        ]
-        return guide(*sides, 4.0)
-
-    def theirs(self, net: Any) -> Tensor:
-        sides = [
-            net(
-                hidden_states=self.latents,
-                encoder_hidden_states=text,
-                timestep=self.timestep.to(torch.bfloat16),
-                img_shapes=[self.grids],
-                return_dict=False,
-            )[0][:, : self.tokens]
-            for text in self.texts
-        ]
-        return guide(*sides, 4.0)
-
-    def ideal(self, config: TransformerConfig, rates: dict[str, Any], kind: str) -> float:
-        """Milliseconds that the products alone need: Linears at the rate of `kind`, attention at bfloat16's."""
-        width, total = config.width, 0.0
-        for text in self.texts:
-            every = text.shape[1] + self.latents.shape[1]
-            total += config.num_layers * (24 * width**2 * every / rates[kind] + 4 * every**2 * width / rates["bf16"])
-        return total / 1e9
-
-
-def diffusers_network(bench: Bench, net: QwenImageTransformer) -> Any:
-    """diffusers' transformer on the very same weights."""
-    from diffusers import QwenImageTransformer2DModel
-
-    with torch.device("meta"):
-        theirs = QwenImageTransformer2DModel(**vars(net.config))
-    theirs.load_state_dict(net.state_dict(), assign=True)
-    theirs.pos_embed = type(theirs.pos_embed)(theta=10000, axes_dim=list(net.config.axes_dims_rope), scale_rope=True)
-    return theirs.eval().requires_grad_(False)
-
-
-@torch.no_grad()
-def size(bench: Bench, net: QwenImageTransformer, theirs: Any, pixels: int) -> dict[str, Any]:
-    """Milliseconds a step, percent of the limit and memory at one size, of every way."""
-    step, rates = Step(bench, net, pixels), bench.found["limits"]
-    rounds = 1 if bench.asked.dry_run else 3
-    table: dict[str, Any] = {}
-
-    def tell(name: str, work: Callable[[], Tensor], kind: str) -> None:
-        try:
-            ms, gb = bench.peak(lambda: bench.clock(work, rounds))
-        except Exception as error:
-            table[name] = f"{type(error).__name__}: {str(error)[:300]}"
-            return
-        share = step.ideal(net.config, rates, kind) / ms if isinstance(rates.get(kind), int | float) else 0.0
-        table[name] = {"ms": round(ms, 1), "of limit": round(share, 3), "more gb": round(gb, 2)}
-
-    exact = step.theirs(theirs) if theirs is not None else None
-    if theirs is not None:
-        tell("diffusers", lambda: step.theirs(theirs), "bf16")
-    errors = bench.found.setdefault("errors", {})
-    for name, compute, graphs in WAYS if str(pixels) == FIRST else WAYS[1:-1]:
-        attach_gpu(net, compute)
-        try:
-            step.ours(net)  # copies in 8 bits are made here
-        except Exception as error:
-            table[name] = f"{type(error).__name__}: {str(error)[:300]}"
-            detach_gpu(net)
-            continue
-        recorded = attach_graphs(net, bench.table) if graphs else None
-        tell(name, lambda: step.ours(net), (compute or "bf16").split()[0])
-        if exact is not None and str(pixels) == FIRST:
-            off = (step.ours(net).float() - exact.float()).norm() / exact.float().norm()
-            errors[f"{name}, of diffusers' velocity"] = round(float(off), 4)
-        if recorded is not None and recorded.failed:
-            table[f"{name}, not recorded because"] = recorded.failed
-        detach_graphs(net)
-        detach_gpu(net)
-    return table
-
-
+# what `--quality balanced` left out of 50 steps of nano; the network here is random, and would choose otherwise
+BALANCED = "FF FF FF FF FF P FF Q Q Q FF Q FF P FF Q P " + 6 * "FF Q Q Q " + "FF Q Q F- FF Q Q F- FF"
 WAYS = (
-    ("bf16, not recorded", None, False),
     ("bf16", None, True),
     ("fp8", "fp8", True),
     ("int8 rotated", "int8 rotated", True),
+    ("bf16, not recorded", None, False),
 )
+
+
+@contextmanager
+def attached(
+    net: QwenImageTransformer, compute: str | None, table: Any, graphs: bool = True
+) -> Iterator[Graphs | None]:
+    """A network with our kernels, recorded; off again whatever happens."""
+    attach_gpu(net, compute)
+    try:
+        yield attach_graphs(net, table) if graphs else None
+    finally:
+        detach_graphs(net)
+        detach_gpu(net)
+
+
+@torch.no_grad()
+def size(bench: Bench, net: QwenImageTransformer, theirs: Any, pixels: int, table: dict[str, Any]) -> None:
+    """Milliseconds a step, percent of the limit and memory at one size, of every way."""
+    step, rates, first = Step(bench, net, pixels), bench.found["limits"], str(pixels) == FIRST
+    rounds = 1 if bench.asked.dry_run else 3
+
+    def tell(name: str, work: Callable[[], Tensor], kind: str) -> None:
+        ms, gb = bench.peak(lambda: bench.clock(work, rounds))
+        share = step.ideal(net.config, rates, kind) / ms if isinstance(rates.get(kind), int | float) else 0.0
+        table[name] = {"ms": round(ms, 1), "of limit": round(share, 3), "more gb": round(gb, 2)}
+
+    exact = None
+    if theirs is not None:
+        tell("diffusers", lambda: step.theirs(theirs), "bf16")
+        exact = step.theirs(theirs).float() if first else None
+    for name, compute, graphs in WAYS if first else WAYS[:-1]:
+        try:
+            with attached(net, compute, bench.table, graphs) as recorded:
+                step.ours(net)  # copies in 8 bits are made here
+                tell(name, lambda: step.ours(net), (compute or "bf16").split()[0])
+                if exact is not None:
+                    off = (step.ours(net).float() - exact).norm() / exact.norm()
+                    table[name]["off diffusers'"] = round(float(off), 4)
+                if recorded is not None and recorded.failed:
+                    table[name]["not recorded because"] = recorded.failed
+        except Exception as error:
+            table[name] = f"{type(error).__name__}: {str(error)[:300]}"
 
 
 class EveryFew:
@@ -252,34 +126,33 @@ class EveryFew:
 
 
 @torch.no_grad()
-def edit(bench: Bench, net: QwenImageTransformer) -> dict[str, Any]:
-    """An edit of one 1024 x 1024 picture with one reference as large: computed, and beside frozen references."""
-    step, judge = Step(bench, net, 1024, 1024), EveryFew()
-    found: dict[str, Any] = {}
-    for name, compute in (("bf16", None), ("fp8", "fp8")):
-        attach_gpu(net, compute)
-        try:
-            exact = bench.clock(lambda: step.ours(net))
-            judge.beside = False
-            with frozen_references(net, judge):
-                refresh = bench.clock(lambda: step.ours(net), 2, 1)
+def edit(bench: Bench, net: QwenImageTransformer, found: dict[str, Any]) -> None:
+    """An edit of one 1024 x 1024 picture with one reference as large, in a release that modulates references at time
+    zero: computed, and beside frozen references. Milliseconds a step."""
+    with torch.device("meta"):
+        twin = QwenImageTransformer(TransformerConfig(**{**vars(net.config), "zero_cond_t": True}))
+    twin.load_state_dict(net.state_dict(), assign=True)
+    table = ModulationTable(twin.eval().requires_grad_(False))
+    table.prepare(torch.tensor([0.7], dtype=torch.bfloat16, device=bench.device))
+    step = Step(bench, twin, 1024, 1024)
+    for name, compute in (("fp8", "fp8"), ("bf16", None)):
+        judge = EveryFew()
+        with attached(twin, compute, table):
+            row = found[name] = {"exact": round(bench.clock(lambda: step.ours(twin)), 1)}
+            with frozen_references(twin, judge) as frozen:
+                row["refresh"] = round(bench.clock(lambda: step.ours(twin), 2, 3), 1)
                 judge.beside = True
-                beside = bench.clock(lambda: step.ours(net))
-            every = {str(k): round(exact / ((refresh + (k - 1) * beside) / k), 2) for k in (2, 3, 5)}
-            found[name] = {
-                "exact ms": exact,
-                "refresh ms": refresh,
-                "beside ms": beside,
-                "gain if every k steps": every,
-            }
-        finally:
-            detach_gpu(net)
-    return found
+                row["beside"] = round(bench.clock(lambda: step.ours(twin)), 1)
+                row["recorded"] = len(frozen.pieces.tapes.kept) if frozen.pieces.tapes else 0
+            for k in (2, 3, 5):
+                row[f"gain if every {k} steps"] = round(
+                    row["exact"] / ((row["refresh"] + (k - 1) * row["beside"]) / k), 2
+                )
 
 
 @torch.no_grad()
-def decode(bench: Bench) -> dict[str, Any]:
-    """The VAE's decoder at 1024 x 1024, theirs and ours."""
+def decode(bench: Bench, found: dict[str, Any]) -> None:
+    """The VAE's decoder at 1024 x 1024, theirs and ours, and ours in tiles; (milliseconds, GB beyond the weights)."""
     from diffusers import AutoencoderKLQwenImage as Theirs
 
     from lanting.engine.compute import speed_up_vae
@@ -290,131 +163,150 @@ def decode(bench: Bench) -> dict[str, Any]:
     ours = AutoencoderKLQwenImage(VAEConfig()).eval().requires_grad_(False)
     ours.load_state_dict(to_image_weights(theirs.state_dict()))
     theirs, ours = (x.to(bench.device, torch.bfloat16) for x in (theirs, ours))
-    if bench.device.type == "cuda":
-        speed_up_vae(ours, bench.device)
     side = 8 if bench.asked.dry_run else 128
     latents = torch.randn(1, 16, side, side, device=bench.device, dtype=torch.bfloat16)
-    their_ms, their_gb = bench.peak(lambda: bench.clock(lambda: theirs.decode(latents[:, :, None]).sample))
-    our_ms, our_gb = bench.peak(lambda: bench.clock(lambda: ours.decode(latents)))
+    found["diffusers"] = bench.peak(lambda: bench.clock(lambda: theirs.decode(latents[:, :, None]).sample))
+    found["not recorded"] = bench.peak(lambda: bench.clock(lambda: ours.decode(latents)))
+    if bench.device.type == "cuda":
+        speed_up_vae(ours, bench.device)
+    found["ours"] = bench.peak(lambda: bench.clock(lambda: ours.decode(latents)))
+    found["ours, in tiles"] = bench.peak(lambda: bench.clock(lambda: ours.decode(latents, tile=True)))
     a, b = theirs.decode(latents[:, :, None]).sample[:, :, 0].float(), ours.decode(latents).float()
-    off = float((a - b).norm() / a.norm())
-    return {"diffusers": (their_ms, their_gb), "ours": (our_ms, our_gb), "gain": their_ms / our_ms, "difference": off}
+    found |= {"gain": found["diffusers"][0] / found["ours"][0], "difference": float((a - b).norm() / a.norm())}
 
 
-def nano(bench: Bench) -> dict[str, Any]:
+def nano(bench: Bench, found: dict[str, Any]) -> None:
     """The embedded model end to end through the engine, and its picture beside the CPU's."""
     import numpy as np
 
     from lanting import Engine, Request
 
     request = Request(prompt='A blue sign that says "HELLO"', seed=7)
-    pictures, found = {}, {}
+    pictures = {}
     for device in {"cpu", bench.device.type}:
         with Engine.open("nano", device=device, dtype="float32" if device == "cpu" else None) as engine:
-            seconds = []
+            seconds = found[device] = []
             for _ in range(3):
                 began = time.perf_counter()
                 result = engine.run(request)
-                seconds.append(time.perf_counter() - began)
+                seconds.append(round(time.perf_counter() - began, 4))
             pictures[device] = np.asarray(result.images[0], np.float32)
-            found[device] = {"seconds": seconds}
-            if device == "cuda":
-                result.images[0].save(bench.asked.out.with_name("nano-gpu.png"))
     if len(pictures) == 2:
         off = np.abs(pictures["cpu"] - pictures["cuda"])
         found["grey levels apart"] = {"mean": float(off.mean()), "most": float(off.max())}
-    return found
 
 
 @torch.no_grad()
-def picture(bench: Bench, net: QwenImageTransformer) -> dict[str, Any]:
-    """All steps of a 1024 x 1024 picture, one after the other, in seconds."""
-    step, found = Step(bench, net, 1024), {}
-    steps = 2 if bench.asked.dry_run else STEPS
-    times = torch.linspace(1, 0.02, steps, device=bench.device)
-    for name, compute in (("fp8", "fp8"), ("bf16", None)):
-        attach_gpu(net, compute)
-        bench.table.prepare(times.to(torch.bfloat16))
-        attach_graphs(net, bench.table)
-        for _ in range(2):
-            step.ours(net)
-        bench.wait()
-        began = time.perf_counter()
-        for each in times:
-            step.timestep = each[None]
-            step.latents = step.latents - 0.02 * step.ours(net)
-        bench.wait()
-        found[name] = round(time.perf_counter() - began, 2)
-        detach_graphs(net)
-        detach_gpu(net)
-    return found
+def picture(bench: Bench, net: QwenImageTransformer, found: dict[str, Any]) -> None:
+    """All steps of a 1024 x 1024 picture, one after the other, in seconds: exact, and with the choices of the dial."""
+    step, steps = Step(bench, net, 1024), 8 if bench.asked.dry_run else STEPS
+    sides = [Conditioning(text) for text in step.texts]
+    canvas = Canvas(step.latents, tuple(step.grids), torch.linspace(1, 0, steps + 1), sides[0], sides[1])
+    words = BALANCED.split()[:steps]
+    for name, compute, told in (("fp8", "fp8", False), ("fp8, balanced", "fp8", True), ("bf16", None, False)):
+        with attached(net, compute, bench.table) as recorded:
+            bench.table.prepare(model_timestep(canvas.sigmas[:-1], torch.bfloat16).to(bench.device))
+            for _ in range(2):  # records, and finds out what a shape is best computed by
+                step.ours(net)
+            bench.wait()
+            began = time.perf_counter()
+            if told:
+                frugal = Frugal(LEVELS["balanced"], canvas, words)
+                with residual_cache(net, frugal):
+                    all(True for _ in denoise(net, canvas, frugal))
+            else:
+                all(True for _ in denoise(net, canvas, velocity))
+            bench.wait()
+            found[name] = round(time.perf_counter() - began, 2)
+            if recorded is not None and recorded.failed:
+                found[f"{name}, not recorded because"] = recorded.failed
+
+
+@torch.no_grad()
+def compiled(bench: Bench, net: QwenImageTransformer, theirs: Any, found: dict[str, Any]) -> None:
+    """diffusers' blocks behind torch.compile, once for all of them: milliseconds a step. Compiling takes a minute."""
+    if bench.device.type == "cuda":
+        theirs.compile_repeated_blocks(fullgraph=True, dynamic=False)
+    for pixels in (1024, 512, 1328, 2048):
+        step = Step(bench, net, pixels)
+        found[str(pixels)] = round(bench.clock(lambda step=step: step.theirs(theirs)), 1)
+
+
+def memory(bench: Bench, found: dict[str, Any], seconds: float) -> None:
+    """Budgets of 24, 16, 12 and 8 GB, and loading, in processes of their own."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "memory.json"
+        command = [sys.executable, str(Path(__file__).with_name("gpu_memory.py")), "--dir", folder, "--out", str(out)]
+        command += ["--dry-run", "--budgets", "8"] if bench.asked.dry_run else ["--seconds", "60"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=seconds)
+            if done.returncode:
+                found["failed"] = done.stderr.strip().splitlines()[-3:]
+        except subprocess.TimeoutExpired:
+            found["cut"] = f"after {seconds:.0f} s"
+        if out.exists():
+            found |= json.loads(out.read_text(encoding="utf-8"))
+
+
+def run(bench: Bench) -> None:
+    """The parts that were asked for."""
+    parts = [name for name in PARTS if name in bench.asked.parts]
+    nets: dict[str, Any] = {}
+    if set(parts) - {"nano", "memory", "decode"}:
+        bench.part("limits", lambda found: limits(bench, found), 5, 30)
+        nets["ours"] = network(bench)
+        try:
+            nets["theirs"] = diffusers_network(bench, nets["ours"])
+        except ImportError as error:
+            bench.found["diffusers"] = str(error)
+        bench.table = ModulationTable(nets["ours"])
+        bench.table.prepare(torch.tensor([0.7], dtype=torch.bfloat16, device=bench.device))
+    for name in parts:
+        need, most = PARTS[name]
+        if name == "memory":  # the others' memory is wanted
+            nets.clear()
+            bench.table = None
+            torch.cuda.empty_cache() if bench.device.type == "cuda" else None
+        bench.part(name, work_of(bench, nets, name), need, most)
+    print(json.dumps({"left out": bench.found["left out"], "attention": bench.found.get("attention")}))
+
+
+def work_of(bench: Bench, nets: dict[str, Any], name: str) -> Callable[[dict[str, Any]], object]:
+    """What a part does with its table."""
+    ours, theirs = nets.get("ours"), nets.get("theirs")
+    works: dict[str, Callable[[dict[str, Any]], object]] = {
+        "nano": lambda found: nano(bench, found),
+        "edit": lambda found: edit(bench, ours, found),
+        "decode": lambda found: decode(bench, found),
+        "picture": lambda found: picture(bench, ours, found),
+        "compiled": lambda found: compiled(bench, ours, theirs, found),
+        "memory": lambda found: memory(bench, found, min(PARTS["memory"][1], bench.left()) - 5),
+    }
+    return works.get(name) or (lambda found: size(bench, ours, theirs, int(name), found))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, default=500.0)
-    parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=PARTS)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--from", dest="from_", type=Path, help="take the numbers from this file")
+    parser.add_argument("--seconds", type=float, default=520.0)
+    parser.add_argument("--parts", nargs="*", choices=list(PARTS))
     parser.add_argument("--dry-run", action="store_true")
     asked = parser.parse_args()
+    if asked.from_ is not None:
+        plot(json.loads(asked.from_.read_text(encoding="utf-8")), asked.plot)
+        return
+    if asked.out is None:
+        raise SystemExit("say where results go: --out FILE.json")
     if not asked.dry_run and not torch.cuda.is_available():
         raise SystemExit("torch sees no CUDA device here; --dry-run rehearses without one")
-    run(Bench(asked))
-
-
-def run(bench: Bench) -> None:
-    """The parts that were asked for, in the order that was asked for."""
-    parts = list(bench.asked.parts)
-    if "nano" in parts:  # needs no full-size weights
-        bench.part("nano", lambda: nano(bench), 15)
-        parts.remove("nano")
-    if not parts:
-        return
-    bench.part("limits", lambda: limits(bench), 5)
-    net = network(bench)
-    theirs: Any = None
-    try:
-        theirs = diffusers_network(bench, net)
-    except ImportError as error:
-        bench.found["diffusers"] = str(error)
-    bench.table = ModulationTable(net)
-    bench.table.prepare(torch.tensor([0.7], dtype=torch.bfloat16, device=bench.device))
-    for name in parts:
-        works: dict[str, tuple[Callable[[], Any], float]] = {
-            "decode": (lambda: decode(bench), 8),
-            "picture": (lambda: picture(bench, net), 20),
-            "edit": (lambda: edited(bench, net), 12),
-            "compiled": (lambda: compiled(bench, net, theirs), 75),
-        }
-        work, need = works.get(name) or (
-            lambda name=name: size(bench, net, theirs, int(name)),
-            8 + (int(name) / 400) ** 2,
-        )
-        bench.part(name, work, need)
-    print(json.dumps({"left out": bench.found["left out"], "attention": bench.found["attention"]}))
-
-
-@torch.no_grad()
-def compiled(bench: Bench, net: QwenImageTransformer, theirs: Any) -> dict[str, Any]:
-    """diffusers' blocks behind torch.compile, once for all of them: milliseconds a step. Compiling takes a minute."""
-    if bench.device.type == "cuda":
-        theirs.compile_repeated_blocks(fullgraph=True, dynamic=False)
-    found: dict[str, Any] = {}
-    for pixels in (1024, 512):
-        if bench.left() > 60:
-            step = Step(bench, net, pixels)
-            found[str(pixels)] = round(bench.clock(lambda step=step: step.theirs(theirs)), 1)
-    return found
-
-
-def edited(bench: Bench, net: QwenImageTransformer) -> dict[str, Any]:
-    """The same weights as a release that modulates references at time zero."""
-    with torch.device("meta"):
-        twin = QwenImageTransformer(TransformerConfig(**{**vars(net.config), "zero_cond_t": True}))
-    twin.load_state_dict(net.state_dict(), assign=True)
-    table = ModulationTable(twin.eval().requires_grad_(False))
-    table.prepare(torch.tensor([0.7], dtype=torch.bfloat16, device=bench.device))
-    return edit(bench, twin)
+    if asked.parts is None:
+        asked.parts = [name for name in PARTS if name != "memory" or not asked.dry_run]
+    bench = Bench(asked)
+    run(bench)
+    if asked.plot:
+        plot(bench.found, asked.plot)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,65 @@
+"""The GPU benchmark's frame, without a GPU: a run that is cut keeps what it has."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+import gpu
+from gpu_bench import Bench
+from gpu_plot import plot
+from lanting.core.quality import check_words
+
+
+@pytest.fixture
+def bench(tmp_path):
+    return Bench(argparse.Namespace(out=tmp_path / "found.json", seconds=60.0, dry_run=True))
+
+
+def test_a_part_that_takes_too_long_or_fails_leaves_what_it_found(bench):
+    def slow(found):
+        found["first"] = 1
+        for _ in range(1000):
+            try:
+                time.sleep(0.01)
+            except Exception:  # as whoever tries several ways would
+                continue
+
+    def fails(found):
+        found["first"] = 2
+        raise RuntimeError("no")
+
+    bench.part("slow", slow, 1, 0.05)
+    bench.part("fails", fails, 1, 5)
+    bench.part("late", fails, 100, 5)
+    told = json.loads(bench.asked.out.read_text())
+    assert told["slow"]["first"] == 1 and told["slow"]["cut"]
+    assert told["fails"]["failed"] == "RuntimeError: no" and told["fails"]["first"] == 2
+    assert bench.found["left out"] == ["late"] and "late" not in told
+    time.sleep(0.06)  # no alarm is left
+
+
+def test_all_parts_fit_into_one_call():
+    assert sum(need for need, _ in gpu.PARTS.values()) < 520 - 200
+    assert set(gpu.PARTS) >= {"512", "1024", "1328", "2048", "edit", "decode", "picture", "compiled", "memory"}
+    assert check_words(gpu.BALANCED.split(), gpu.STEPS)
+
+
+def test_what_was_found_is_drawn(tmp_path):
+    row = lambda ms: {"ms": ms}  # noqa: E731
+    found = {
+        "limits": {"gpu": "a GPU"},
+        "1024": {"diffusers": row(300.0), "bf16": row(200.0), "fp8": "RuntimeError"},
+        "512": {"bf16": row(10.0)},
+        "compiled": {"1024": 250.0},
+    }
+    plot(found, tmp_path / "steps.png")
+    plot({}, tmp_path / "none.png")
+    assert (tmp_path / "steps.png").stat().st_size > 1000
