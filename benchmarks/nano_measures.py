@@ -15,7 +15,7 @@ import json
 import multiprocessing
 import platform
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -111,9 +111,15 @@ def pictograms(run: Run, count: int) -> Figures:
 def edits(run: Run, count: int) -> Figures:
     cases = edit_cases(KINDS, count, concepts=run.concepts)
     report = judge_edit(run.engine, cases, run.how, run.judge, Tell(), False)
-    row = report.row(None)
+    drawn = judge_edit(run.engine, cases, replace(run.how, keep=False), run.judge, Tell(), False)
+    row, alone = report.row(None), drawn.row(None)
     kinds = {kind: figures(report.row(kind)["done"]) for kind in KINDS}
-    return figures(row["done"], kept_median_db=row["kept_median"], kinds=kinds)
+    return figures(
+        row["done"],
+        kept_median_db=row["kept_median"],
+        kinds=kinds,
+        drawn_alone={"value": alone["done"].value, "kept_median_db": alone["kept_median"]},
+    )
 
 
 def seeds(run: Run, count: int) -> Figures:

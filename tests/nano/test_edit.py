@@ -59,9 +59,10 @@ def test_diffusers_edits_the_same_from_the_same_folder(nano, edit_plus, monkeypa
         reference.append(values["latents"])
         return {}
 
-    monkeypatch.setattr("lanting.engine.engine.denoise", watched)
+    monkeypatch.setattr("lanting.engine.drawing.denoise", watched)
     references = sheets(count, (side, side))
-    ours = nano.run(Request(RED, images=references, seed=7, steps=steps, guidance_scale=guidance))
+    asked = Request(RED, images=references, seed=7, steps=steps, guidance_scale=guidance, options={"keep": False})
+    ours = nano.run(asked)
     theirs = edit_plus(
         image=list(references),
         prompt=RED,

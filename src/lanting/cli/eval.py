@@ -9,7 +9,7 @@ from __future__ import annotations
 import json as jsons
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -195,6 +195,7 @@ def edit(
     guidance: Guidance = None,
     size: o.Size = None,
     concepts: Concepts = 256,
+    keep: o.Keep = None,
     no_ceiling: NoCeiling = False,
     lora: o.Lora = None,
     device: o.Device = None,
@@ -225,7 +226,7 @@ def edit(
         judge = readers(Reader.pp, "en", screen)[0]
         cases = sets.edit_cases(wanted, number, seed, concepts, sizes=canvases(setup, engine))
         announce(screen, number, 1)
-        report = judge_edit(engine, cases, how, judge, stages(screen), not no_ceiling)
+        report = judge_edit(engine, cases, replace(how, keep=keep), judge, stages(screen), not no_ceiling)
     edit_table(screen, report)
     tiles = [
         (side_by_side([*by_rule(case.sources), one.image]), hit, case.prompt, f"{out.kind} {decibel(out.kept)}")

@@ -60,6 +60,10 @@ Force = Annotated[bool, typer.Option("--force", help="Overwrite files that exist
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of words.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the paths of the files.")]
 Preview = Annotated[bool, typer.Option("--preview", help="Show the growing picture in NAME.preview.png.")]
+Keep = Annotated[
+    bool | None,
+    typer.Option("--keep/--no-keep", help="Edits take what they leave alone from the picture. Default: nano's do."),
+]
 Strength = Annotated[
     float | None,
     typer.Option("--strength", help="How far from the picture, above 0 to 1 (variations and repainting)."),

@@ -46,7 +46,7 @@ class Request:
     quality          one of core.quality.NAMES: how much may be left out to be sooner; None: "exact", nothing
     choices          what was decided while the picture was first drawn, from its recipe: it is decided alike
     options          words of a task's own: layers, resolution, control_scale, control_start, control_end,
-                     padding_mask_crop, sigmas, batched_guidance
+                     padding_mask_crop, keep, sigmas, batched_guidance
     """
 
     prompt: str | tuple[str, ...] = ""

@@ -34,12 +34,16 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class How:
-    """The settings of all pictures; None: the release's own. Seeds count up from `seed` in the order of drawing."""
+    """The settings of all pictures; None: the release's own. Seeds count up from `seed` in the order of drawing.
+
+    keep  of edits: whether what they leave alone is the given picture's
+    """
 
     steps: int | None = None
     guidance_scale: float | None = None
     size: Size | None = None
     seed: int = 0
+    keep: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,7 @@ def draw(engine: Engine, cases: Sequence[Case], how: How, tell: Tell) -> list[Dr
                 guidance_scale=how.guidance_scale,
                 seed=how.seed + len(drawn),
                 images=tuple(by_rule(cases[part[0]].sources)),
+                options={} if how.keep is None else {"keep": how.keep},
             )
             for event in engine.stream(request):
                 if isinstance(event, Result):

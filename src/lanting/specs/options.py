@@ -14,6 +14,7 @@ from lanting.specs.numbers import number, whole
 
 EVERYWHERE = ("sigmas", "batched_guidance")
 OF_TASK = {
+    "edit": ("keep",),
     "layered": ("layers", "resolution"),
     "inpaint": ("padding_mask_crop",),
     "edit_inpaint": ("padding_mask_crop",),
@@ -40,8 +41,11 @@ def settle_options(request: Request, task: str, own: Defaults) -> tuple[dict[str
         _settle_control(given, len(request.images))
     if given.get("padding_mask_crop") is not None:
         given["padding_mask_crop"] = whole("padding_mask_crop", given["padding_mask_crop"], 0, 4096)
-    if not isinstance(given.get("batched_guidance", False), bool):
-        raise RequestError("batched_guidance must be true or false, not {value}", value=given["batched_guidance"])
+    if task == "edit" and own.keep:
+        given.setdefault("keep", True)
+    for name in ("batched_guidance", "keep"):
+        if not isinstance(given.get(name, False), bool):
+            raise RequestError("{name} must be true or false, not {value}", name=name, value=given[name])
     steps = own.steps if request.steps is None else request.steps
     if given.get("sigmas") is None:
         given.pop("sigmas", None)

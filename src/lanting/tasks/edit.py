@@ -17,14 +17,23 @@ from lanting.core import Request
 from lanting.flow.loop import Canvas, Tokens
 from lanting.specs.sizes import fit_area, reference_size
 from lanting.tasks.inpaint import crop_scene, repaint
+from lanting.tasks.keep import keeping
 from lanting.tasks.pictures import resize, to_mode
 from lanting.tasks.studio import Studio, begin, look_at, size_of
 
 
 def edit(studio: Studio, request: Request) -> Canvas:
-    """Pure noise, looking at every picture of the request in order."""
-    canvas = begin(studio, request, studio.codec.grid(*size_of(request)), images=for_reader(studio, request.images))
-    return replace(canvas, references=references(studio, request.images))
+    """Pure noise, looking at every picture of the request in order. Option keep: what the edit leaves alone is the
+    first picture's own."""
+    grid = studio.codec.grid(*size_of(request))
+    canvas = begin(studio, request, grid, images=for_reader(studio, request.images))
+    canvas = replace(canvas, references=references(studio, request.images))
+    if not request.options.get("keep"):
+        return canvas
+    first, known = request.images[0], canvas.references[0]
+    if known.grid != grid:
+        known = look_at(studio, first, size_of(request))
+    return keeping(canvas, studio.codec, first, known)
 
 
 def edit_inpaint(studio: Studio, request: Request) -> Canvas:
