@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lanting.attach.held import KEPT, floats, packed
+from lanting.attach.modulation import Tabled
 from lanting.attach.whole import whole_block
 from lanting.kernels import calls
 from lanting.kernels.calls import Rounded
@@ -143,9 +144,14 @@ def feed_forward(mlp: FeedForward, rows: Rows, out: Tensor, gate: Tensor, split:
     project(mlp.net[2], Rows(wide), out, gate, split)
 
 
-def vectors(modulation: nn.Module, temb: Tensor, batch: int) -> Tensor:
-    """Six vectors in a row (B, 1 or 2, 6 D) float32: shift, scale and gate of attention, then of the MLP."""
-    made = modulation(temb).float().contiguous()  # (B or 1, 1 or 2, 6 D)
+def vectors(modulation: Any, temb: Tensor, batch: int) -> Tensor:
+    """Six vectors in a row (B, 1 or 2, 6 D): shift, scale and gate of attention, then of the MLP."""
+    if type(modulation) is Tabled and batch == 1 and temb.shape[1] == 1 and not modulation._forward_hooks:
+        found = modulation.row()
+        if found is not None:
+            return found
+    made = modulation(temb).contiguous()  # (B or 1, 1 or 2, 6 D)
+    made = made if made.dtype in DTYPES else made.float()
     if len(made) != batch:
         made = made.expand(batch, -1, -1).contiguous()
     return made
@@ -156,12 +162,16 @@ def fused_block(block: Block, img: Tensor, txt: Tensor, ctx: Context) -> tuple[T
     if img.device.type != "cpu" or img.dtype not in DTYPES or txt.dtype != img.dtype or img.requires_grad:
         return type(block).forward(block, img, txt, ctx)
     split = ctx.target_tokens
-    img, txt = img.clone(), txt.clone()  # sums are added where they stand, and the caller may want the old ones
+    laid = torch.contiguous_format
+    img, txt = (
+        img.clone(memory_format=laid),
+        txt.clone(memory_format=laid),
+    )  # sums are added where they stand, and the caller may want the old ones
     found = vectors(block.img_mod, ctx.temb, len(img)), vectors(block.txt_mod, ctx.temb[:, :1], len(txt))
     if at_its_own(block.attn.attend) and whole_block(block, (img, txt), found, ctx):
         return img, txt
-    shift1, scale1, gate1, shift2, scale2, gate2 = found[0].chunk(6, -1)
-    tshift1, tscale1, tgate1, tshift2, tscale2, tgate2 = found[1].chunk(6, -1)
+    shift1, scale1, gate1, shift2, scale2, gate2 = found[0].float().chunk(6, -1)
+    tshift1, tscale1, tgate1, tshift2, tscale2, tgate2 = found[1].float().chunk(6, -1)
     out = attention(block.attn, Rows(img, shift1, scale1, split), Rows(txt, tshift1, tscale1), ctx)
     length = txt.shape[1]
     project(block.attn.to_out[0], Rows(out[:, length:]), img, gate1, split)

@@ -15,7 +15,7 @@ from lanting.kernels import calls, library
 from lanting.kernels.calls import Packed
 from lanting.nn.linears import GgufLinear, Int4Linear, Int8Linear
 
-KEPT = ("bound", "bias in float32", "weight in float32", "affine")
+KEPT = ("bound", "bias in float32", "weight in float32", "affine", "whole")
 
 
 def packed(linear: nn.Module, dtype: torch.dtype | None = None) -> Packed | None:
@@ -50,28 +50,34 @@ def floats(module: Any, name: str) -> Tensor | None:
 
 @dataclass(frozen=True, slots=True)
 class Affine:
-    """A Linear for C, with what its addresses belong to. A copy of the module makes its own."""
+    """A Linear for C. It says where tensors lie and keeps none of them, so that streamed weights can go; a copy of the
+    module makes its own."""
 
     at: tuple[object, ...] = ()
     struct: Any = None
-    weight: Packed | None = None
+    dense: bool = False
 
     def __deepcopy__(self, memo: object) -> Affine:
         return Affine()
 
 
+def addresses(module: nn.Module) -> tuple[int | None, ...]:
+    """Where a Linear's or a norm's tensors lie."""
+    own = module._parameters if "weight" in module._parameters else module._buffers
+    found = own.get("weight"), own.get("weight_scale"), own.get("bias")
+    return tuple(None if x is None else x.data_ptr() for x in found)
+
+
 def affine(linear: Any, dtype: torch.dtype) -> Affine | None:
     """A Linear as part of a larger call, for activations in `dtype`; None where kernels can't multiply it as it is."""
-    kept, weight = linear.__dict__.get("affine"), getattr(linear, "weight", None)
-    if weight is None:  # a LoRA around a Linear
+    if getattr(linear, "weight", None) is None:  # a LoRA around a Linear
         return None
-    scale = getattr(linear, "weight_scale", None)
-    at = (dtype, weight.data_ptr(), None if scale is None else scale.data_ptr())
+    kept, at = linear.__dict__.get("affine"), (dtype, *addresses(linear))
     if kept is None or kept.at != at:
         found = packed(linear, dtype) if not getattr(linear, "rotate", 0) else None
         if found is None:
             return None
         bias = floats(linear, "bias")
         struct = library.Affine(found.struct(), None if bias is None else bias.data_ptr())
-        kept = linear.__dict__["affine"] = Affine(at, struct, found)
+        kept = linear.__dict__["affine"] = Affine(at, struct, found.kind == "bf16")
     return kept

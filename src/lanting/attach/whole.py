@@ -4,15 +4,19 @@ A small model's block is twenty kernels of some microseconds each, and preparing
 computing took them: a third of the time of a picture of 256 x 256, half of one of 224 x 96. The same kernels in the
 same order, so the bits are those of single calls. What is not a plain row of Linears (LoRAs, rotated weights, kinds
 that the kernels don't multiply, attention that others look into) takes the single calls.
+
+What a block looks like to C is put together once and copied for each call: only addresses of activations are new. Of
+weights it knows where they lay, and is made again when one is elsewhere.
 """
 
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lanting.attach.held import Affine, affine, floats
 from lanting.kernels import calls, library
@@ -20,29 +24,102 @@ from lanting.nn.mmdit import Block, Context
 
 ALIGN = 64  # bytes; where rooms begin
 KEPT_ROOM = 8 << 20  # bytes of a room that is kept
+KEPT_SIZES = 8  # of pictures and texts, for which calls are kept
 ROOMS = threading.local()
+TEXT = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+PICTURE = ("to_q", "to_k", "to_v", "to_out")
+NORMS = ("norm_added_q", "norm_added_k", "norm_q", "norm_k")
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A block as it was when a plan was made. Tables and what is in them, since modules answer slowly."""
+
+    things: list[tuple[Any, str, object]]  # modules, and what was made of them
+    lie: list[tuple[Any, str, int]]  # tensors, and where
+
+    def add(self, place: Any, name: str, made: str) -> None:
+        """One of the modules of a table, of which something was made."""
+        module = place[name]
+        own = module._parameters if "weight" in module._parameters else module._buffers
+        self.things.extend([(place, name, module), (vars(module), made, vars(module).get(made))])
+        self.lie.extend((own, key, x.data_ptr()) for key, x in own.items() if x is not None)
+
+    def still(self) -> bool:
+        """Whether all of that is as it was."""
+        for table, key, thing in self.things:
+            if table.get(key) is not thing:
+                return False
+        for table, key, at in self.lie:
+            x = table.get(key)
+            if x is None or x.data_ptr() != at:
+                return False
+        return True
+
+
+@dataclass(slots=True)
+class Plan:
+    """A block for C. `calls`, by the sizes of what is given: the structure, and the bytes of room it needs."""
+
+    dtype: torch.dtype
+    seen: Seen
+    linears: tuple[list[Affine], list[Affine]]  # of pictures, of text
+    norms: list[Tensor]
+    heads: int
+    eps: float
+    calls: dict[object, tuple[Any, int]] = field(default_factory=dict)
+
+    def __deepcopy__(self, memo: object) -> None:
+        """A copy of the block makes its own."""
+
+    def call(self, img: Tensor, txt: Tensor, vectors: tuple[Tensor, Tensor], ctx: Context) -> tuple[Any, int]:
+        """The structure for a call with such sizes, and the bytes of room; addresses of activations are missing."""
+        masked = 0 if ctx.mask is None else ctx.mask.shape[1]
+        given = *(v.shape for v in vectors), *(v.dtype for v in vectors)
+        key = (*img.shape, txt.shape[1], *given, ctx.target_tokens, masked)
+        found = self.calls.get(key)
+        if found is None:
+            if len(self.calls) >= KEPT_SIZES:
+                self.calls.clear()
+            found = self.calls[key] = self._made(img, txt, vectors, ctx, masked)
+        return library.Block.from_buffer_copy(found[0]), found[1]
+
+    def _made(
+        self, img: Tensor, txt: Tensor, vectors: tuple[Tensor, Tensor], ctx: Context, masked: int
+    ) -> tuple[Any, int]:
+        length, kind = txt.shape[1], calls.TYPES[img.dtype]
+        size = (len(img), length + img.shape[1], self.heads, img.shape[-1] // self.heads)
+        norms = [norm.data_ptr() for norm in self.norms]
+        made = library.Block(
+            stream(txt, vectors[1], 0, self.linears[1]),
+            stream(img, vectors[0], ctx.target_tokens, self.linears[0]),
+            library.Turn(None, None, None, None, *norms, *size, length, self.eps, kind),
+            library.Attention(None, None, None, None, None, *size, masked, kind),
+        )
+        return made, calls.block_bytes(made)
 
 
 def whole_block(block: Block, streams: tuple[Tensor, Tensor], vectors: tuple[Tensor, Tensor], ctx: Context) -> bool:
     """Change both streams, pictures (B, N, D) and text (B, T, D), where they are; False where that takes single calls.
 
-    `vectors` (B, 1 or 2, 6 D) float32 are the modulation of either.
+    Streams are contiguous; `vectors` (B or 1, 1 or 2, 6 D) are the modulation of either, contiguous, too.
     """
     img, txt = streams
-    attn: Any = block.attn
-    width = txt.shape[-1] // attn.heads
-    if width % 32 or width > calls.WIDEST:
+    plan: Plan | None = block.__dict__.get("whole")
+    if plan is None or plan.dtype != img.dtype or not plan.seen.still():
+        plan = block.__dict__["whole"] = plan_of(block, img.dtype)
+    if plan is None:
         return False
-    of_img = linears(img.dtype, (attn.to_q, attn.to_k, attn.to_v, attn.to_out[0]), block.img_mlp)
-    of_txt = linears(img.dtype, (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj, attn.to_add_out), block.txt_mlp)
-    if of_img is None or of_txt is None:
-        return False
-    call = library.Block(stream(txt, vectors[1], 0, of_txt), stream(img, vectors[0], ctx.target_tokens, of_img))
-    kept = joint(call, attn, txt.shape[1], img, ctx)
-    room = room_of(calls.block_bytes(call) + ALIGN)
+    call, size = plan.call(img, txt, vectors, ctx)
+    cos, sin = (angle.contiguous() for angle in ctx.rope)
+    mask = None if ctx.mask is None else ctx.mask.to(torch.uint8).contiguous()
+    room = room_of(size + ALIGN)
+    call.img.rows.data, call.txt.rows.data = img.data_ptr(), txt.data_ptr()
+    call.img.vectors.data, call.txt.vectors.data = vectors[0].data_ptr(), vectors[1].data_ptr()
+    call.turn.cos, call.turn.sin = cos.data_ptr(), sin.data_ptr()
+    call.attention.mask = None if mask is None else mask.data_ptr()
     call.room = -(-room.data_ptr() // ALIGN) * ALIGN
     calls.call("lt_block", call)
-    del kept  # whose memory the call has read
     return True
 
 
@@ -56,30 +133,39 @@ def room_of(size: int) -> Tensor:
     return room
 
 
-def linears(dtype: torch.dtype, attention: tuple[Any, ...], mlp: Any) -> list[Affine] | None:
-    """Six Linears of a stream in the kernels' order; None where one does not fit, or those that share rows differ."""
-    found = [affine(linear, dtype) for linear in (*attention, mlp.net[0].proj, mlp.net[2])]
-    fit = [one for one in found if one is not None and one.weight is not None]
-    if len(fit) < len(found) or len({one.weight.kind == "bf16" for one in fit[:3] if one.weight}) > 1:
+def plan_of(block: Block, dtype: torch.dtype) -> Plan | None:
+    """None where a Linear does not fit, or those that share rows differ."""
+    attn: Any = block.attn
+    width = attn.to_add_out.out_features // attn.heads
+    if width % 32 or width > calls.WIDEST:
         return None
-    return fit
+    seen = Seen([], [])
+    found: list[list[Affine]] = []
+    for names, mlp in ((PICTURE, block.img_mlp), (TEXT, block.txt_mlp)):
+        mine = [affine(place[name], dtype) for place, name in places(attn, names, mlp)]
+        fit = [one for one in mine if one is not None]
+        if len(fit) < len(mine) or len({one.dense for one in fit[:3]}) > 1:
+            return None
+        for place, name in places(attn, names, mlp):
+            seen.add(place, name, "affine")
+        found.append(fit)
+    for name in NORMS:
+        floats(getattr(attn, name), "weight")
+        seen.add(attn._modules, name, "weight in float32")
+    norms = [made for name in NORMS if (made := floats(getattr(attn, name), "weight")) is not None]
+    return Plan(dtype, seen, (found[0], found[1]), norms, attn.heads, attn.norm_q.eps)
+
+
+def places(attn: Any, names: tuple[str, ...], mlp: Any) -> list[tuple[Any, str]]:
+    """Where a stream's six Linears are, in the kernels' order: tables of modules, and names in them."""
+    out = getattr(attn, names[3])
+    last = (out._modules, "0") if isinstance(out, nn.ModuleList) else (attn._modules, names[3])
+    up, down = (mlp.net[0]._modules, "proj"), (mlp.net._modules, "2")
+    return [*((attn._modules, name) for name in names[:3]), last, up, down]
 
 
 def stream(rows: Tensor, vectors: Tensor, split: int, found: list[Affine]) -> library.Stream:
-    first = calls.per_row(vectors[..., : rows.shape[-1]], rows, split)
+    first = calls.per_row(vectors.float()[..., : rows.shape[-1]], rows, split)
     query, key, value, out, up, down = (one.struct for one in found)
-    return library.Stream(calls.matrix(rows), first, (query, key, value), out, up, down)
-
-
-def joint(call: library.Block, attn: Any, length: int, img: Tensor, ctx: Context) -> list[Tensor]:
-    """Set what both streams share: norms, turns and attention. Returns the tensors whose addresses were given."""
-    batch, tokens, kind = len(img), length + img.shape[1], calls.TYPES[img.dtype]
-    size = (batch, tokens, attn.heads, img.shape[-1] // attn.heads)
-    names = ("norm_added_q", "norm_added_k", "norm_q", "norm_k")
-    norms = [floats(getattr(attn, name), "weight") for name in names]
-    given = [*(angle.contiguous() for angle in ctx.rope), *(norm for norm in norms if norm is not None)]
-    call.turn = library.Turn(None, None, *(x.data_ptr() for x in given), *size, length, attn.norm_q.eps, kind)
-    seen = None if ctx.mask is None else ctx.mask.to(torch.uint8).contiguous()
-    mask, masked = (None, 0) if seen is None else (seen.data_ptr(), seen.shape[1])
-    call.attention = library.Attention(None, None, None, None, mask, *size, masked, kind)
-    return given if seen is None else [*given, seen]
+    count, kind = vectors.shape[:2].numel(), calls.TYPES[vectors.dtype]
+    return library.Stream(calls.matrix(rows), first, count, kind, (query, key, value), out, up, down)

@@ -17,7 +17,7 @@ from typing import ClassVar
 
 from lanting.kernels.build import LIBRARY, whole
 
-ABI = 5
+ABI = 6
 OFF = ("off", "0", "no")
 
 
@@ -116,6 +116,8 @@ class Stream(ctypes.Structure):
     _fields_: ClassVar = [
         ("rows", Matrix),
         ("vectors", PerRow),
+        ("count", c_int64),
+        ("type", c_int32),
         ("in_", Affine * 3),
         *((name, Affine) for name in ("out", "up", "down")),
     ]

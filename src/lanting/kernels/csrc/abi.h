@@ -2,7 +2,7 @@
 #pragma once
 #include <cstdint>
 
-enum { ABI = 5 };
+enum { ABI = 6 };
 enum Number : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 enum Kind : int32_t { INT8 = 0, INT4 = 1, Q4_0 = 2, Q8_0 = 3, Q4_K = 4, Q6_K = 5, BF16 = 6 };
 enum Mode : int32_t { STORE = 0, GELU = 1, ADD = 2 };  // ADD: what is there += gate * value
@@ -95,7 +95,9 @@ struct Affine {
 // One stream of a block: rows that it changes where they are, and what it is multiplied with.
 struct Stream {
   Matrix rows;      // (items, rows, columns)
-  PerRow vectors;   // shift, scale and gate of attention, then of the feed-forward: six in a row
+  PerRow vectors;   // shift, scale and gate of attention, then of the feed-forward: six in a row, `count` such sixes
+  int64_t count;
+  int32_t type;     // Number of the vectors, FLOAT32 or BFLOAT16, whatever the pointer says
   Affine in[3];     // to queries, keys, values: of one kind
   Affine out, up, down;
 };

@@ -3,6 +3,7 @@
 #include "block.h"
 
 #include <algorithm>
+#include <cstring>
 
 namespace lt {
 namespace {
@@ -17,7 +18,10 @@ class Room {
   Room(const Block& b, int panel) : panel_(panel), at_(reinterpret_cast<uintptr_t>(b.room)), begin_(at_) {
     const Stream* streams[] = {&b.txt, &b.img};
     int64_t width = b.turn.heads * b.turn.width, size = b.turn.type == BFLOAT16 ? 2 : 4;
-    for (int i = 0; i < 2; i++) rows[i] = codes(*streams[i], streams[i]->rows.columns);
+    for (int i = 0; i < 2; i++) {
+      rows[i] = codes(*streams[i], streams[i]->rows.columns);
+      vectors[i] = static_cast<float*>(take(streams[i]->count * 6 * streams[i]->rows.columns * 4));
+    }
     uintptr_t shared = at_;  // attention and the feed-forward take turns
     for (void*& each : joint) each = take(b.turn.items * b.turn.tokens * width * size);
     uintptr_t end = at_;
@@ -33,6 +37,7 @@ class Room {
   int64_t bytes() const { return int64_t(at_ - begin_); }
 
   Codes rows[2];   // of either stream, as wide as the stream
+  float* vectors[2];
   void* joint[4];  // queries, keys, values, and what attention makes of them: (items, tokens, width)
   void* hidden;    // of the feed-forward
   Codes between;   // the same for its second product
@@ -61,22 +66,33 @@ class Run {
   void all() {
     const Stream* streams[] = {&b_.txt, &b_.img};
     for (int i = 0; i < 2; i++) {
+      widen(*streams[i], i);
       Codes codes = normed(*streams[i], i, 0, streams[i]->in[0]);
       for (int each = 0; each < 3; each++) product(codes, streams[i]->in[each], {part(each, i), nullptr, {}, STORE});
     }
     attend();
     for (int i = 1; i >= 0; i--) {
       Codes codes = laid(room_.rows[i], part(3, i), streams[i]->out);
-      product(codes, streams[i]->out, {streams[i]->rows, nullptr, vectors(*streams[i], 2), ADD});
+      product(codes, streams[i]->out, {streams[i]->rows, nullptr, vectors(*streams[i], i, 2), ADD});
     }
     for (int i = 1; i >= 0; i--) feed_forward(*streams[i], i);
   }
 
  private:
-  static PerRow vectors(const Stream& s, int which) {
+  PerRow vectors(const Stream& s, int i, int which) const {
     PerRow found = s.vectors;
+    if (s.type == BFLOAT16) found.data = room_.vectors[i];
     found.data += which * s.rows.columns;
     return found;
+  }
+
+  void widen(const Stream& s, int i) {
+    if (s.type != BFLOAT16) return;
+    const uint16_t* from = reinterpret_cast<const uint16_t*>(s.vectors.data);
+    for (int64_t j = 0; j < s.count * 6 * s.rows.columns; j++) {
+      uint32_t bits = uint32_t(from[j]) << 16;
+      memcpy(room_.vectors[i] + j, &bits, 4);
+    }
   }
 
   Codes as(Codes codes, const Affine& linear) const {
@@ -87,7 +103,7 @@ class Run {
 
   Codes normed(const Stream& s, int i, int first, const Affine& linear) {
     Codes codes = as(room_.rows[i], linear);
-    t_.norm(s.rows, vectors(s, first), vectors(s, first + 1), nullptr, &codes);
+    t_.norm(s.rows, vectors(s, i, first), vectors(s, i, first + 1), nullptr, &codes);
     return codes;
   }
 
@@ -130,7 +146,7 @@ class Run {
     product(normed(s, i, 3, s.up), s.up, {hidden, nullptr, {}, GELU});
     Codes between = room_.between;
     between.rows = s.rows.rows, between.columns = wide;
-    product(laid(between, hidden, s.down), s.down, {s.rows, nullptr, vectors(s, 5), ADD});
+    product(laid(between, hidden, s.down), s.down, {s.rows, nullptr, vectors(s, i, 5), ADD});
   }
 
   const Table& t_;
