@@ -115,8 +115,8 @@ def parameters(verb: Callable[..., Any]) -> Iterator[tuple[inspect.Parameter, ty
 
 
 def flags(info: OptionInfo) -> list[str]:
-    """The long name first."""
-    return [str(info.default), *(info.param_decls or ())]
+    """The long name first; what turns a flag on, then what turns it off."""
+    return [name for each in (str(info.default), *(info.param_decls or ())) for name in each.split("/")]
 
 
 def kind(hint: Any) -> str:
