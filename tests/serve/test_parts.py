@@ -9,7 +9,7 @@ import sqlite3
 import time
 
 import pytest
-from fakeserve import running
+from fakeserve import running, wait_for
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -126,6 +126,25 @@ def test_a_disk_that_cannot_be_written_fails_the_job_and_names_no_folder(tmp_pat
         folder.unlink()
         folder.mkdir()
         assert server.ended(server.submit("a sign")["id"])["state"] == "done"
+
+
+def test_a_picture_that_finds_no_room_is_drawn_again_when_there_is(tmp_path):
+    """And pictures that come in are refused meanwhile, in words that a client can wait on."""
+    with running(tmp_path) as server:
+        folders = [tmp_path / "data" / name for name in ("results", "checkpoints", "pictures")]
+        for folder in folders:
+            folder.rmdir()
+            folder.touch()
+        job = server.submit("a sign")["id"]
+        body = {"prompt": "x", "images": [base64.b64encode(png()).decode()]}
+        answer = server.post("/api/jobs", body)
+        assert answer.status_code == 503 and answer.headers["retry-after"] and str(tmp_path) not in answer.text
+        wait_for(lambda: "no room for a picture" in server.log.read_text())
+        assert server.get("/readyz").status_code == 503 and server.get(f"/api/jobs/{job}").json()["state"] == "waiting"
+        for folder in folders:
+            folder.unlink()
+            folder.mkdir()
+        assert server.ended(job)["state"] == "done"
 
 
 def test_recipes_do_not_say_where_loras_are(server):

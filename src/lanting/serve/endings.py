@@ -6,6 +6,7 @@ tried again.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
@@ -47,6 +48,10 @@ async def recorded(desk: Desk, run: Run, said: Mapping[str, Any]) -> bool:
             "the drawing took longer than {seconds:g} s and was stopped: ask for less", seconds=job.timeout
         )
         await desk.close_job(job, FAILED, on_record("timeout", error))
+    elif said["is"] == "failed" and said.get("disk") and not await asyncio.to_thread(desk.files.writable):
+        logger.error("no room for a picture", extra={"job": job.id})
+        run.why, desk.well = "pause", False  # drawn again when there is room
+        return False
     elif said["is"] == "failed":
         await failed(desk, job, said)
     else:

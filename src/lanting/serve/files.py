@@ -23,16 +23,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lanting.core.errors import OutputError
-from lanting.core.files import replace_file, sync
+from lanting.core.files import replace_file, replacing, sync
 from lanting.core.recipe import to_json
 from lanting.core.save import save_picture
 from lanting.core.types import Result
+from lanting.serve.errors import StoreError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 ID = re.compile(r"[0-9a-f]{24}")
 OUTCOME = "outcome.json"
+ROOM = 4 << 20  # bytes that a picture may need
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,13 +80,28 @@ class Files:
         return self.checkpoints / job
 
     def keep_picture(self, image: Image, sha256: str) -> None:
-        """Write an input picture, unless it is there."""
+        """Write an input picture, unless it is there. Raises StoreError."""
         path = self.picture(sha256)
         if path.exists():
             path.touch()  # it is wanted again: not to be forgotten with what is old
             return
-        replace_file(path, lambda part: image.save(part, format="PNG", compress_level=1), wait=True)
-        sync(self.pictures)
+        try:
+            replace_file(path, lambda part: image.save(part, format="PNG", compress_level=1), wait=True)
+            sync(self.pictures)
+        except OSError as error:
+            raise StoreError(
+                "nothing can be written or read just now: the server's disk is full, locked or failing"
+            ) from error
+
+    def writable(self) -> bool:
+        """Whether a picture finds room, by trying: a disk that is full may still take a line of the ledger."""
+        try:
+            with replacing(self.checkpoints / "room", wait=True) as part:
+                part.write_bytes(bytes(ROOM))
+            (self.checkpoints / "room").unlink()
+        except OSError:
+            return False
+        return True
 
     def outcome(self, job: str) -> dict[str, Any] | None:
         """What a finished job left, or None."""

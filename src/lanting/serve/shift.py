@@ -82,11 +82,11 @@ async def following(desk: Desk, model: Model) -> Entry | None:
 
 
 async def healthy(desk: Desk) -> bool:
-    """Whether the ledger can be written again."""
+    """Whether ledger and pictures can be written again."""
     try:
         await desk.ledger.write(
             lambda db: db.execute("INSERT OR REPLACE INTO facts VALUES ('alive', ?)", (time.time(),))
         )
     except StoreError:
         return False
-    return True
+    return await asyncio.to_thread(desk.files.writable)

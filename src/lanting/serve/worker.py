@@ -70,7 +70,7 @@ class Bench:
     strengths: tuple[float, ...] = ()  # their strengths now
     stops: dict[str, str] = field(default_factory=dict[str, str])  # job -> why
     orders: queue.SimpleQueue[dict[str, Any]] = field(default_factory=queue.SimpleQueue)
-    later: dict[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])  # job -> order, begun
+    later: dict[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])  # job -> order, not begun
 
     def send(self, what: str, **values: Any) -> None:
         self.out.write(json.dumps({"is": what, **values}, ensure_ascii=False) + "\n")
@@ -85,6 +85,17 @@ class Bench:
             else:
                 self.orders.put(order)
         os._exit(0)  # the server is gone; what was being drawn is in its checkpoint
+
+    def collect(self) -> None:
+        """Orders that have come, to those that wait."""
+        while not self.orders.empty():  # nobody else takes any
+            order = self.orders.get()
+            self.later[order["job"]] = order
+
+    def next(self) -> Mapping[str, Any]:
+        """The next order, waited for."""
+        self.collect()
+        return self.later.pop(next(iter(self.later))) if self.later else self.orders.get()
 
     def hang(self, wished: Mapping[str, float] | None) -> None:
         """The LoRAs of a job: those it names and no others, or the usual ones. Raises RequestError."""
@@ -121,7 +132,8 @@ def main() -> None:
     loras = [{"name": name, "strength": strength} for name, strength in zip(bench.names, bench.usual, strict=True)]
     bench.send("ready", spec=asdict(bench.engine.spec), loras=loras, notes=list(bench.engine.notes))
     while True:
-        take(bench, bench.orders.get())
+        dismiss(bench)
+        take(bench, bench.next())
 
 
 def take(bench: Bench, order: Mapping[str, Any]) -> None:
@@ -130,7 +142,7 @@ def take(bench: Bench, order: Mapping[str, Any]) -> None:
         from lanting.serve.crew import draw_together
 
         bench.send("room", job=order["job"], room=room)
-        draw_together(bench, order)
+        draw_together(bench, order, room)
     else:
         alone(bench, order)
 
@@ -162,7 +174,8 @@ def fail(bench: Bench, job: str, error: Exception) -> None:
         bench.send("failed", job=job, **told)
     else:
         trace = "".join(traceback.format_exception(error))
-        bench.send("failed", job=job, sentence=None, code=1, kind=type(error).__name__, trace=trace)
+        told = {"sentence": None, "code": 1, "kind": type(error).__name__, "trace": trace}
+        bench.send("failed", job=job, disk=isinstance(error, OSError), **told)
 
 
 def draw(bench: Bench, order: Mapping[str, Any]) -> None:
@@ -246,7 +259,8 @@ def stopped(bench: Bench, order: Mapping[str, Any], event: Progress | Checkpoint
 
 
 def dismiss(bench: Bench) -> None:
-    """Jobs that were begun and wait for their turn stop at once."""
+    """Jobs that wait for their turn stop at once."""
+    bench.collect()
     for job in [job for job in bench.later if job in bench.stops]:
         del bench.later[job]
         bench.send("stopped", job=job, why=bench.stops.pop(job))
