@@ -6,9 +6,8 @@ engine can't share a step, everybody's latents go to his checkpoint, and the dra
 
 from __future__ import annotations
 
-import queue
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 from lanting.core.checkpoint import Checkpoint
 from lanting.core.errors import RequestError
 from lanting.core.types import Result
-from lanting.serve.worker import Bench, alone, dismiss, fail, finish, now_and_then, request_of, save, saved, stopped
+from lanting.serve.worker import Bench, dismiss, fail, finish, now_and_then, request_of, save, saved, stopped
 
 
 @dataclass(slots=True)
@@ -32,29 +31,26 @@ class Chair:
         return self.order["job"]
 
 
-def draw_together(bench: Bench, order: Mapping[str, Any]) -> None:
-    """An order and those that come while it is drawn, until none is left."""
+def draw_together(bench: Bench, order: Mapping[str, Any], room: int) -> None:
+    """An order and those that come while it is drawn, at most `room` at a time, until none is left."""
     chairs: dict[Any, Chair] = {}
     with closing(bench.engine.together(forced=order["most"] is not None)) as shared:
         sit(bench, shared, chairs, order)
         while shared.seats and not shared.apart:
+            dismiss(bench)
+            while len(shared.seats) < room and (new := joining(bench)) is not None:
+                sit(bench, shared, chairs, new)
             for seat, event in shared.round():
                 hear(bench, shared, chairs, seat, event)
-            for new in () if shared.apart else coming(bench):
-                sit(bench, shared, chairs, new)
         if shared.apart:
             print(f"lanting: steps are not shared: {shared.apart}", file=sys.stderr)
             put_aside(bench, shared, chairs)
-    one_by_one(bench)
 
 
-def coming(bench: Bench) -> Iterator[dict[str, Any]]:
-    """Orders that have come and were not taken yet."""
-    while True:
-        try:
-            yield bench.orders.get_nowait()
-        except queue.Empty:
-            return
+def joining(bench: Bench) -> Mapping[str, Any] | None:
+    """An order that waits and is not to be drawn alone."""
+    job = next((job for job, order in bench.later.items() if order["most"] != 1), None)
+    return None if job is None else bench.later.pop(job)
 
 
 def sit(bench: Bench, shared: Any, chairs: dict[Any, Chair], order: Mapping[str, Any], anew: bool = False) -> None:
@@ -96,20 +92,12 @@ def hear(bench: Bench, shared: Any, chairs: dict[Any, Chair], seat: Any, event: 
 
 
 def put_aside(bench: Bench, shared: Any, chairs: Mapping[Any, Chair]) -> None:
-    """Everybody who is left, to his checkpoint; the server sends no more for now."""
+    """Everybody who is left, to his checkpoint and then alone, before those who came later; no more are sent now."""
+    aside: dict[str, Mapping[str, Any]] = {}
     for seat in shared.seats:
         order = chairs[seat].order
         bench.send("room", job=order["job"], room=1)
         if (checkpoint := shared.put_aside(seat)) is not None:
             save(bench, order["job"], Path(order["checkpoint"]), checkpoint)
-        bench.later[order["job"]] = order
-
-
-def one_by_one(bench: Bench) -> None:
-    """Those who were put aside, and who came too late to join."""
-    while bench.later:
-        for order in coming(bench):
-            bench.later[order["job"]] = order
-        dismiss(bench)
-        if bench.later:
-            alone(bench, bench.later.pop(next(iter(bench.later))))
+        aside[order["job"]] = {**order, "most": 1}
+    bench.later = aside | bench.later

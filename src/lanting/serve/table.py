@@ -23,6 +23,7 @@ from lanting.serve.line import Entry
 from lanting.serve.state import Model, Run, left
 
 PATIENCE = 30.0  # seconds a worker has to stop before it is killed
+MOST_ROOMS = 1000  # kinds of jobs whose room is remembered
 LOOK = 0.5  # seconds after which the line is looked at again, though nothing came
 
 
@@ -36,13 +37,14 @@ class Place:
 
 @dataclass
 class Table:
-    """Of one worker. `room`: how many jobs like the present ones it draws together, as it said."""
+    """Of one worker. `room`: how many jobs like the present ones it draws together, as it said now or the last time."""
 
     desk: Desk
     model: Model
     hand: Hand
     places: dict[str, Place] = field(default_factory=dict[str, Place])
     room: int = 1
+    rooms: dict[str, int] = field(default_factory=dict[str, int])  # alike -> room
     looked: float = -LOOK  # monotonic: when the line was
     hearing: asyncio.Task[Mapping[str, Any]] | None = None
 
@@ -72,7 +74,8 @@ class Table:
         desk.feed.put(event)
         desk.meters.waited.observe(max(event.at - job.created, 0.0))
         run = desk.runs[job.id] = Run(job, deadline=time.monotonic() + job.timeout)
-        self.room = self.room if self.places else 1
+        if not self.places:
+            self.room, self.looked = self.rooms.get(entry.alike, 1), -LOOK
         self.places[job.id] = Place(run, entry)
         await self.hand.send(order_for(desk, job))
 
@@ -128,6 +131,9 @@ class Table:
             return
         elif said["is"] == "room":
             self.room, self.looked = said["room"], -LOOK
+            if len(self.rooms) > MOST_ROOMS:
+                self.rooms.clear()
+            self.rooms[self.places[said["job"]].entry.alike] = self.room
         elif said["is"] in ("done", "failed", "stopped"):
             await self.leave(said["job"], said)
         else:
