@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
@@ -16,6 +17,10 @@ from pathlib import Path
 import httpx
 import pytest
 from fakeserve import ROOT, wait_for
+from mcp import ClientSession, StdioServerParameters
+from mcp.client.stdio import stdio_client
+from mcp.client.streamable_http import streamable_http_client
+from mcp.shared._httpx_utils import create_mcp_http_client
 from PIL import Image
 
 from lanting.cli.main import main
@@ -101,6 +106,48 @@ def test_the_quickstarts_with_curl_run(shell, tmp_path):
         )
         assert done.returncode == 0
     assert Image.open(tmp_path / "sign.png").size[0] > Image.open(tmp_path / "sign.png").size[1]
+
+
+def test_the_settings_for_open_webui_draw(shell):
+    """What Open WebUI sends with the settings that the document names, by either engine."""
+    url, _ = shell
+    told = re.search(r"\*\*Open WebUI\*\*.*?\n\n", PAGE, re.DOTALL)[0]  # type: ignore[index]
+    named = re.findall(r"`([^`]+)`", told)
+    assert named[0] == "Open AI" and named[-2] == "Automatic1111"
+    base, model, size, other = (named[1], *named[2:4], named[-1])
+    body = {"model": model, "prompt": "a sign", "n": 1, "size": size, "response_format": "b64_json"}
+    head = {"Authorization": "Bearer any", "X-OpenWebUI-User-Name": "anna"}
+    base, other = (one.replace("http://localhost:8353", url) for one in (base, other))
+    answer = httpx.post(f"{base}/images/generations", json=body, headers=head, timeout=60).json()
+    data = base64.b64decode(answer["data"][0]["b64_json"])
+    width, height = map(int, size.split("x"))
+    assert Image.open(io.BytesIO(data)).size == (width, height)
+    models = httpx.get(f"{other}/sdapi/v1/sd-models").json()
+    options = httpx.get(f"{other}/sdapi/v1/options").json()
+    assert options["sd_model_checkpoint"] in [one["title"] for one in models]
+    asked = {"prompt": "a sign", "batch_size": 1, "width": width, "height": height}
+    drawn = httpx.post(f"{other}/sdapi/v1/txt2img", json=asked, timeout=60).json()
+    assert Image.open(io.BytesIO(base64.b64decode(drawn["images"][0]))).size == (width, height)
+
+
+def test_the_settings_for_mcp_clients_draw(shell, tmp_path):
+    """Both blocks as they are written; but for `lanting`, which is this one."""
+    url, _ = shell
+    process, address = (json.loads(block)["mcpServers"]["lanting"] for block in blocks("json"))
+    assert process["command"] == "lanting"
+    env = ENV | {"LANTING_HOME": str(tmp_path)}
+    how = StdioServerParameters(command=sys.executable, args=["-m", "lanting", *process["args"]], env=env)
+    client = create_mcp_http_client(headers=address["headers"])
+    there = address["url"].replace("http://localhost:8353", url)
+
+    async def ask(opening) -> bytes:
+        async with opening as (read, write, *_), ClientSession(read, write) as session:
+            await session.initialize()
+            drawn = await session.call_tool("generate_image", {"prompt": "a sign", "steps": 2})
+            return base64.b64decode(drawn.content[0].data)
+
+    for opening in (lambda: stdio_client(how), lambda: streamable_http_client(there, http_client=client)):
+        assert Image.open(io.BytesIO(asyncio.run(ask(opening())))).size == (224, 96)
 
 
 def test_nano_draws_edits_and_shows_it_on_the_way(shell):
