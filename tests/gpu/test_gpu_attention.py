@@ -11,7 +11,7 @@ import torch
 from lanting.attach.gpu import check_attention
 from lanting.core.errors import RequestError
 from lanting.core.lang import chinese
-from lanting.kernels.gpu import attention, eight_bit
+from lanting.kernels.gpu import attention, eight_bit, names
 from lanting.kernels.gpu.attention import VARIABLE, WAYS, Choices, exact
 
 CPU = torch.device("cpu")
@@ -140,7 +140,7 @@ def test_eight_bits_hide_no_nan(device):
 
 
 def test_eight_bits_only_if_asked_for(monkeypatch, device):
-    assert all("int8" not in order for order in (attention.HOPPER, attention.OLDER))
+    assert all("int8" not in order for order in (names.HOPPER, names.OLDER))
     monkeypatch.setenv(VARIABLE, "int8")
     assert Choices().choose(device, torch.bfloat16, 64, True) == "int8"
     assert Choices().choose(device, torch.bfloat16, 40, True) != "int8"  # heads that it does not know

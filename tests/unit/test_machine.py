@@ -62,6 +62,34 @@ def test_gpus_are_named_with_their_memory(capsys, monkeypatch):
     assert "处理器：A Processor" in printed(capsys)
 
 
+@pytest.mark.parametrize(
+    ("capability", "given", "kernels", "attention", "recorded"),
+    [
+        ("9.0", {}, "triton 3.6.0", "the first of fa3, cudnn, flash, efficient, math that is right", True),
+        ("8.6", {"LANTING_GRAPHS": "off"}, "triton 3.6.0", "flash, cudnn, efficient, math", False),
+        ("8.9", {"LANTING_ATTENTION": "math"}, "triton 3.6.0", "math, flash, cudnn, efficient that", True),
+        ("7.5", {}, "none for GPUs before Ampere", "flash, cudnn", True),
+        ("9.0", {"LANTING_KERNELS": "off"}, "switched off by LANTING_KERNELS", "the first of torch", False),
+        ("", {}, "none for this GPU", "the first of torch", False),
+    ],
+)
+def test_what_computes_on_a_gpu(capability, given, kernels, attention, recorded, capsys, monkeypatch):
+    for name in ("LANTING_KERNELS", "LANTING_GRAPHS", "LANTING_ATTENTION", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    card = Device("cuda", "A Card", 12 * 10**9, 11 * 10**9)
+    monkeypatch.setattr("lanting.plan.detect", lambda: Machine(10**10, 10**9, 8, (card, Device("cpu", "A Processor"))))
+    monkeypatch.setattr("lanting.cli.machine.ask", lambda *command: f"{capability}\n")
+    monkeypatch.setattr("lanting.kernels.gpu.names.triton", lambda: "3.6.0")
+    monkeypatch.setattr("lanting.kernels.gpu.names.find_spec", lambda name: name == "flash_attn_interface" or None)
+    out = printed(capsys)
+    assert f"kernels: {kernels}" in out and attention in out
+    assert ("steps are recorded" in out) == recorded
+    (told,) = json.loads(printed(capsys, "--json"))["gpus"]
+    assert (told["capability"], told["recorded"], told["compiled"]) == (capability, recorded, "off")
+
+
 @pytest.mark.parametrize("arguments", [[], ["nano", "--machine"]])
 def test_a_name_or_the_machine(arguments, capsys):
     assert main(["show", *arguments]) == 2

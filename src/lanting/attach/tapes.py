@@ -82,9 +82,14 @@ class Recording:
 
 
 class Tapes:
-    """The last recordings of one kind of work, `most` of them. `sentence` tells the `reason` where one fails."""
+    """The last recordings of one kind of work, `most` of them. `sentence` makes one of the reason where one fails."""
 
-    def __init__(self, recorder: Recorder, most: int, sentence: str = "steps are not recorded: {reason}"):
+    def __init__(
+        self,
+        recorder: Recorder,
+        most: int,
+        sentence: Callable[[str], str] = lambda reason: say("steps are not recorded: {reason}", reason=reason),
+    ):
         self.recorder, self.most, self.sentence = recorder, most, sentence
         self.met: OrderedDict[Hashable, None] = OrderedDict()
         self.kept: OrderedDict[Hashable, Recording] = OrderedDict()
@@ -114,7 +119,7 @@ class Tapes:
         except Exception as error:  # out of memory, too: without recordings there is more of it
             self.failed = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
             self.forget()
-            print(say(self.sentence, reason=self.failed), file=sys.stderr, flush=True)
+            print(self.sentence(self.failed), file=sys.stderr, flush=True)
             return made
         self.kept[key] = Recording(inputs, outputs, play, held)
         return made

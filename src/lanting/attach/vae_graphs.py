@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lanting.attach.graphs import listened
 from lanting.attach.tapes import Recorder, Tapes
+from lanting.core.lang import say
 from lanting.nn.vae import AutoencoderKLQwenImage, Decoder
 
 MOST = 4  # recordings kept: a tile inside, at either edge, and in the corner
@@ -25,7 +26,8 @@ class Decoding:
 
     def __init__(self, decoder: Decoder, recorder: Recorder | None = None):
         self.decoder = decoder
-        self.tapes = Tapes(recorder or Recorder(), MOST, "decoding is not recorded: {reason}")
+        sentence = lambda reason: say("decoding is not recorded: {reason}", reason=reason)  # noqa: E731
+        self.tapes = Tapes(recorder or Recorder(), MOST, sentence)
         self.basis: list[Tensor] = []
 
     def __call__(self, z: Tensor) -> Tensor:

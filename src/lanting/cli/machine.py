@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Mapping
+from itertools import chain, repeat
 from typing import TYPE_CHECKING, Any
 
 from lanting.cli.screen import Screen
@@ -32,8 +34,51 @@ def facts() -> dict[str, Any]:
             "off": switched_off(),
             "build": "" if ready() else BUILD,
         },
-        "gpus": [{"name": each.name, "title": each.title, "memory": each.memory, "free": each.free} for each in gpus()],
+        "attention": "lanting" if instruction_set() else "torch",
+        "gpus": [
+            {"name": each.name, "title": each.title, "memory": each.memory, "free": each.free} | computes(each, found)
+            for each, found in zip(gpus(), capabilities(), strict=False)
+        ],
     }
+
+
+def capabilities() -> Iterator[tuple[int, int]]:
+    """Compute capabilities of NVIDIA's cards, in the order of `gpus`; (0, 0) for what is none."""
+    told = ask("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader").split()
+    found = [(int(a), int(b)) for a, dot, b in (word.partition(".") for word in told) if dot and (a + b).isdigit()]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        wanted = [int(word) for word in visible.split(",") if word.strip().isdigit()]
+        found = [found[index] for index in wanted if index < len(found)]
+    return chain(found, repeat((0, 0)))
+
+
+def computes(device: Device, capability: tuple[int, int]) -> dict[str, Any]:
+    """What computes on a GPU: "triton" and its version, or why not; whether steps are recorded; attentions that are
+    tried there, the first right one being taken."""
+    from lanting.kernels.gpu.names import OLDEST, candidates, triton
+    from lanting.kernels.library import OFF
+
+    nvidia = device.name.startswith("cuda") and capability > (0, 0)
+    why = "off" if switched_off() else "other" if not nvidia else "old" if capability < OLDEST else ""
+    why = why or ("" if triton() else "missing")
+    return {
+        "capability": ".".join(map(str, capability)) if nvidia else "",
+        "kernels": why or f"triton {triton()}",
+        "recorded": nvidia and why != "off" and os.environ.get("LANTING_GRAPHS", "").strip().lower() not in OFF,
+        "compiled": os.environ.get("LANTING_COMPILE", "").strip().lower() or "off",
+        "attention": list(candidates(capability)) if nvidia and why != "off" else ["torch"],
+    }
+
+
+def ask(*command: str) -> str:
+    """What a program says; empty where there is none."""
+    import subprocess
+
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=10).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
 
 
 def gpus() -> tuple[Device, ...]:
@@ -67,5 +112,25 @@ def tell(screen: Screen) -> None:
     for gpu in told["gpus"]:
         memory = say("{size} VRAM", size=size(gpu["memory"]))
         screen.line("GPU: {title}, {memory}, {free} free", title=gpu["title"], memory=memory, free=size(gpu["free"]))
+        tell_computing(screen, gpu)
     if not told["gpus"]:
         screen.line("GPU: none")
+
+
+def tell_computing(screen: Screen, gpu: Mapping[str, Any]) -> None:
+    """Kernels, attention and recording of one GPU."""
+    if gpu["kernels"] == "off":
+        screen.line("  kernels: switched off by LANTING_KERNELS; torch does their work")
+    elif gpu["kernels"] == "other":
+        screen.line("  kernels: none for this GPU; torch does their work")
+    elif gpu["kernels"] == "old":
+        screen.line("  kernels: none for GPUs before Ampere; torch does their work")
+    elif gpu["kernels"] == "missing":
+        screen.line("  kernels: Triton is not installed; torch does their work")
+    else:
+        screen.line("  kernels: {name}", name=gpu["kernels"])
+    screen.line("  attention: the first of {known} that is right", known=", ".join(gpu["attention"]))
+    if gpu["recorded"]:
+        screen.line("  steps are recorded")
+    else:
+        screen.line("  steps are not recorded")

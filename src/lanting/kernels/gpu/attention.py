@@ -21,9 +21,9 @@ from torch import Tensor
 
 from lanting.kernels.gpu import eight_bit
 from lanting.kernels.gpu.here import capability
+from lanting.kernels.gpu.names import PACKAGES, VARIABLE, usual
 
 Way = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
-VARIABLE = "LANTING_ATTENTION"
 HALVES = (torch.float16, torch.bfloat16)
 FARTHEST = {torch.float32: 2e-3, torch.float16: 5e-3, torch.bfloat16: 2e-2}  # relative, for the right answer rounded
 ROUGH = 0.03  # the same for scores in 8 bits
@@ -51,16 +51,14 @@ def by_package(module: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
 
 
 WAYS: dict[str, Way] = {
-    "fa3": partial(by_package, "flash_attn_interface"),
+    "fa3": partial(by_package, PACKAGES["fa3"]),
     "cudnn": partial(by_torch, "CUDNN_ATTENTION"),
-    "fa2": partial(by_package, "flash_attn"),
+    "fa2": partial(by_package, PACKAGES["fa2"]),
     "flash": partial(by_torch, "FLASH_ATTENTION"),
     "efficient": partial(by_torch, "EFFICIENT_ATTENTION"),
     "math": partial(by_torch, "MATH"),
     "int8": eight_bit.attend,
 }
-HOPPER = ("fa3", "cudnn", "fa2", "flash", "efficient", "math")
-OLDER = ("fa2", "flash", "cudnn", "efficient", "math")
 
 
 @dataclass
@@ -115,8 +113,8 @@ def order(device: torch.device) -> tuple[str, ...]:
     asked = os.environ.get(VARIABLE, "auto").strip().lower() or "auto"
     if asked != "auto" and asked not in WAYS:
         raise ValueError(asked)
-    usual = HOPPER if capability(device) >= (9, 0) else OLDER
-    return usual if asked == "auto" else (asked, *usual)
+    every = usual(capability(device))
+    return every if asked == "auto" else (asked, *every)
 
 
 @cache

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-OLDEST = (8, 0)  # Ampere: what Triton still compiles products of int8 for
+from lanting.kernels.gpu.names import OLDEST
+
 FLOATS = (8, 9)  # Ada: the first with 8-bit floats
 TRIES = 3
 
