@@ -5,8 +5,8 @@
 nano on one thread, prompts of different length; a number above 1 means that a job costs so many times less processor
 time together. Three measurements: "steps", one step of so many drawings against the same steps alone; "jobs", whole
 pictures, prompt and decoding included, by the engine; "served", whole jobs through two live servers, one with
-`--batch 1`, by the processor time of their workers. "one alone" is what the two sides of a single guided drawing gain
-by going together, which is part of all other numbers. Bits are compared: every picture must be the one drawn alone.
+`--batch 1`, by the processor time of their workers. "1" is what the way there costs a drawing that finds no company.
+Bits are compared: every picture must be the one drawn alone.
 """
 
 from __future__ import annotations
@@ -159,10 +159,9 @@ def main() -> None:
     for size in SIZES:
         room = engine.room(wishes(size, 1)[0])
         row: dict[str, Any] = {"together at most": room}
-        for count in sorted({1, 2, 4, room}):
-            name = "one alone" if count == 1 else f"{count} together"
-            asked = wishes(size, min(count, len(WORDS)))
-            row[name] = {what.__name__: round(what(engine, asked, given.n), 3) for what in (steps, jobs)}
+        for count in sorted({1, 2, 4, min(room, len(WORDS))}):
+            asked = wishes(size, count)
+            row[str(count)] = {what.__name__: round(what(engine, asked, given.n), 3) for what in (steps, jobs)}
         table["sizes"][f"{size[0]}x{size[1]}"] = row
         print(size, json.dumps(row), flush=True)
     engine.close()
