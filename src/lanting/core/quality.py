@@ -13,7 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-FIRST = 3  # steps that are always computed: they decide what the picture is of, and what forecasts are made from
+# Steps that are always computed: they decide what the picture is of, and what forecasts are made from. A fifth of the
+# steps in their place kept 52 edits of 20 steps and 17 of 50 no nearer, and cost 3 to 12 % of the time.
+FIRST = 3
 
 
 @dataclass(frozen=True, slots=True)
