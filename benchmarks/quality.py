@@ -1,6 +1,6 @@
 """What `--quality` costs and gains on nano: time, and how near the pictures come to the exact ones, in one run.
 
-    python benchmarks/quality.py [-n 40] [--out FILE.json] [--plot FILE.png]
+    python benchmarks/quality.py [-n 40] [--settings 0 1 2] [--first 3] [--out FILE.json] [--plot FILE.png]
     python benchmarks/quality.py --from FILE.json --plot FILE.png   # only the plot
 
 Every picture is drawn at every level, one after the other and in another order each time, so that whatever else the
@@ -39,6 +39,7 @@ from lanting.evals.flip import mean_flip
 from lanting.evals.ocr import judges
 from lanting.evals.scores import compare, share_of
 from lanting.evals.sets import Case, edit_cases, text_cases
+from lanting.flow import budget
 from lanting.kernels import library
 
 RESULTS = Path(__file__).parent / "results"
@@ -173,12 +174,12 @@ def measure(bench: Bench, setting: Setting, count: int) -> dict[str, dict[str, A
     return {way.name: summary(rows[way.name], LEVELS[way.quality].mean) for way in WAYS}
 
 
-def summary(row: defaultdict[str, list[Any]], budget: float) -> dict[str, Any]:
+def summary(row: defaultdict[str, list[Any]], most: float) -> dict[str, Any]:
     table: dict[str, Any] = {"pictures": len(row["flip"]), "time": round(median(row["share"]), 3)}
     table |= {name: round(mean(row[name]), 4) for name in ("flip", "ssimulacra2", "off", "forecast")}
     table |= {f"{name} worst": round(max(row[name]), 4) for name in ("flip", "off", "forecast")}
-    if budget:
-        table["beyond"] = sum(off > budget for off in row["off"])
+    if most:
+        table["beyond"] = sum(off > most for off in row["off"])
     table["right"] = share_of(*zip(*row["right"], strict=True)).as_json()
     if row["words"][0]:
         both = sum(len(row["words"][0][0]) for _ in row["words"][0])
@@ -263,6 +264,8 @@ class Panel:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-n", type=int, default=40, help="pictures for each level")
+    parser.add_argument("--settings", nargs="*", type=int, default=[0, 1, 2], help="which of the three")
+    parser.add_argument("--first", type=int, default=budget.FIRST, help="steps that are always computed")
     parser.add_argument("--out", type=Path, default=RESULTS / "quality.json")
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--from", dest="from_", type=Path, help="take the numbers from this file")
@@ -273,7 +276,8 @@ def main() -> None:
         told: dict[str, Any] = {"model": "nano", "n": asked.n, "kernels": library.instruction_set(), "settings": {}}
         told["levels"] = {name: {"step": q.step, "mean": q.mean, "age": q.age} for name, q in LEVELS.items()}
         bench = Bench()
-        for setting in SETTINGS:
+        budget.FIRST = asked.first
+        for setting in (SETTINGS[index] for index in asked.settings):
             told["settings"][setting.name] = measure(bench, setting, asked.n)
             asked.out.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
     else:

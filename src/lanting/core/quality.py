@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 # Steps that are always computed: they decide what the picture is of, and what forecasts are made from. A fifth of the
-# steps in their place kept 52 edits of 20 steps and 17 of 50 no nearer, and cost 3 to 12 % of the time.
+# steps in their place kept 52 edits of 20 steps and 17 of 50 no nearer, and cost 1 to 12 % of the time (`--first`).
 FIRST = 3
 
 
