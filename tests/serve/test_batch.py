@@ -52,13 +52,13 @@ def shared(tmp_path_factory):
 
 # -------------------------------------------------------------------- who joins
 def test_alike_jobs_are_drawn_together_and_each_tells_its_own_steps(shared):
-    jobs = [shared.submit(f"slow {number}", steps=12)["id"] for number in range(5)]
+    jobs = [shared.submit(f"slow {number}", steps=30)["id"] for number in range(5)]
     seen: list[list[str]] = []
     wait_for(lambda: seen.append(states(shared, jobs)) or seen[-1] == ["done"] * 5, 30)
     assert max(now.count("running") for now in seen) == 3
     for job in jobs:
         steps = [body["step"] for kind, _, body in events(shared, job) if kind == "step"]
-        assert steps == list(range(1, 13))
+        assert steps == list(range(1, 31))
     starts = [shared.get(f"/api/jobs/{job}").json()["started"] for job in jobs]
     assert starts == sorted(starts)
 
