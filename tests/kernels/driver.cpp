@@ -139,10 +139,54 @@ void convolutions(bool loud) {
   if (loud) show("convolution", sum), show("convolution.doubled", doubled);
 }
 
+// A Linear of int8 with a scale a row, and all that a block needs.
+struct Linear {
+  std::vector<int8_t> data;
+  std::vector<float> scale, bound, bias;
+  Affine affine;
+  Linear(Dice& dice, int64_t rows, int64_t columns)
+      : data(rows * columns), scale(rows), bound(rows), bias(dice.numbers(rows)) {
+    for (int8_t& x : data) x = int8_t(dice.bits());
+    for (float& x : scale) x = float(dice.bits() & 0xff) / 65536;
+    affine = {{reinterpret_cast<uint8_t*>(data.data()), scale.data(), bound.data(), rows, columns, columns, columns, INT8, 0}, bias.data()};
+    call("lt_bounds", &affine.weight, bound.data());
+  }
+};
+
+void whole_block(bool loud) {
+  constexpr int64_t items = 2, heads = 2, head = 32, width = heads * head, hidden = 200, txt = 5, img = 21;
+  Dice dice;
+  std::vector<Linear> linears;
+  for (int i = 0; i < 12; i++) linears.emplace_back(dice, i % 6 == 4 ? hidden : width, i % 6 == 5 ? hidden : width);
+  std::vector<float> rows[] = {dice.numbers(items * txt * width), dice.numbers(items * img * width)};
+  std::vector<float> vectors[] = {dice.numbers(items * 6 * width), dice.numbers(items * 2 * 6 * width)};
+  auto stream = [&](int i) {
+    int64_t count = i ? img : txt, each = i ? 2 : 1;
+    const Linear* own = &linears[i * 6];
+    Matrix to{rows[i].data(), items * count, width, width, count, count * width, FLOAT32};
+    PerRow by{vectors[i].data(), 6 * width, count, 7, int32_t(each)};
+    return Stream{to, by, items * each, FLOAT32, {own[0].affine, own[1].affine, own[2].affine}, own[3].affine, own[4].affine, own[5].affine};
+  };
+  constexpr int64_t tokens = txt + img;
+  std::vector<float> cos = dice.numbers(tokens * head / 2), sin = dice.numbers(tokens * head / 2), norms = dice.numbers(4 * head);
+  const float* norm = norms.data();
+  std::vector<uint8_t> mask = {1, 1, 1, 1, 1, 1, 1, 1, 0, 0};
+  Block block{stream(0), stream(1),
+              {nullptr, nullptr, cos.data(), sin.data(), norm, norm + head, norm + 2 * head, norm + 3 * head,
+               items, tokens, heads, head, txt, 1e-6f, FLOAT32},
+              {nullptr, nullptr, nullptr, nullptr, mask.data(), items, tokens, heads, head, txt, FLOAT32}, nullptr};
+  int64_t bytes = reinterpret_cast<int64_t (*)(const Block*)>(dlsym(library, "lt_block_bytes"))(&block);
+  block.room = aligned_alloc(64, size_t(bytes + 63) / 64 * 64);
+  call("lt_block", &block);
+  free(block.room);
+  if (loud) show("product.block.text", rows[0]), show("product.block.picture", rows[1]);
+}
+
 void everything(bool loud) {
   for (const Form& form : forms) products(form, loud);
   others(loud);
   convolutions(loud);
+  whole_block(loud);
 }
 
 }  // namespace

@@ -9,71 +9,18 @@ import torch
 from torch import nn
 
 import nets
+from compute_cases import draw, error, network, pack
 from lanting.attach.compute import attach_kernels, detach_kernels
 from lanting.attach.held import packed
 from lanting.attach.modulation import ModulationTable
 from lanting.attach.parts import Part
 from lanting.attach.stream import Mapped, Streamer
 from lanting.kernels import calls, library
-from lanting.nn.linears import Fp8Linear, GgufLinear, Int4Linear, Int8Linear, PackedLinear
+from lanting.nn.linears import Int4Linear, Int8Linear, PackedLinear
 from lanting.nn.lora import Factors, LoraLinear, attach
-from lanting.nn.mmdit import QwenImageTransformer, TransformerConfig
-from lanting.nn.swap import swap
-from lanting.weights.kquants import quantize
 
 if not library.ready():
     pytest.skip("the kernels are not built here: no compiler", allow_module_level=True)
-
-GRID = (1, 6, 8)
-
-
-def network(two_times: bool = False, seed: int = 0) -> QwenImageTransformer:
-    torch.manual_seed(seed)
-    config = TransformerConfig(
-        num_layers=3,
-        num_attention_heads=4,
-        attention_head_dim=64,
-        joint_attention_dim=96,
-        axes_dims_rope=(16, 24, 24),
-        zero_cond_t=two_times,
-    )
-    net = QwenImageTransformer(config).eval().requires_grad_(False)
-    for p in net.parameters():
-        p.normal_(0, 0.05) if p.ndim > 1 else p.add_(torch.randn_like(p) * 0.05)
-    return net
-
-
-def pack(net: nn.Module, kind: str) -> nn.Module:
-    """Every Linear of the blocks that the kind divides."""
-
-    def make(path: str, old: nn.Module) -> nn.Module | None:
-        assert isinstance(old, nn.Linear)
-        weight, bias = old.weight.float(), old.bias
-        if "_mod" in path or "blocks" not in path:
-            return None
-        if kind[0] == "Q":
-            return GgufLinear.from_packed(quantize(weight, kind), kind, old.in_features, bias)
-        cls = {"int8": Int8Linear, "int4": Int4Linear, "fp8": Fp8Linear}[kind.split()[0]]
-        return cls.from_dense(weight, bias, **({"rotate": 256} if "rotated" in kind else {}))
-
-    swap(net, nn.Linear, make)
-    return net
-
-
-def draw(net: QwenImageTransformer, batch: int = 1, masked: bool = False, seed: int = 1) -> torch.Tensor:
-    torch.manual_seed(seed)
-    dtype = net.proj_out.weight.dtype
-    grids = [GRID] * (2 if net.config.zero_cond_t else 1)
-    latents = torch.randn(batch, 48 * len(grids), 64).to(dtype)
-    prompt, mask = torch.randn(batch, 21, 96).to(dtype), torch.ones(batch, 21, dtype=torch.bool)
-    mask[-1, 15:] = not masked
-    times = torch.full((batch,), 0.5).to(dtype)
-    with torch.inference_mode():
-        return net(latents, times, prompt, mask if masked else None, grids, 48).float()
-
-
-def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    return ((found - wanted).norm() / wanted.norm()).item()
 
 
 @pytest.mark.parametrize("two_times", [False, True])

@@ -162,11 +162,8 @@ def fused_block(block: Block, img: Tensor, txt: Tensor, ctx: Context) -> tuple[T
     if img.device.type != "cpu" or img.dtype not in DTYPES or txt.dtype != img.dtype or img.requires_grad:
         return type(block).forward(block, img, txt, ctx)
     split = ctx.target_tokens
-    laid = torch.contiguous_format
-    img, txt = (
-        img.clone(memory_format=laid),
-        txt.clone(memory_format=laid),
-    )  # sums are added where they stand, and the caller may want the old ones
+    # sums are added where they stand, and the caller may want the old ones
+    img, txt = (x.clone(memory_format=torch.contiguous_format) for x in (img, txt))
     found = vectors(block.img_mod, ctx.temb, len(img)), vectors(block.txt_mod, ctx.temb[:, :1], len(txt))
     if at_its_own(block.attn.attend) and whole_block(block, (img, txt), found, ctx):
         return img, txt

@@ -45,7 +45,7 @@ class Tabled(nn.Sequential):
         return self.table[self.clock.rows[:, : input.shape[1]]]  # (B, k, 6 D)
 
     def row(self) -> Tensor | None:
-        """(1, 1, 6 D) where one item has one time: a view of the table. None where it has more, or there is no table."""
+        """(1, 1, 6 D) of the one item and its one time, a view of the table; None where there are more, or no table."""
         if self.table is None or "forward" in self.__dict__ or self.clock.rows.shape != (1, 1):
             return None
         width = self.table.shape[1]
