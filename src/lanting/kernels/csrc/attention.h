@@ -190,18 +190,28 @@ template <class T> struct Flash {
     }
   }
 
-  // Softmax of one row's new scores: shares in `to`, the largest score and the sum of shares so far kept up.
-  // Returns what earlier results must be multiplied with.
-  static float soften(const float* s, E* to, int64_t valid, int64_t n, float scale, float& high, float& sum) {
+  // The largest score of a row, with what it was so far.
+  static float highest(const float* s, int64_t valid, float scale, float high) {
     float most = s[0];
 #pragma omp simd reduction(max : most)
     for (int64_t j = 0; j < valid; j++) most = larger(most, s[j]);
-    most = larger(most * scale, high);
-    float fresh = T::shares(s, to, valid, scale, most);
-    for (int64_t j = valid; j < n; j++) to[j] = E(0);
-    float shrink = exp2_of(high - most);
-    sum = sum * shrink + fresh, high = most;
-    return shrink;
+    return larger(most * scale, high);
+  }
+
+  // Softmax of new scores of all rows: shares, and the largest scores and sums so far kept up; what there is in `out` is
+  // made less by as much. Row by row each step waits for the one before, so all rows take a step together.
+  void soften(const float* scores, E* shares, int64_t valid, int64_t n, bool first, float* high, float* sum, float* out) const {
+    constexpr int R = T::rows;
+    float scale = LOG2E / __builtin_sqrtf(float(width)), most[R];
+    for (int r = 0; r < R; r++) most[r] = highest(scores + r * gap, valid, scale, high[r]);
+    for (int r = 0; r < R; r++) {
+      float fresh = T::shares(scores + r * gap, shares + r * gap, valid, scale, most[r]);
+      for (int64_t j = valid; j < n; j++) shares[r * gap + j] = E(0);
+      float shrink = first ? 0 : exp2_of(high[r] - most[r]);
+      sum[r] = first ? fresh : sum[r] * shrink + fresh, high[r] = most[r];
+      if (!first && shrink != 1)
+        for (int64_t j = 0; j < width; j++) out[r * width + j] *= shrink;
+    }
   }
 
   void answer(int64_t item, int64_t head, int64_t first) const {
@@ -212,7 +222,7 @@ template <class T> struct Flash {
     float* scores = static_cast<float*>(lt::scratch(3, R * gap * 4));
     E* shares = static_cast<E*>(lt::scratch(4, R * gap * sizeof(E)));
     float* out = static_cast<float*>(lt::scratch(5, R * width * 4));
-    float high[R], sum[R], scale = LOG2E / __builtin_sqrtf(float(width));
+    float high[R], sum[R];
     for (int r = 0; r < R; r++) {
       int64_t from = (item * a.tokens + smaller(first + r, a.tokens - 1)) * stride + head * width;
       if constexpr (T::pair == 2) memcpy(q + r * width, static_cast<const E*>(a.q) + from, width * sizeof(E));
@@ -220,18 +230,17 @@ template <class T> struct Flash {
         for (int64_t j = 0; j < width; j++) q[r * width + j] = get(a.q, from + j, a.type);
       high[r] = -1e30f, sum[r] = 0;
     }
-    memset(out, 0, R * width * 4);
+    if (!count[item]) memset(out, 0, R * width * 4);
     for (int64_t begin = 0; begin < count[item]; begin += KEYS) {
       int64_t n = smaller(KEYS, most - begin), valid = smaller(n, count[item] - begin);
       for (int64_t t = 0; t < n; t += T::tile)
         T::template micro<true>(q, width, k + (begin + t) * width, width, scores + t, gap);
-      for (int r = 0; r < R; r++) {
-        float shrink = soften(scores + r * gap, shares + r * gap, valid, n, scale, high[r], sum[r]);
-        if (shrink != 1)
-          for (int64_t j = 0; j < width; j++) out[r * width + j] *= shrink;
+      soften(scores, shares, valid, n, begin == 0, high, sum, out);
+      for (int64_t t = 0; t < width / T::tile; t++) {
+        const E* part = v + begin * width + t * n * T::tile;
+        if (begin) T::template micro<false>(shares, gap, part, n, out + t * T::tile, width);
+        else T::template micro<true>(shares, gap, part, n, out + t * T::tile, width);
       }
-      for (int64_t t = 0; t < width / T::tile; t++)
-        T::template micro<false>(shares, gap, v + begin * width + t * n * T::tile, n, out + t * T::tile, width);
     }
     for (int64_t r = 0; r < smaller(R, a.tokens - first); r++) {
       for (int64_t j = 0; j < width; j++) out[r * width + j] /= sum[r];

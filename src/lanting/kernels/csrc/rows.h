@@ -15,19 +15,19 @@ struct Place {
     else data += size * panel * PANEL * padded(to.columns), place = row - panel_begin(to.rows, panel);
   }
 
-  // CHUNK numbers of a row from byte k on.
+  // Where to write CHUNK numbers from byte k on, for `lay` to bring to their places: there, if bytes lie together.
+  template <class T> T* at(T* line, int64_t k) const { return place < 0 ? reinterpret_cast<T*>(data + k) : line; }
+
   template <class T> void lay(const T* from, int64_t k) const {
-    constexpr int64_t count = CHUNK * int64_t(sizeof(T));
     const int8_t* line = reinterpret_cast<const int8_t*>(from);
-    if (place < 0) memcpy(data + k, line, count);
-    else
-      for (int64_t j = 0; j < count; j += TOGETHER) memcpy(data + in_panel(place, k + j), line + j, TOGETHER);
+    if (place >= 0)
+      for (int64_t j = 0; j < CHUNK * int64_t(sizeof(T)); j += TOGETHER) memcpy(data + in_panel(place, k + j), line + j, TOGETHER);
   }
 };
 
 inline void narrow_row(const float* x, const Codes& to, const Place& place) {
   for (int64_t k = 0; k < padded(to.columns); k += CHUNK) {
-    alignas(64) uint16_t line[CHUNK];
+    alignas(64) uint16_t there[CHUNK], *line = place.at(there, 2 * k);
     int64_t count = smaller(CHUNK, to.columns - k);
     if (count == CHUNK) {
       for (int64_t j = 0; j < CHUNK; j++) line[j] = narrow(x[k + j]);
@@ -46,7 +46,7 @@ inline int32_t round_some(const float* x, float per, int64_t count, int8_t* q) {
     __mmask16 there = count - j >= 16 ? 0xffff : count <= j ? 0 : (1 << (count - j)) - 1;
     __m512i each = _mm512_maskz_cvtps_epi32(there, _mm512_maskz_loadu_ps(there, x + j) * _mm512_set1_ps(per));
     sum = _mm512_add_epi32(sum, each);
-    _mm_store_si128(reinterpret_cast<__m128i*>(q + j), _mm512_cvtepi32_epi8(each));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(q + j), _mm512_cvtepi32_epi8(each));
   }
   return _mm512_reduce_add_epi32(sum);
 #else
@@ -74,7 +74,7 @@ inline void round_row(const float* x, const Codes& to, int64_t panel, int64_t ro
   float most = as_float(uint32_t(bits)), per = most > 1e-30f ? 127 / most : 0;  // 127 / most must be a number
   int32_t sum = 0;
   for (int64_t k = 0; k < padded(to.columns); k += CHUNK) {
-    alignas(64) int8_t q[CHUNK];
+    alignas(64) int8_t there[CHUNK], *q = place.at(there, k);
     sum += round_some(x + k, per, smaller(CHUNK, to.columns - k), q);
     place.lay(q, k);
   }
