@@ -46,6 +46,8 @@ def serving(folder: Path, **settings) -> Iterator[str]:
     finally:
         process.kill()
         process.wait()
+    lines = (folder / "server.log").read_text().splitlines()
+    assert not [line for line in lines if line.startswith("Traceback")], "a handler of the page has failed"
 
 
 @pytest.fixture(scope="module")

@@ -62,7 +62,8 @@ def test_a_sign_is_drawn_and_every_setting_comes_back(server, visit, shot, ask):
     assert page.get_by_label("Seed").first.input_value() == str(job["request"]["seed"])
 
 
-def test_an_edit_with_a_painted_mask_shows_before_and_after(server, visit, shot, ask):
+def test_an_edit_with_a_painted_mask_and_a_further_picture_shows_before_and_after(server, visit, shot, ask, tmp_path):
+    Image.new("RGB", (96, 96), "red").save(tmp_path / "red.png")
     page = visit(server)
     page.wait_for_selector(OPEN)
     drawn(page, 'a green sign that says "TEA"')
@@ -78,6 +79,8 @@ def test_an_edit_with_a_painted_mask_shows_before_and_after(server, visit, shot,
     page.mouse.down()
     page.mouse.move(box["x"] + box["width"] * 0.65, middle, steps=10)
     page.mouse.up()
+    page.set_input_files("#others input[type=file]", tmp_path / "red.png")
+    page.wait_for_selector("#others img")
     drawn(page, "make the background red", "edit")
     loaded(page, "#edit-stage .compare .after")
     loaded(page, "#edit-stage .compare img")
@@ -86,6 +89,7 @@ def test_an_edit_with_a_painted_mask_shows_before_and_after(server, visit, shot,
     shot(page, "edit-done", whole=True)
     job = newest(ask, server)
     assert job["request"]["task"] == "edit_inpaint" and job["request"]["mask"]["size"] == [224, 96]
+    assert [one["size"] for one in job["request"]["images"]] == [[224, 96], [96, 96]]
     assert page.eval_on_selector("#edit-stage .compare", "e => e.style.getPropertyValue('--at')") == "25%"
 
 

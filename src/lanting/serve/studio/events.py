@@ -34,6 +34,13 @@ def listen(event: Any, handler: Any, inputs: Sequence[Any], outputs: Sequence[An
     return event(handler, list(inputs), list(outputs), **told)
 
 
+def nothing() -> Any:
+    """What a handler returns that changes nothing. An empty dictionary would be a value."""
+    import gradio as gr
+
+    return gr.skip()
+
+
 def told_by(event: Any, name: str) -> str:
     """A word that an event brings."""
     data = getattr(event, "_data", None)

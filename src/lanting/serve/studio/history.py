@@ -11,7 +11,7 @@ from typing import Any
 from lanting.core.errors import LantingError
 from lanting.serve.studio.choices import depending, recalled, settings
 from lanting.serve.studio.clerk import PAGE
-from lanting.serve.studio.events import Updates, followed, kept, known, laid, listen, page_of, told_by, whose
+from lanting.serve.studio.events import Updates, followed, kept, known, laid, listen, nothing, page_of, told_by, whose
 from lanting.serve.studio.forms import DRAW, EDIT, LAYERS, tab_of
 from lanting.serve.studio.page import Page
 
@@ -29,7 +29,7 @@ def tie_history(page: Page) -> None:
 
     async def look(request, event, words, most, sign) -> Updates:
         tiles = await clerk.gallery(whose(clerk, request), words, most)
-        return {} if sign == (new := signed(tiles)) else {page.gallery: tiles, page.sign: new}
+        return nothing() if sign == (new := signed(tiles)) else {page.gallery: tiles, page.sign: new}
 
     listen(page.search.change, find, [page.search], [page.gallery, page.most], trigger_mode="always_last")
     listen(page.gallery.more, older, [page.search], [page.gallery, page.most])
@@ -54,7 +54,7 @@ def recalling(page: Page) -> Any:
         try:
             job = await page.clerk.job(whose(page.clerk, request), told_by(event, "job"))
         except LantingError:
-            return {}  # the stage says so
+            return nothing()  # the stage says so
         return recalled(page, job, model)
 
     return handler

@@ -14,7 +14,7 @@ from lanting.core.errors import LantingError
 from lanting.serve.jobs import Job
 from lanting.serve.studio import show
 from lanting.serve.studio.choices import depending, for_model, recalled, rows, settings
-from lanting.serve.studio.events import Updates, followed, kept, known, laid, listen, page_of, told_by, whose
+from lanting.serve.studio.events import Updates, followed, kept, known, laid, listen, nothing, page_of, told_by, whose
 from lanting.serve.studio.forms import DRAW, EDIT, LAYERS, NAMES, More, lora_of, tab_of, tabs_of
 from lanting.serve.studio.history import tie_history
 from lanting.serve.studio.page import Page, Tab
@@ -126,7 +126,7 @@ def cancelling(page: Page, stage: Any) -> Any:
             await page.clerk.cancel(whose(page.clerk, request), told_by(event, "job"))
         except LantingError as error:
             return {stage: page.clerk.failed(error)}
-        return {}
+        return nothing()
 
     return handler
 
@@ -210,7 +210,7 @@ def replanning(page: Page, told: Any) -> Any:
     ask = planning(page, DRAW, told)
 
     async def handler(request, event, model, size, before) -> Updates:
-        return await ask(request, event, model, size) if before else {}
+        return await ask(request, event, model, size) if before else nothing()
 
     return handler
 
