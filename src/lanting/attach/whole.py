@@ -136,7 +136,7 @@ def room_of(size: int) -> Tensor:
 def plan_of(block: Block, dtype: torch.dtype) -> Plan | None:
     """None where a Linear does not fit, or those that share rows differ."""
     attn: Any = block.attn
-    width = attn.to_add_out.out_features // attn.heads
+    width = len(attn.norm_q.weight)  # of a head; a Linear may be a LoRA, which knows no sizes
     if width % 32 or width > calls.WIDEST:
         return None
     seen = Seen([], [])
