@@ -157,10 +157,8 @@ def test_what_hangs_on_a_block_takes_single_calls(counted):
     net = attached("int8")
     wanted = draw(net)
     block = net.transformer_blocks[1]
-    attach(
-        net,
-        {"transformer_blocks.0.attn.to_v": [Factors(torch.zeros(4, 256).bfloat16(), torch.zeros(256, 4).bfloat16())]},
-    )
+    nothing = Factors(torch.zeros(4, 256).bfloat16(), torch.zeros(256, 4).bfloat16())
+    attach(net, {f"transformer_blocks.0.attn.{name}": [nothing] for name in ("to_v", "to_out.0", "to_add_out")})
     heard: list[int] = []
     hook = block.attn.attend.register_forward_hook(lambda *given: heard.append(1))
     counted.clear()
