@@ -79,7 +79,7 @@ inline void round_row(const float* x, const Codes& to, int64_t panel, int64_t ro
     place.lay(q, k);
   }
   to.scale[row] = most / 127;
-  to.sum[row] = sum;
+  to.sum[row] = most <= 3.4e38f ? sum : 0;  // beyond, all codes are 0, and sums are not theirs
 }
 
 void quantize(const Matrix& from, const Codes& to) {
