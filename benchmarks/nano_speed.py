@@ -35,9 +35,11 @@ def prompt() -> str:
     return f'A blue sign that says "OPEN {next(NUMBERS)}"'
 
 
-def ours(size: int, **options: Any) -> Callable[[], Any]:
+def ours(size: int, together: bool = False, **options: Any) -> Callable[[], Any]:
+    """`together`: both sides of the guidance in one call, as the option `batched_guidance` asks."""
     engine = Engine.open("nano", device="cpu", **options)
-    return lambda: engine.run(Request(prompt=prompt(), size=(size, size), seed=7))
+    given = {"batched_guidance": True} if together else {}
+    return lambda: engine.run(Request(prompt=prompt(), size=(size, size), seed=7, options=given))
 
 
 def theirs(size: int, dtype: torch.dtype) -> Callable[[], Any]:
@@ -85,6 +87,8 @@ def main() -> None:
         "ours bfloat16": ours(asked.size, dtype="bfloat16"),
         "ours int8": ours(asked.size, quant="int8"),
         "ours int4": ours(asked.size, quant="int4"),
+        "ours auto, guidance in one call": ours(asked.size, together=True),
+        "ours int8, guidance in one call": ours(asked.size, together=True, quant="int8"),
     }
     seconds = medians(cases, asked.reps, warm=2)
     bf16, fp32 = seconds["diffusers bfloat16"], seconds["diffusers float32"]
