@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lanting.evals.draw import Drawn, Engine, How, Tell, by_rule, draw, has_rule, reconstruct
 from lanting.evals.ocr import Judge
 from lanting.evals.pictograms import boxes_of
-from lanting.evals.scores import Reading, Score, Share, add_up, compare, share_of
+from lanting.evals.scores import Reading, Score, Share, add_up, compare
 from lanting.evals.sets import Case
 
 if TYPE_CHECKING:
@@ -138,8 +138,3 @@ def score(cases: Sequence[Case], read: Sequence[dict[str, list[str]]]) -> dict[s
     """Every reader's score of every picture."""
     names = list(read[0]) if read else []
     return {name: [compare(case.lines, one[name]) for case, one in zip(cases, read, strict=True)] for name in names}
-
-
-def hit_share(report: TextReport) -> Share:
-    """Pictures all of whose lines are right."""
-    return share_of([float(hit) for hit in report.hits])

@@ -42,11 +42,6 @@ def dequantize(packed: Tensor, kind: str, dtype: torch.dtype = torch.float32) ->
     return out
 
 
-def can_dequantize(kind: str) -> bool:
-    """Whether `dequantize` knows this type."""
-    return kind in EXPAND
-
-
 # cutting blocks into fields, and fields into numbers
 
 

@@ -323,11 +323,6 @@ def build_transformer(checkpoint: Checkpoint, config: Mapping[str, Any], placing
     return store_transformer(checkpoint, config, placing).fill()
 
 
-def build_controlnet(checkpoint: Checkpoint, config: Mapping[str, Any], placing: Placing) -> QwenImageControlNet:
-    """A ControlNet with its weights."""
-    return store_controlnet(checkpoint, config, placing).fill()
-
-
 def build_text_encoder(
     checkpoint: Checkpoint, config: Mapping[str, Any], placing: Placing, *, vision: bool = True, head: bool = True
 ) -> QwenVL:
