@@ -37,7 +37,7 @@ def words(result):
 
 def test_exact_is_the_plain_loop(nano, monkeypatch):
     plain, exact = nano.run(ASKED), nano.run(replace(ASKED, quality="exact"))
-    monkeypatch.setattr("lanting.engine.engine.denoise", lambda model, canvas, _: denoise(model, canvas, velocity))
+    monkeypatch.setattr("lanting.engine.drawing.denoise", lambda model, canvas, _: denoise(model, canvas, velocity))
     assert bits(plain) == bits(exact) == bits(nano.run(ASKED))
     assert plain.recipes[0].request["quality"] == "exact" and "choices" not in plain.recipes[0].request
 
