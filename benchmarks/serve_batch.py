@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import sys
 import tempfile
 import time
@@ -36,6 +35,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "serve")]
 
 from fakeserve import Server, running, wait_for  # noqa: E402
+
+from serve_load import machine  # noqa: E402
 
 WORDS = (
     'a red sign that says "STAY"',
@@ -149,10 +150,10 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     engine = Engine.open("nano", device="cpu")
-    engine.run(Request("a sign", steps=1))
+    warm = engine.run(Request("a sign", steps=1))
     table: dict[str, Any] = {
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, load {os.getloadavg()[0]:.1f}",
-        "kernels": engine.run(Request("a sign", steps=1)).recipes[0].versions.get("kernels"),
+        "machine": machine(),
+        "kernels": warm.recipes[0].versions.get("kernels"),
         "rounds": given.n,
         "sizes": {},
     }

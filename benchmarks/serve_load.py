@@ -30,6 +30,11 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "serve")]
 from fakeserve import Server, running, wait_for  # noqa: E402
 
 
+def machine() -> str:
+    """What a measurement ran on, and what else did."""
+    return f"{os.cpu_count()} cores, {platform.machine()}, load {os.getloadavg()[0]:.1f}"
+
+
 @dataclass
 class Seen:
     """What the clients met."""
@@ -122,7 +127,7 @@ def report(server: Server, seen: Seen, how: dict[str, Any]) -> dict[str, Any]:
     median = statistics.median(seen.waits)
     return {
         **how,
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, load {os.getloadavg()[0]:.1f}",
+        "machine": machine(),
         "submissions": sum(seen.statuses.values()),
         "statuses": dict(seen.statuses),
         "5xx": sum(count for status, count in seen.statuses.items() if status >= 500),

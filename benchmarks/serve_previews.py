@@ -15,8 +15,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import os
-import platform
 import random
 import time
 from collections.abc import Callable
@@ -28,6 +26,7 @@ import torch
 
 from lanting import Engine, Progress, Request, Result
 from lanting.serve.worker import SIGHT, Bench, now_and_then, tell
+from serve_load import machine
 
 RESULTS = Path(__file__).parent / "results"
 WORDS = 'a red sign with white text "Fresh Bread"'
@@ -126,7 +125,7 @@ def main() -> None:
         drawn(engine, request, True)
         found[name] = measure(engine, request, given.n)
         print(name, json.dumps(found[name]), flush=True)
-    table = {"machine": f"{os.cpu_count()} cores, {platform.machine()}, load {os.getloadavg()[0]:.1f}"}
+    table = {"machine": machine()}
     table |= {"seconds between previews": SIGHT, "rounds": given.n, "cases": found}
     given.out.write_text(json.dumps(table, indent=1) + "\n")
 

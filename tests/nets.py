@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lanting.flow.loop import Canvas, Conditioning, Tokens
 from lanting.nn.controlnet import ControlNetConfig, QwenImageControlNet
 from lanting.nn.linears import Int4Linear, PackedLinear
 from lanting.nn.mmdit import QwenImageTransformer, TransformerConfig
@@ -74,6 +75,26 @@ def inputs(net: Any, time: float = 0.7, batch: int = 1, dtype: torch.dtype = tor
 def run(net: Any, **options: Any) -> Tensor:
     with torch.no_grad():
         return net(*inputs(net, **options))
+
+
+def canvas(
+    guided: bool = False, references: int = 1, steps: int = 4, dtype: torch.dtype = torch.float32, **rest: Any
+) -> Canvas:
+    """Twelve tokens of noise for `transformer`, with a prompt, and references of four tokens each."""
+    draw = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=draw).to(dtype)
+
+    return Canvas(
+        start=random(1, 12, 16),
+        grids=((1, 4, 3),),
+        sigmas=torch.linspace(1, 0, steps + 1),
+        positive=Conditioning(random(1, 7, 48)),
+        negative=Conditioning(random(1, 5, 48)) if guided else None,
+        references=tuple(Tokens(random(1, 4, 16), (1, 2, 2)) for _ in range(references)),
+        **rest,
+    )
 
 
 def bytes_of(net: nn.Module) -> int:

@@ -16,7 +16,7 @@ from lanting.attach.modulation import ModulationTable
 from lanting.core.lang import chinese
 from lanting.core.quality import Quality
 from lanting.flow.frugal import Frugal, Kept
-from lanting.flow.loop import Canvas, Conditioning, Tokens, denoise
+from lanting.flow.loop import denoise
 from lanting.nn.lora import Factors, attach, detach, set_strengths
 
 GRID = (1, 3, 4)
@@ -87,19 +87,6 @@ def ask(net, time=0.5, seed=0, grids=(GRID,), **given):
     times = time if isinstance(time, torch.Tensor) else torch.full((batch,), time)
     with torch.no_grad():
         return net(latents, times, prompt, mask, grids, 12, control=control, branch=branch)
-
-
-def canvas(guided, references, steps=14):
-    draw = torch.Generator().manual_seed(0)
-    random = lambda *shape: torch.randn(*shape, generator=draw)  # noqa: E731
-    return Canvas(
-        start=random(1, 12, 16),
-        grids=((1, 4, 3),),
-        sigmas=torch.linspace(1, 0, steps + 1),
-        positive=Conditioning(random(1, 7, 48)),
-        negative=Conditioning(random(1, 5, 48)) if guided else None,
-        references=tuple(Tokens(random(1, 4, 16), (1, 2, 2)) for _ in range(references)),
-    )
 
 
 def pair(tabled=False, **changes):
@@ -289,7 +276,7 @@ def test_spared_steps_are_recorded_by_kind(references, guided, fused, monkeypatc
         for module in ("rows", "products"):
             monkeypatch.setattr(f"lanting.kernels.gpu.{module}.available", lambda device: False)
         attach_gpu(net), attach_gpu(plain)
-    given = canvas(guided, references)
+    given = nets.canvas(guided, references, steps=14)
     for each in (graphs.table, graphs.other):
         each.prepare(given.sigmas[:-1])
     wanted, words, errors = spared(plain, given)

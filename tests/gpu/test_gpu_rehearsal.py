@@ -8,14 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[2]
 PARTS = ("1024", "edit", "picture", "decode", "512", "1328", "2048", "nano", "compiled")  # all but `memory`
 
 
 def test_every_part_is_measured_and_drawn(tmp_path):
-    pytest.importorskip("diffusers", reason="diffusers is not installed")
     out, plot = tmp_path / "found.json", tmp_path / "steps.png"
     words = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--dry-run", "--out", str(out), "--plot", str(plot)]
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}  # minutes, for nothing new

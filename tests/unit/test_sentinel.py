@@ -21,22 +21,9 @@ from lanting.flow.frugal import Frugal
 from lanting.flow.loop import Canvas, Conditioning, Tokens, denoise, velocity
 from lanting.nn.linears import Int8Linear, PackedLinear
 from lanting.nn.swap import swap
+from nets import canvas
 
 HALF = torch.float16
-
-
-def canvas(dtype=torch.float32, steps=4, guided=False, **rest):
-    draw = torch.Generator().manual_seed(0)
-    random = lambda *shape: torch.randn(*shape, generator=draw).to(dtype)  # noqa: E731
-    return Canvas(
-        start=random(1, 12, 16),
-        grids=((1, 4, 3),),
-        sigmas=torch.linspace(1, 0, steps + 1),
-        positive=Conditioning(random(1, 7, 48)),
-        negative=Conditioning(random(1, 5, 48)) if guided else None,
-        references=(Tokens(random(1, 4, 16), (1, 2, 2)),),
-        **rest,
-    )
 
 
 def drawn(net, given, known=None, told=None, **options):
@@ -100,7 +87,7 @@ def overflowing_mlp(net, *blocks):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, HALF])
 @pytest.mark.parametrize("guided", [False, True])
 def test_without_trouble_no_bit_and_no_pass_is_another(dtype, guided):
-    net, given = net_of(dtype), canvas(dtype, guided=guided)
+    net, given = net_of(dtype), canvas(guided, dtype=dtype)
     before = hanging(net)
     plain, _ = drawn(net, given, False)
     watched, watch = drawn(net, given)
@@ -112,7 +99,7 @@ def test_without_trouble_no_bit_and_no_pass_is_another(dtype, guided):
 # ---------------------------------------------------------------- float16
 @pytest.mark.parametrize("guided", [False, True])
 def test_a_block_that_overflows_in_float16_runs_in_bfloat16(guided):
-    given = canvas(HALF, guided=guided)
+    given = canvas(guided, dtype=HALF)
     net = overflowing_mlp(net_of(HALF), 2)
     before = hanging(net)
     broken, _ = drawn(net, given, False)
@@ -128,7 +115,7 @@ def test_a_block_that_overflows_in_float16_runs_in_bfloat16(guided):
 
 
 def test_many_blocks_that_overflow_are_not_found_one_by_one():
-    given, net = canvas(HALF), overflowing_mlp(net_of(HALF), 0, 1, 2, 3, 4)
+    given, net = canvas(dtype=HALF), overflowing_mlp(net_of(HALF), 0, 1, 2, 3, 4)
     rescued, watch = drawn(net, given)
     assert near(rescued, wide_run(net, given)) < 0.02
     assert watch.passes == SPREAD + 1 and len(watch.notices) == 1
@@ -137,7 +124,7 @@ def test_many_blocks_that_overflow_are_not_found_one_by_one():
 
 def test_a_stream_that_leaves_float16_stays_wide_to_the_end():
     """A block clips its stream: the numbers are finite, and wrong."""
-    given, net = canvas(HALF), net_of(HALF)
+    given, net = canvas(dtype=HALF), net_of(HALF)
     with torch.no_grad():
         for channel in range(0, 64, 8):
             net.transformer_blocks[1].img_mlp.net[2].weight[channel] = 60000.0 * (-1) ** (channel // 8)
@@ -150,7 +137,7 @@ def test_a_stream_that_leaves_float16_stays_wide_to_the_end():
 
 
 def test_what_comes_before_and_after_the_blocks_is_rescued_too():
-    given, net = canvas(HALF), net_of(HALF)
+    given, net = canvas(dtype=HALF), net_of(HALF)
     with torch.no_grad():
         net.time_text_embed.timestep_embedder["linear_1"].weight.fill_(6e4)
         net.time_text_embed.timestep_embedder["linear_2"].weight.mul_(1e-4)
@@ -160,7 +147,7 @@ def test_what_comes_before_and_after_the_blocks_is_rescued_too():
 
 
 def test_a_rescued_block_may_stream_and_its_modulation_be_tabulated(tmp_path):
-    given, net = canvas(HALF), overflowing_mlp(net_of(HALF), 2, 3)
+    given, net = canvas(dtype=HALF), overflowing_mlp(net_of(HALF), 2, 3)
     read = nets.saved(net, tmp_path).read
     wanted, _ = drawn(net, given)
     table = ModulationTable(net, read, together=False)
@@ -190,7 +177,7 @@ def int8(old, dtype):
 
 def test_scales_beyond_float16():
     """Queries are normed, so that their length does not matter, until it is infinite."""
-    given, net = canvas(HALF), packed(HALF)
+    given, net = canvas(dtype=HALF), packed(HALF)
     net.transformer_blocks[3].attn.to_q.weight_scale *= 1e7
     assert not torch.isfinite(drawn(net, given, False)[0]).all()
     rescued, watch = drawn(net, given)

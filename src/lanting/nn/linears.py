@@ -125,7 +125,7 @@ class ScaledLinear(PackedLinear):
             rows = torch.arange(self.out_features, device=scale.device) if rows is None else rows
             scale = scale[rows // every]
         # a CPU makes float32 copies of 16-bit numbers to multiply them: of a few rows at a time
-        few = max(1, RUN // self.in_features) if numbers.device.type == "cpu" else len(numbers)
+        few = at_once(self.in_features) if numbers.device.type == "cpu" else len(numbers)
         grouped = numbers.unflatten(1, (scale.shape[1], -1))  # (out, in / b, b)
         for some, by in zip(grouped.split(few), scale.float().split(few), strict=True):
             some.mul_(by[:, :, None])
@@ -322,7 +322,12 @@ def empty(cls: type[Any], weight: Tensor, bias: Tensor | None, rotate: int, **op
 
 def runs(weight: Tensor) -> tuple[Tensor, ...]:
     """A weight (out, in) in a few rows at a time."""
-    return weight.split(max(1, RUN // weight.shape[1]))
+    return weight.split(at_once(weight.shape[1]))
+
+
+def at_once(columns: int) -> int:
+    """How many rows of so many weights that are."""
+    return max(1, RUN // columns)
 
 
 def rotated(weight: Tensor, rotate: int) -> Tensor:

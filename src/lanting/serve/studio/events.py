@@ -10,6 +10,7 @@ from lanting.core.errors import LantingError
 from lanting.serve.errors import NoKeyError
 from lanting.serve.jobs import LOCAL, Caller, Job
 from lanting.serve.studio.clerk import Clerk
+from lanting.serve.studio.forms import DRAW
 from lanting.serve.studio.page import Page
 
 Updates = dict[Any, Any]
@@ -49,6 +50,23 @@ def told_by(event: Any, name: str) -> str:
 
 def page_of(request: Any) -> str:
     return str(request.session_hash)
+
+
+def on_job(page: Page, tell: Callable[..., AsyncIterator[Updates]]) -> Any:
+    """A handler for a press on a job: `tell` gets the request, who asks, the job, and values. Without such a job the
+    first stage says why."""
+
+    async def handler(request, event, *values) -> AsyncIterator[Updates]:
+        who = whose(page.clerk, request)
+        try:
+            job = await page.clerk.job(who, told_by(event, "job"))
+        except LantingError as error:
+            yield {page.each[DRAW].stage: page.clerk.failed(error)}
+            return
+        async for updates in tell(request, who, job, *values):
+            yield updates
+
+    return handler
 
 
 async def followed(

@@ -11,8 +11,20 @@ from typing import Any
 from lanting.core.errors import LantingError
 from lanting.serve.studio.choices import depending, recalled, settings
 from lanting.serve.studio.clerk import PAGE
-from lanting.serve.studio.events import Updates, followed, kept, known, laid, listen, nothing, page_of, told_by, whose
-from lanting.serve.studio.forms import DRAW, EDIT, LAYERS, tab_of
+from lanting.serve.studio.events import (
+    Updates,
+    followed,
+    kept,
+    known,
+    laid,
+    listen,
+    nothing,
+    on_job,
+    page_of,
+    told_by,
+    whose,
+)
+from lanting.serve.studio.forms import EDIT, LAYERS, tab_of
 from lanting.serve.studio.page import Page
 
 
@@ -64,13 +76,7 @@ def picking(page: Page) -> Any:
     """A job's picture on its stage; one that is not over is followed."""
     clerk = page.clerk
 
-    async def handler(request, event, words) -> AsyncIterator[Updates]:
-        who = whose(clerk, request)
-        try:
-            job = await clerk.job(who, told_by(event, "job"))
-        except LantingError as error:
-            yield {page.each[DRAW].stage: clerk.failed(error)}
-            return
+    async def tell(request, who, job, words) -> AsyncIterator[Updates]:
         stage = page.each[tab_of(job)].stage
         if job.over:
             clerk.latest.pop(f"{page_of(request)} {tab_of(job)}", None)
@@ -79,7 +85,7 @@ def picking(page: Page) -> Any:
         async for updates in followed(page, who, known(job), page_of(request), words, stage):
             yield updates
 
-    return handler
+    return on_job(page, tell)
 
 
 def restoring(page: Page) -> Any:

@@ -14,7 +14,19 @@ from lanting.core.errors import LantingError
 from lanting.serve.jobs import Job
 from lanting.serve.studio import show
 from lanting.serve.studio.choices import depending, for_model, recalled, rows, settings
-from lanting.serve.studio.events import Updates, followed, kept, known, laid, listen, nothing, page_of, told_by, whose
+from lanting.serve.studio.events import (
+    Updates,
+    followed,
+    kept,
+    known,
+    laid,
+    listen,
+    nothing,
+    on_job,
+    page_of,
+    told_by,
+    whose,
+)
 from lanting.serve.studio.forms import DRAW, EDIT, LAYERS, NAMES, More, lora_of, tab_of, tabs_of
 from lanting.serve.studio.history import tie_history
 from lanting.serve.studio.page import Page, Tab
@@ -102,13 +114,7 @@ def replaying(page: Page) -> Any:
     """A job once more from its tile: its settings come back, and it is drawn."""
     clerk = page.clerk
 
-    async def handler(request, event, words, model) -> AsyncIterator[Updates]:
-        who = whose(clerk, request)
-        try:
-            job = await clerk.job(who, told_by(event, "job"))
-        except LantingError as error:
-            yield {page.each[DRAW].stage: clerk.failed(error)}
-            return
+    async def tell(request, who, job, words, model) -> AsyncIterator[Updates]:
         yield recalled(page, job, model)
 
         async def order() -> Job:
@@ -117,7 +123,7 @@ def replaying(page: Page) -> Any:
         async for updates in followed(page, who, order, page_of(request), words, page.each[tab_of(job)].stage):
             yield updates
 
-    return handler
+    return on_job(page, tell)
 
 
 def cancelling(page: Page, stage: Any) -> Any:
