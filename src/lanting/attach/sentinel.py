@@ -98,11 +98,9 @@ class Sentinel:
 
     def sound(self, velocity: Tensor) -> bool:
         """Finite and possible. One reduction, and one wait for the device."""
-        lengths = torch.linalg.vector_norm(velocity, dim=(1, 2), dtype=torch.float32)  # (B,)
         peak = [] if self.peak is None else [self.peak.float().view(1)]
-        *numbers, high = torch.cat([lengths, *peak]).tolist() + ([] if peak else [0.0])
-        size = velocity[0].numel() ** 0.5
-        return all(self.band[0] <= one / size <= self.band[1] for one in numbers) and high < LIMIT
+        *numbers, high = torch.cat([lengths(velocity), *peak]).tolist() + ([] if peak else [0.0])
+        return all(self.band[0] <= one <= self.band[1] for one in numbers) and high < LIMIT
 
     def rescue(self, again: Again) -> Tensor:
         """The step in a safer way. Raises NotFiniteError or ModelError when there is none."""
@@ -283,3 +281,8 @@ def look(path: str, seen: list[tuple[str, Tensor]], module: nn.Module, args: Any
 
 def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def lengths(velocity: Tensor) -> Tensor:
+    """(B, N, C) -> root mean squares (B,) in float32; not finite where a number is not."""
+    return torch.linalg.vector_norm(velocity, dim=(1, 2), dtype=torch.float32) / velocity[0].numel() ** 0.5

@@ -55,13 +55,13 @@ def room(models: Models, request: Request, most: int | None, budget: int | None)
             return 1
         most = rows_of(models, tokens(job.size)) // job.batch
         most = most if most >= WORTH else 1
-    kind = plain(str(models.dtype).removeprefix("torch."))
+    dtype = str(models.dtype).removeprefix("torch.")
+    kind = plain(dtype)
     if model.packed:
         kind = model.body_kind()
     elif models.kind("transformer") != "none":
         kind = kind_named(models.kind("transformer"))
-    how = (str(models.dtype).removeprefix("torch."), models.device.type == "cpu")
-    return seats(model, job, kind, how, spare(models, budget), max(min(most, MOST), 1))
+    return seats(model, job, kind, (dtype, models.device.type == "cpu"), spare(models, budget), max(min(most, MOST), 1))
 
 
 def spare(models: Models, budget: int | None) -> int:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lanting.attach.sentinel import HIGHEST, LOWEST
+from lanting.attach.sentinel import HIGHEST, LOWEST, lengths
 from lanting.core.checkpoint import Checkpoint
 from lanting.core.types import Progress, Request, Result
 from lanting.engine.drawing import Drawing
@@ -218,5 +218,4 @@ def asked(seat: Seat) -> Asked:
 
 def sound(velocity: Tensor) -> bool:
     """Finite, and of a length that noise minus a picture can have; see `attach.sentinel`."""
-    lengths = torch.linalg.vector_norm(velocity, dim=(1, 2), dtype=torch.float32) / velocity[0].numel() ** 0.5  # (B,)
-    return all(LOWEST <= one <= HIGHEST for one in lengths.tolist())
+    return all(LOWEST <= one <= HIGHEST for one in lengths(velocity).tolist())
