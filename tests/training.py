@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from lanting.nn.vae import AutoencoderKLQwenImage
 from lanting.train import nano, presets
-from lanting.train.labels import SHAPE
+from lanting.train.labels import SHAPE, WHAT
 from lanting.train.loop import Budget, Trainer, mean_gradients
 from lanting.train.model import NanoConfig, NanoNet, language_config, start, transformer_config
 from lanting.train.nano import NanoRun
@@ -42,6 +42,17 @@ def small_net(seed: int = 0) -> NanoNet:
     torch.manual_seed(seed)
     config = NanoConfig(transformer=transformer_config(WIDTH, LAYERS), language=language_config(VOCAB_SIZE))
     return start(NanoNet(config))
+
+
+def a_batch(count: int = 2) -> Batch:
+    """Random tokens on a tiny canvas."""
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(300, 900, (count, 5), generator=generator)
+    what = torch.randint(0, WHAT[0], (count, 6, 2), generator=generator)
+    where = torch.full((count, 5, 3), -1)
+    where[:, 2] = torch.tensor([3, 2, 1])
+    ink = torch.randint(0, 256, (count, 6, 64), generator=generator, dtype=torch.uint8)
+    return Batch(torch.randn(count, 6, 64, generator=generator), ids, None, what, where, ink, (1, 2, 3))
 
 
 def small_run(folder: Path, **changes) -> NanoRun:

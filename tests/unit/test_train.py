@@ -29,9 +29,9 @@ from lanting.train.model import NanoConfig, NanoNet, PlainAttend, PlainCausalAtt
 from lanting.train.nano import NanoRun, cost, courses, curriculum, main, settled, train_transformer
 from lanting.train.optim import Muon, orthogonalize
 from lanting.train.progress import Watch
-from lanting.train.replay import Batch, Reader, Replay
+from lanting.train.replay import Reader, Replay
 from lanting.train.vae import load_vae
-from training import WIDTH, begun, lighten, small_net, small_run, small_tokenizer, small_vae
+from training import WIDTH, a_batch, begun, lighten, small_net, small_run, small_tokenizer, small_vae
 
 TESTS = Path(__file__).parents[1]
 
@@ -41,16 +41,6 @@ def finished(tmp_path_factory):
     """A run that took a step and was exported, and the model's folder."""
     folder = begun(tmp_path_factory.mktemp("run") / "nano")
     return folder, main(small_run(folder))
-
-
-def a_batch(count: int = 2) -> Batch:
-    generator = torch.Generator().manual_seed(3)
-    ids = torch.randint(300, 900, (count, 5), generator=generator)
-    what = torch.randint(0, WHAT[0], (count, 6, 2), generator=generator)
-    where = torch.full((count, 5, 3), -1)
-    where[:, 2] = torch.tensor([3, 2, 1])
-    ink = torch.randint(0, 256, (count, 6, 64), generator=generator, dtype=torch.uint8)
-    return Batch(torch.randn(count, 6, 64, generator=generator), ids, None, what, where, ink, (1, 2, 3))
 
 
 def test_newton_schulz_makes_all_singular_values_near_one():
@@ -77,8 +67,11 @@ def test_attention_for_training_equals_the_one_for_drawing():
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 9, 3, 8) for _ in range(3))
     mask = torch.tensor([[True, True, True, True], [True, True, False, False]])
+    q, k, v = (x.bfloat16().float() for x in (q, k, v))  # so that 16 bits hold them
     for m in (None, mask):
-        assert torch.allclose(PlainAttend()(q, k, v, m), Attend()(q, k, v, m), atol=1e-5)
+        wanted = Attend()(q, k, v, m)
+        assert torch.allclose(PlainAttend()(q, k, v, m), wanted, atol=1e-5)
+        assert torch.allclose(PlainAttend()(q, k, v.bfloat16(), m).float(), wanted, atol=0.02)  # as under autocast
     q, k, v = torch.randn(2, 3, 4, 8), torch.randn(2, 3, 9, 8), torch.randn(2, 3, 9, 8)
     assert torch.allclose(PlainCausalAttend()(q, k, v), CausalAttend()(q, k, v), atol=1e-5)
 

@@ -37,7 +37,7 @@ from lanting.nn.lora import Factors, LoraLinear, attach
 from lanting.nn.mmdit import Attend
 from lanting.nn.swap import swap
 from lanting.train.model import PlainAttend
-from lanting.train.walks import LightningRun, Prompts, Teacher, Walk, in_bfloat16, together
+from lanting.train.walks import LightningRun, Prompts, Teacher, Walk, in_fast_numbers, together
 from lanting.weights.find import locate
 
 
@@ -80,7 +80,7 @@ class Distiller:
         if models.device.type == "cpu":
             swap(net, Attend, lambda path, old: PlainAttend())
         self.student, self.loras = student_of(net, rank, run.targets, run.seed)
-        self.model = in_bfloat16(self.student, models.device)
+        self.model = in_fast_numbers(self.student, models.device)
         self.teacher = Teacher(EngineStudio(models), net, prompts, run)
         self.parameters = [p for lora in self.loras.values() for p in (lora.down, lora.up)]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=run.lr, betas=(0.9, 0.98), weight_decay=0.0)

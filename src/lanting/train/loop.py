@@ -30,6 +30,7 @@ from lanting.train.labels import SCENE, SHAPE
 from lanting.train.losses import judged
 from lanting.train.model import NanoNet, matrices
 from lanting.train.optim import Muon, average_gradients, mean_gradients
+from lanting.train.precision import cast
 from lanting.train.replay import Batch, Reader
 
 AGREE = 20  # steps on GPUs between two agreements on the time
@@ -172,7 +173,7 @@ class Trainer:
             dtype = self.fast.ink.out.weight.dtype
             velocity, said = self.fast(noisy.to(dtype), t, self.prefix(prefix), batch.pictures_in(dtype))
         else:
-            with torch.autocast(self.device.type, dtype=torch.bfloat16):
+            with cast(self.device):
                 velocity, said = self.net(noisy, t, self.prefix(prefix), batch)
         error = (velocity.float() - (noise - x0)).square().mean()
         return judged(error, said, batch, (self.shapes, self.pictures), weights)

@@ -15,6 +15,7 @@ from torch import Tensor
 from lanting.nn.vae import AutoencoderKLQwenImage
 from lanting.train.labels import PICTURED, concepts_of
 from lanting.train.model import Answers
+from lanting.train.precision import cast
 from lanting.train.redraw import reconstruction_loss
 from lanting.train.replay import Batch
 
@@ -97,7 +98,7 @@ def redrawn(vae: AutoencoderKLQwenImage, wanted: Tensor, noise: float, edges: fl
 
     `edges` is the weight of differences between neighbouring pixels.
     """
-    with torch.autocast(wanted.device.type, dtype=torch.bfloat16):
+    with cast(wanted.device):
         with torch.set_grad_enabled(whole):
             mu, logvar = (moment.float() for moment in vae.encode(wanted))
         drawn = vae.reconstruct(mu + noise * torch.randn_like(mu)).float()

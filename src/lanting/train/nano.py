@@ -32,6 +32,7 @@ from lanting.train.labels import concept_pictures, glyph_shapes
 from lanting.train.loop import Budget, Course, Trainer, train
 from lanting.train.model import NanoConfig, NanoNet, compile_blocks, language_config, start, transformer_config
 from lanting.train.portable import pack, unpack
+from lanting.train.precision import product_dtype
 from lanting.train.presets import GIB_PER_TIMES, Preset, kinds, pick_device, preset, processes, room
 from lanting.train.progress import Scorer, Watch
 from lanting.train.replay import EditReplay, Reader, Replay
@@ -320,7 +321,7 @@ def prepared(
     vae = load_vae(run.vae)
     net = build(run, tokenizer, vae)
     torch.set_num_threads(1)
-    vae.bfloat16()  # twice as fast as autocast, and the latents are kept in 16 bits anyway
+    vae.to(product_dtype(torch.device(device)))  # twice as fast as autocast; latents are kept in 16 bits anyway
     twin = None
     if device != "cpu":
         alone = world == 1 and not run.compiled

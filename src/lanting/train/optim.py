@@ -16,14 +16,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lanting.train.graphs import Playback
+from lanting.train.precision import product_dtype
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalize(matrices: Tensor, steps: int = 4) -> Tensor:
-    """Push all singular values of each matrix of (k, m, n) towards one; bfloat16 is exact enough for that."""
+    """Push all singular values of each matrix of (k, m, n) towards one; bfloat16 is exact enough for that
+    where it is fast."""
     a, b, c = QUINTIC
-    x = (matrices / (matrices.norm(dim=(-2, -1), keepdim=True) + 1e-7)).bfloat16()
+    x = (matrices / (matrices.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(product_dtype(matrices.device))
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     for _ in range(steps):

@@ -17,6 +17,7 @@ from lanting.train.design import SQUARE, WIDE, place
 from lanting.train.designs import DesignMaker, Labelled
 from lanting.train.draw import render
 from lanting.train.model import NanoConfig, NanoNet, plain_block
+from lanting.train.precision import cast
 from lanting.train.replay import Batch, Reader, statistics
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def sample(net: Velocity, batch: Batch, prefix: Sequence[int], sigmas: Sequence[
     start = torch.tensor([list(prefix)], device=device)
     for now, then in pairwise(sigmas):
         t = torch.full((x.shape[0],), now, device=device)
-        with torch.autocast(device.type, dtype=torch.bfloat16):
+        with cast(device):
             velocity = net(x, t, start, batch)[0]
         x = x + (then - now) * velocity.float()
     return x

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lanting.engine.studio import EngineStudio
 from lanting.flow.loop import Canvas, Conditioning, Grid, Model, denoise
 from lanting.flow.schedule import Schedule
+from lanting.train.precision import cast
 from lanting.weights.lora_wishes import static_shift
 
 Prompts = Callable[[random.Random], tuple[str, tuple[int, int]]]  # a prompt and the (width, height) to draw it at
@@ -65,11 +66,11 @@ class Walk:
     grid: Grid
 
 
-def in_bfloat16(net: nn.Module, device: torch.device) -> Model:
-    """The network under autocast, its answers in float32, so that what is summed over steps is not rounded."""
+def in_fast_numbers(net: nn.Module, device: torch.device) -> Model:
+    """The network in the numbers that suit the device; answers in float32, so that sums over steps aren't rounded."""
 
     def call(*inputs: object, **options: object) -> Tensor:
-        with torch.autocast(device.type, dtype=torch.bfloat16):
+        with cast(device):
             return net(*inputs, **options).float()
 
     return call
@@ -86,7 +87,7 @@ class Teacher:
 
     def __init__(self, studio: EngineStudio, net: nn.Module, prompts: Prompts, run: LightningRun):
         self.studio, self.prompts, self.run = studio, prompts, run
-        self.model = in_bfloat16(net, studio.device)
+        self.model = in_fast_numbers(net, studio.device)
         self.waiting: dict[tuple[int, int], list[str]] = {}
 
     def levels(self, tokens: int) -> Tensor:
