@@ -16,7 +16,7 @@ from lanting.evals.follow import colors, measure, spread_of
 from lanting.evals.ocr import Judge
 from lanting.evals.pictograms import NOTHING, Stamps, boxes_of, count_of, identify, side_of, stamps
 from lanting.evals.sets import Case
-from lanting.train.design import COLORS, SQUARE, WIDE, Design, Said
+from lanting.train.design import COLORS, SQUARE, TEXTURES, WIDE, Design, Said
 from lanting.train.designs import Labelled
 from lanting.train.edits import Edit, changed_boxes
 
@@ -190,15 +190,45 @@ EDITS = [
     ("scene", design(), design(scene="book")),
 ]
 BLIND = Judge("blind", lambda image, language: [])
+SURE = Judge("sure", lambda image, language: ["FRESH"])
 
 
 @pytest.mark.parametrize(("kind", "source", "target"), EDITS, ids=[kind for kind, *_ in EDITS])
 def test_an_edit_is_done_when_it_is_and_not_when_nothing_happened(kind, source, target):
     before, after = by_rule([source])[0], by_rule([target])[0]
     case = made(kind, source, target)
-    assert outcome(after, case, BLIND).done is True
-    assert outcome(before, case, BLIND).done is False
-    assert outcome(after, case, BLIND).kept == BEST
+    assert outcome(after, case, SURE).done is True
+    assert outcome(before, case, SURE).done is False
+    assert outcome(after, case, SURE).kept == BEST
+
+
+def test_another_face_must_still_spell_the_words():
+    case = made("face", design(), design(face="typewriter"))
+    assert not is_done(by_rule([case.design])[0], case, BLIND)
+
+
+def test_a_pictogram_is_not_read_as_a_letter():
+    case = made("rewrite", design(concept=3, side="left"), design(lines=("BREAD",), concept=3, side="left"))
+    (x, y, width, height) = boxes_of(case.design)[1][0]
+
+    def read(image: Image.Image, language: str) -> list[str]:
+        bare = np.asarray(image)[y : y + height, x : x + width]
+        return ["BREAD" if (bare == COLORS["blue"]).all() else "OBREAD"]
+
+    image = by_rule([case.design])[0]
+    before = image.tobytes()
+    assert is_done(image, case, Judge("x", read)) and image.tobytes() == before
+    assert read(image, "en") == ["OBREAD"]
+
+
+@pytest.mark.parametrize("texture", TEXTURES[1:])
+def test_a_texture_may_begin_anywhere(texture):
+    case = made("texture", design(), design(texture=texture))
+    for seed in (0, 7, 26, 45):
+        own = design(texture=texture, ornament=seed)
+        assert is_done(by_rule([own])[0], case, BLIND)
+        for other in set(TEXTURES) - {texture}:
+            assert not is_done(by_rule([replace(own, texture=other)])[0], case, BLIND)
 
 
 def test_new_words_are_read():

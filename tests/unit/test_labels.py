@@ -12,7 +12,8 @@ from lanting.train.atlas import alphabet, character_label
 from lanting.train.design import PICTOGRAM, SQUARE, TOKEN, UNIT, WIDE, Design, Placement, place
 from lanting.train.designs import DesignMaker, Labelled, Mix
 from lanting.train.draw import render
-from lanting.train.labels import BASE, WHERE, label_grid, label_places
+from lanting.train.edits import EditMaker
+from lanting.train.labels import BASE, WHERE, label_edit, label_grid, label_places
 from lanting.train.wording import locate, locate_concept
 
 
@@ -119,3 +120,21 @@ def test_tokens_may_begin_with_a_space_or_before_the_prompt() -> None:
         (7, glyphs[2]),
     ]
     assert label_places(design, place(design), "nothing of it", range(10)) == []
+
+
+def test_words_that_an_edit_replaces_stand_where_they_are_now() -> None:
+    maker, rng, seen = EditMaker(3, mix=Mix(pictogram=0.4)), random.Random(3), 0
+    for _ in range(200):
+        edit = maker.sample(rng, WIDE, "rewrite")
+        source, target, prompt = edit.sources[0], edit.target, edit.instruction
+        starts = range(len(prompt))
+        both = label_edit((source, target), (place(source), place(target)), prompt, starts)
+        new = label_places(target, place(target), prompt, starts)
+        assert set(new) <= set(both) and len({token for token, *_ in both}) == len(both)
+        old = {spot for spot in both if spot not in new}
+        gone = [line for line in source.lines if line not in target.lines]
+        if old:
+            seen += 1
+            assert len(old) == len(gone[0])
+            assert old <= set(label_places(source, place(source), prompt, starts))
+    assert seen > 50

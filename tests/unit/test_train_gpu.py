@@ -113,7 +113,9 @@ def test_a_batch_of_a_ring_trains_like_one_of_the_replay(order, tmp_path):
     generator = torch.Generator().manual_seed(0)
     for each in (batch, quiet):
         total, report = trainer.loss(each, ring.reader.prefix, *trainer.noised(each.latents, generator))
-        assert torch.isfinite(total) and set(report) == {"loss", "read", "placed", "ink", "shape", "scene", "named"}
+        assert torch.isfinite(total) and set(report) == {
+            *("loss", "read", "placed", "shown", "ink", "shape", "scene", "named")
+        }
 
 
 class NoWaiting(TorchFunctionMode):

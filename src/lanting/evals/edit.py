@@ -3,6 +3,9 @@
 The change is measured on the result: words are read, colours and pictograms measured where the rule puts them, and
 for faces, borders, textures and scenes the rule draws every possibility and the nearest must be the asked one. The
 rest is the part of the source that the edit leaves alone, compared with the source in dB.
+
+Pictograms are covered before words are read, or a red triangle at the end of a line is read as its last letter. Of a
+texture every way of laying it is a possibility, since no sentence says where its dots begin.
 """
 
 from __future__ import annotations
@@ -39,9 +42,11 @@ DECIDES = {
     "replace": ("concept",),
     "concept_from": ("concept",),
     "move": ("side",),
+    "face": ("face", "lines"),  # letters of a kind that spell nothing are not these words in that face
 }
 FREE_KINDS = ("rewrite", "translate", "text_from", "ground", "ground_from", "letters", "remove")  # need no template
 BEST = 60.0  # dB: equal pictures
+CORNER, WAYS = 16, 16  # pixels that ornaments mark in every corner; seeds that lay a texture differently
 FEWEST = 64  # pixels that must stay for "the rest" to mean something
 
 
@@ -171,12 +176,24 @@ def _has_lines(image: Image, case: Case, judge: Judge) -> bool:
     """Whether the lines that are new were read: anywhere, or, since finders miss single Chinese characters, in their
     known boxes."""
     new = [line for line in case.lines if line not in case.sources[0].lines] or list(case.lines)
+    image = without_pictograms(image, case.design)
     if compare(new, judge.read(image, case.script)).lines_right == len(new):
         return True
     if case.script != "zh":
         return False
     boxes = [box for line, box in zip(case.lines, boxes_of(case.design)[0], strict=True) if line in new]
     return compare(new, judge.read_boxes(image, boxes, case.script)).lines_right == len(new)
+
+
+def without_pictograms(image: Image, design: Design) -> Image:
+    """The picture with its ground over the places of the design's pictograms."""
+    from PIL import Image as Pillow
+
+    pixels = np.array(image.convert("RGB"))
+    ground = ground_in(pixels.astype(np.float64), design)
+    for x, y, width, height in boxes_of(design)[1]:
+        pixels[y : y + height, x : x + width] = ground.rows(y, y + height).round().clip(0, 255)
+    return Pillow.fromarray(pixels)
 
 
 def nearest_value(pixels: np.ndarray, design: Design, name: str) -> object:
@@ -193,16 +210,37 @@ def nearest_value(pixels: np.ndarray, design: Design, name: str) -> object:
         "place": known.PLACES,
         "count": (1, 2, 3),
     }
-    drawn: dict[object, np.ndarray] = {}
+    drawn: list[tuple[object, np.ndarray]] = []
     for value in every.get(name, (getattr(design, name),)):
-        try:
-            drawn[value] = np.asarray(by_rule([replace(design, **{name: value})])[0], dtype=np.float64)
-        except RequestError:
-            continue
-    stack = np.stack(list(drawn.values()))
-    differs = np.ptp(stack, axis=0).max(-1) > 0  # (H, W)
-    errors = {value: float(np.square(one - pixels)[differs].sum()) for value, one in drawn.items()}
-    return min(errors, key=lambda value: (errors[value], value != getattr(design, name)))
+        for design_ in laid(design, value) if name == "texture" else [replace(design, **{name: value})]:
+            try:
+                drawn.append((value, np.asarray(by_rule([design_])[0], dtype=np.float64)))
+            except RequestError:
+                continue
+    differs = np.ptp(np.stack([one for _, one in drawn]), axis=0).max(-1) > 0  # (H, W)
+    if name == "texture":
+        differs &= within_corners(design.size)
+    errors = [(float(np.square(one - pixels)[differs].sum()), value) for value, one in drawn]
+    return min(errors, key=lambda error: (error[0], error[1] != getattr(design, name)))[1]
+
+
+def laid(design: Design, texture: str) -> list[Design]:
+    """The design with a texture in all ways of laying it. What stands in its corners differs too."""
+    from lanting.train.backdrop import pattern
+
+    found: dict[bytes, Design] = {}
+    for seed in range(WAYS if texture != "plain" else 1):
+        motif = pattern(texture, seed, (CORNER, CORNER)).numpy().tobytes()
+        found.setdefault(motif, replace(design, texture=texture, ornament=seed))
+    return list(found.values())
+
+
+def within_corners(size: tuple[int, int]) -> np.ndarray:
+    """False where ornaments mark the corners of a picture of (width, height): (H, W)."""
+    inside = np.ones((size[1], size[0]), dtype=bool)
+    for rows in (slice(CORNER), slice(-CORNER, None)):
+        inside[rows, :CORNER] = inside[rows, -CORNER:] = False
+    return inside
 
 
 def rest_of(source: Image, target: Image, changed: Sequence[tuple[int, int, int, int]]) -> np.ndarray | None:

@@ -2,7 +2,8 @@
 
 Source and target are designs that differ in what the instruction names and in nothing else, so the target is known
 exactly and "the rest is kept" can be measured. Layout is a rule of the text: where a changed text or a pictogram
-moves other things, those belong to the change.
+moves other things, those belong to the change. Sources hide nothing (`as_seen`), and what neither they nor the
+instruction say follows a rule: translations into English are capitals, a new texture is always laid alike.
 """
 
 from __future__ import annotations
@@ -47,9 +48,10 @@ ONE_PICTURE = (
 TWO_PICTURES = ("ground_from", "concept_from", "text_from")
 KINDS = ONE_PICTURE + TWO_PICTURES
 # how often each is drawn: what v3 does in nine of ten cases (grounds, letters, scenes, removals) comes seldom, what
-# needs glyphs or pictograms drawn again often (it did a rewrite in one of seven, and no translation)
-WEIGHTS = (6, 1, 1.5, 3, 1, 3, 2, 4, 3, 1.5, 2, 1, 0.5, 2, 2)
+# needs glyphs or pictograms drawn again often. Rewrites most: they teach where text goes in a picture that is given
+WEIGHTS = (9, 1, 1, 2.5, 1, 2.5, 2, 5, 3, 1.5, 1.5, 1, 0.5, 2, 3)
 SIZES = (WIDE, SQUARE)
+MARKS = 6  # ornaments that are multiples of it show no marks in the corners
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ class EditMaker:
         rng = rng or self._own
         while True:
             chosen = kind or self._kind(rng, pictures)
-            source = self._plainer(rng, self.designs.sample(rng, size).design)
+            source = as_seen(self._plainer(rng, self.designs.sample(rng, size).design))
             made = self._make(rng, chosen, source)
             if made is None:
                 continue
@@ -162,12 +164,14 @@ class EditMaker:
 
     def _translate(self, rng: random.Random, source: Design) -> tuple[tuple[Design, ...], Design] | None:
         english, chinese = rng.choice(_dictionary())
-        english = rng.choice((english.lower(), english.upper(), english.capitalize()))
-        pair = [english, chinese]
+        pair = [rng.choice((english.lower(), english.upper(), english.capitalize())), chinese]
         if rng.random() < 0.5:
-            pair.reverse()
-        plain = replace(source, lines=(pair[0],))
-        return (plain,), replace(source, lines=(pair[1],))
+            pair = [chinese, english.upper()]
+        try:
+            plain = as_seen(replace(source, lines=(pair[0],)))
+        except RequestError:
+            return None
+        return (plain,), replace(plain, lines=(pair[1],))
 
     def _from_second(self, rng: random.Random, kind: str, source: Design) -> tuple[tuple[Design, ...], Design] | None:
         second = self._plainer(rng, self.designs.sample(rng, source.size).design)
@@ -211,7 +215,7 @@ def _move(rng: random.Random, source: Design) -> Design | None:
 
 def _face(rng: random.Random, source: Design) -> Design | None:
     """Another face that looks another: Chinese has one for all but two of them."""
-    chinese = all(map(is_hanzi, "".join(source.lines).replace(" ", "")))
+    chinese = _all_hanzi(source)
     own = _drawn_as(source.face, chinese)
     return (
         replace(source, face=rng.choice([f for f in FACES if _drawn_as(f, chinese) != own])) if source.lines else None
@@ -227,11 +231,44 @@ def _border(rng: random.Random, source: Design) -> Design | None:
 
 
 def _texture(rng: random.Random, source: Design) -> Design | None:
-    return replace(source, texture=rng.choice([t for t in TEXTURES if t != source.texture]))
+    """The new texture is laid as the marks in the corners say, which can be seen."""
+    texture = rng.choice([t for t in TEXTURES if t != source.texture])
+    return replace(source, texture=texture, ornament=source.ornament % MARKS)
 
 
 def _scene(rng: random.Random, source: Design) -> Design | None:
     return replace(source, scene=rng.choice([s for s in SCENES if s != source.scene]))
+
+
+def as_seen(design: Design) -> Design:
+    """The design without what its picture hides, which nobody could know of once an edit brings it to light.
+
+    Hidden are borders and marks where text needs the outer ring, marks behind a border, the seed of a plain ground,
+    faces that draw Chinese alike, and alignments and places that lay this text as the usual ones do. A texture without
+    marks may be shifted. Raises `RequestError` for a design that does not fit.
+    """
+    here = place(design)
+    marked = here.ring and not design.border and design.scene not in ("button", "label")
+    seen = replace(
+        design,
+        border=design.border and here.ring,
+        ornament=_plain_ornament(design, marked),
+        face=_drawn_as(design.face, _all_hanzi(design)) if design.lines else "mono",
+    )
+    for usual in ({"align": "center"}, {"place": "middle"}):
+        other = replace(seen, **usual)
+        if place(other) == here:
+            seen = other
+    return seen
+
+
+def _plain_ornament(design: Design, marked: bool) -> int:
+    mark = design.ornament % MARKS if marked else 0
+    return mark if design.texture == "plain" else design.ornament - design.ornament % MARKS + mark
+
+
+def _all_hanzi(design: Design) -> bool:
+    return all(map(is_hanzi, "".join(design.lines).replace(" ", "")))
 
 
 def changed_boxes(source: Design, target: Design) -> tuple[Box, ...]:
@@ -255,7 +292,7 @@ def changed_boxes(source: Design, target: Design) -> tuple[Box, ...]:
     if (
         not same_ink
         and source.letters != target.letters
-        and (source.border or source.ornament % 6 or source.scene != "sign")
+        and (source.border or source.ornament % MARKS or source.scene != "sign" or source.texture != "plain")
     ):
         return ()
     return tuple(sorted(found))
@@ -266,4 +303,4 @@ def _pixels(box: Box) -> Box:
     return x, y, width, height
 
 
-__all__ = ["KINDS", "ONE_PICTURE", "TWO_PICTURES", "Edit", "EditMaker", "changed_boxes"]
+__all__ = ["KINDS", "ONE_PICTURE", "TWO_PICTURES", "Edit", "EditMaker", "as_seen", "changed_boxes"]

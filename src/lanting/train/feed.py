@@ -21,7 +21,7 @@ from lanting.train.design import place
 from lanting.train.designs import DesignMaker, Mix
 from lanting.train.draw import plan
 from lanting.train.edits import EditMaker
-from lanting.train.labels import label_grid, label_places
+from lanting.train.labels import label_edit, label_grid, label_places
 from lanting.train.loop import STOCK, Course
 from lanting.train.presets import Kind, Preset, room
 from lanting.train.replay import Reader
@@ -54,8 +54,8 @@ class FeedOrder:
 
 
 def edit_mix(mix: Mix) -> Mix:
-    """Edits start from designs with more pictograms and less text."""
-    return replace(mix, pictogram=0.5, dense=0.1)
+    """Edits start from designs with more pictograms."""
+    return replace(mix, pictogram=0.5)
 
 
 class ChunkMaker:
@@ -92,20 +92,22 @@ class ChunkMaker:
         count = self.order.count(chosen)
         if not chosen.pictures:
             drawn = [self.designs.sample(self.rng, chosen.size) for _ in range(count)]
-            designs, prompts = [d.design for d in drawn], [d.prompt for d in drawn]
-            whole = designs
+            whole, prompts = [d.design for d in drawn], [d.prompt for d in drawn]
         else:
             edits = [self.edits.sample(self.rng, chosen.size, pictures=chosen.pictures) for _ in range(count)]
-            designs, prompts = [e.target for e in edits], [e.instruction for e in edits]
-            whole = [*designs, *(e.sources[k] for k in range(chosen.pictures) for e in edits)]
+            prompts = [e.instruction for e in edits]
+            whole = [*(e.target for e in edits), *(e.sources[k] for k in range(chosen.pictures) for e in edits)]
         placements = [place(design) for design in whole]
         read = self.readers[bool(chosen.pictures)].read(prompts, picture_tokens(chosen))
-        spots = [
-            (row, *spot)
-            for row, (_, starts) in enumerate(read)
-            for spot in label_places(designs[row], placements[row], prompts[row], starts)
-        ]
-        what = [label_grid(d, p).reshape(-1, 2) for d, p in zip(designs, placements, strict=False)]
+        spots = []
+        for row, (_, starts) in enumerate(read):
+            if chosen.pictures:  # an edit's first picture stands `count` further in `whole`
+                pair = (whole[count + row], whole[row]), (placements[count + row], placements[row])
+                found = label_edit(*pair, prompts[row], starts)
+            else:
+                found = label_places(whole[row], placements[row], prompts[row], starts)
+            spots += [(row, *spot) for spot in found]
+        what = [label_grid(d, p).reshape(-1, 2) for d, p in zip(whole, placements, strict=True)]
         rows = [
             lengthened(ids, starts, len(prompt), self.space)
             for (ids, starts), prompt in zip(read, prompts, strict=True)
@@ -115,7 +117,7 @@ class ChunkMaker:
             pad(rows, self.readers[0].pad),
             np.array([len(row) for row in rows], np.int32),
             np.array(spots, np.int32).reshape(-1, 5),
-            np.stack(what),
+            by_example(np.stack(what), count),
             plan(whole, placements, self.atlas),
         )
 
@@ -124,6 +126,11 @@ def lengthened(ids: list[int], starts: Sequence[int], end: int, space: int) -> l
     """The ids of a prompt of `end` characters with as many spaces behind it as make a multiple of `ROUND`."""
     tail = next((i for i, start in enumerate(starts) if start >= end), len(ids))
     return [*ids[:tail], *[space] * (-len(ids) % ROUND), *ids[tail:]]
+
+
+def by_example(what: np.ndarray, count: int) -> np.ndarray:
+    """Labels of the targets, then of the first pictures of `count` examples and so on: (k B, N, 2) -> (B, k N, 2)."""
+    return what.reshape(-1, count, *what.shape[1:]).swapaxes(0, 1).reshape(count, -1, 2)
 
 
 def pad(rows: Sequence[Sequence[int]], value: int | None) -> np.ndarray:

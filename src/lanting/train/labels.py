@@ -74,6 +74,32 @@ def label_places(
     `starts` holds the index in `prompt` of each token's first character. A name is asked about at its last token: the
     reader looks back only, so it is the first that can know all of it.
     """
+    found = _letters(design, placement, prompt, starts)
+    if design.concept is not None and placement.pictograms:
+        x, y = placement.pictograms[0]
+        named = _name_ends(prompt, design.concept, starts)
+        found += [(token, *_spot(design, x, y, PICTURED)) for token in named]
+    return sorted(found)
+
+
+def label_edit(
+    designs: tuple[Design, Design], placements: tuple[Placement, Placement], prompt: str, starts: Sequence[int]
+) -> list[tuple[int, int, int, int]]:
+    """The same for an edit, of its (source, target): words that it quotes and that are to go stand where they are in
+    the source.
+
+    To say so the network must find them there, and so which line is meant, how it is aligned, how wide its face runs.
+    """
+    found = label_places(designs[1], placements[1], prompt, starts)
+    taken = {token for token, *_ in found}
+    old = _letters(designs[0], placements[0], prompt, starts)
+    return sorted([*found, *(spot for spot in old if spot[0] not in taken)])
+
+
+def _letters(
+    design: Design, placement: Placement, prompt: str, starts: Sequence[int]
+) -> list[tuple[int, int, int, int]]:
+    """Where the characters that the prompt quotes stand, by token."""
     from lanting.train.wording import locate
 
     spots: dict[int, tuple[int, int, int]] = {}  # index in the prompt -> what is asked
@@ -89,11 +115,7 @@ def label_places(
         key = start if start in spots else start + 1 if prompt[start : start + 1] == " " else -1
         if start >= 0 and key in spots:
             found.append((token, *_spot(design, *spots[key])))
-    if design.concept is not None and placement.pictograms:
-        x, y = placement.pictograms[0]
-        named = _name_ends(prompt, design.concept, starts)
-        found += [(token, *_spot(design, x, y, PICTURED)) for token in named]
-    return sorted(found)
+    return found
 
 
 def _spot(design: Design, x: int, y: int, width: int) -> tuple[int, int, int]:

@@ -21,6 +21,7 @@ from lanting.train.replay import Batch
 
 INK_VARIANCE = 0.15  # of the ink's coverage where there is ink
 EMPTY = 0.2  # weight of a token where nothing stands
+PLACED_IN_EDITS = 2.0  # times as much: places of words follow from the prompt, in edits from the picture too
 
 
 class Weights(Protocol):
@@ -53,7 +54,12 @@ def judged(
     report = {"loss": error.detach(), "read": right(said.what, asked, inked)}  # NaN where nothing was asked
     report["placed"] = right(said.where, spots, known)
     total = error + weights.what * entropy(said.what, asked, weight)
-    total = total + weights.where * entropy(said.where, spots, known)
+    where = weights.where * (1.0 if batch.references is None else PLACED_IN_EDITS)
+    total = total + where * entropy(said.where, spots, known)
+    if batch.shown is not None:
+        there = (batch.shown.sum(-1) > 0).float()
+        report["shown"] = right(said.shown, batch.shown, there)
+        total = total + weights.what * entropy(said.shown, batch.shown, there.clamp(min=EMPTY))
     ink = mean(missed(said.ink, batch.ink), inked)
     letters = known * (batch.where[..., 2] != PICTURED)
     scene, named = (mean(missed_scene(x, batch.what, tables[1]), known - letters) for x in (said.scene, said.named))

@@ -6,6 +6,8 @@ What makes a tiny network spell within hours is the start and the help:
   by all characters, not one to be learnt for each;
 - a head on the text stream says where each quoted character stands, one on the picture stream says what stands on
   each token. Both teach the routing from text to place, which otherwise takes most of the time;
+- the same head says, twice as early, what stands on each token of a picture that is to be edited: to put words
+  elsewhere, or in another face, the network must first have read them;
 - a third draws each token's shapes in black and white, so that strokes are learnt apart from colour and noise;
 - two more draw the character of a text token, behind the reader and a third of the way through the transformer. Without
   them the code of a character does not survive that far (docs/LOG.md), and drawing it stays a feat of memory;
@@ -147,6 +149,7 @@ class WatchedStack(Stack):
     """The blocks in order, remembering both streams for the helper heads. `run` may be a compiled function."""
 
     run: Callable[[nn.Module, Tensor, Tensor, Context], tuple[Tensor, Tensor]] = staticmethod(plain_block)
+    early: Tensor
     middle: Tensor
     text: Tensor
 
@@ -155,7 +158,7 @@ class WatchedStack(Stack):
         for i, block in enumerate(self):
             img, txt = self.run(block, img, txt, ctx)
             if i == early:
-                self.text = txt
+                self.early, self.text = img, txt
             if i == late:
                 self.middle = img
         return img, txt
@@ -195,6 +198,7 @@ class Answers:
     text: Tensor  # (B, T, 256) shapes in the text stream
     scene: Tensor  # (B, T, 768) the pictogram named there, in colours, in the text stream
     named: Tensor  # (B, T, 768) the same behind the reader
+    shown: tuple[Tensor, ...] = ()  # each (B, k N, classes), on the references of an edit
 
 
 class NanoNet(nn.Module):
@@ -249,6 +253,7 @@ class NanoNet(nn.Module):
             self.drawn(text),
             self.scene(text),
             self.named(states),
+            () if batch.references is None else self.what(self.stack.early[:, tokens:]),
         )
         return velocity, said
 

@@ -34,12 +34,12 @@ class Kind:
 
 
 KINDS = (  # sizes are chosen so that each costs about the same
-    Kind("strip", STRIP, 0, 0.07, 42, 8, 0.55),
-    Kind("wide", WIDE, 0, 0.24, 20, 4, 0.20),
-    Kind("square", SQUARE, 0, 0.25, 12, 3, 0.12),
-    Kind("edit", WIDE, 1, 0.23, 10, 2, 0.08),
-    Kind("edit2", WIDE, 2, 0.07, 6, 1, 0.02),
-    Kind("editsquare", SQUARE, 1, 0.14, 6, 1, 0.03),
+    Kind("strip", STRIP, 0, 0.04, 42, 8, 0.55),
+    Kind("wide", WIDE, 0, 0.21, 20, 4, 0.20),
+    Kind("square", SQUARE, 0, 0.23, 12, 3, 0.12),
+    Kind("edit", WIDE, 1, 0.27, 10, 2, 0.08),
+    Kind("edit2", WIDE, 2, 0.08, 6, 1, 0.02),
+    Kind("editsquare", SQUARE, 1, 0.17, 6, 1, 0.03),
 )
 GIB_PER_TIMES = 0.2  # what one batch of a core's size keeps for its backward pass at width 128 and 6 layers
 BIG = (Kind("editlarge", LARGE, 1, 0.04, 3, 1, 0.01), Kind("large", LARGE, 0, 0.18, 8, 2, 0.06))

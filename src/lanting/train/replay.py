@@ -11,6 +11,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import chain
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ from lanting.train.design import TOKEN, Design, Placement, place
 from lanting.train.designs import DesignMaker
 from lanting.train.draw import INK, paint, paint_ink, plan
 from lanting.train.edits import Edit, EditMaker
-from lanting.train.labels import label_grid, label_places
+from lanting.train.labels import label_edit, label_grid, label_places
 
 READER_AREA = 112 * 112  # square pixels of a reference as the vision tower sees it
 
@@ -47,6 +48,7 @@ class Batch:
     ink: Tensor  # (B, N, 64) uint8, the shapes without their colours
     grid: Grid
     references: Tensor | None = None  # (B, k N, 64)
+    shown: Tensor | None = None  # (B, k N, 2) what the references show, as in `what`
     patches: Tensor | None = None  # (B, k, P, 1176)
     patch_grid: tuple[int, int] = (0, 0)
     positions: Tensor | None = None  # (3, B, T) of the tokens behind the prefix
@@ -136,7 +138,7 @@ class Replay:
         self.grid: Grid = (1, size[1] // TOKEN, size[0] // TOKEN)
         self.tokens = self.grid[1] * self.grid[2]
         self.latents = torch.zeros(capacity, self.tokens * (1 + self.pictures), 64, dtype=torch.float16)
-        self.what = torch.zeros(capacity, self.tokens, 2, dtype=torch.uint8)
+        self.what = torch.zeros(capacity, self.tokens * (1 + self.pictures), 2, dtype=torch.uint8)
         self.ink = torch.zeros(capacity, self.tokens, INK * INK, dtype=torch.uint8)
         self.items: list[Item] = []
         self.lengths = np.zeros(capacity, dtype=np.int16)  # of the prompts, in tokens
@@ -155,22 +157,32 @@ class Replay:
         placements = [place(d) for d in designs]
         drawing, atlas = plan(designs, placements, default_atlas()), default_atlas()
         latents = encode_pictures(self.vae, paint(drawing, atlas)).half().cpu()
-        slots = self.keep(latents, [d.prompt for d in drawn], designs, placements)
+        slots = self.keep(latents, [d.prompt for d in drawn], [designs], [placements])
         self.ink[slots] = paint_ink(drawing, atlas)
 
     def keep(
-        self, latents: Tensor, prompts: Sequence[str], designs: Sequence[Design], placements: Sequence[Placement]
+        self,
+        latents: Tensor,
+        prompts: Sequence[str],
+        designs: Sequence[Sequence[Design]],
+        placements: Sequence[Sequence[Placement]],
     ) -> list[int]:
-        """Store examples; returns the slots they took."""
+        """Store examples, whose targets come first, then all first references and so on; returns the slots they
+        took."""
         read = self.reader.read(prompts, self.counts())
         slots = []
         for i, (ids, starts) in enumerate(read):
-            item = Item(ids, label_places(designs[i], placements[i], prompts[i], starts))
+            drawn, placed = [each[i] for each in designs], [each[i] for each in placements]
+            if len(drawn) > 1:
+                where = label_edit((drawn[1], drawn[0]), (placed[1], placed[0]), prompts[i], starts)
+            else:
+                where = label_places(drawn[0], placed[0], prompts[i], starts)
             slot = self.next
-            self.items[slot : slot + 1] = [item]
+            self.items[slot : slot + 1] = [Item(ids, where)]
             self.lengths[slot] = len(ids)
             self.latents[slot] = latents[i]
-            self.what[slot] = torch.from_numpy(label_grid(designs[i], placements[i])).flatten(0, 1)
+            grids = [torch.from_numpy(label_grid(*pair)).flatten(0, 1) for pair in zip(drawn, placed, strict=True)]
+            self.what[slot] = torch.cat(grids)
             self.next = (self.next + 1) % self.capacity
             slots.append(slot)
         return slots
@@ -189,7 +201,7 @@ class Replay:
         if spots:
             table = torch.tensor(spots)
             where[table[:, 0], table[:, 1]] = table[:, 2:]
-        what = self.what[chosen].long()
+        what = self.what[chosen, : self.tokens].long()
         if quiet:
             what.fill_(-1)
         latents = self.latents[chosen].float()
@@ -237,13 +249,14 @@ class EditReplay(Replay):
         """Draw, encode and keep `count` new edits."""
         assert isinstance(self.maker, EditMaker)
         edits: list[Edit] = [self.maker.sample(rng, self.size, pictures=self.pictures) for _ in range(count)]
-        targets = [e.target for e in edits]
-        whole = [*targets, *(e.sources[k] for k in range(self.pictures) for e in edits)]
-        drawing, atlas = plan(whole, [place(d) for d in whole], default_atlas()), default_atlas()
+        designs = [[e.target for e in edits], *([e.sources[k] for e in edits] for k in range(self.pictures))]
+        placements = [[place(d) for d in each] for each in designs]
+        atlas = default_atlas()
+        drawing = plan(list(chain(*designs)), list(chain(*placements)), atlas)
         pixels = paint(drawing, atlas)
         latents = encode_pictures(self.vae, pixels).half().cpu().unflatten(0, (1 + self.pictures, count))
         latents = latents.transpose(0, 1).flatten(1, 2)  # (count, (1 + k) N, 64)
-        slots = self.keep(latents, [e.instruction for e in edits], targets, [place(t) for t in targets])
+        slots = self.keep(latents, [e.instruction for e in edits], designs, placements)
         self.ink[slots] = paint_ink(drawing, atlas)[:count]
         references = pixels[count:].cpu().numpy()
         for j, slot in enumerate(slots):
@@ -259,6 +272,7 @@ class EditReplay(Replay):
         return replace(
             batch,
             references=latents[:, self.tokens :],
+            shown=self.what[chosen, self.tokens :].long(),
             patches=patches,
             patch_grid=self.patch_grid,
             positions=torch.stack(rows, 1),

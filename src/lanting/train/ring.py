@@ -43,7 +43,7 @@ class Chunk:
     ids: np.ndarray  # (B, T) int32, right-padded
     lengths: np.ndarray  # (B,) int32
     spots: np.ndarray  # (s, 5) int32: example, token, column, row, width class
-    what: np.ndarray  # (B, N, 2) uint8
+    what: np.ndarray  # (B, (1 + k) N, 2) uint8: of the target, then of its pictures
     plan: Plan
 
     @property
@@ -95,7 +95,7 @@ class Ring:
         )
         pictures, patches = kind.pictures, self.patch_grid[0] * self.patch_grid[1]
         self.latents = self.room(self.tokens * (1 + pictures), 64, dtype=torch.float16)
-        self.what = self.room(self.tokens, 2, dtype=torch.uint8)
+        self.what = self.room(self.tokens * (1 + pictures), 2, dtype=torch.uint8)
         self.ink = self.room(self.tokens, INK * INK, dtype=torch.uint8)
         self.ids = self.room(len(silent), dtype=torch.int16, value=self.pad)
         self.where = self.room(self.ids.shape[1], 3, dtype=torch.int8, value=-1)
@@ -162,9 +162,11 @@ class Ring:
         else:
             width = int(self.lengths[chosen[0]])
             ids = self.ids[rows, :width].long()
-            what, where = self.what[rows].long(), self.where[rows, :width].long()
+            what, where = self.what[rows, : self.tokens].long(), self.where[rows, :width].long()
         batch = Batch(latents[:, : self.tokens], ids, None, what, where, self.ink[rows], self.grid)
-        return batch if self.seen is None else self.with_pictures(batch, latents, self.seen[rows])
+        if self.seen is None:
+            return batch
+        return self.with_pictures(batch, latents, self.seen[rows], self.what[rows, self.tokens :].long())
 
     def alike(self, count: int, chance: np.random.Generator) -> np.ndarray:
         """Slots (count,) whose prompts are all as long as that of one chosen at random; see `Replay.alike`."""
@@ -176,13 +178,15 @@ class Ring:
                 break
         return chance.choice(same, count)
 
-    def with_pictures(self, batch: Batch, latents: Tensor, half: Tensor) -> Batch:
-        """The same batch with its references: latents (B, (1 + k) N, 64), patches (B, k, P, 588)."""
+    def with_pictures(self, batch: Batch, latents: Tensor, half: Tensor, shown: Tensor) -> Batch:
+        """The same batch with its references: latents (B, (1 + k) N, 64), patches (B, k, P, 588), what they show
+        (B, k N, 2)."""
         patches = half.float().unflatten(-1, (3, 1, 196)).expand(-1, -1, -1, -1, 2, -1).flatten(3)
         return Pictured(
             **vars(batch)
             | {
                 "references": latents[:, self.tokens :],
+                "shown": shown,
                 "patches": patches,
                 "patch_grid": self.patch_grid,
                 "positions": self.positions(batch.ids.shape[1])[:, None].expand(-1, len(latents), -1),
