@@ -17,9 +17,8 @@ from lanting.kernels import build
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 FLAGS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1", "-g")
-PARTS = ("weights", "products", "rows", "attention", "conv", "threads")
 NAMES = ("weights", "products", "dense", "rows", "attention", "conv", "threads")
-FILES = [str(HERE / f"test_kernel_{name}.py") for name in PARTS]
+FILES = [str(HERE / f"test_kernel_{name}.py") for name in NAMES]
 BUT = "not forked and not more_rows and not largest_sums and not threads_of_python"  # long, and nothing new here
 LOAD = """
 import sys

@@ -2,12 +2,13 @@
 
 A packed Linear (int8, int4, GGUF's Q4_0, Q8_0, Q4_K, Q6_K) rounds its inputs to int8, row by row, and multiplies
 integers; its weight is read as it lies in memory or in a mapped file. A block's plain Linears are the kernels' in
-bfloat16, where the processor multiplies that, and else torch's. A block's norms, modulation, rotary turns, GELU and
+bfloat16, where the processor multiplies that. Where it does not, torch's products in bfloat16 are ten times slower than
+those in float32; there all plain Linears are the kernels', which multiply in float32. A block's norms, modulation, rotary turns, GELU and
 gates become one pass over memory each, in float32 inside, where torch takes a dozen in the dtype of the network.
 Without the kernels, or detached, every bit is as before.
 
 Modules stay where they are, so that streaming, tables and LoRAs find them: only their `forward` is another. The
-modulation's Linears are left alone: one row a step, and its error would reach everything.
+modulation's packed Linears are left alone: one row a step, and its error would reach everything.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from lanting.attach.modulation import Tabled
 from lanting.attach.whole import whole_block
 from lanting.kernels import calls
 from lanting.kernels.calls import Rounded
-from lanting.kernels.library import ready
+from lanting.kernels.library import dense_bytes, ready
 from lanting.nn.linears import PackedLinear
 from lanting.nn.mmdit import Attend, Block, Context, FeedForward
 from lanting.nn.rotate import rotate_blocks
@@ -31,6 +32,7 @@ from lanting.nn.rotate import rotate_blocks
 DTYPES = (torch.float32, torch.bfloat16)
 LEFT_ALONE = ("img_mod", "txt_mod", "time_text_embed")
 FEWEST = 16  # rows below which torch's own products are as fast, and exact
+FEWEST_DENSE = 4  # rows of plain weights below which torch's are as fast
 
 
 def attach_kernels(net: nn.Module) -> bool:
@@ -40,6 +42,8 @@ def attach_kernels(net: nn.Module) -> bool:
     for path, module in net.named_modules():
         if isinstance(module, PackedLinear) and not any(part in path.split(".") for part in LEFT_ALONE):
             module.product = integer_product
+        elif type(module) is nn.Linear and dense_bytes() == 4:
+            module.__dict__["forward"] = partial(float_product, module)
         elif isinstance(module, Attend):
             module.__dict__["forward"] = partial(attend, module)
         elif isinstance(module, Block):
@@ -54,7 +58,7 @@ def detach_kernels(net: nn.Module) -> None:
             module.__dict__.pop(name, None)
         if isinstance(module, PackedLinear):
             module.product = None
-        elif isinstance(module, Attend | Block):
+        elif isinstance(module, Attend | Block | nn.Linear):
             module.__dict__.pop("forward", None)
 
 
@@ -67,6 +71,19 @@ def integer_product(linear: PackedLinear, x: Tensor) -> Tensor:
     x = (rotate_blocks(x, linear.rotate) if linear.rotate else x).contiguous()
     out = torch.empty(*x.shape[:-1], linear.out_features, dtype=x.dtype)
     calls.product(calls.quantize(x.flatten(0, -2)), weight, out.flatten(0, -2), floats(linear, "bias"))
+    return out
+
+
+def float_product(linear: nn.Linear, x: Tensor) -> Tensor:
+    """x W^T + b in float32, of a weight in bfloat16; torch's where that is no gain."""
+    rows = x.numel() // max(1, x.shape[-1])
+    small = rows < FEWEST_DENSE or linear.weight.dtype != torch.bfloat16
+    weight = None if small or x.requires_grad or x.device.type != "cpu" else packed(linear, x.dtype)
+    if weight is None:
+        return nn.Linear.forward(linear, x)
+    out = torch.empty(*x.shape[:-1], linear.out_features, dtype=x.dtype)
+    codes = calls.quantize(x.flatten(0, -2).contiguous(), dense=True)
+    calls.product(codes, weight, out.flatten(0, -2), floats(linear, "bias"))
     return out
 
 
@@ -104,18 +121,18 @@ class Rows:
         return self.kept
 
     def laid(self, linear: nn.Module) -> Rounded:
-        """As a Linear's product wants them: int8, behind its rotation if it has one, or bfloat16."""
+        """As a Linear's product wants them: int8, behind its rotation if it has one, or dense."""
         rotate = getattr(linear, "rotate", 0)
-        dtype = torch.int8 if isinstance(linear, PackedLinear) else torch.bfloat16
-        if (rotate, dtype) not in self.forms:
+        dense = not isinstance(linear, PackedLinear)
+        if (rotate, dense) not in self.forms:
             if rotate or self.kept is not None:
                 x = self.plain()
-                made: Any = calls.quantize(rotate_blocks(x, rotate) if rotate else x, dtype)
+                made: Any = calls.quantize(rotate_blocks(x, rotate) if rotate else x, dense)
             else:
                 assert self.shift is not None and self.scale is not None
-                made = calls.norm(self.x, self.shift, self.scale, self.split, rounded=True, dtype=dtype)
-            self.forms[rotate, dtype] = made
-        return self.forms[rotate, dtype]
+                made = calls.norm(self.x, self.shift, self.scale, self.split, rounded=True, dense=dense)
+            self.forms[rotate, dense] = made
+        return self.forms[rotate, dense]
 
 
 def project(linear: nn.Module, rows: Rows, out: Tensor, gate: Tensor | None = None, split: int = 0) -> None:

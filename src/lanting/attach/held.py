@@ -20,9 +20,9 @@ KEPT = ("bound", "bias in float32", "weight in float32", "affine", "whole")
 
 def packed(linear: nn.Module, dtype: torch.dtype | None = None) -> Packed | None:
     """The weight of a Linear as the kernels read it, None where they can't. A row's bound is found once: weights that
-    stream come back the same. Plain ones only for activations in bfloat16."""
+    stream come back the same. Plain ones only for activations in a `dtype` that is given."""
     if type(linear) is nn.Linear:
-        return calls.dense(linear.weight) if dtype == torch.bfloat16 else None
+        return calls.dense(linear.weight, dtype) if dtype is not None else None
     if isinstance(linear, Int8Linear | Int4Linear):
         data, scale = linear.weight, linear.weight_scale
         scale = scale[:, None] if scale is not None and scale.ndim == 1 else scale
@@ -79,5 +79,5 @@ def affine(linear: Any, dtype: torch.dtype) -> Affine | None:
             return None
         bias = floats(linear, "bias")
         struct = library.Affine(found.struct(), None if bias is None else bias.data_ptr())
-        kept = linear.__dict__["affine"] = Affine(at, struct, found.kind == "bf16")
+        kept = linear.__dict__["affine"] = Affine(at, struct, found.dense)
     return kept

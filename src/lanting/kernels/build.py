@@ -29,6 +29,7 @@ SETS = {  # the best first: what each instruction set is compiled with
         ("amx", (*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16")),
         ("avx512_bf16", (*AVX512, "-mavx512bf16")),
         ("avx512_vnni", AVX512),
+        ("avx_vnni", ("-mavx2", "-mfma", "-mf16c", "-mavxvnni")),
         ("avx2", ("-mavx2", "-mfma", "-mf16c")),
         ("plain", ()),
     ),

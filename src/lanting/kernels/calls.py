@@ -1,6 +1,6 @@
 """The kernels on tensors. Activations are float32 or bfloat16 on the CPU, their last axis contiguous.
 
-    codes = quantize(x)                        rows rounded to int8, each with its scale; or as bfloat16
+    codes = quantize(x)                        rows rounded to int8, each with its scale; or dense
     product(codes, weight, out)                out = x W^T + bias, read from the packed weight as its file has it
     product(codes, weight, out, gate=gate)     out += gate * (x W^T + bias)
 
@@ -19,11 +19,13 @@ from torch import Tensor
 from lanting.kernels import library as lib
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-KINDS = {"int8": 0, "int4": 1, "Q4_0": 2, "Q8_0": 3, "Q4_K": 4, "Q6_K": 5, "bf16": 6}
+KINDS = {"int8": 0, "int4": 1, "Q4_0": 2, "Q8_0": 3, "Q4_K": 4, "Q6_K": 5, "bf16": 6, "fp32": 7}
+PLAIN = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 BLOCKS = {"Q4_0": (32, 18), "Q8_0": (32, 34), "Q4_K": (256, 144), "Q6_K": (256, 210)}  # values, bytes
 STORE, GELU, ADD = 0, 1, 2
 CHUNK = 64  # columns of codes are rounded up to
 WIDEST = 512  # heads
+APART = 16  # numbers between rows of float32, see `row_stride` in csrc
 LONGEST = 1 << 16  # rows: 255 * 127 times as many still fit 32 bits
 NEVER = 2**62  # rows of the only item
 NO_BOUND = torch.empty(0)
@@ -47,6 +49,11 @@ class Packed:
     kind: str
     columns: int
     group: int
+
+    @property
+    def dense(self) -> bool:
+        """Whether it is a plain weight."""
+        return self.kind in PLAIN.values()
 
     def struct(self) -> lib.Weight:
         scale = self.scale
@@ -79,7 +86,7 @@ def packed(kind: str, data: Tensor, scale: Tensor | None, columns: int, bound: T
 
 def fits(kind: str, data: Tensor, scale: Tensor | None, columns: int) -> bool:
     """Whether kernels read this weight."""
-    if kind not in KINDS or kind == "bf16" or data.device.type != "cpu" or data.ndim != 2 or not data.is_contiguous():
+    if kind not in KINDS or kind in PLAIN.values() or data.device.type != "cpu" or data.ndim != 2 or not data.is_contiguous():
         return False
     if columns > LONGEST:
         return False
@@ -97,12 +104,18 @@ def fits(kind: str, data: Tensor, scale: Tensor | None, columns: int) -> bool:
     return group in (16, 32, 64, 128) if kind == "int4" else groups == 1 or group % 16 == 0
 
 
-def dense(weight: Tensor) -> Packed | None:
-    """A plain weight (rows, columns) in bfloat16, for rows that were laid out as bfloat16; None where kernels can't."""
-    fine = weight.dtype == torch.bfloat16 and weight.ndim == 2 and weight.is_contiguous()
-    if not fine or weight.device.type != "cpu" or not lib.multiplies_bfloat16():
+def dense(weight: Tensor, dtype: torch.dtype = torch.bfloat16) -> Packed | None:
+    """A plain weight (rows, columns), for dense rows of what is in `dtype`; None where that is torch's work.
+
+    Where the processor multiplies bfloat16, both are that. Elsewhere products are in float32, and either may be.
+    """
+    size = lib.dense_bytes()
+    known = (torch.bfloat16,) if size == 2 else PLAIN
+    if not size or weight.dtype not in known or dtype not in known or weight.device.type != "cpu":
         return None
-    return Packed(weight, None, NO_BOUND, "bf16", weight.shape[1], 0)
+    if weight.ndim != 2 or not weight.is_contiguous():
+        return None
+    return Packed(weight, None, NO_BOUND, PLAIN[weight.dtype], weight.shape[1], 0)
 
 
 def expanded(weight: Packed) -> Tensor:
@@ -143,7 +156,7 @@ def per_row(vectors: Tensor, x: Tensor, split: int) -> lib.PerRow:
 
 @dataclass(frozen=True, slots=True)
 class Rounded:
-    """Rows laid out for this processor's micro-kernel: int8 with a scale each, or bfloat16."""
+    """Rows laid out for this processor's micro-kernel: int8 with a scale each, or dense, in what those are here."""
 
     data: Tensor
     scale: Tensor
@@ -153,22 +166,29 @@ class Rounded:
 
     def struct(self) -> lib.Codes:
         at = (self.data.data_ptr(), self.scale.data_ptr(), self.sum.data_ptr())
-        return lib.Codes(*at, self.rows, self.columns, TYPES.get(self.data.dtype, 0))
+        return lib.Codes(*at, self.rows, self.columns, int(self.dense))
+
+    @property
+    def dense(self) -> bool:
+        return self.data.dtype != torch.int8
 
 
-def room(rows: int, columns: int, dtype: torch.dtype = torch.int8) -> Rounded:
-    """Room for rounded rows, of int8 or bfloat16."""
+def room(rows: int, columns: int, dense: bool = False) -> Rounded:
+    """Room for rounded rows, of int8 or dense."""
     found = lib.library()
     panel = 1 if found is None else found.lt_panel()
     size = math.ceil(rows / panel) * panel * math.ceil(columns / CHUNK) * CHUNK
+    dtype = torch.int8 if not dense else torch.bfloat16
+    if dense and lib.dense_bytes() == 4:
+        size, dtype = rows * (math.ceil(columns / CHUNK) * CHUNK + APART), torch.float32
     sums = torch.empty(rows, dtype=torch.int32)
     return Rounded(torch.empty(size, dtype=dtype), torch.empty(rows), sums, rows, columns)
 
 
-def quantize(x: Tensor, dtype: torch.dtype = torch.int8) -> Rounded:
-    """Round rows to int8, the largest of each becoming 127, or to bfloat16."""
+def quantize(x: Tensor, dense: bool = False) -> Rounded:
+    """Round rows to int8, the largest of each becoming 127, or lay them out dense."""
     from_ = matrix(x)
-    made = room(from_.rows, from_.columns, dtype)
+    made = room(from_.rows, from_.columns, dense)
     call("lt_quantize", from_, made.struct())
     return made
 
@@ -180,14 +200,14 @@ def norm(
     split: int = 0,
     *,
     rounded: bool,
-    dtype: torch.dtype = torch.int8,
+    dense: bool = False,
 ) -> Rounded | Tensor:
     """Layer norm of x (items, rows, columns), times 1 + scale, plus shift (see `per_row`), in float32 inside.
 
-    `rounded`: laid out for products, as `dtype` (see `quantize`).
+    `rounded`: laid out for products, as int8 or dense (see `quantize`).
     """
     from_ = matrix(x)
-    made = room(from_.rows, from_.columns, dtype) if rounded else torch.empty(x.shape, dtype=x.dtype)
+    made = room(from_.rows, from_.columns, dense) if rounded else torch.empty(x.shape, dtype=x.dtype)
     rows, codes = (None, made.struct()) if isinstance(made, Rounded) else (matrix(made), None)
     call("lt_norm", from_, per_row(shift, x, split), per_row(scale, x, split), rows, codes)
     return made
@@ -212,7 +232,7 @@ def product(
 ) -> Tensor:
     """out = x W^T + bias, through a GELU, or added to what is there times a gate; out (..., rows, W's rows)."""
     shape = (x.rows, weight.data.shape[0])
-    if (x.data.dtype == torch.bfloat16) != (weight.kind == "bf16"):
+    if x.dense != weight.dense:
         raise ValueError(f"rows of {x.data.dtype} do not meet a weight of {weight.kind}")
     if x.columns != weight.columns or (out.shape[:-1].numel(), out.shape[-1]) != shape:
         raise ValueError(

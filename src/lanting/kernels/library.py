@@ -17,7 +17,7 @@ from typing import ClassVar
 
 from lanting.kernels.build import LIBRARY, whole
 
-ABI = 6
+ABI = 7
 OFF = ("off", "0", "no")
 
 
@@ -177,10 +177,15 @@ def ready() -> bool:
     return library() is not None
 
 
+def dense_bytes() -> int:
+    """Of a number of rows that meet plain weights: 2 bfloat16, 4 float32, 0 where those products are torch's."""
+    found = library()
+    return 0 if found is None else found.lt_dense()
+
+
 def multiplies_bfloat16() -> bool:
     """Whether the processor does, and kernels that use it are there."""
-    found = library()
-    return found is not None and bool(found.lt_dense())
+    return dense_bytes() == 2
 
 
 def instruction_set() -> str:

@@ -2,9 +2,9 @@
 #pragma once
 #include <cstdint>
 
-enum { ABI = 6 };
+enum { ABI = 7 };
 enum Number : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
-enum Kind : int32_t { INT8 = 0, INT4 = 1, Q4_0 = 2, Q8_0 = 3, Q4_K = 4, Q6_K = 5, BF16 = 6 };
+enum Kind : int32_t { INT8 = 0, INT4 = 1, Q4_0 = 2, Q8_0 = 3, Q4_K = 4, Q6_K = 5, BF16 = 6, F32 = 7 };
 enum Mode : int32_t { STORE = 0, GELU = 1, ADD = 2 };  // ADD: what is there += gate * value
 
 // Rows of a matrix: `items` of `period` rows each, `item_stride` and `stride` elements apart; rows are contiguous.
@@ -21,15 +21,16 @@ struct PerRow {
   int32_t each;
 };
 
-// Rows laid out for the micro-kernel of one ISA: rounded to int8, each with a scale of its own, or as bfloat16. In panels;
-// where the set can read them so (`Table::in_rows`), also one after the other.
+// Rows laid out for the micro-kernel of one ISA: rounded to int8, each with a scale of its own, or dense, in the numbers
+// that plain weights are multiplied in (`Table::dense`). In panels; where the set can read them so (`Table::in_rows`),
+// and always in float32, one after the other.
 struct Codes {
-  int8_t* data;    // (panels, columns / 4, panel, 4), or (panels, columns / 2, panel, 2) of bfloat16
+  int8_t* data;    // (panels, columns / 4, panel, 4), or (panels, columns / 2, panel, 2) of bfloat16, or (rows, stride) of float32
   float* scale;    // (rows) of int8, as the sums
   int32_t* sum;    // (rows)
   int64_t rows, columns;
-  int32_t type;    // BFLOAT16, or anything else for int8
-  int64_t stride;  // numbers from row to row, 0 for panels; behind a row of int8 are zeros up to a multiple of 64
+  int32_t type;    // BFLOAT16 if dense, anything else for int8
+  int64_t stride;  // numbers from row to row, 0 for panels, or as `row_stride` says; behind int8 are zeros up to 64
 };
 
 // A packed weight as its file has it, (rows, columns), a row `row_bytes` long.

@@ -25,25 +25,7 @@ struct Wide {
 
   // acc (rows, tile) = or += a (rows, n), `stride` apart, times w (n, tile)
   template <bool fresh> static inline void micro(const float* a, int64_t stride, const float* w, int64_t n, float* acc, int64_t to) {
-    Vector sum[rows][2];
-#pragma GCC unroll 12
-    for (int r = 0; r < rows; r++) {
-      sum[r][0] = fresh ? Vector{} : *reinterpret_cast<const Vector*>(acc + r * to);
-      sum[r][1] = fresh ? Vector{} : *reinterpret_cast<const Vector*>(acc + r * to + lanes);
-    }
-    for (int64_t k = 0; k < n; k++, w += tile) {
-      Vector w0 = *reinterpret_cast<const Vector*>(w), w1 = *reinterpret_cast<const Vector*>(w + lanes);
-#pragma GCC unroll 12
-      for (int r = 0; r < rows; r++) {
-        sum[r][0] += a[r * stride + k] * w0;
-        sum[r][1] += a[r * stride + k] * w1;
-      }
-    }
-#pragma GCC unroll 12
-    for (int r = 0; r < rows; r++) {
-      *reinterpret_cast<Vector*>(acc + r * to) = sum[r][0];
-      *reinterpret_cast<Vector*>(acc + r * to + lanes) = sum[r][1];
-    }
+    multiply_floats<rows>(a, stride, w, n, acc, to, fresh);
   }
 
   // to = 2^(s * scale - most); returns their sum

@@ -15,7 +15,7 @@ int64_t up_to(int64_t value, int64_t step) { return (value + step - 1) / step * 
 // What is alive together in the room. Laid out from address 0 it says how much room is needed.
 class Room {
  public:
-  Room(const Block& b, int panel) : panel_(panel), at_(reinterpret_cast<uintptr_t>(b.room)), begin_(at_) {
+  Room(const Block& b, const Table& table) : table_(table), at_(reinterpret_cast<uintptr_t>(b.room)), begin_(at_) {
     const Stream* streams[] = {&b.txt, &b.img};
     int64_t width = b.turn.heads * b.turn.width, size = b.turn.type == BFLOAT16 ? 2 : 4;
     for (int i = 0; i < 2; i++) {
@@ -50,18 +50,18 @@ class Room {
   }
 
   Codes codes(int64_t count, int64_t columns) {  // as large as the larger type needs
-    int8_t* data = static_cast<int8_t*>(take(up_to(count, panel_) * up_to(columns, 64) * 2));
+    int8_t* data = static_cast<int8_t*>(take(up_to(count, table_.panel) * (up_to(columns, 64) + 16) * std::max(2, table_.dense)));
     float* scale = static_cast<float*>(take(count * 4));
     return {data, scale, static_cast<int32_t*>(take(count * 4)), count, columns, 0, 0};
   }
 
-  int panel_;
+  const Table& table_;
   uintptr_t at_, begin_;
 };
 
 class Run {
  public:
-  Run(const Table& table, const Block& block) : t_(table), b_(block), room_(block, table.panel) {}
+  Run(const Table& table, const Block& block) : t_(table), b_(block), room_(block, table) {}
 
   void all() {
     const Stream* streams[] = {&b_.txt, &b_.img};
@@ -96,10 +96,12 @@ class Run {
   }
 
   Codes as(Codes codes, const Affine& linear) const {
-    codes.type = linear.weight.kind == BF16 ? BFLOAT16 : FLOAT32;
-    codes.stride = t_.in_rows && codes.columns <= NARROW ? up_to(codes.columns, 64) : 0;
+    codes.type = linear.weight.kind == BF16 || linear.weight.kind == F32 ? BFLOAT16 : FLOAT32;
+    codes.stride = t_.in_rows && !floats(codes) && codes.columns <= NARROW ? up_to(codes.columns, 64) : 0;
     return codes;
   }
+
+  bool floats(const Codes& codes) const { return codes.type == BFLOAT16 && t_.dense == 4; }
 
   Codes normed(const Stream& s, int i, int first, const Affine& linear) {
     Codes codes = as(room_.rows[i], linear);
@@ -110,7 +112,8 @@ class Run {
   Codes laid(Codes codes, const Matrix& rows, const Affine& linear) {
     codes = as(codes, linear);
     bool even = rows.rows <= rows.period && rows.columns % 2 == 0;
-    if (codes.stride && codes.type == BFLOAT16 && even) {  // a product can read them where they are
+    bool fits = floats(codes) ? rows.type == FLOAT32 : codes.stride && codes.type == BFLOAT16;
+    if (fits && even) {  // a product can read them where they are
       codes.data = static_cast<int8_t*>(rows.data), codes.stride = rows.stride;
       return codes;
     }
@@ -156,7 +159,7 @@ class Run {
 
 }  // namespace
 
-int64_t block_bytes(const Table& table, const Block& block) { return Room(block, table.panel).bytes(); }
+int64_t block_bytes(const Table& table, const Block& block) { return Room(block, table).bytes(); }
 
 void run_block(const Table& table, const Block& block) { Run(table, block).all(); }
 

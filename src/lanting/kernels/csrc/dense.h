@@ -2,13 +2,11 @@
 // without rounding anything. torch's are as fast on wide matrices; on narrow ones, and with what follows a product done
 // at once, these are faster.
 #pragma once
-#include "rows.h"
+#include "floats.h"
 
 namespace {
 
 #if defined(__AVX512BF16__)
-constexpr bool DENSE = true;
-
 // Columns `begin` to `end` of 32 rows of a weight as a tile (columns / 2, 2, 16, 2).
 inline void lay_tile(const Weight& w, int64_t first, int64_t begin, int64_t end, uint16_t* tile) {
   for (int side = 0; side < 2; side++)
@@ -119,8 +117,7 @@ void dense(const Codes& a, const Weight& w, const Result& r) {
     });
 }
 #endif
-#else
-constexpr bool DENSE = false;
+#elif !defined(LT_FLOATS)
 void dense(const Codes&, const Weight&, const Result&) {}
 #endif
 

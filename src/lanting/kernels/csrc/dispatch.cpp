@@ -50,7 +50,9 @@ bool runs(const char* name) {
     if (strcmp(name, "avx512_vnni")) found = found && __builtin_cpu_supports("avx512bf16");
     return found && (!tiles || has_tiles());
   }
-  if (!strcmp(name, "avx2")) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  unsigned a = 0, b, c, d;
+  if (!strcmp(name, "avx_vnni") && (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & 1u << 4))) return false;
+  if (!strncmp(name, "avx", 3)) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #elif defined(__aarch64__) && defined(__linux__)
   if (!strcmp(name, "dotprod")) return getauxval(AT_HWCAP) & (1 << 20);  // HWCAP_ASIMDDP; a Raspberry Pi 4 lacks it
 #endif

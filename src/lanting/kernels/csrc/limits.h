@@ -104,6 +104,10 @@ inline int64_t spin_bytes(int64_t rounds) {
   __m512i x = _mm512_set1_epi8(3);
   LT_OPAQUE(x);
   return chains<__m512i>(rounds, 128, [&](__m512i& sum) { sum = _mm512_dpbusd_epi32(sum, x, x); });
+#elif defined(__AVXVNNI__)
+  __m256i x = _mm256_set1_epi8(3);
+  LT_OPAQUE(x);
+  return chains<__m256i>(rounds, 64, [&](__m256i& sum) { sum = _mm256_dpbusd_avx_epi32(sum, x, x); });
 #elif defined(__AVX2__)
   __m256i x = _mm256_set1_epi8(3), ones = _mm256_set1_epi16(1);
   LT_OPAQUE(ones);

@@ -10,12 +10,18 @@
 
 namespace {
 
+#if defined(__AVX2__) && !defined(__AVX512F__) && (defined(__AVXVNNI__) || defined(LT_PRETEND_VNNI))
+#define LT_VNNI               // products of four bytes in registers of 32; tests may pretend to have them (`dot4`)
+#endif
 #if defined(LT_AMX)
 constexpr int PANEL = 32;
 constexpr int ZERO = 0;       // both sides are signed
 #elif defined(__AVX512VNNI__)
 constexpr int PANEL = 14;     // 28 of 32 registers hold sums
 constexpr int ZERO = 128;     // vpdpbusd wants one unsigned side: weights are shifted, and sums corrected
+#elif defined(LT_VNNI)
+constexpr int PANEL = 6;      // 12 of 16 registers hold sums
+constexpr int ZERO = 128;
 #elif defined(__AVX2__)
 constexpr int PANEL = 4;
 constexpr int ZERO = 0;
@@ -31,6 +37,14 @@ constexpr bool IN_ROWS = true;
 #else
 constexpr bool IN_ROWS = false;
 #endif
+#if defined(__AVX512BF16__)
+constexpr int DENSE = 2;      // bytes of a number of dense rows, which meet plain weights: 0 where torch multiplies those
+#elif defined(__AVX2__)
+#define LT_FLOATS             // in float32, see floats.h
+constexpr int DENSE = 4;
+#else
+constexpr int DENSE = 0;
+#endif
 #if defined(LT_AMX)
 constexpr int64_t TOGETHER = 64;     // bytes of a row that lie together
 constexpr int64_t BLOCK = 32 << 20;  // bytes of activations that weights pass by at once: a share of the last cache
@@ -40,6 +54,19 @@ constexpr int64_t BLOCK = 6 << 20;   // bytes of activations that are kept in th
 #endif
 
 inline int64_t padded(int64_t columns) { return (columns + CHUNK - 1) / CHUNK * CHUNK; }
+
+#if defined(LT_VNNI)
+// sum += products of four unsigned bytes with four signed ones
+inline __m256i dot4(__m256i sum, __m256i u, __m256i s) {
+#if defined(__AVXVNNI__)
+  return _mm256_dpbusd_avx_epi32(sum, u, s);
+#else
+  __m256i even = _mm256_madd_epi16(_mm256_and_si256(u, _mm256_set1_epi16(255)), _mm256_srai_epi16(_mm256_slli_epi16(s, 8), 8));
+  __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(u, 8), _mm256_srai_epi16(s, 8));
+  return _mm256_add_epi32(sum, _mm256_add_epi32(even, odd));
+#endif
+}
+#endif
 
 #if !defined(LT_AMX)
 // acc (R, 32) = the first R rows of A (K4, PANEL, 4), or of rows `stride` apart, times W (K4, 2, 16, 4)
@@ -65,6 +92,30 @@ void micro(const int8_t* a, [[maybe_unused]] int64_t stride, const int8_t* w, in
   for (int r = 0; r < R; r++) {
     _mm512_store_si512(out + r * TILE, acc[r][0]);
     _mm512_store_si512(out + r * TILE + 16, acc[r][1]);
+  }
+#elif defined(LT_VNNI)
+  for (int side = 0; side < 2; side++) {
+    __m256i acc[R][2];
+#pragma GCC unroll 6
+    for (int r = 0; r < R; r++) acc[r][0] = acc[r][1] = _mm256_setzero_si256();
+    const int8_t *from = w + side * 64, *rows = a;
+    for (int64_t k = 0; k < k4; k++, from += 128, rows += 4 * PANEL) {
+      __m256i w0 = _mm256_load_si256(reinterpret_cast<const __m256i*>(from));
+      __m256i w1 = _mm256_load_si256(reinterpret_cast<const __m256i*>(from + 32));
+#pragma GCC unroll 6
+      for (int r = 0; r < R; r++) {
+        int32_t four;
+        memcpy(&four, rows + 4 * r, 4);
+        __m256i x = _mm256_set1_epi32(four);
+        acc[r][0] = dot4(acc[r][0], w0, x);
+        acc[r][1] = dot4(acc[r][1], w1, x);
+      }
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < R; r++) {
+      _mm256_store_si256(reinterpret_cast<__m256i*>(out + r * TILE + side * 16), acc[r][0]);
+      _mm256_store_si256(reinterpret_cast<__m256i*>(out + r * TILE + side * 16 + 8), acc[r][1]);
+    }
   }
 #elif defined(__AVX2__)
   const __m256i ones = _mm256_set1_epi16(1);
@@ -184,6 +235,8 @@ template <int kind> void expand(const Weight& w, int64_t first, int64_t begin, i
         int64_t row = smaller(first + side * 16 + r, w.rows - 1);
         int8_t line[CHUNK];
         fill_plain(w, row, k, per[side * 16 + r], line);
+        if (ZERO)
+          for (int8_t& each : line) each = int8_t(each ^ ZERO);
         for (int j = 0; j < 16; j++) memcpy(to + j * 128 + r * 4, line + 4 * j, 4);
       }
 #endif

@@ -4,14 +4,18 @@
 
 namespace {
 
+// Numbers from row to row of dense rows in float32. A step that is no power of two keeps rows apart in the cache.
+inline int64_t row_stride(const Codes& c) { return c.stride ? c.stride : padded(c.columns) + 16; }
+
 // Where a row of codes lies: its bytes one after the other, or in pieces of a panel.
 struct Place {
   int8_t* data;
   int64_t place = -1;  // in a panel
 
   Place(const Codes& to, int64_t panel, int64_t row) : data(to.data) {
-    int64_t size = to.type == BFLOAT16 ? 2 : 1;
-    if (IN_ROWS && to.stride) data += row * to.stride * size;
+    int64_t size = to.type == BFLOAT16 ? DENSE : 1;
+    if (size == 4) data += row * row_stride(to) * 4;
+    else if (IN_ROWS && to.stride) data += row * to.stride * size;
     else data += size * panel * PANEL * padded(to.columns), place = row - panel_begin(to.rows, panel);
   }
 
@@ -25,7 +29,11 @@ struct Place {
   }
 };
 
-inline void narrow_row(const float* x, const Codes& to, const Place& place) {
+inline void dense_row(const float* x, const Codes& to, const Place& place) {
+  if constexpr (DENSE == 4) {
+    memcpy(place.data, x, to.columns * 4);
+    return;
+  }
   for (int64_t k = 0; k < padded(to.columns); k += CHUNK) {
     alignas(64) uint16_t there[CHUNK], *line = place.at(there, 2 * k);
     int64_t count = smaller(CHUNK, to.columns - k);
@@ -61,10 +69,10 @@ inline int32_t round_some(const float* x, float per, int64_t count, int8_t* q) {
 #endif
 }
 
-// Round a row to int8, or to bfloat16, and lay it into its place.
+// Round a row to int8, or to the numbers of dense rows, and lay it into its place.
 inline void round_row(const float* x, const Codes& to, int64_t panel, int64_t row) {
   Place place(to, panel, row);
-  if (to.type == BFLOAT16) return narrow_row(x, to, place);
+  if (to.type == BFLOAT16) return dense_row(x, to, place);
   int32_t bits = 0;  // of the largest: sizes are ordered as their bits are, and NaN is above all, so that it stays NaN
 #pragma omp simd reduction(max : bits)
   for (int64_t k = 0; k < to.columns; k++) {

@@ -7,7 +7,7 @@ namespace lt {
 struct Table {
   const char* name;
   int panel;   // rows that the micro-kernel takes at once
-  bool dense;  // whether it multiplies bfloat16 too
+  int dense;   // bytes of a number of rows for plain weights: 2 bfloat16, 4 float32, 0 where it has no such products
   bool in_rows;  // whether products read rows of activations that lie one after the other
   void (*bounds)(const Weight&, float*);
   void (*expand)(const Weight&, int8_t*);  // all of a weight as the int8 that products see: for tests
