@@ -6,8 +6,8 @@ What makes a tiny network spell within hours is the start and the help:
   by all characters, not one to be learnt for each;
 - a head on the text stream says where each quoted character stands, one on the picture stream says what stands on
   each token. Both teach the routing from text to place, which otherwise takes most of the time;
-- the same head says, twice as early, what stands on each token of a picture that is to be edited: to put words
-  elsewhere, or in another face, the network must first have read them;
+- the same head says, half way, what stands on each token of a picture that is to be edited: to put words elsewhere, or
+  in another face, the network must have read them before it draws. Left alone it reads half of them, and too late;
 - a third draws each token's shapes in black and white, so that strokes are learnt apart from colour and noise;
 - two more draw the character of a text token, behind the reader and a third of the way through the transformer. Without
   them the code of a character does not survive that far (docs/LOG.md), and drawing it stays a feat of memory;
@@ -149,16 +149,18 @@ class WatchedStack(Stack):
     """The blocks in order, remembering both streams for the helper heads. `run` may be a compiled function."""
 
     run: Callable[[nn.Module, Tensor, Tensor, Context], tuple[Tensor, Tensor]] = staticmethod(plain_block)
-    early: Tensor
+    half: Tensor
     middle: Tensor
     text: Tensor
 
     def forward(self, img: Tensor, txt: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
-        early, late = max(0, len(self) // 3 - 1), max(0, len(self) * 2 // 3 - 1)
+        early, half, late = (max(0, len(self) * sixths // 6 - 1) for sixths in (2, 3, 4))
         for i, block in enumerate(self):
             img, txt = self.run(block, img, txt, ctx)
             if i == early:
-                self.early, self.text = img, txt
+                self.text = txt
+            if i == half:
+                self.half = img
             if i == late:
                 self.middle = img
         return img, txt
@@ -253,7 +255,7 @@ class NanoNet(nn.Module):
             self.drawn(text),
             self.scene(text),
             self.named(states),
-            () if batch.references is None else self.what(self.stack.early[:, tokens:]),
+            () if batch.references is None else self.what(self.stack.half[:, tokens:]),
         )
         return velocity, said
 
