@@ -20,6 +20,7 @@ from lanting.cli import draw
 from lanting.cli.main import main
 from lanting.core.types import Result
 from lanting.evals.draw import by_rule
+from lanting.evals.edit import without_pictograms
 from lanting.evals.ocr import Judge
 from lanting.evals.sets import Case
 from lanting.specs import get_spec
@@ -66,7 +67,9 @@ def engine(monkeypatch, tmp_path):
             made = make(*given, **named)
             fake.designs |= {case.prompt: case.design for case in made}
             for case in made:
-                fake.words[by_rule([case.design])[0].tobytes()] = case.lines
+                image = by_rule([case.design])[0]
+                for shown in (image, without_pictograms(image, case.design)):
+                    fake.words[shown.tobytes()] = case.lines
             return made
 
         return cases
