@@ -12,8 +12,8 @@ from lanting.kernels.calls import Packed
 from lanting.nn.blocks import TYPES
 from lanting.nn.dequant import dequantize
 
-SLACK = {"amx": 0.01, "avx512_bf16": 0.01, "avx512_vnni": 0.01}
-"""How far from a tie a value may be rounded the other way, in steps. AVX-512 multiplies codes of 8 and 6 bits with
+SLACK = {"amx": 0.01, "avx512_bf16": 0.01, "avx512_vnni": 0.01, "avx_vnni": 0.01, "avx2": 0.01}
+"""How far from a tie a value may be rounded the other way, in steps. Vectors multiply codes of 8 and 6 bits with
 factors of 15 and 12 bits after the point; all others compute in float32."""
 
 

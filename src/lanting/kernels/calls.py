@@ -10,7 +10,6 @@ are a programming error and raise ValueError.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -23,9 +22,7 @@ KINDS = {"int8": 0, "int4": 1, "Q4_0": 2, "Q8_0": 3, "Q4_K": 4, "Q6_K": 5, "bf16
 PLAIN = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 BLOCKS = {"Q4_0": (32, 18), "Q8_0": (32, 34), "Q4_K": (256, 144), "Q6_K": (256, 210)}  # values, bytes
 STORE, GELU, ADD = 0, 1, 2
-CHUNK = 64  # columns of codes are rounded up to
 WIDEST = 512  # heads
-APART = 16  # numbers between rows of float32, see `row_stride` in csrc
 LONGEST = 1 << 16  # rows: 255 * 127 times as many still fit 32 bits
 NEVER = 2**62  # rows of the only item
 NO_BOUND = torch.empty(0)
@@ -163,26 +160,19 @@ class Rounded:
     sum: Tensor
     rows: int
     columns: int
+    dense: bool
 
     def struct(self) -> lib.Codes:
         at = (self.data.data_ptr(), self.scale.data_ptr(), self.sum.data_ptr())
         return lib.Codes(*at, self.rows, self.columns, int(self.dense))
 
-    @property
-    def dense(self) -> bool:
-        return self.data.dtype != torch.int8
-
 
 def room(rows: int, columns: int, dense: bool = False) -> Rounded:
     """Room for rounded rows, of int8 or dense."""
     found = lib.library()
-    panel = 1 if found is None else found.lt_panel()
-    size = math.ceil(rows / panel) * panel * math.ceil(columns / CHUNK) * CHUNK
-    dtype = torch.int8 if not dense else torch.bfloat16
-    if dense and lib.dense_bytes() == 4:
-        size, dtype = rows * (math.ceil(columns / CHUNK) * CHUNK + APART), torch.float32
+    size = 0 if found is None else found.lt_codes_bytes(rows, columns, int(dense))
     sums = torch.empty(rows, dtype=torch.int32)
-    return Rounded(torch.empty(size, dtype=dtype), torch.empty(rows), sums, rows, columns)
+    return Rounded(torch.empty(size, dtype=torch.uint8), torch.empty(rows), sums, rows, columns, dense)
 
 
 def quantize(x: Tensor, dense: bool = False) -> Rounded:

@@ -166,7 +166,8 @@ def library(path: Path = LIBRARY) -> ctypes.CDLL | None:
     for name, kinds in CALLS.items():
         call = getattr(found, name)
         call.argtypes = [k if k in (c_void_p, c_int) else ctypes.POINTER(k) for k in kinds]
-    found.lt_block_bytes.restype = c_int64
+    found.lt_block_bytes.restype = found.lt_codes_bytes.restype = c_int64
+    found.lt_codes_bytes.argtypes = [c_int64, c_int64, c_int]
     if (asked := os.environ.get("LANTING_KERNELS", "")) and found.lt_use(asked.lower().encode()):
         warnings.warn(f"LANTING_KERNELS: no {asked} runs here, {found.lt_name().decode()} does", stacklevel=2)
     found.lt_threads(thread_count())

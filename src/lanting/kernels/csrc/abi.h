@@ -23,9 +23,9 @@ struct PerRow {
 
 // Rows laid out for the micro-kernel of one ISA: rounded to int8, each with a scale of its own, or dense, in the numbers
 // that plain weights are multiplied in (`Table::dense`). In panels; where the set can read them so (`Table::in_rows`),
-// and always in float32, one after the other.
+// and always for the products of wide.h, one after the other.
 struct Codes {
-  int8_t* data;    // (panels, columns / 4, panel, 4), or (panels, columns / 2, panel, 2) of bfloat16, or (rows, stride) of float32
+  int8_t* data;    // (panels, columns / 4, panel, 4), or (panels, columns / 2, panel, 2) of bfloat16, or (rows, stride) of float32, or of int16
   float* scale;    // (rows) of int8, as the sums
   int32_t* sum;    // (rows)
   int64_t rows, columns;

@@ -50,7 +50,8 @@ class Room {
   }
 
   Codes codes(int64_t count, int64_t columns) {  // as large as the larger type needs
-    int8_t* data = static_cast<int8_t*>(take(up_to(count, table_.panel) * (up_to(columns, 64) + 16) * std::max(2, table_.dense)));
+    int64_t plain = table_.dense ? table_.codes_bytes(count, columns, 1) : 0;
+    int8_t* data = static_cast<int8_t*>(take(std::max(plain, table_.codes_bytes(count, columns, 0))));
     float* scale = static_cast<float*>(take(count * 4));
     return {data, scale, static_cast<int32_t*>(take(count * 4)), count, columns, 0, 0};
   }

@@ -2,7 +2,7 @@
 // without rounding anything. torch's are as fast on wide matrices; on narrow ones, and with what follows a product done
 // at once, these are faster.
 #pragma once
-#include "floats.h"
+#include "wide.h"
 
 namespace {
 

@@ -88,7 +88,7 @@ using namespace lt;
 
 LT_EXPORT int lt_abi() { return ABI; }
 LT_EXPORT const char* lt_name() { return used->name; }
-LT_EXPORT int lt_panel() { return used->panel; }
+LT_EXPORT int64_t lt_codes_bytes(int64_t rows, int64_t columns, int dense) { return used->codes_bytes(rows, columns, dense); }
 LT_EXPORT int lt_dense() { return used->dense; }
 LT_EXPORT void lt_threads(int count) { set_threads(count); }
 

@@ -17,7 +17,7 @@
 
 namespace lt {
 extern const Table LT_JOIN(table_, LT_NAME);
-const Table LT_JOIN(table_, LT_NAME) = {LT_TEXT(LT_NAME), PANEL,     DENSE,     IN_ROWS, bounds,   expand_all, quantize,
+const Table LT_JOIN(table_, LT_NAME) = {LT_TEXT(LT_NAME), codes_bytes, DENSE,     IN_ROWS, bounds,   expand_all, quantize,
                                         norm,             any_product, turn,    attend,  activate, norm_silu,  spin,
                                         pass,             conv::bytes, conv::lay, conv::run};
 }  // namespace lt

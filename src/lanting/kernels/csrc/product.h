@@ -23,7 +23,8 @@ constexpr int ZERO = 128;     // vpdpbusd wants one unsigned side: weights are s
 constexpr int PANEL = 6;      // 12 of 16 registers hold sums
 constexpr int ZERO = 128;
 #elif defined(__AVX2__)
-constexpr int PANEL = 4;
+#define LT_SHORTS             // bytes are widened to 16 bits, see wide.h
+constexpr int PANEL = 6;
 constexpr int ZERO = 0;
 #elif defined(__ARM_FEATURE_DOTPROD)
 constexpr int PANEL = 4;
@@ -40,10 +41,15 @@ constexpr bool IN_ROWS = false;
 #if defined(__AVX512BF16__)
 constexpr int DENSE = 2;      // bytes of a number of dense rows, which meet plain weights: 0 where torch multiplies those
 #elif defined(__AVX2__)
-#define LT_FLOATS             // in float32, see floats.h
+#define LT_FLOATS             // in float32, see wide.h
 constexpr int DENSE = 4;
 #else
 constexpr int DENSE = 0;
+#endif
+#if defined(LT_SHORTS)
+constexpr bool SHORTS = true;
+#else
+constexpr bool SHORTS = false;
 #endif
 #if defined(LT_AMX)
 constexpr int64_t TOGETHER = 64;     // bytes of a row that lie together
@@ -68,7 +74,7 @@ inline __m256i dot4(__m256i sum, __m256i u, __m256i s) {
 }
 #endif
 
-#if !defined(LT_AMX)
+#if !defined(LT_AMX) && !defined(LT_SHORTS)
 // acc (R, 32) = the first R rows of A (K4, PANEL, 4), or of rows `stride` apart, times W (K4, 2, 16, 4)
 template <int R, bool in_rows>
 void micro(const int8_t* a, [[maybe_unused]] int64_t stride, const int8_t* w, int64_t k4, int32_t* out) {
@@ -112,32 +118,6 @@ void micro(const int8_t* a, [[maybe_unused]] int64_t stride, const int8_t* w, in
       }
     }
 #pragma GCC unroll 6
-    for (int r = 0; r < R; r++) {
-      _mm256_store_si256(reinterpret_cast<__m256i*>(out + r * TILE + side * 16), acc[r][0]);
-      _mm256_store_si256(reinterpret_cast<__m256i*>(out + r * TILE + side * 16 + 8), acc[r][1]);
-    }
-  }
-#elif defined(__AVX2__)
-  const __m256i ones = _mm256_set1_epi16(1);
-  for (int side = 0; side < 2; side++) {
-    __m256i acc[R][2];
-    for (int r = 0; r < R; r++) acc[r][0] = acc[r][1] = _mm256_setzero_si256();
-    const int8_t *from = w + side * 64, *rows = a;
-    for (int64_t k = 0; k < k4; k++, from += 128, rows += 4 * PANEL) {
-      __m256i w0 = _mm256_load_si256(reinterpret_cast<const __m256i*>(from));
-      __m256i w1 = _mm256_load_si256(reinterpret_cast<const __m256i*>(from + 32));
-      __m256i u0 = _mm256_abs_epi8(w0), u1 = _mm256_abs_epi8(w1);
-#pragma GCC unroll 4
-      for (int r = 0; r < R; r++) {  // |w| <= 127 and |a| <= 127: two products fit 16 bits
-        int32_t four;
-        memcpy(&four, rows + 4 * r, 4);
-        __m256i x = _mm256_set1_epi32(four);
-        __m256i p0 = _mm256_maddubs_epi16(u0, _mm256_sign_epi8(x, w0));
-        __m256i p1 = _mm256_maddubs_epi16(u1, _mm256_sign_epi8(x, w1));
-        acc[r][0] = _mm256_add_epi32(acc[r][0], _mm256_madd_epi16(p0, ones));
-        acc[r][1] = _mm256_add_epi32(acc[r][1], _mm256_madd_epi16(p1, ones));
-      }
-    }
     for (int r = 0; r < R; r++) {
       _mm256_store_si256(reinterpret_cast<__m256i*>(out + r * TILE + side * 16), acc[r][0]);
       _mm256_store_si256(reinterpret_cast<__m256i*>(out + r * TILE + side * 16 + 8), acc[r][1]);
@@ -200,6 +180,45 @@ inline int64_t panels_together(int64_t panels, int64_t bytes) {
   return blocks ? (panels + blocks - 1) / blocks : 1;
 }
 
+#if defined(LT_BYTES)
+// 64 values of a row from column k on; what lies behind the row's end is 0.
+template <int kind> inline Bytes bytes_of(const Weight& w, int64_t row, int64_t k, float per) {
+  int64_t there = w.columns - k;
+  if (there >= CHUNK) return fill<kind>(w, row, k, per);
+  if (w.columns >= CHUNK && row + 1 < w.rows) return first_of(fill<kind>(w, row, k, per), there);  // the rest is the next row
+  alignas(64) int8_t last[CHUNK];
+  fill_plain(w, row, k, per, last);
+  return load64(last);
+}
+#endif
+
+// 64 columns of 16 rows, from `first` on, as (16, 16, 4), 128 bytes from one 16 to the next.
+template <int kind> inline void expand_some(const Weight& w, int64_t first, int64_t k, const float* per, int8_t* to) {
+  auto row_of = [&](int r) { return smaller(first + r, w.rows - 1); };
+#if defined(__AVX512VNNI__)
+  __m512i v[16];
+  for (int r = 0; r < 16; r++) v[r] = xor64(bytes_of<kind>(w, row_of(r), k, per[r]), int8_t(ZERO));
+  turn_around(v);
+  for (int j = 0; j < 16; j++) _mm512_store_si512(to + j * 128, v[j]);
+#elif defined(LT_BYTES)
+  for (int from = 0; from < 16; from += 8) {
+    __m256 low[8], high[8];
+    for (int r = 0; r < 8; r++) {
+      Bytes x = xor64(bytes_of<kind>(w, row_of(from + r), k, per[from + r]), int8_t(ZERO));
+      low[r] = _mm256_castsi256_ps(x.a), high[r] = _mm256_castsi256_ps(x.b);
+    }
+    float* out = reinterpret_cast<float*>(to + 4 * from);
+    turn_eight(low, out, 32), turn_eight(high, out + 8 * 32, 32);
+  }
+#else
+  for (int r = 0; r < 16; r++) {
+    int8_t line[CHUNK];
+    fill_plain(w, row_of(r), k, per[r], line);
+    for (int j = 0; j < 16; j++) memcpy(to + j * 128 + r * 4, line + 4 * j, 4);
+  }
+#endif
+}
+
 // Columns `begin` to `end` of 32 rows of a weight from row `first` on as a tile (columns / 4, 2, 16, 4); rows behind the
 // last repeat it.
 template <int kind> void expand(const Weight& w, int64_t first, int64_t begin, int64_t end, int8_t* tile) {
@@ -209,38 +228,8 @@ template <int kind> void expand(const Weight& w, int64_t first, int64_t begin, i
     per[r] = bound > 0 ? 127 / bound : 0;
   }
   for (int side = 0; side < 2; side++)
-    for (int64_t k = begin; k < end; k += CHUNK) {
-      int8_t* to = tile + ((k - begin) / 4 * 2 + side) * 64;
-#if defined(__AVX512VNNI__)
-      __m512i v[16];
-      const __m512i shift = _mm512_set1_epi8(int8_t(ZERO));
-      for (int r = 0; r < 16; r++) {
-        int64_t row = smaller(first + side * 16 + r, w.rows - 1);
-        int64_t there = w.columns - k;
-        if (there >= CHUNK) {
-          v[r] = fill<kind>(w, row, k, per[side * 16 + r]);
-        } else if (w.columns >= CHUNK && row + 1 < w.rows) {  // what it reads behind the row is the next one
-          v[r] = _mm512_maskz_mov_epi8((uint64_t(1) << there) - 1, fill<kind>(w, row, k, per[side * 16 + r]));
-        } else {
-          alignas(64) int8_t last[CHUNK];
-          fill_plain(w, row, k, per[side * 16 + r], last);
-          v[r] = _mm512_load_si512(last);
-        }
-        v[r] = _mm512_xor_si512(v[r], shift);
-      }
-      turn_around(v);
-      for (int j = 0; j < 16; j++) _mm512_store_si512(to + j * 128, v[j]);
-#else
-      for (int r = 0; r < 16; r++) {
-        int64_t row = smaller(first + side * 16 + r, w.rows - 1);
-        int8_t line[CHUNK];
-        fill_plain(w, row, k, per[side * 16 + r], line);
-        if (ZERO)
-          for (int8_t& each : line) each = int8_t(each ^ ZERO);
-        for (int j = 0; j < 16; j++) memcpy(to + j * 128 + r * 4, line + 4 * j, 4);
-      }
-#endif
-    }
+    for (int64_t k = begin; k < end; k += CHUNK)
+      expand_some<kind>(w, first + side * 16, k, per + side * 16, tile + ((k - begin) / 4 * 2 + side) * 64);
 }
 
 void expand_tile(const Weight& w, int64_t first, int64_t begin, int64_t end, int8_t* tile) {
@@ -297,7 +286,15 @@ template <class S> inline void finish(const Result& r, int64_t row, int64_t rows
   else (brain ? finish_as<STORE, uint16_t, S> : finish_as<STORE, float, S>)(r, row, rows, column, count, sums);
 }
 
-#if !defined(LT_AMX)
+// Ask for a part of the weight's rows that will be expanded next, while the present ones compute.
+inline void ask_for(const Weight& w, int64_t first, int64_t part, int64_t parts) {
+  if (first >= w.rows) return;
+  int64_t size = smaller(TILE, w.rows - first) * w.row_bytes;
+  const uint8_t* at = w.data + first * w.row_bytes;
+  for (int64_t i = size * part / parts / 64 * 64; i < size * (part + 1) / parts; i += 64) __builtin_prefetch(at + i, 0, 2);
+}
+
+#if !defined(LT_AMX) && !defined(LT_SHORTS)
 // 32 rows of a weight, ready to meet rows of activations.
 struct Tile {
   int64_t first, count;
@@ -324,14 +321,6 @@ inline void ready_tile(const Weight& w, const Result& r, Tile& t) {
     t.scale[j] = there ? w.bound[t.first + j] / 127 : 0;
     t.bias[j] = there && r.bias ? r.bias[t.first + j] : 0;
   }
-}
-
-// Ask for a part of the weight's rows that will be expanded next, while the present ones compute.
-inline void ask_for(const Weight& w, int64_t first, int64_t part, int64_t parts) {
-  if (first >= w.rows) return;
-  int64_t size = smaller(TILE, w.rows - first) * w.row_bytes;
-  const uint8_t* at = w.data + first * w.row_bytes;
-  for (int64_t i = size * part / parts / 64 * 64; i < size * (part + 1) / parts; i += 64) __builtin_prefetch(at + i, 0, 2);
 }
 
 void product(const Codes& a, const Weight& w, const Result& r) {

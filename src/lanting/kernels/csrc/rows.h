@@ -4,8 +4,17 @@
 
 namespace {
 
-// Numbers from row to row of dense rows in float32. A step that is no power of two keeps rows apart in the cache.
-inline int64_t row_stride(const Codes& c) { return c.stride ? c.stride : padded(c.columns) + 16; }
+// Whether rows of codes lie one after the other whatever their width: those of `wide.h`.
+constexpr bool rows_alone(bool dense) { return dense ? DENSE == 4 : SHORTS; }
+
+// Numbers from row to row of such codes. A step that is no power of two keeps rows apart in the cache.
+inline int64_t row_stride(const Codes& c) { return c.stride ? c.stride : padded(c.columns) + (c.type == BFLOAT16 ? 16 : 32); }
+
+int64_t codes_bytes(int64_t rows, int64_t columns, int dense) {
+  int64_t size = dense ? DENSE : SHORTS ? 2 : 1;
+  if (rows_alone(dense)) return rows * (padded(columns) * size + 64);
+  return panel_count(rows) * PANEL * padded(columns) * size;
+}
 
 // Where a row of codes lies: its bytes one after the other, or in pieces of a panel.
 struct Place {
@@ -13,16 +22,21 @@ struct Place {
   int64_t place = -1;  // in a panel
 
   Place(const Codes& to, int64_t panel, int64_t row) : data(to.data) {
-    int64_t size = to.type == BFLOAT16 ? DENSE : 1;
-    if (size == 4) data += row * row_stride(to) * 4;
+    bool dense = to.type == BFLOAT16;
+    int64_t size = dense ? DENSE : SHORTS ? 2 : 1;
+    if (rows_alone(dense)) data += row * row_stride(to) * size;
     else if (IN_ROWS && to.stride) data += row * to.stride * size;
     else data += size * panel * PANEL * padded(to.columns), place = row - panel_begin(to.rows, panel);
   }
 
   // Where to write CHUNK numbers from byte k on, for `lay` to bring to their places: there, if bytes lie together.
-  template <class T> T* at(T* line, int64_t k) const { return place < 0 ? reinterpret_cast<T*>(data + k) : line; }
+  template <class T> T* at(T* line, int64_t k) const { return place < 0 && !(SHORTS && sizeof(T) == 1) ? reinterpret_cast<T*>(data + k) : line; }
 
   template <class T> void lay(const T* from, int64_t k) const {
+    if constexpr (SHORTS && sizeof(T) == 1) {
+      for (int64_t j = 0; j < CHUNK; j++) reinterpret_cast<int16_t*>(data)[k + j] = from[j];
+      return;
+    }
     const int8_t* line = reinterpret_cast<const int8_t*>(from);
     if (place >= 0)
       for (int64_t j = 0; j < CHUNK * int64_t(sizeof(T)); j += TOGETHER) memcpy(data + in_panel(place, k + j), line + j, TOGETHER);

@@ -6,7 +6,7 @@ namespace lt {
 
 struct Table {
   const char* name;
-  int panel;   // rows that the micro-kernel takes at once
+  int64_t (*codes_bytes)(int64_t rows, int64_t columns, int dense);
   int dense;   // bytes of a number of rows for plain weights: 2 bfloat16, 4 float32, 0 where it has no such products
   bool in_rows;  // whether products read rows of activations that lie one after the other
   void (*bounds)(const Weight&, float*);

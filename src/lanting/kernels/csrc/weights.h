@@ -4,7 +4,7 @@
 // Rounding to 8 bits once more costs little beside 4 bits, and lets a product run over all of a row in integers. The
 // bound of a row (a tensor of its own, see `row_bound`) is the largest value its codes could stand for.
 #pragma once
-#include "numbers.h"
+#include "bytes.h"
 
 #if defined(__AMX_TILE__) && defined(__AMX_INT8__) && defined(__AMX_BF16__)
 #define LT_AMX  // see amx.h
@@ -132,102 +132,94 @@ inline void fill_plain(const Weight& w, int64_t row, int64_t k, float per, int8_
   }
 }
 
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#if defined(LT_BYTES)
 
-// The 16 values that a 4-bit code stands for, (code * step + start) in int8.
-inline __m128i sixteen(float step, float start) {
-  const __m512 codes = _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-  __m512i q = _mm512_cvtps_epi32(_mm512_fmadd_ps(codes, _mm512_set1_ps(step), _mm512_set1_ps(start)));
-  return _mm512_cvtsepi32_epi8(q);
+inline __m128i sixteen_at(const uint8_t* at) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(at)); }
+inline __m256i thirty_two_at(const uint8_t* at) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)); }
+
+inline Bytes nibbles(const uint8_t* at) {  // low bits of 32 bytes, then their high bits
+  __m256i bytes = thirty_two_at(at);
+  return and64(halves(bytes, _mm256_srli_epi16(bytes, 4)), 15);
 }
 
-inline __m512i lanes(__m128i a, __m128i b, __m128i c, __m128i d) {
-  __m512i x = _mm512_castsi128_si512(a);
-  x = _mm512_inserti32x4(x, b, 1);
-  x = _mm512_inserti32x4(x, c, 2);
-  return _mm512_inserti32x4(x, d, 3);
+inline __m256i nibbles_of_16(__m128i bytes) {
+  return _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(bytes, 4), bytes), _mm256_set1_epi8(15));
 }
 
-inline __m512i halves(__m256i a, __m256i b) { return _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1); }
-
-inline __m512i nibbles(const uint8_t* at) {  // low bits of 32 bytes, then their high bits
-  __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)), low = _mm256_set1_epi8(15);
-  return halves(_mm256_and_si256(bytes, low), _mm256_and_si256(_mm256_srli_epi16(bytes, 4), low));
-}
+inline Bytes twice(__m128i a, __m128i b) { return halves(_mm256_broadcastsi128_si256(a), _mm256_broadcastsi128_si256(b)); }
 
 // 64 signed bytes, 16 in a row times a factor each, at most 1 (`shift` 0) or 4 (`shift` 3) in size, to nearest.
-inline __m512i scaled(__m512i q, const float* factors, int shift) {
-  __m256i low = _mm512_castsi512_si256(q), high = _mm512_extracti64x4_epi64(q, 1);
+inline Bytes scaled(Bytes q, const float* factors, int shift) {
   int16_t f[4];
   for (int i = 0; i < 4; i++) {
     int32_t x = nearest(factors[i] * float(32768 >> shift));
     f[i] = int16_t(x > 32767 ? 32767 : x < -32767 ? -32767 : x);
   }
-  auto pair = [&](int i) { return halves(_mm256_set1_epi16(f[i]), _mm256_set1_epi16(f[i + 1])); };
-  __m512i a = _mm512_slli_epi16(_mm512_cvtepi8_epi16(low), shift), b = _mm512_slli_epi16(_mm512_cvtepi8_epi16(high), shift);
-  a = _mm512_mulhrs_epi16(a, pair(0)), b = _mm512_mulhrs_epi16(b, pair(2));
-  q = halves(_mm512_cvtsepi16_epi8(a), _mm512_cvtsepi16_epi8(b));
-  return _mm512_max_epi8(q, _mm512_set1_epi8(-127));  // -128 times 1, which our quantizers never write
+  return at_least(times(q, f, shift), -127);  // -128 times 1, which our quantizers never write
 }
 
-template <int kind> inline __m512i fill(const Weight& w, int64_t row, int64_t k, float per) {
+// 64 values of INT4 from column k on.
+inline Bytes fill_int4(const Weight& w, int64_t row, int64_t k, float per) {
+  const uint8_t* at = w.data + row * w.row_bytes;
+  const int shift = __builtin_ctzll(w.group);  // dividing would take as long as all the rest
+  int64_t groups = w.columns >> shift, g = k >> shift;
+  auto table = [&](int64_t i) {
+    float step = per * number(w.scale, row * groups + i, w.scale_type);
+    return sixteen(step, -8 * step);
+  };
+  if (w.group == 64) return look_up(same(table(g)), nibbles(at + g * 32));
+  if (w.group == 128) {  // low bits of 64 bytes, or their high bits
+    Bytes q = load64(at + g * 64);
+    return look_up(same(table(g)), and64(k % 128 ? bits_down(q) : q, 15));
+  }
+  if (w.group == 32) {
+    __m256i first = nibbles_of_16(sixteen_at(at + g * 16)), second = nibbles_of_16(sixteen_at(at + g * 16 + 16));
+    return look_up(twice(table(g), table(g + 1)), halves(first, second));
+  }
+  auto pair = [&](int64_t i) {  // of groups of 16
+    auto eight = [&](int64_t j) {
+      __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(at + j * 8));
+      return _mm_and_si128(_mm_unpacklo_epi64(bytes, _mm_srli_epi16(bytes, 4)), _mm_set1_epi8(15));
+    };
+    return _mm256_set_m128i(eight(i + 1), eight(i));
+  };
+  auto tables = [&](int64_t i) { return _mm256_set_m128i(table(i + 1), table(i)); };
+  return look_up(halves(tables(g), tables(g + 2)), halves(pair(g), pair(g + 2)));
+}
+
+// 64 values of Q6_K from column k on.
+inline Bytes fill_q6(const Weight& w, int64_t row, int64_t k, float per) {
+  const uint8_t* block = w.data + row * w.row_bytes + k / 256 * 210;
+  int side = k % 256 / 128, part = k % 128 / 64;
+  Bytes low = load64(block + side * 64);
+  __m256i high = thirty_two_at(block + 128 + side * 32);
+  if (part) low = bits_down(low), high = _mm256_srli_epi16(high, 4);
+  Bytes two = bits_up(and64(halves(high, _mm256_srli_epi16(high, 2)), 3));
+  float d = per * half_at(block + 208), f[4];
+  for (int i = 0; i < 4; i++) f[i] = d * int8_t(block[192 + side * 8 + part * 4 + i]);
+  return scaled(less(or64(and64(low, 15), two), 32), f, 3);
+}
+
+template <int kind> inline Bytes fill(const Weight& w, int64_t row, int64_t k, float per) {
   const uint8_t* at = w.data + row * w.row_bytes;
   if constexpr (kind == INT8) {
-    __m512i q = _mm512_loadu_si512(at + k);
-    if (w.group == w.columns) return _mm512_max_epi8(q, _mm512_set1_epi8(-127));
+    Bytes q = load64(at + k);
+    if (w.group == w.columns) return at_least(q, -127);
     int64_t groups = w.columns / w.group;
     float f[4];
     for (int i = 0; i < 4; i++) f[i] = per * number(w.scale, row * groups + (k + 16 * i) / w.group, w.scale_type);
     return scaled(q, f, 0);
   } else if constexpr (kind == INT4) {
-    const int shift = __builtin_ctzll(w.group);  // dividing would take as long as all the rest
-    int64_t groups = w.columns >> shift, g = k >> shift;
-    auto table = [&](int64_t i) {
-      float step = per * number(w.scale, row * groups + i, w.scale_type);
-      return sixteen(step, -8 * step);
-    };
-    if (w.group >= 64) {
-      __m512i q;
-      if (w.group == 64) {
-        q = nibbles(at + g * 32);
-      } else {  // of 128: low bits of 64 bytes, or their high bits
-        q = _mm512_loadu_si512(at + g * 64);
-        if (k % 128) q = _mm512_srli_epi16(q, 4);
-        q = _mm512_and_si512(q, _mm512_set1_epi8(15));
-      }
-      return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(table(g)), q);
-    }
-    __m128i low = _mm_set1_epi8(15), part[4], tables[4];
-    for (int i = 0; i < 2; i++) {
-      if (w.group == 32) {
-        __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at + (g + i) * 16));
-        part[2 * i] = _mm_and_si128(bytes, low), part[2 * i + 1] = _mm_and_si128(_mm_srli_epi16(bytes, 4), low);
-        tables[2 * i] = tables[2 * i + 1] = table(g + i);
-      } else {
-        for (int j = 0; j < 2; j++) {
-          __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(at + (g + 2 * i + j) * 8));
-          __m128i both = _mm_unpacklo_epi64(bytes, _mm_srli_epi16(bytes, 4));
-          part[2 * i + j] = _mm_and_si128(both, low), tables[2 * i + j] = table(g + 2 * i + j);
-        }
-      }
-    }
-    return _mm512_shuffle_epi8(lanes(tables[0], tables[1], tables[2], tables[3]), lanes(part[0], part[1], part[2], part[3]));
+    return fill_int4(w, row, k, per);
   } else if constexpr (kind == Q4_0) {
-    const uint8_t* block = at + k / 32 * 18;
-    __m128i low = _mm_set1_epi8(15), part[4], tables[2];
-    for (int i = 0; i < 2; i++, block += 18) {
-      __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(block + 2));
-      part[2 * i] = _mm_and_si128(bytes, low), part[2 * i + 1] = _mm_and_si128(_mm_srli_epi16(bytes, 4), low);
-      float step = per * half_at(block);
-      tables[i] = sixteen(step, -8 * step);
-    }
-    return _mm512_shuffle_epi8(lanes(tables[0], tables[0], tables[1], tables[1]), lanes(part[0], part[1], part[2], part[3]));
+    const uint8_t *block = at + k / 32 * 18, *next = block + 18;
+    float a = per * half_at(block), b = per * half_at(next);
+    Bytes codes = halves(nibbles_of_16(sixteen_at(block + 2)), nibbles_of_16(sixteen_at(next + 2)));
+    return look_up(twice(sixteen(a, -8 * a), sixteen(b, -8 * b)), codes);
   } else if constexpr (kind == Q8_0) {
     const uint8_t* block = at + k / 32 * 34;
     float a = per * half_at(block), b = per * half_at(block + 34), f[4] = {a, a, b, b};
-    __m256i first = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(block + 2));
-    __m256i second = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(block + 36));
-    return scaled(halves(first, second), f, 0);
+    return scaled(halves(thirty_two_at(block + 2), thirty_two_at(block + 36)), f, 0);
   } else if constexpr (kind == Q4_K) {
     const uint8_t* block = at + k / 256 * 144;
     int j = k % 256 / 64, scale, least;
@@ -235,42 +227,9 @@ template <int kind> inline __m512i fill(const Weight& w, int64_t row, int64_t k,
     six_bits(block + 4, 2 * j, scale, least);
     __m128i first = sixteen(d * scale, -dmin * least);
     six_bits(block + 4, 2 * j + 1, scale, least);
-    __m128i second = sixteen(d * scale, -dmin * least);
-    return _mm512_shuffle_epi8(lanes(first, first, second, second), nibbles(block + 16 + j * 32));
+    return look_up(twice(first, sixteen(d * scale, -dmin * least)), nibbles(block + 16 + j * 32));
   } else {
-    const uint8_t* block = at + k / 256 * 210;
-    int side = k % 256 / 128, part = k % 128 / 64;
-    __m512i low = _mm512_loadu_si512(block + side * 64);
-    if (part) low = _mm512_srli_epi16(low, 4);
-    __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(block + 128 + side * 32));
-    if (part) high = _mm256_srli_epi16(high, 4);
-    __m512i two = halves(high, _mm256_srli_epi16(high, 2));
-    two = _mm512_slli_epi16(_mm512_and_si512(two, _mm512_set1_epi8(3)), 4);
-    __m512i q = _mm512_or_si512(_mm512_and_si512(low, _mm512_set1_epi8(15)), two);
-    float d = per * half_at(block + 208), f[4];
-    for (int i = 0; i < 4; i++) f[i] = d * int8_t(block[192 + side * 8 + part * 4 + i]);
-    return scaled(_mm512_sub_epi8(q, _mm512_set1_epi8(32)), f, 3);
-  }
-}
-
-// 16 rows of 64 bytes -> 16 columns of 4 bytes: out[j] holds bytes 4j..4j+3 of every row.
-inline void turn_around(__m512i v[16]) {
-  __m512i t[16];
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    v[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]), v[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    v[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]), v[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-  for (int i = 0; i < 4; i++) {
-    t[i] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0x88), t[i + 4] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0xdd);
-    t[i + 8] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0x88), t[i + 12] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0xdd);
-  }
-  for (int i = 0; i < 8; i++) {
-    v[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-    v[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+    return fill_q6(w, row, k, per);
   }
 }
 #endif
