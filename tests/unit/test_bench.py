@@ -196,6 +196,26 @@ def test_watching_sorts_operations_and_puts_the_kernels_back():
     assert sum(part.seconds for part in parts) == pytest.approx(1) and parts[-1].name == "small"
 
 
+@pytest.mark.skipif(not library.ready(), reason="the kernels are not built here")
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_block_that_is_one_call_is_watched_kernel_by_kernel(kind):
+    net = Transformer(num_layers=1, num_attention_heads=4, attention_head_dim=128)
+    case = run.Case("layer", "256", lambda: layer.subject(net, 256, 128, kind, layer.make(net, kind)))
+    row = run.row_of(case, replace(LIMITS, threads=2), replace(TINY, least=5))  # two: the clock is the wall's
+    parts = {loss.part: loss for loss in row.losses}
+    assert row.by == "kernels" and parts["linears"].calls == 12 and parts["attention"].calls == 1
+    assert parts["linears"].seconds + parts["attention"].seconds > row.seconds / 2
+
+
+def test_kernels_of_whole_blocks_have_no_overhead_of_their_own():
+    """They are scaled to the time of the whole, and each block counts as one call."""
+    watch = Watch()
+    watch.within, watch.blocks = {"linears": [1e-9] * 300, "attention": [1e-9] * 100}, 20
+    parts = [(part.name, part.seconds, part.calls) for part in split(watch, 2e-7)]
+    assert parts == [("linears", pytest.approx(1.5e-7), 300), ("attention", pytest.approx(0.5e-7), 100)]
+    assert split(watch, 1.0)[-1].calls == 20
+
+
 def test_limits_are_measured_with_and_without_kernels(monkeypatch):
     monkeypatch.setattr("lanting.bench.limits.buffer_size", lambda: 16 << 20)
     found = measure(1, 2)

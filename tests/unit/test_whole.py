@@ -6,6 +6,8 @@ import copy
 import gc
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -67,6 +69,28 @@ def test_the_bits_are_those_of_single_calls(counted, monkeypatch, kind, batch, m
     assert torch.equal(singly(net, monkeypatch, batch, masked), found)
     assert "lt_block" not in counted
     assert counted.count("lt_product") > 30
+
+
+def test_who_looks_into_blocks_sees_single_calls_of_the_same_bits(counted):
+    """Other threads keep the whole blocks, and so does this one afterwards."""
+    net, inside = attached("int8"), []
+    wanted = draw(net)
+
+    @contextmanager
+    def look() -> Iterator[None]:
+        inside.append(len(counted))
+        yield
+        inside.append(len(counted))
+
+    counted.clear()
+    with whole.apart(look):
+        assert torch.equal(draw(net), wanted)
+        assert "lt_block" not in counted and counted.count("lt_product") > 30
+        assert len(inside) == 6 and all(end > begin for begin, end in zip(inside[::2], inside[1::2], strict=True))
+        with ThreadPoolExecutor(1) as other:
+            assert torch.equal(other.submit(draw, net).result(), wanted)
+        assert counted.count("lt_block") == 3
+    assert torch.equal(draw(net), wanted) and counted.count("lt_block") == 6 and len(inside) == 6
 
 
 @pytest.mark.parametrize("name", library.known_sets())

@@ -3,9 +3,9 @@
 A packed Linear (int8, int4, GGUF's Q4_0, Q8_0, Q4_K, Q6_K) rounds its inputs to int8, row by row, and multiplies
 integers; its weight is read as it lies in memory or in a mapped file. A block's plain Linears are the kernels' in
 bfloat16, where the processor multiplies that. Where it does not, torch's products in bfloat16 are ten times slower than
-those in float32; there all plain Linears are the kernels', which multiply in float32. A block's norms, modulation, rotary turns, GELU and
-gates become one pass over memory each, in float32 inside, where torch takes a dozen in the dtype of the network.
-Without the kernels, or detached, every bit is as before.
+those in float32; there all plain Linears are the kernels', which multiply in float32. A block's norms, modulation,
+rotary turns, GELU and gates become one pass over memory each, in float32 inside, where torch takes a dozen in the dtype
+of the network. Without the kernels, or detached, every bit is as before.
 
 Modules stay where they are, so that streaming, tables and LoRAs find them: only their `forward` is another. The
 modulation's packed Linears are left alone: one row a step, and its error would reach everything.
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lanting.attach.held import KEPT, floats, packed
 from lanting.attach.modulation import Tabled
-from lanting.attach.whole import whole_block
+from lanting.attach.whole import APART, plan_for, whole_block
 from lanting.kernels import calls
 from lanting.kernels.calls import Rounded
 from lanting.kernels.library import dense_bytes, ready
@@ -178,12 +178,24 @@ def fused_block(block: Block, img: Tensor, txt: Tensor, ctx: Context) -> tuple[T
     """`Block.forward`; float16 and other devices take that itself."""
     if img.device.type != "cpu" or img.dtype not in DTYPES or txt.dtype != img.dtype or img.requires_grad:
         return type(block).forward(block, img, txt, ctx)
-    split = ctx.target_tokens
     # sums are added where they stand, and the caller may want the old ones
     img, txt = (x.clone(memory_format=torch.contiguous_format) for x in (img, txt))
     found = vectors(block.img_mod, ctx.temb, len(img)), vectors(block.txt_mod, ctx.temb[:, :1], len(txt))
-    if at_its_own(block.attn.attend) and whole_block(block, (img, txt), found, ctx):
-        return img, txt
+    plan = plan_for(block, img.dtype) if at_its_own(block.attn.attend) else None
+    inside = APART.get()
+    if plan is None:
+        single_calls(block, (img, txt), found, ctx)
+    elif inside is None:
+        whole_block(plan, (img, txt), found, ctx)
+    else:
+        with inside():
+            single_calls(block, (img, txt), found, ctx)
+    return img, txt
+
+
+def single_calls(block: Block, streams: tuple[Tensor, Tensor], found: tuple[Tensor, Tensor], ctx: Context) -> None:
+    """What `whole_block` does, kernel by kernel."""
+    (img, txt), split = streams, ctx.target_tokens
     shift1, scale1, gate1, shift2, scale2, gate2 = found[0].float().chunk(6, -1)
     tshift1, tscale1, tgate1, tshift2, tscale2, tgate2 = found[1].float().chunk(6, -1)
     out = attention(block.attn, Rows(img, shift1, scale1, split), Rows(txt, tshift1, tscale1), ctx)
@@ -192,7 +204,6 @@ def fused_block(block: Block, img: Tensor, txt: Tensor, ctx: Context) -> tuple[T
     project(block.attn.to_add_out, Rows(out[:, :length]), txt, tgate1)
     feed_forward(block.img_mlp, Rows(img, shift2, scale2, split), img, gate2, split)
     feed_forward(block.txt_mlp, Rows(txt, tshift2, tscale2), txt, tgate2, 0)
-    return img, txt
 
 
 def attention(attn: Any, img: Rows, txt: Rows, ctx: Context) -> Tensor:

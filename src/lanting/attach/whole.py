@@ -3,7 +3,8 @@
 A small model's block is twenty kernels of some microseconds each, and preparing the calls took Python longer than
 computing took them: a third of the time of a picture of 256 x 256, half of one of 224 x 96. The same kernels in the
 same order, so the bits are those of single calls. What is not a plain row of Linears (LoRAs, rotated weights, kinds
-that the kernels don't multiply, attention that others look into) takes the single calls.
+that the kernels don't multiply, attention that others look into) takes the single calls, and so does every block while
+somebody looks into it (`apart`).
 
 What a block looks like to C is put together once and copied for each call: only addresses of activations are new. Of
 weights it knows where they lay, and is made again when one is elsewhere.
@@ -12,6 +13,9 @@ weights it knows where they lay, and is made again when one is elsewhere.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,9 +30,20 @@ ALIGN = 64  # bytes; where rooms begin
 KEPT_ROOM = 8 << 20  # bytes of a room that is kept
 KEPT_SIZES = 8  # of pictures and texts, for which calls are kept
 ROOMS = threading.local()
+APART: ContextVar[Callable[[], AbstractContextManager[object]] | None] = ContextVar("apart", default=None)
 TEXT = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 PICTURE = ("to_q", "to_k", "to_v", "to_out")
 NORMS = ("norm_added_q", "norm_added_k", "norm_q", "norm_k")
+
+
+@contextmanager
+def apart(inside: Callable[[], AbstractContextManager[object]]) -> Iterator[None]:
+    """For who wants to see into blocks: in this thread each takes its single calls meanwhile, under `inside()`."""
+    before = APART.set(inside)
+    try:
+        yield
+    finally:
+        APART.reset(before)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,17 +114,12 @@ class Plan:
         return made, calls.block_bytes(made)
 
 
-def whole_block(block: Block, streams: tuple[Tensor, Tensor], vectors: tuple[Tensor, Tensor], ctx: Context) -> bool:
-    """Change both streams, pictures (B, N, D) and text (B, T, D), where they are; False where that takes single calls.
+def whole_block(plan: Plan, streams: tuple[Tensor, Tensor], vectors: tuple[Tensor, Tensor], ctx: Context) -> None:
+    """Change both streams, pictures (B, N, D) and text (B, T, D), where they are.
 
     Streams are contiguous; `vectors` (B or 1, 1 or 2, 6 D) are the modulation of either, contiguous, too.
     """
     img, txt = streams
-    plan: Plan | None = block.__dict__.get("whole")
-    if plan is None or plan.dtype != img.dtype or not plan.seen.still():
-        plan = block.__dict__["whole"] = plan_of(block, img.dtype)
-    if plan is None:
-        return False
     call, size = plan.call(img, txt, vectors, ctx)
     cos, sin = (angle.contiguous() for angle in ctx.rope)
     mask = None if ctx.mask is None else ctx.mask.to(torch.uint8).contiguous()
@@ -120,7 +130,6 @@ def whole_block(block: Block, streams: tuple[Tensor, Tensor], vectors: tuple[Ten
     call.attention.mask = None if mask is None else mask.data_ptr()
     call.room = -(-room.data_ptr() // ALIGN) * ALIGN
     calls.call("lt_block", call)
-    return True
 
 
 def room_of(size: int) -> Tensor:
@@ -131,6 +140,14 @@ def room_of(size: int) -> Tensor:
         if size <= KEPT_ROOM:
             ROOMS.kept = room
     return room
+
+
+def plan_for(block: Block, dtype: torch.dtype) -> Plan | None:
+    """The plan that is kept, if it still holds, or a new one; None where the block takes single calls."""
+    plan: Plan | None = block.__dict__.get("whole")
+    if plan is None or plan.dtype != dtype or not plan.seen.still():
+        plan = block.__dict__["whole"] = plan_of(block, dtype)
+    return plan
 
 
 def plan_of(block: Block, dtype: torch.dtype) -> Plan | None:

@@ -1,7 +1,10 @@
 """Where the time of a case goes: every operation of torch and every call of a kernel, sorted into a few parts.
 
 An operation that takes no longer than the smallest one there is does no work worth the name, so that much of each
-counts as "small", with the time that passes between operations. Rejected: PyTorch's profiler, which does not see the
+counts as "small", with the time that passes between operations.
+
+A block that is one call is watched as single calls of the same kernels, whose seconds are its parts. What torch does to
+prepare them is left out, since the one call does without it. Rejected: PyTorch's profiler, which does not see the
 kernels and takes longer than small networks do.
 """
 
@@ -18,6 +21,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lanting.attach.whole import apart
 from lanting.kernels import library
 
 LINEARS = ("mm", "addmm", "bmm", "baddbmm", "linear", "matmul", "lt_product")
@@ -42,16 +46,31 @@ class Watch(TorchDispatchMode):
         super().__init__()
         self.clock = clock
         self.spent: dict[str, list[float]] = {}
+        self.within: dict[str, list[float]] = {}  # the same, of kernels that are one call when nobody looks
         self.kernels = 0  # calls of them
+        self.blocks = 0  # such calls
+        self.inside = False  # one of them now
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.inside:
+            return func(*args, **(kwargs or {}))
         began = self.clock()
         out = func(*args, **(kwargs or {}))
         self.note(func.overloadpacket.__name__, self.clock() - began)
         return out
 
     def note(self, name: str, seconds: float) -> None:
-        self.spent.setdefault(part_of(name), []).append(seconds)
+        kept = self.within if self.inside else self.spent
+        kept.setdefault(part_of(name), []).append(seconds)
+
+    @contextmanager
+    def block(self) -> Iterator[None]:
+        """Around the kernels of one."""
+        self.blocks, self.inside = self.blocks + 1, True
+        try:
+            yield
+        finally:
+            self.inside = False
 
     @contextmanager
     def looking(self) -> Iterator[None]:
@@ -61,7 +80,7 @@ class Watch(TorchDispatchMode):
         for name, call in plain.items():
             setattr(found, name, partial(self.timed, name, call))
         try:
-            with self:
+            with self, apart(self.block):
                 yield
         finally:
             for name, call in plain.items():
@@ -96,11 +115,13 @@ def smallest(clock: Callable[[], float]) -> float:
 
 def split(watch: Watch, seconds: float) -> tuple[Part, ...]:
     """The parts of a run that was watched, and that takes `seconds` when nobody does."""
-    least, every = smallest(watch.clock), sum(map(sum, watch.spent.values()))
+    least, every = smallest(watch.clock), sum(map(sum, (*watch.spent.values(), *watch.within.values())))
     found = {name: sum(max(0.0, each - least) for each in spent) for name, spent in watch.spent.items()}
+    for name, spent in watch.within.items():
+        found[name] = found.get(name, 0.0) + sum(spent)
     small = sum(min(each, least) for spent in watch.spent.values() for each in spent)
     found["small"] = small + max(0.0, seconds - every)
     scale = seconds / (sum(found.values()) or 1.0)
-    counts = {name: len(spent) for name, spent in watch.spent.items()}
-    counts["small"] = sum(counts.values())
+    counts = {name: len(watch.spent.get(name, ())) + len(watch.within.get(name, ())) for name in found}
+    counts["small"] = watch.blocks + sum(map(len, watch.spent.values()))
     return tuple(Part(name, found[name] * scale, counts[name]) for name in PARTS if found.get(name))
