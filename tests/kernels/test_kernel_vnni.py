@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_kernel_sanitized import HERE, ROOT, RUN
 
 from kernel_cases import SETS
 from lanting.kernels import build
-from test_kernel_sanitized import HERE, ROOT, RUN
 
 FILES = [str(HERE / f"test_kernel_{name}.py") for name in ("weights", "products", "rows")]
 

@@ -113,6 +113,40 @@ def test_few_rows_are_multiplied_exactly():
     assert torch.equal(linear(slanted), linear(many))
 
 
+@pytest.fixture
+def in_float32():
+    """An instruction set that multiplies plain weights in float32 is in use."""
+    own = library.instruction_set()
+    for name in library.known_sets():
+        library.use(name)
+        if library.dense_bytes() == 4:
+            yield name
+            break
+    else:
+        pytest.skip("no instruction set here multiplies plain weights in float32")
+    library.use(own)
+
+
+def test_plain_linears_are_multiplied_in_float32_everywhere(in_float32):
+    """A text encoder's too: closer to float32 than torch's, and torch's where rows are few or something learns."""
+    linear = nn.Linear(96, 130).bfloat16()
+    x = torch.randn(2, 9, 96).bfloat16()
+    exact, theirs, few = linear.float()(x.float()), linear.bfloat16()(x), linear(x[0, :3])
+    attach_kernels(nn.ModuleDict({"one": linear}))
+    with torch.no_grad():
+        found = linear(x)
+        assert found.dtype == torch.bfloat16
+        assert error(found.float(), exact) <= error(theirs.float(), exact) + 1e-6
+        assert torch.equal(linear(x[0, :3]), few)
+        slanted = x.transpose(1, 2).contiguous().transpose(1, 2)
+        assert torch.equal(linear(slanted), found)
+        assert linear(x[:, :0]).shape == (2, 0, 130)
+    linear(x).sum().backward()
+    assert linear.weight.grad is not None
+    detach_kernels(nn.ModuleDict({"one": linear}))
+    assert "forward" not in linear.__dict__
+
+
 @pytest.mark.parametrize("kind", ["", "int8"])
 def test_a_lora_counts_the_same(kind):
     net = pack(network(), kind) if kind else network()

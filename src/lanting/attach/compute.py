@@ -76,9 +76,9 @@ def integer_product(linear: PackedLinear, x: Tensor) -> Tensor:
 
 def float_product(linear: nn.Linear, x: Tensor) -> Tensor:
     """x W^T + b in float32, of a weight in bfloat16; torch's where that is no gain."""
-    rows = x.numel() // max(1, x.shape[-1])
-    small = rows < FEWEST_DENSE or linear.weight.dtype != torch.bfloat16
-    weight = None if small or x.requires_grad or x.device.type != "cpu" else packed(linear, x.dtype)
+    learns = torch.is_grad_enabled() and (x.requires_grad or linear.weight.requires_grad)
+    small = x.numel() < FEWEST_DENSE * x.shape[-1] or linear.weight.dtype != torch.bfloat16
+    weight = None if small or learns or x.device.type != "cpu" else packed(linear, x.dtype)
     if weight is None:
         return nn.Linear.forward(linear, x)
     out = torch.empty(*x.shape[:-1], linear.out_features, dtype=x.dtype)

@@ -83,9 +83,9 @@ def packed(kind: str, data: Tensor, scale: Tensor | None, columns: int, bound: T
 
 def fits(kind: str, data: Tensor, scale: Tensor | None, columns: int) -> bool:
     """Whether kernels read this weight."""
-    if kind not in KINDS or kind in PLAIN.values() or data.device.type != "cpu" or data.ndim != 2 or not data.is_contiguous():
+    if kind not in KINDS or kind in PLAIN.values() or columns > LONGEST:
         return False
-    if columns > LONGEST:
+    if data.device.type != "cpu" or data.ndim != 2 or not data.is_contiguous():
         return False
     if kind in BLOCKS:
         values, size = BLOCKS[kind]
