@@ -69,7 +69,7 @@ class Setting:
 SETTINGS = (
     Setting("20 steps, guidance 2", False, 20, 2.0),
     Setting("6 steps, guidance 2 (nano's own)", False, None, None),
-    Setting("edits, 20 steps, no guidance", True, 20, None),
+    Setting("edits, 20 steps, no guidance", True, 20, 1.0),
 )
 WAYS = (*(Way(name, name) for name in LEVELS), Way("fewer 0.8", share=0.8), Way("fewer 0.6", share=0.6))
 

@@ -118,14 +118,12 @@ def test_task_is_inferred(spec, request_, task):
     assert settle(settled, spec) == settled
 
 
-def test_edits_may_want_another_guidance():
+def test_nanos_edits_are_guided_like_its_other_tasks_unless_told_otherwise():
     nano, picture = get_spec("nano"), Image.new("RGB", (224, 96))
     drawn, edited = settle(Request("a"), nano), settle(Request("a", images=(picture,)), nano)
     assert (drawn.task, edited.task) == ("text_to_image", "edit")
-    assert drawn.guidance_scale == nano.defaults.guidance_scale != edited.guidance_scale
-    assert settle(Request("a", images=(picture,), guidance_scale=3.0), nano).guidance_scale == 3.0
-    plain = get_spec("qwen-image-edit").defaults
-    assert plain.guidance_for("edit") == plain.guidance_for("text_to_image") == plain.guidance_scale
+    assert drawn.guidance_scale == edited.guidance_scale == 2.0
+    assert settle(Request("a", images=(picture,), guidance_scale=1.0), nano).guidance_scale == 1.0
 
 
 def test_sizes_follow_the_picture():

@@ -131,7 +131,7 @@ def job_of(request: Request, model: Model, text: int | None = None) -> Job:
         text=text or min(LETTERS, count + CLOSING),
         opening=64 if editing and spec.edit_template != "text-to-image" else 34,
         steps=request.steps or own.steps,
-        guided=(own.guidance_for(task) if request.guidance_scale is None else request.guidance_scale) > 1,
+        guided=(own.guidance_scale if request.guidance_scale is None else request.guidance_scale) > 1,
         joined=bool(request.options.get("batched_guidance", False)),
     )
 
@@ -143,7 +143,7 @@ def usual_job(model: Model, size: Size | None, references: int = 0, task: str | 
     if "edit" in model.spec.tasks and "text_to_image" not in model.spec.tasks and task == "text_to_image":
         task, references = "edit", max(references, 1)
     picture = (math.isqrt(own.vae_area),) * 2 if own.vae_area and task.startswith("edit") else own.size
-    job = Job(size=size or own.size, text=LETTERS, steps=own.steps, guided=own.guidance_for(task) > 1)
+    job = Job(size=size or own.size, text=LETTERS, steps=own.steps, guided=own.guidance_scale > 1)
     if task == "layered" or model.spec.tasks == ("layered",):
         square = size or fit_area(own.resolution**2, 1.0)
         return replace(job, size=square, references=(square,), encoded=(square,), frames=own.layers + 1)

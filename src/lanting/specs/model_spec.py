@@ -40,13 +40,7 @@ class Defaults:
     vl_area: int = 1024 * 1024  # area of an input picture as the text encoder sees it
     vae_area: int = 1024 * 1024  # area of an input picture as the VAE sees it; 0: its own size, see `reference_size`
     max_pictures: int = 1
-    edit_guidance_scale: float = -1.0  # where edits want another; below 0: guidance_scale
     keep: bool = False  # edits take what they leave alone from the given picture
-
-    def guidance_for(self, task: str) -> float:
-        """The guidance a task is drawn with where nobody asked for one."""
-        edits = task in ("edit", "edit_inpaint") and self.edit_guidance_scale >= 0
-        return self.edit_guidance_scale if edits else self.guidance_scale
 
 
 @dataclass(frozen=True, slots=True)

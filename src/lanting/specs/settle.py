@@ -38,7 +38,7 @@ def settle(request: Request, spec: ModelSpec) -> Request:
     count = whole("count", request.count, 1, 64)
     last = LARGEST_SEED - count * len(words_of(request)) + 1  # picture i is drawn with seed + i
     seed = secrets.randbelow(2**32) if request.seed is None else whole("seed", request.seed, 0, last)
-    guidance = own.guidance_for(task) if request.guidance_scale is None else request.guidance_scale
+    guidance = own.guidance_scale if request.guidance_scale is None else request.guidance_scale
     return replace(
         request,
         task=task,
