@@ -22,10 +22,11 @@ from torch import Tensor, nn
 
 from lanting.kernels import calls
 from lanting.kernels.conv import Laid, convolve, lay, padded
-from lanting.kernels.library import instruction_set, ready
+from lanting.kernels.library import dense_bytes, instruction_set, ready
 from lanting.nn.vae import AutoencoderKLQwenImage, ChannelNorm, Decoder, Encoder, MidBlock, ResidualBlock
 
 DTYPES = (torch.float32, torch.bfloat16)
+ROWS = 1 << 14  # that are laid out in float32 at once
 
 
 def attach_vae(vae: AutoencoderKLQwenImage) -> bool:
@@ -94,7 +95,7 @@ def residuals(blocks: Iterable[Any], x: Tensor) -> Tensor:
     room = None
     for block in blocks:
         room = conv(block.conv1, x, block.norm1, out=room)
-        x = block.conv_shortcut(x)
+        x = pointwise(block.conv_shortcut, x)
         x = conv(block.conv2, room, block.norm2, add=x, out=x)
     return x
 
@@ -104,10 +105,24 @@ def attention(block: Any, x: Tensor) -> Tensor:
     channels = x.shape[1]
     if x.dtype != torch.bfloat16 or channels % 32 or channels > calls.WIDEST:
         return block(x)
-    qkv = block.to_qkv(calls.norm_silu(x, gamma_of(block.norm), silu=False))
+    qkv = pointwise(block.to_qkv, calls.norm_silu(x, gamma_of(block.norm), silu=False))
     q, k, v = last(qkv).permute(0, 2, 3, 1).flatten(1, 2).unsqueeze(2).chunk(3, dim=-1)  # (B, h w, 1, C)
     y = calls.attend(q, k, v).view(x.shape[0], *x.shape[2:], channels).permute(0, 3, 1, 2)
-    return block.proj(y).add_(x)
+    return pointwise(block.proj, y).add_(x)
+
+
+def pointwise(layer: nn.Module, x: Tensor) -> Tensor:
+    """A 1x1 convolution, or nothing; torch's but in bfloat16 on a processor that does not multiply that (`compute`)."""
+    if not isinstance(layer, nn.Conv2d) or dense_bytes() != 4 or x.dtype != torch.bfloat16:
+        return layer(x)
+    weight, bias = calls.dense(layer.weight.flatten(1)), None if layer.bias is None else layer.bias.float()
+    if weight is None:
+        return layer(x)
+    rows = last(x).permute(0, 2, 3, 1)  # (B, h, w, C)
+    out = torch.empty(*rows.shape[:3], layer.out_channels, dtype=x.dtype)
+    for part, to in zip(rows.flatten(0, 2).split(ROWS), out.flatten(0, 2).split(ROWS), strict=True):
+        calls.product(calls.quantize(part, dense=True), weight, to, bias)
+    return out.permute(0, 3, 1, 2)
 
 
 def gamma_of(norm: ChannelNorm) -> Tensor:
