@@ -162,9 +162,10 @@ def decode(bench: Bench, found: dict[str, Any]) -> None:
     theirs = Theirs().eval().requires_grad_(False)
     ours = AutoencoderKLQwenImage(VAEConfig()).eval().requires_grad_(False)
     ours.load_state_dict(to_image_weights(theirs.state_dict()))
-    theirs, ours = (x.to(bench.device, torch.bfloat16) for x in (theirs, ours))
+    dtype = torch.bfloat16 if bench.device.type == "cuda" else torch.float32  # few CPUs multiply bfloat16
+    theirs, ours = (x.to(bench.device, dtype) for x in (theirs, ours))
     side = 8 if bench.asked.dry_run else 128
-    latents = torch.randn(1, 16, side, side, device=bench.device, dtype=torch.bfloat16)
+    latents = torch.randn(1, 16, side, side, device=bench.device, dtype=dtype)
     found["diffusers"] = bench.peak(lambda: bench.clock(lambda: theirs.decode(latents[:, :, None]).sample))
     found["not recorded"] = bench.peak(lambda: bench.clock(lambda: ours.decode(latents)))
     if bench.device.type == "cuda":

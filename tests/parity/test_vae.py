@@ -76,8 +76,10 @@ def test_every_shape_of_network_equals_the_reference(overrides):
 
 @pytest.mark.parametrize("size", [(272, 464), (208, 264), (400, 256), (256, 256)])
 def test_tiled_equals_the_tiled_reference(size):
+    """In float64: so thin a network is 1e-5 apart from itself in float32, by processor."""
     reference = make_reference(base_dim=4)
-    assert max(compare(reference, make_ours(reference), pictures(*size, batch=1), tile=True)) < 1e-5
+    ours = make_ours(reference).double()
+    assert max(compare(reference.double(), ours, pictures(*size, batch=1).double(), tile=True)) < 1e-6
 
 
 def test_tiling_matters_and_is_off_by_default():

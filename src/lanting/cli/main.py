@@ -41,8 +41,49 @@ VERBS = {
 }
 
 
+# what --help says of each without reading its module: how their own words begin, as far as a line goes
+TOLD = {
+    "generate": "Draw pictures from words.",
+    "edit": "Change pictures by words.",
+    "layers": "Take a picture apart into transparent layers, the lowest first.",
+    "replay": "Draw a picture again from the recipe inside it: the same bits on the same machine.",
+    "list": "List the releases, and every model that is on this machine.",
+    "plan": "Say which ways of running a model fit, what each costs in memory, time and quality.",
+    "pull": "Download a model.",
+    "show": "Say what a model or a weights file is: tasks, parts, sizes, defaults.",
+    "quantize": "Write a model's transformer or text encoder in fewer bits.",
+    "remove": "Delete a downloaded model, finished or not.",
+    "bench": "Measure what this machine can do, and how much of it the networks get.",
+    "serve": "Serve a team: OpenAI, Ollama, A1111 and MCP clients, and Lanting's own API.",
+    "keys": "API keys: who may use a server others can reach.",
+    "lora": "LoRA files: what they are and what they fit.",
+    "train": "Train models.",
+    "eval": "Measure models.",
+}
+
+
+def overview() -> typer.Typer:
+    """The program without what its verbs do: for --help, and for words that are no verb."""
+    app = _program()
+    for verb, told in TOLD.items():
+        app.command(verb, help=told)(lambda: None)
+    return app
+
+
 def command_line(verbs: Iterable[str] = VERBS) -> typer.Typer:
     """The program with these verbs. One verb alone starts in half the time, as the others' modules stay unread."""
+    app = _program()
+    for verb in verbs:
+        module, name = VERBS[verb].split(":")
+        done_by = getattr(import_module(f"lanting.cli.{module}"), name)
+        if isinstance(done_by, typer.Typer):
+            app.add_typer(done_by, name=verb)
+        else:
+            app.command(verb)(done_by)
+    return app
+
+
+def _program() -> typer.Typer:
     app = typer.Typer(
         name="lanting",
         add_completion=False,
@@ -53,13 +94,6 @@ def command_line(verbs: Iterable[str] = VERBS) -> typer.Typer:
         help="Lanting (兰亭): draw and edit pictures with the Qwen-Image family, on your own machine.",
     )
     app.callback()(_options)
-    for verb in verbs:
-        module, name = VERBS[verb].split(":")
-        done_by = getattr(import_module(f"lanting.cli.{module}"), name)
-        if isinstance(done_by, typer.Typer):
-            app.add_typer(done_by, name=verb)
-        else:
-            app.command(verb)(done_by)
     return app
 
 
@@ -88,7 +122,10 @@ def main(arguments: list[str]) -> int:
     """Runs one command and returns its exit code."""
     flags = arguments[: arguments.index("--")] if "--" in arguments else arguments
     debug, as_json = "--debug" in flags, "--json" in flags
-    app = command_line({flags[0]} if flags and flags[0] in VERBS else VERBS)
+    if flags and flags[0] in VERBS:
+        app = command_line({flags[0]})
+    else:
+        app = command_line() if set(flags) & set(VERBS) else overview()
     try:
         code = app(arguments, prog_name="lanting", standalone_mode=False)
         return _cancelled() if code == 130 else code if isinstance(code, int) else 0
