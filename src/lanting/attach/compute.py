@@ -23,7 +23,7 @@ from lanting.attach.held import KEPT, floats, packed
 from lanting.attach.modulation import Tabled
 from lanting.attach.whole import APART, plan_for, whole_block
 from lanting.kernels import calls
-from lanting.kernels.calls import Rounded
+from lanting.kernels.calls import Packed, Rounded
 from lanting.kernels.library import dense_bytes, ready
 from lanting.nn.linears import PackedLinear
 from lanting.nn.mmdit import Attend, Block, Context, FeedForward
@@ -68,10 +68,7 @@ def integer_product(linear: PackedLinear, x: Tensor) -> Tensor:
     weight = packed(linear) if rows >= FEWEST and x.dtype in DTYPES and x.device.type == "cpu" else None
     if weight is None:
         return linear.plain(x)
-    x = (rotate_blocks(x, linear.rotate) if linear.rotate else x).contiguous()
-    out = torch.empty(*x.shape[:-1], linear.out_features, dtype=x.dtype)
-    calls.product(calls.quantize(x.flatten(0, -2)), weight, out.flatten(0, -2), floats(linear, "bias"))
-    return out
+    return multiplied(linear, weight, rotate_blocks(x, linear.rotate) if linear.rotate else x)
 
 
 def float_product(linear: nn.Linear, x: Tensor) -> Tensor:
@@ -81,8 +78,13 @@ def float_product(linear: nn.Linear, x: Tensor) -> Tensor:
     weight = None if small or learns or x.device.type != "cpu" else packed(linear, x.dtype)
     if weight is None:
         return nn.Linear.forward(linear, x)
+    return multiplied(linear, weight, x)
+
+
+def multiplied(linear: PackedLinear | nn.Linear, weight: Packed, x: Tensor) -> Tensor:
+    """x (..., in) times its weight as the kernels read it, plus its bias: (..., out)."""
     out = torch.empty(*x.shape[:-1], linear.out_features, dtype=x.dtype)
-    codes = calls.quantize(x.flatten(0, -2).contiguous(), dense=True)
+    codes = calls.quantize(x.flatten(0, -2).contiguous(), weight.dense)
     calls.product(codes, weight, out.flatten(0, -2), floats(linear, "bias"))
     return out
 

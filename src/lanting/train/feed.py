@@ -21,7 +21,7 @@ from lanting.train.design import place
 from lanting.train.designs import DesignMaker, Mix
 from lanting.train.draw import plan
 from lanting.train.edits import EditMaker
-from lanting.train.labels import label_edit, label_grid, label_places
+from lanting.train.labels import label_example, label_grid
 from lanting.train.loop import STOCK, Course
 from lanting.train.presets import Kind, Preset, room
 from lanting.train.replay import Reader
@@ -101,11 +101,7 @@ class ChunkMaker:
         read = self.readers[bool(chosen.pictures)].read(prompts, picture_tokens(chosen))
         spots = []
         for row, (_, starts) in enumerate(read):
-            if chosen.pictures:  # an edit's first picture stands `count` further in `whole`
-                pair = (whole[count + row], whole[row]), (placements[count + row], placements[row])
-                found = label_edit(*pair, prompts[row], starts)
-            else:
-                found = label_places(whole[row], placements[row], prompts[row], starts)
+            found = label_example(whole[row::count], placements[row::count], prompts[row], starts)
             spots += [(row, *spot) for spot in found]
         what = [label_grid(d, p).reshape(-1, 2) for d, p in zip(whole, placements, strict=True)]
         rows = [

@@ -96,6 +96,15 @@ def label_edit(
     return sorted([*found, *(spot for spot in old if spot[0] not in taken)])
 
 
+def label_example(
+    designs: Sequence[Design], placements: Sequence[Placement], prompt: str, starts: Sequence[int]
+) -> list[tuple[int, int, int, int]]:
+    """`label_places` of a design alone, `label_edit` of a target that the pictures it is made from follow."""
+    if len(designs) == 1:
+        return label_places(designs[0], placements[0], prompt, starts)
+    return label_edit((designs[1], designs[0]), (placements[1], placements[0]), prompt, starts)
+
+
 def _letters(
     design: Design, placement: Placement, prompt: str, starts: Sequence[int]
 ) -> list[tuple[int, int, int, int]]:

@@ -31,7 +31,7 @@ from lanting.train.design import TOKEN, Design, Placement, place
 from lanting.train.designs import DesignMaker
 from lanting.train.draw import INK, paint, paint_ink, plan
 from lanting.train.edits import Edit, EditMaker
-from lanting.train.labels import label_edit, label_grid, label_places
+from lanting.train.labels import label_example, label_grid
 
 READER_AREA = 112 * 112  # square pixels of a reference as the vision tower sees it
 
@@ -173,10 +173,7 @@ class Replay:
         slots = []
         for i, (ids, starts) in enumerate(read):
             drawn, placed = [each[i] for each in designs], [each[i] for each in placements]
-            if len(drawn) > 1:
-                where = label_edit((drawn[1], drawn[0]), (placed[1], placed[0]), prompts[i], starts)
-            else:
-                where = label_places(drawn[0], placed[0], prompts[i], starts)
+            where = label_example(drawn, placed, prompts[i], starts)
             slot = self.next
             self.items[slot : slot + 1] = [Item(ids, where)]
             self.lengths[slot] = len(ids)
