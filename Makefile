@@ -15,7 +15,7 @@ run: .venv/.base kernels
 	@echo "  the picture is $(CURDIR)/lanting.png"
 
 test: .venv/.test kernels
-	$(RUN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(RUN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 check: .venv/.dev
 	$(RUN) $(BIN)/ruff check .

@@ -66,7 +66,7 @@ class Bench:
         """Every kind, the update and a step of the autoencoder, once each way."""
         for kind in self.kinds:
             batch = kind.replay.draw(kind.batch, self.rng)
-            t, noise = self.trainer.noised(batch.latents, None)
+            t, noise = self.trainer.noised(batch, None)
             work = partial(self.trainer.passes, kind.name, batch, kind.replay.reader.prefix, t, noise)
             for way in WAYS:
                 self.time(way, f"{kind.name} new", partial(kind.replay.add, kind.fresh, self.rng))

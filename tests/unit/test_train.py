@@ -23,8 +23,9 @@ from lanting.train.designs import DesignMaker
 from lanting.train.draw import INK
 from lanting.train.export import export_nano
 from lanting.train.journal import Journal, Meter, clock, entries, in_words
-from lanting.train.labels import SHAPE, WHAT, WHERE
+from lanting.train.labels import SCENE, SHAPE, WHAT, WHERE
 from lanting.train.loop import Budget, Trainer, make_smaller
+from lanting.train.losses import judged
 from lanting.train.model import NanoConfig, NanoNet, PlainAttend, PlainCausalAttend, matrices, start
 from lanting.train.nano import NanoRun, cost, courses, curriculum, main, settled, train_transformer
 from lanting.train.optim import Muon, orthogonalize
@@ -102,7 +103,7 @@ def test_the_heads_learn_what_they_are_asked(tmp_path):
     batch, generator = a_batch(), torch.Generator().manual_seed(0)
     losses, placed = [], 0.0
     for _ in range(12):
-        total, report = trainer.loss(batch, [5, 6, 7], *trainer.noised(batch.latents, generator))
+        total, report = trainer.loss(batch, [5, 6, 7], *trainer.noised(batch, generator))
         total.backward()
         trainer.update()
         trainer.clock.step += 1
@@ -111,10 +112,37 @@ def test_the_heads_learn_what_they_are_asked(tmp_path):
     assert losses[-1] < 0.8 * losses[0] and placed == 1.0
 
 
+def test_a_share_of_edits_is_all_noise(tmp_path):
+    plain = a_batch(12)
+    edits = replace(plain, references=plain.latents)
+    trainer = Trainer(small_net(), Budget(starts=0.25), tmp_path)
+    times, noise = trainer.noised(plain, torch.Generator().manual_seed(0))
+    ours, same = trainer.noised(edits, torch.Generator().manual_seed(0))
+    assert (times < 1).all() and torch.equal(noise, same)
+    assert (ours[:3] == 1).all() and torch.equal(ours[3:], times[3:])
+
+
+def test_places_of_edits_are_told_from_all_noise_alone():
+    """Later the noisy target shows where its words stand; a network that only copies them must not look good."""
+    batch = a_batch(4)
+    batch = replace(batch, references=batch.latents, where=torch.zeros(4, 5, 3, dtype=torch.long))
+    right_late = [torch.zeros(4, 5, size) for size in WHERE]
+    for logits in right_late:
+        logits[:2, :, 1] = 9.0  # at t = 1 something else
+        logits[2:, :, 0] = 9.0
+    said = small_net()(batch.latents, torch.ones(4), torch.tensor([[5, 6, 7]]), replace(batch, references=None))[1]
+    said = replace(said, where=tuple(right_late))
+    tables = torch.zeros(1024, SHAPE, dtype=torch.uint8), torch.zeros(1, SCENE)
+    error = torch.tensor(0.0)
+    for starts, placed in ((0.5, 0.0), (0.0, 0.5)):
+        _, report = judged(error, said, batch, tables, Budget(starts=starts))
+        assert report["placed"] == placed
+
+
 def test_shares_are_left_out_where_nothing_was_asked(tmp_path):
     trainer = Trainer(small_net(), Budget(), tmp_path)
     batch = replace(a_batch(), where=torch.full((2, 5, 3), -1))
-    total, report = trainer.loss(batch, [5, 6, 7], *trainer.noised(batch.latents, None))
+    total, report = trainer.loss(batch, [5, 6, 7], *trainer.noised(batch, None))
     meter = Meter(trainer)
     meter.recent = [{f"wide {key}": value for key, value in report.items()}] * 2
     entry = meter.entry()

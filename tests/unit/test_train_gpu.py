@@ -112,7 +112,7 @@ def test_a_batch_of_a_ring_trains_like_one_of_the_replay(order, tmp_path):
     trainer = Trainer(small_net(), Budget(), tmp_path)
     generator = torch.Generator().manual_seed(0)
     for each in (batch, quiet):
-        total, report = trainer.loss(each, ring.reader.prefix, *trainer.noised(each.latents, generator))
+        total, report = trainer.loss(each, ring.reader.prefix, *trainer.noised(each, generator))
         assert torch.isfinite(total) and set(report) == {
             *("loss", "read", "placed", "shown", "ink", "shape", "scene", "named")
         }
@@ -148,7 +148,7 @@ def test_a_step_on_a_device_never_waits_for_a_number(order, number, copied, monk
     for _ in range(2):  # the first time, tables are made that are kept
         with refusing:
             batch = ring.draw(4, random.Random(0), silence=0.0)
-            total, report = trainer.loss(batch, ring.reader.prefix, *trainer.noised(batch.latents, None))
+            total, report = trainer.loss(batch, ring.reader.prefix, *trainer.noised(batch, None))
             total.backward()
             torch.nn.utils.clip_grad_norm_(trainer.fast.parameters(), 1.0)
             update.step()

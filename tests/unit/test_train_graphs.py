@@ -102,7 +102,7 @@ def test_figures_of_a_step_outlive_the_next(courses, tmp_path):
     batch = ring.draw(3, random.Random(0), silence=0.0)  # type: ignore[call-arg]
     told = []
     for _ in range(4):
-        t, noise = trainer.noised(batch.latents, generator)
+        t, noise = trainer.noised(batch, generator)
         told.append(trainer.passes("design", batch, ring.reader.prefix, t, noise)["loss"])
     assert len({float(loss) for loss in told}) == 4
 
@@ -250,7 +250,7 @@ def test_gradients_of_the_copy_point_where_those_of_the_network_do(courses, tmp_
     twin, exact = twin_of(net), prepare_for_gpu(net)
     for course in courses:
         batch = course.replay.draw(3, random.Random(0), silence=0.0)  # type: ignore[call-arg]
-        t, noise = trainer.noised(batch.latents, torch.Generator().manual_seed(0))
+        t, noise = trainer.noised(batch, torch.Generator().manual_seed(0))
         found = []
         for fast in (exact, twin):
             trainer.fast = fast

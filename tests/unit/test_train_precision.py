@@ -67,7 +67,7 @@ def test_steps_lower_the_loss(dtype, tmp_path):
     seen: set[torch.dtype] = set()
     trainer.net.transformer.img_in.register_forward_hook(lambda module, given, out: seen.add(out.dtype))
     batch, losses = a_batch(), []
-    t, noise = trainer.noised(batch.latents, torch.Generator().manual_seed(0))
+    t, noise = trainer.noised(batch, torch.Generator().manual_seed(0))
     for _ in range(8):
         total, _ = trainer.loss(batch, [5, 6, 7], t, noise)
         total.backward()
@@ -83,7 +83,7 @@ def test_gradients_are_the_same_up_to_rounding(monkeypatch, tmp_path):
         say(monkeypatch, native)
         trainer = Trainer(small_net(), Budget(), tmp_path)
         batch = a_batch()
-        t, noise = trainer.noised(batch.latents, torch.Generator().manual_seed(0))
+        t, noise = trainer.noised(batch, torch.Generator().manual_seed(0))
         trainer.passes("wide", batch, [5, 6, 7], t, noise)
         found.append(flat(trainer))
     full, half = found

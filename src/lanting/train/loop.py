@@ -87,6 +87,7 @@ class Budget:
     shape: float = 0.3
     scene: float = 0.3
     shift: float = 3.0  # times are drawn uniformly, then shifted towards noise
+    starts: float = 0.33  # share of edits at t = 1: later the noisy target shows where things go, and nothing is learnt
     ema: float = 0.998
     turn: tuple[float, float] = (0.2, 0.5)  # small canvases, where strokes are learnt fastest, give way to large ones
     save_every: float = 120.0  # seconds
@@ -152,10 +153,13 @@ class Trainer:
         """Share of the budget that is spent, 0..1."""
         return min(1.0, self.agreed / max(1e-9, 60 * self.budget.minutes))
 
-    def noised(self, x0: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """Times (B,) and noise (B, N, C) for latents."""
+    def noised(self, batch: Batch, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        """Times (B,) and noise (B, N, C) for a batch's latents. The first edits of a batch are at t = 1."""
+        x0, shift = batch.latents, self.budget.shift
         u = torch.rand(x0.shape[0], generator=generator, device=self.device)
-        t = self.budget.shift * u / (1 + (self.budget.shift - 1) * u)
+        t = shift * u / (1 + (shift - 1) * u)
+        if batch.references is not None:
+            t[: int(self.budget.starts * len(t))] = 1.0
         return t, torch.randn(x0.shape, generator=generator, device=self.device)
 
     def prefix(self, ids: Sequence[int]) -> Tensor:
@@ -193,7 +197,7 @@ class Trainer:
             course.replay.add(course.fresh, rng)
             count = max(1, int(course.batch * self.scale))
             batch = course.replay.draw(count, rng).to(self.device)
-            t, noise = self.noised(batch.latents, generator)
+            t, noise = self.noised(batch, generator)
             report = self.passes(course.name, batch, course.replay.reader.prefix, t, noise)
             figures |= {f"{course.name} {k}": v for k, v in report.items()}
             self.clock.seen += count * self.world

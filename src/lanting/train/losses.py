@@ -37,6 +37,8 @@ class Weights(Protocol):
     def shape(self) -> float: ...
     @property
     def scene(self) -> float: ...
+    @property
+    def starts(self) -> float: ...
 
 
 def judged(
@@ -51,10 +53,12 @@ def judged(
     weight = inked.clamp(min=EMPTY) * (batch.what[..., 0] >= 0)
     known = (batch.where[..., 0] >= 0).float()  # (B, T)
     spots = batch.where.clamp(min=0)
+    edits = batch.references is not None
+    starting = (edits and int(weights.starts * len(known))) or None  # rows whose noisy target shows no places yet
     report = {"loss": error.detach(), "read": right(said.what, asked, inked)}  # NaN where nothing was asked
-    report["placed"] = right(said.where, spots, known)
+    report["placed"] = right([each[:starting] for each in said.where], spots[:starting], known[:starting])
     total = error + weights.what * entropy(said.what, asked, weight)
-    where = weights.where * (1.0 if batch.references is None else PLACED_IN_EDITS)
+    where = weights.where * (PLACED_IN_EDITS if edits else 1.0)
     total = total + where * entropy(said.where, spots, known)
     if batch.shown is not None:
         there = (batch.shown.sum(-1) > 0).float()
