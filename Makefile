@@ -5,7 +5,8 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 p
   "$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo "$$p"; break; }; done)
 BIN := .venv/bin
 PIP := env -u PYTHONPATH -u PYTHONHOME $(BIN)/python -m pip --disable-pip-version-check
-RUN := env -u PYTHONPATH -u PYTHONHOME
+# commands that tests start find bytecode, as they do at users'
+RUN := env -u PYTHONPATH -u PYTHONHOME -u PYTHONDONTWRITEBYTECODE
 PROMPT ?= A blue sign that says "HELLO"
 
 .PHONY: run test check fmt docs clean kernels
