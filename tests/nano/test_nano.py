@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import subprocess
-import sys
 import threading
 import time
 from itertools import islice
@@ -18,6 +15,7 @@ from lanting.core.errors import ModelError, RequestError
 from lanting.core.recipe import restore_request
 from lanting.evals.reading import hits, read_lines
 from lanting.weights.find import embedded_nano
+from processor import processor_seconds
 
 HELLO = 'A blue sign that says "HELLO"'
 
@@ -157,14 +155,6 @@ def test_unknown_models_are_one_sentence():
         with pytest.raises(ModelError) as caught:
             Engine.open(name)
         assert "\n" not in str(caught.value)
-
-
-def processor_seconds(*command: str) -> float:
-    """What a Python command takes of the processors: bounds the wait on an idle machine, whoever else works."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([sys.executable, *command], check=True, capture_output=True, timeout=120)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def test_a_cold_start_to_a_picture_takes_less_than_eight_seconds(tmp_path):

@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import resource
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -17,6 +12,7 @@ from lanting.cli import draw
 from lanting.cli.main import TOLD, VERBS, command_line, main
 from lanting.core.recipe import read_recipe
 from lanting.specs import get_spec
+from processor import processor_seconds, python
 
 
 @pytest.fixture
@@ -222,12 +218,6 @@ def test_list(engine, capsys, monkeypatch, tmp_path):
     assert json.loads(capsys.readouterr().out)[0]["name"] == "nano"
 
 
-def python(*words: str, **more: str) -> subprocess.CompletedProcess[str]:
-    source = Path(__file__).parents[2] / "src"
-    env = os.environ | {"PYTHONPATH": str(source)} | more
-    return subprocess.run([sys.executable, *words], capture_output=True, text=True, env=env, timeout=60)
-
-
 @pytest.mark.parametrize("words", [["--help"], ["--version"], ["generate", "--help"], ["list", "--help"]])
 def test_help_needs_no_heavy_library(words):
     code = f"import sys; from lanting.cli.main import main; main({words!r}); print(sorted(sys.modules))"
@@ -245,8 +235,8 @@ def test_the_first_words_come_quickly(words, tmp_path):
     env = {"PYTHONPYCACHEPREFIX": str(tmp_path), "PYTHONDONTWRITEBYTECODE": ""}
     plain = took = 0.0
     for _ in range(8):
-        plain = _cpu_seconds(env, "-c", "import asyncio")
-        took = _cpu_seconds(env, "-m", "lanting", *words)
+        plain = processor_seconds("-c", "import asyncio", **env)
+        took = processor_seconds("-m", "lanting", *words, **env)
         if took < max(0.3, 3 * plain):
             return
     pytest.fail(f"{took:.2f} s, and {plain:.2f} s for asyncio")
@@ -266,14 +256,6 @@ def test_no_verb_shows_the_verbs(capsys, words):
     assert main(words) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) > 8 and lines[0].startswith("Usage: lanting")
-
-
-def _cpu_seconds(env: dict[str, str], *words: str) -> float:
-    """User and system time: what it takes on an idle machine, however busy this one is."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert python(*words, **env).returncode == 0
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def test_control_pictures_reach_the_request(engine, cat, tmp_path):

@@ -158,8 +158,7 @@ class Trainer:
         x0, shift = batch.latents, self.budget.shift
         u = torch.rand(x0.shape[0], generator=generator, device=self.device)
         t = shift * u / (1 + (shift - 1) * u)
-        if batch.references is not None:
-            t[: int(self.budget.starts * len(t))] = 1.0
+        t[: batch.starting(self.budget.starts)] = 1.0
         return t, torch.randn(x0.shape, generator=generator, device=self.device)
 
     def prefix(self, ids: Sequence[int]) -> Tensor:

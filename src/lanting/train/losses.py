@@ -53,12 +53,11 @@ def judged(
     weight = inked.clamp(min=EMPTY) * (batch.what[..., 0] >= 0)
     known = (batch.where[..., 0] >= 0).float()  # (B, T)
     spots = batch.where.clamp(min=0)
-    edits = batch.references is not None
-    starting = (edits and int(weights.starts * len(known))) or None  # rows whose noisy target shows no places yet
+    starting = batch.starting(weights.starts) or None  # rows whose noisy target shows no places yet; None: all count
     report = {"loss": error.detach(), "read": right(said.what, asked, inked)}  # NaN where nothing was asked
     report["placed"] = right([each[:starting] for each in said.where], spots[:starting], known[:starting])
     total = error + weights.what * entropy(said.what, asked, weight)
-    where = weights.where * (PLACED_IN_EDITS if edits else 1.0)
+    where = weights.where * (1.0 if batch.references is None else PLACED_IN_EDITS)
     total = total + where * entropy(said.where, spots, known)
     if batch.shown is not None:
         there = (batch.shown.sum(-1) > 0).float()

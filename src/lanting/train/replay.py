@@ -58,6 +58,10 @@ class Batch:
         moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, **moved)
 
+    def starting(self, share: float) -> int:
+        """How many rows, the first ones, are trained at t = 1: this share of edits, none of other designs."""
+        return 0 if self.references is None else int(share * len(self.ids))
+
     def pictures_in(self, dtype: torch.dtype) -> Batch:
         """The same with references and patches in another dtype."""
         if self.references is None or self.patches is None:
