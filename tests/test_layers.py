@@ -61,7 +61,7 @@ NO_TORCH = LIGHT | {"serve"}  # the same, but this room brings web libraries, so
 LIGHT_FILES = {"kernels/__init__.py", "kernels/build.py", "kernels/library.py", "kernels/limits.py"}
 MAX_FILE, MAX_FUNCTION, MAX_PARAMETERS = 400, 60, 7
 # the transformer's own arguments, and the protocol that repeats them for the loop
-CROWDED = {"nn/mmdit.py forward", "flow/loop.py __call__"}
+CROWDED = {"nn/mmdit.py forward", "nn/single_stream.py forward", "flow/loop.py __call__"}
 # a verb's parameters are its flags
 VERBS = {"generate", "edit", "plan", "layers", "replay", "quantize", "nano", "pull", "text", "follow", "lightning"}
 VERBS |= {"bench", "serve"}

@@ -10,6 +10,7 @@ from PIL import Image
 from lanting.core.errors import ModelError, RequestError
 from lanting.core.types import TASK_NAMES, Request
 from lanting.specs import detect, fit_area, get_spec, parse_size, read_spec, settle, spec_names
+from lanting.specs.detect import SINGLE_STREAM
 from lanting.specs.sizes import largest_area, reference_size
 
 QWEN, LAYERED, NANO = get_spec("qwen-image"), get_spec("qwen-image-layered"), get_spec("nano")
@@ -271,6 +272,8 @@ VAE3, VAE4 = {"input_channels": 3}, {"input_channels": 4}
         ("QwenImageEditPlusPipeline", {}, VAE3, "x", "qwen-image-edit-2509"),
         ("QwenImageEditPlusPipeline", {"zero_cond_t": True}, VAE3, "x", "qwen-image-edit-2511"),
         ("QwenImageLayeredPipeline", {"use_layer3d_rope": True}, VAE4, "x", "qwen-image-layered"),
+        ("QwenImage21Pipeline", {"_class_name": SINGLE_STREAM}, {}, "x", "qwen-image-2.1"),
+        ("QwenImage21Pipeline", {"_class_name": SINGLE_STREAM}, {}, "Qwen-Image-2.1-Turbo", "qwen-image-2.1-turbo"),
     ],
 )
 def test_detect(index, transformer, vae, hint, name):
@@ -287,7 +290,8 @@ def test_detect_without_an_index():
 @pytest.mark.parametrize(
     ("index", "transformer", "vae", "word"),
     [
-        ("QwenImage21Pipeline", {}, {}, "2.1"),
+        ("QwenImage21Pipeline", {}, {}, "mixed up"),
+        ("QwenImagePipeline", {"_class_name": "QwenImage21Transformer2DModel"}, {}, "mixed up"),
         ("FluxPipeline", {}, {}, "FluxPipeline"),
         ("QwenImagePipeline", {"_class_name": "FluxTransformer2DModel"}, {}, "Flux"),
         ("QwenImageLayeredPipeline", {"use_layer3d_rope": True}, VAE3, "3 channels"),

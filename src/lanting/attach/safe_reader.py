@@ -17,7 +17,7 @@ from lanting.attach.sentinel import Sentinel, name_of
 from lanting.core.types import note
 
 PARTS = {"text_encoder": "model", "vision": "visual"}  # what parts are called, and where they are in a `QwenVL`
-States = tuple[Tensor, Tensor | None]  # (B, T, D), mask
+States = tuple[Any, ...]  # (B, T, D), and what belongs to it: a mask, places of pictures
 
 
 class SafeReader(Sentinel):
@@ -36,14 +36,13 @@ class SafeReader(Sentinel):
 
     def read(self, work: Callable[[], States]) -> States:
         """What `work` makes of prompts, or makes of them in a safer way. Raises NotFiniteError or ModelError."""
-        masks: list[Tensor | None] = []
+        others: list[Any] = []
 
         def ask() -> Tensor:
-            states, mask = work()
-            masks.append(mask)
+            states, *others[:] = work()
             return states
 
-        return self(ask, ask), masks[-1]
+        return self(ask, ask), *others
 
     def _tell(self, made: Sequence[tuple[int, str, str]], mended: str) -> None:
         if mended:

@@ -35,7 +35,7 @@ class Request:
     prompt           words, or several prompts for one batch (all drawn with the same settings)
     task             one of TASK_NAMES; None: inferred from what was given (see `settle`)
     negative_prompt  None: the release's own; only used when guidance_scale > 1
-    size             (width, height) in pixels, multiples of 16; None: the release's or the picture's
+    size             (width, height) in pixels, multiples of 16 (2.1: 32); None: the release's or the picture's
     steps            denoising steps, 1..1000
     guidance_scale   true classifier-free guidance; <= 1 turns it off and halves the work
     seed             0..2**63-1; picture i of a batch uses seed + i; None: chosen at random and recorded

@@ -46,13 +46,18 @@ def speed_up(net: nn.Module, device: torch.device) -> None:
         attach_gpu(net)
 
 
-def record_steps(net: QwenImageTransformer, table: ModulationTable | None, device: torch.device) -> None:
-    """Record the steps of a transformer whose weights stay where they are."""
+def record_steps(net: nn.Module, table: ModulationTable | None, device: torch.device) -> None:
+    """Record the steps of a transformer whose weights stay where they are. Those of one stream run as they come."""
+    if not isinstance(net, QwenImageTransformer):
+        return
     if device.type == "cuda" and has_kernels(device) and wanted("LANTING_GRAPHS"):
         attach_graphs(net, table)
 
 
-def speed_up_vae(vae: AutoencoderKLQwenImage, device: torch.device) -> None:
+def speed_up_vae(vae: nn.Module, device: torch.device) -> None:
+    """Kernels and recordings are for the family's first autoencoder; 2.1's is left to torch."""
+    if type(vae) is not AutoencoderKLQwenImage:
+        return
     if device.type == "cpu":
         attach_vae(vae)
     elif has_kernels(device):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,6 @@ from lanting.engine.remembered import Remembered
 from lanting.flow.frugal import Frugal
 from lanting.flow.loop import Canvas, Model, Step, denoise, velocity
 from lanting.plan import detect
-from lanting.text.encoder import PromptEncoder
 
 SPARE = 0.5  # of the memory that is free may be taken for kept references; the rest is for what a step needs
 
@@ -69,7 +68,7 @@ class Drawing:
         """From the first picture that is encoded to the last one that is decoded."""
         self.vae = self.hung.enter_context(SafeVae(vae, self._known()))
 
-    def read(self, encoder: PromptEncoder, work: Callable[[], States]) -> States:
+    def read(self, encoder: Any, work: Callable[[], States]) -> States:
         """What the text encoder is asked to do, watched from the first prompt on."""
         if self.reader is None:
             self.reader = self.hung.enter_context(SafeReader(encoder.model, self._known(), mend=self._mend))
@@ -84,13 +83,17 @@ class Drawing:
         told = None if self.told_before is None else [(s - self.done if s else -1, p, w) for s, p, w in self._safe()]
         watch = Sentinel(nets, models.dtype, self.remembered.ways, told, mend=self._mend, calm=self._calm)
         self.sentinel = self.hung.enter_context(watch)
+        if models.single_stream and self._room(canvas, words=True):
+            from lanting.nn.single_stream import QwenImage21Transformer, keep_prefix
+
+            self.hung.enter_context(keep_prefix(cast("QwenImage21Transformer", models.transformer)))
         words = str((self.told_before or {}).get("steps", "")).split()[self.done :]
         if self.level.exact and not words:
             return
         self.frugal = Frugal(self.level, canvas, words)
         self.spared.enter_context(residual_cache(models.transformer, self.frugal))
         kept = any(letter.islower() for word in words for letter in word) if words else self._room(canvas)
-        if canvas.references and kept and models.transformer.config.zero_cond_t:
+        if canvas.references and kept and getattr(models.transformer.config, "zero_cond_t", False):
             self.spared.enter_context(frozen_references(models.transformer, self.frugal))
 
     def steps(self, canvas: Canvas) -> Iterator[Step | None]:
@@ -158,6 +161,9 @@ class Drawing:
 
     def _calm(self, redone: bool) -> None:
         self.spared.close()
+        kept = getattr(self.models.transformer, "prefixes", None)
+        if kept and redone:  # what broke may be in there
+            kept.clear()
         if self.frugal is not None:
             self.frugal.stop()
             if redone:
@@ -180,9 +186,10 @@ class Drawing:
                 each.__dict__.pop(made, None)
         return True
 
-    def _room(self, canvas: Canvas) -> bool:
-        """Whether the references' keys and values fit beside everything else."""
+    def _room(self, canvas: Canvas, words: bool = False) -> bool:
+        """Whether the references' keys and values (and the words') fit beside everything else."""
         tokens = sum(reference.data.shape[1] for reference in canvas.references)
+        tokens += canvas.positive.embeds.shape[1] if words else 0
         calls = len(canvas.start) * (1 if canvas.negative is None else 2)
         wanted = kept_bytes(self.models.transformer.config, tokens, calls, self.models.dtype.itemsize)
         return wanted <= SPARE * free_bytes(self.models.device)

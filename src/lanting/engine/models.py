@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -30,14 +30,21 @@ from lanting.flow.schedule import Schedule, model_timestep
 from lanting.kernels.library import multiplies_bfloat16
 from lanting.nn.controlnet import QwenImageControlNet
 from lanting.nn.lora import detach, set_strengths
-from lanting.nn.mmdit import QwenImageTransformer
-from lanting.nn.qwen_vl import QwenVL
 from lanting.plan import Plan
+from lanting.specs.detect import SINGLE_STREAM
 from lanting.text.encoder import PromptEncoder
 from lanting.text.pictures import PictureConfig
 from lanting.text.templates import load_template, takes_pictures
 from lanting.text.tokenizer import load_tokenizer
-from lanting.weights.build import Placing, build_vae, store_controlnet, store_text_encoder, store_transformer
+from lanting.weights.build import (
+    Placing,
+    TextEncoder,
+    Transformer,
+    build_vae,
+    store_controlnet,
+    store_text_encoder,
+    store_transformer,
+)
 from lanting.weights.checkpoint import open_component, read_json
 from lanting.weights.find import ModelFolder
 from lanting.weights.forms import read_forms
@@ -45,6 +52,9 @@ from lanting.weights.home import lora_path
 from lanting.weights.lora import attach_loras
 from lanting.weights.lora_file import Lora, check_strength, find_loras
 from lanting.weights.lora_wishes import with_wishes
+
+if TYPE_CHECKING:
+    from lanting.text.encoder21 import PromptEncoder21
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -136,12 +146,22 @@ class Models:
         self.prompts: dict[Any, Conditioning] = {}  # the last ones that were read; `EngineStudio` keeps them
         self.captions = "layered" in self.spec.tasks  # a picture to be layered is described when nobody does
         self.sees = self.captions or takes_pictures(load_template(self.spec.template))
-        scheduler = {**folder.configs["scheduler"], **self.spec.schedule}
-        self.schedule = Schedule.from_config(scheduler)
+        self.schedule = self._schedule()
         self.ahead = Ahead()
         self.controlnet_folder = None if controlnet is None else Path(controlnet).expanduser()
         if self.controlnet_folder is not None and not self.controlnet_folder.is_dir():
             raise ModelError(f"{controlnet} is no ControlNet folder; give one with config.json and safetensors.")
+
+    @property
+    def single_stream(self) -> bool:
+        """Qwen-Image-2.1's transformer, which reads words and references as one text."""
+        return self.folder.configs["transformer"].get("_class_name") == SINGLE_STREAM
+
+    def _schedule(self) -> Schedule:
+        """The folder's scheduler, with what the release and its LoRAs change."""
+        own = self.folder.configs["model_index"].get("sample_sigmas") or ()
+        config = {**self.folder.configs["scheduler"], "sample_sigmas": tuple(own), **self.spec.schedule}
+        return Schedule.from_config(config)
 
     def kind(self, component: str) -> str:
         """What plain Linears of a component are packed as: what was asked for, else what the plan says, or "none"."""
@@ -158,7 +178,7 @@ class Models:
         return Placing(self.dtypes[component], device, chooser(component, self.kind(component)))
 
     @cached_property
-    def placed_transformer(self) -> Placed[QwenImageTransformer]:
+    def placed_transformer(self) -> Placed[Transformer]:
         config = self.folder.configs["transformer"]
         stored = store_transformer(self.checkpoints["transformer"], config, self.placing("transformer"))
         placed = place_transformer(stored, self.plan)
@@ -177,7 +197,7 @@ class Models:
         pairs = zip(self.loras, strengths, strict=True)
         self.loras = tuple(replace(lora, strength=check_strength(new)) for lora, new in pairs)
         self.spec = with_wishes(self.folder.spec, self.loras)
-        self.schedule = Schedule.from_config({**self.folder.configs["scheduler"], **self.spec.schedule})
+        self.schedule = self._schedule()
         placed, every = self.__dict__.get("placed_transformer"), (*self.release_loras, *self.loras)
         if placed is None:
             return
@@ -191,7 +211,7 @@ class Models:
             placed.table.forget()
 
     @property
-    def transformer(self) -> QwenImageTransformer:
+    def transformer(self) -> Transformer:
         return self.placed_transformer.net
 
     @cached_property
@@ -205,6 +225,7 @@ class Models:
             numbers.latents_mean,
             numbers.latents_std,
             stride=numbers.downscale,
+            patch=int(self.folder.configs["transformer"].get("patch_size", 2)),
             pixel_channels=numbers.input_channels,
         )
 
@@ -213,7 +234,7 @@ class Models:
         return fit_preview(self.codec)
 
     @cached_property
-    def placed_encoder(self) -> Placed[QwenVL]:
+    def placed_encoder(self) -> Placed[TextEncoder]:
         config, placing = self.folder.configs["text_encoder"], self.placing("text_encoder")
         files = self.checkpoints["text_encoder"]
         stored = store_text_encoder(files, config, placing, vision=self.sees, head=self.captions)
@@ -223,9 +244,14 @@ class Models:
         return placed
 
     @cached_property
-    def encoder(self) -> PromptEncoder:
+    def encoder(self) -> PromptEncoder | PromptEncoder21:
         tokenizer, spec = load_tokenizer(self.folder.tokenizer), self.spec
-        return PromptEncoder(tokenizer, self.placed_encoder.net, spec.template, self.pictures(), spec.edit_template)
+        net: Any = self.placed_encoder.net
+        if self.single_stream:
+            from lanting.text.encoder21 import PromptEncoder21
+
+            return PromptEncoder21(tokenizer, net, spec.template, self.pictures(), spec.edit_template)
+        return PromptEncoder(tokenizer, net, spec.template, self.pictures(), spec.edit_template)
 
     def see_pictures(self) -> None:
         """Give the encoder its vision tower. A release that can draw from words alone does without it until its
@@ -248,7 +274,7 @@ class Models:
             _ = self.transformer
         _ = self.encoder
 
-    def reader(self) -> PromptEncoder:
+    def reader(self) -> PromptEncoder | PromptEncoder21:
         """The text encoder, ready to read."""
         if self.take_turns:
             self._leave("placed_transformer")
@@ -256,7 +282,7 @@ class Models:
         self.placed_encoder.come()
         return encoder
 
-    def painter(self, sigmas: Tensor) -> QwenImageTransformer:
+    def painter(self, sigmas: Tensor) -> Transformer:
         """The transformer, ready for the steps of a schedule (steps + 1 noise levels, the last one 0)."""
         self.ahead.meet()
         if self.take_turns:

@@ -119,6 +119,7 @@ def place_transformer(stored: Stored[M], plan: Plan | None) -> Placed[M]:
         options = {"resident": resident, "home": plan.streamed, "table": plan.modulation_table}
         placed = Placed(stored, "transformer_blocks", **options)
     device, free = stored.placing.device, placed.table is None and placed.streamer is None
+    free &= hasattr(next(placed.net.get_submodule("transformer_blocks").children()), "img_mod")
     if free and has_kernels(device) and (plan is None or device.type == "cuda"):
         placed.table = ModulationTable(placed.net)  # the weights stay: only time is saved
     return placed

@@ -7,20 +7,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from lanting.engine.models import Models
 from lanting.flow.loop import Conditioning
-from lanting.text.encoder import PromptEncoder
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-States = tuple[Tensor, Tensor | None]  # (B, T, D), mask (B, T)
-Read = Callable[[PromptEncoder, Callable[[], States]], States]
+States = tuple[Any, ...]  # (B, T, D), mask (B, T), and places of pictures where the encoder knows such
+Read = Callable[[Any, Callable[[], States]], States]  # (text encoder, what it is asked) -> states
 
 KEPT = 8  # prompts, with their pictures, whose states stay in RAM: 4 to 10 MB each for the full model
 
@@ -46,12 +45,14 @@ class EngineStudio:
         asked, kept = (tuple(prompts), tuple(map(digest, images))), self.models.prompts
         if asked not in kept:
             encoder = self.models.reader()
-            embeds, mask = self.read(encoder, lambda: encoder.encode(prompts, images))
-            kept[asked] = Conditioning(embeds.to("cpu", self.dtype), None if mask is None else mask.cpu())
+            embeds, mask, *places = self.read(encoder, lambda: encoder.encode(prompts, images))
+            mask = None if mask is None else mask.cpu()
+            kept[asked] = Conditioning(embeds.to("cpu", self.dtype), mask, *places)
         kept[asked] = found = kept.pop(asked)  # to the end: it was used last
         while len(kept) > KEPT:
             del kept[next(iter(kept))]
-        return Conditioning(found.embeds.to(self.device), None if found.mask is None else found.mask.to(self.device))
+        mask = None if found.mask is None else found.mask.to(self.device)
+        return replace(found, embeds=found.embeds.to(self.device), mask=mask)
 
     def generator(self, seed: int, index: int) -> torch.Generator:
         """A CPU generator, whatever the device: the same seed gives the same noise everywhere."""

@@ -1,7 +1,7 @@
 """The only place that knows the VAE's mean, std, stride and packing, and how noise is drawn.
 
-Everything else speaks of packed, normalised tokens (B, N, 4 z). Two choices differ from diffusers 0.42 on
-purpose: a picture is encoded to the MODE of its posterior always (diffusers samples in five of its pipelines,
+Everything else speaks of packed, normalised tokens (B, N, 4 z), in 2.1 (B, N, z). Two choices differ from diffusers
+0.42 on purpose: a picture is encoded to the MODE of its posterior always (diffusers samples in five of its pipelines,
 so that the noise of a seed depends on whether a picture was encoded before it), and the statistics are
 applied in float32 (diffusers rounds 1/std to bfloat16, up to 0.6 % off).
 Shapes: B batch, F frames, z latent channels, (h, w) rows and columns of tokens; latents (2h, 2w), pixels (16h, 16w).
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lanting.flow.loop import Grid, Tokens
 
-PATCH = 2  # a token is 2 x 2 latents
+PATCH = 2  # a token is 2 x 2 latents; in Qwen-Image-2.1, whose latents are of 16 pixels, it is one
 
 
 class VAE(Protocol):
@@ -33,14 +33,14 @@ class VAE(Protocol):
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]: ...
 
 
-def pack(latents: Tensor) -> Tensor:
+def pack(latents: Tensor, patch: int = PATCH) -> Tensor:
     """(B, c, 2h, 2w) -> (B, h w, 4c); the order inside a token is (c, dy, dx)."""
-    return F.pixel_unshuffle(latents, PATCH).flatten(2).transpose(1, 2)
+    return F.pixel_unshuffle(latents, patch).flatten(2).transpose(1, 2)
 
 
-def unpack(tokens: Tensor, grid: Grid) -> Tensor:
+def unpack(tokens: Tensor, grid: Grid, patch: int = PATCH) -> Tensor:
     """(B, h w, 4c) -> (B, c, 2h, 2w) for grid (1, h, w); the inverse of `pack`."""
-    return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, grid[1:]), PATCH)
+    return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, grid[1:]), patch)
 
 
 class LatentCodec:
@@ -49,7 +49,8 @@ class LatentCodec:
     vae             its weights say dtype and device
     mean, std       per latent channel, from `vae/config.json`
     stride          pixels per latent
-    pixel_channels  3 (RGB) or 4 (RGBA, Layered)
+    patch           latents per side of a token
+    pixel_channels  3 (RGB) or 4 (RGBA; Layered and 2.1)
     tile            bound the VAE's memory on large pictures; read at every call, so a plan may set it later
     """
 
@@ -60,10 +61,12 @@ class LatentCodec:
         std: Sequence[float],
         *,
         stride: int = 8,
+        patch: int = PATCH,
         pixel_channels: int = 3,
         tile: bool = False,
     ) -> None:
-        self.vae, self.stride, self.pixel_channels, self.tile = vae, stride, pixel_channels, tile
+        self.vae, self.stride, self.patch = vae, stride, patch
+        self.pixel_channels, self.tile = pixel_channels, tile
         self.mean = torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1)  # (1, z, 1, 1)
         self.std = torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1)
 
@@ -74,12 +77,12 @@ class LatentCodec:
 
     def grid(self, width: int, height: int) -> Grid:
         """The token grid of a picture of width x height pixels, rounded down to multiples of 16."""
-        return 1, height // (self.stride * PATCH), width // (self.stride * PATCH)
+        return 1, height // (self.stride * self.patch), width // (self.stride * self.patch)
 
     def encode(self, pixels: Tensor) -> Tokens:
         """(B, 3 or 4, H, W) in [-1, 1] -> tokens (B, N, 4z) in float32 on the VAE's device."""
         _, height, width = pixels.shape[-3:]
-        return Tokens(pack(self.latents(pixels)), self.grid(width, height))
+        return Tokens(pack(self.latents(pixels), self.patch), self.grid(width, height))
 
     def latents(self, pixels: Tensor) -> Tensor:
         """(B, 3 or 4, H, W) in [-1, 1] -> normalised latents (B, z, H/8, W/8), float32, not packed."""
@@ -95,7 +98,7 @@ class LatentCodec:
         One picture at a time: decoding is where memory peaks.
         """
         weight = next(self.vae.parameters())  # any: for dtype and device
-        latents = unpack(tokens, grid).to(weight.device, torch.float32)
+        latents = unpack(tokens, grid, self.patch).to(weight.device, torch.float32)
         latents = (latents * self.std.to(latents.device) + self.mean.to(latents.device)).to(weight.dtype)
         with torch.no_grad():
             return torch.cat([self.vae.decode(one, tile=self.tile).float() for one in latents.split(1)])
@@ -106,32 +109,35 @@ class LatentCodec:
         Drawn as (1, frames, z, 2h, 2w), so a seed gives what diffusers gives with a list of CPU generators,
         whatever device and dtype the noise then moves to (a bfloat16 draw is the float32 draw, rounded).
         """
-        shape = (frames, self.channels, PATCH * grid[1], PATCH * grid[2])
+        shape = (frames, self.channels, self.patch * grid[1], self.patch * grid[2])
         drawn = [torch.randn(1, *shape, generator=generator) for generator in generators]
-        tokens = pack(torch.cat(drawn).flatten(0, 1))  # (B F, h w, 4z)
+        tokens = pack(torch.cat(drawn).flatten(0, 1), self.patch)  # (B F, h w, 4z)
         return tokens.unflatten(0, (len(drawn), frames)).flatten(1, 2)
 
 
 @dataclass(frozen=True)
 class Preview:
-    """A linear guess of the decoder: 8 x 8 pixels' mean colour from one latent. Made by `fit_preview`."""
+    """A linear guess of the decoder: the mean colour of 8 x 8 (2.1: 16 x 16) pixels. Made by `fit_preview`."""
 
     matrix: Tensor  # (z, 3)
     bias: Tensor  # (3,)
+    patch: int = PATCH
 
     @cached_property
     def packed(self) -> Tensor:
         """(4z, 12): the same for a token's four latents at once, so that no token is taken apart before."""
-        four = torch.eye(PATCH * PATCH)
+        four = torch.eye(self.patch**2)
         return torch.einsum("zc,kl->zklc", self.matrix, four).flatten(2).flatten(0, 1)
 
     def __call__(self, tokens: Tensor, grid: Grid) -> Tensor:
         """(B, N, 4z) -> (B, 3, 2h, 2w) float32 in [-1, 1]; the first picture where N holds several."""
         count = grid[1] * grid[2]
         matrix, bias = self.packed.to(tokens.device), self.bias.to(tokens.device)
-        colours = (tokens[:, :count].float() @ matrix).unflatten(2, (PATCH, PATCH, 3)) + bias  # (B, h w, 2, 2, 3)
+        colours = (tokens[:, :count].float() @ matrix).unflatten(
+            2, (self.patch, self.patch, 3)
+        ) + bias  # (B, h w, 2, 2, 3)
         rows = colours.unflatten(1, grid[1:]).permute(0, 5, 1, 3, 2, 4)  # (B, 3, h, 2, w, 2)
-        return rows.reshape(-1, 3, PATCH * grid[1], PATCH * grid[2]).clamp(-1, 1)
+        return rows.reshape(-1, 3, self.patch * grid[1], self.patch * grid[2]).clamp(-1, 1)
 
 
 def fit_preview(codec: LatentCodec, size: int = 64) -> Preview:
@@ -147,7 +153,7 @@ def fit_preview(codec: LatentCodec, size: int = 64) -> Preview:
     # A trace of ridge: patterns may leave directions of the latent space untouched.
     gram = known.T @ known + 1e-4 * len(known) * torch.eye(known.shape[1], dtype=torch.float64)
     solution = torch.linalg.solve(gram, known.T @ colours.double()).float()  # (z + 1, 3)
-    return Preview(solution[:-1], solution[-1])
+    return Preview(solution[:-1], solution[-1], codec.patch)
 
 
 def _patterns(size: int) -> Tensor:

@@ -3,16 +3,17 @@
 Text-to-image, editing, inpainting, layers and ControlNet differ in what the canvas starts from, what the
 model may look at, and what must be kept. The loop is a generator, so progress, previews and cancelling belong
 to whoever consumes it; rejected: a callback parameter, and a pipeline class per task.
-Shapes: B batch, N target tokens, R reference tokens, T text tokens, C = 4 z packed channels.
+Shapes: B batch, N target tokens, R reference tokens, T text tokens, C packed channels of a token.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,8 @@ Grid = tuple[int, int, int]  # frames, rows, columns of tokens
 
 
 class Model(Protocol):
-    """The transformer as the loop sees it; `lanting.nn.mmdit.QwenImageTransformer` is one."""
+    """The transformer as the loop sees it; `lanting.nn.mmdit.QwenImageTransformer` is one. Those that read words and
+    references as one text (`lanting.nn.single_stream`) are told `places`, too, where there are any."""
 
     def __call__(  # noqa: PLR0913  the transformer's own arguments
         self,
@@ -50,11 +52,12 @@ class Conditioning:
 
     embeds: Tensor  # (B, T, D)
     mask: Tensor | None = None  # (B, T) bool, True = a real token; None: nothing is padded
+    places: tuple[int, ...] = ()  # tokens in front of each reference, where those stand among the words
 
     def repeat(self, times: int) -> Conditioning:
         """Every prompt `times` times in a row."""
         mask = None if self.mask is None else self.mask.repeat_interleave(times, 0)
-        return Conditioning(self.embeds.repeat_interleave(times, 0), mask)
+        return replace(self, embeds=self.embeds.repeat_interleave(times, 0), mask=mask)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +92,13 @@ class Canvas:
     @property
     def steps(self) -> int:
         return len(self.sigmas) - 1
+
+    @cached_property
+    def joined(self) -> Conditioning:
+        """Both sides of the guidance as one batch; the same tensors at every step."""
+        assert self.negative is not None
+        sides = [(side.embeds, side.mask) for side in (self.positive, self.negative)]
+        return Conditioning(*join(*sides), self.positive.places)
 
 
 # predict(model, canvas, latents (B, N, C), sigma) -> (B, N, C): see `velocity`
@@ -134,14 +144,13 @@ class Question:
 
     def both(self) -> tuple[Tensor, Tensor]:
         """Positive and negative in one call."""
-        assert self.canvas.negative is not None
-        sides = [(side.embeds, side.mask) for side in (self.canvas.positive, self.canvas.negative)]
-        positive, negative = self.ask(Conditioning(*join(*sides)), "both").chunk(2)
+        positive, negative = self.ask(self.canvas.joined, "both").chunk(2)
         return positive, negative
 
     def ask(self, prompt: Conditioning, branch: str) -> Tensor:
         """(B, N, C) under any prompt; `branch` is for caches"""
         copies = len(prompt.embeds) // self.batch  # 2 when both sides of the guidance go in one call
+        more: dict[str, Any] = {"places": prompt.places} if prompt.places else {}
         prediction = self.model(
             _stacked(self.seen, copies),
             _stacked(self.timestep, copies),
@@ -151,6 +160,7 @@ class Question:
             self.tokens,
             control=[_stacked(r, copies) for r in self.residuals],
             branch=branch,
+            **more,
         )
         return prediction[:, : self.tokens]
 

@@ -39,7 +39,8 @@ class Schedule:
 
     With `use_dynamic_shifting` the shift is e**mu, mu a straight line through (base_image_seq_len,
     base_shift) and (max_image_seq_len, max_shift): larger pictures stay noisy for longer. `shift_terminal`
-    then stretches the levels so that the last one before 0 has exactly that value.
+    then stretches the levels so that the last one before 0 has exactly that value. `sample_sigmas` are the levels a
+    distilled release was taught with, before the shift; they are taken where as many steps are asked for.
     """
 
     use_dynamic_shifting: bool = False
@@ -50,6 +51,7 @@ class Schedule:
     max_image_seq_len: int = 4096
     shift_terminal: float | None = None
     time_shift_type: str = "exponential"
+    sample_sigmas: tuple[float, ...] = ()
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Schedule:
@@ -79,6 +81,8 @@ class Schedule:
         custom  own levels in (0, 1], falling, before shift and stretch; their number replaces `steps`
         mu      overrides the line of `mu()` (Layered takes it from the condition picture)
         """
+        if custom is None and self.sample_sigmas and steps == len(self.sample_sigmas):
+            custom = self.sample_sigmas
         line = np.linspace(1.0, 1.0 / check_steps(steps), steps) if custom is None else check_custom(custom)
         levels = line.astype(np.float32)
         if self.use_dynamic_shifting:

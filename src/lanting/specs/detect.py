@@ -13,7 +13,7 @@ from typing import Any
 from lanting.core.errors import ModelError
 
 # pipeline class -> releases it may be, the assumed one first
-BY_CLASS = {
+BY_CLASS: dict[str, tuple[str, ...]] = {
     "QwenImagePipeline": ("qwen-image", "qwen-image-2512", "nano"),
     "QwenImageImg2ImgPipeline": ("qwen-image", "qwen-image-2512", "nano"),
     "QwenImageInpaintPipeline": ("qwen-image", "qwen-image-2512", "nano"),
@@ -23,7 +23,9 @@ BY_CLASS = {
     "QwenImageEditInpaintPipeline": ("qwen-image-edit",),
     "QwenImageEditPlusPipeline": ("qwen-image-edit-2509", "qwen-image-edit-2511", "nano"),
     "QwenImageLayeredPipeline": ("qwen-image-layered",),
+    "QwenImage21Pipeline": ("qwen-image-2.1", "qwen-image-2.1-turbo"),
 }
+SINGLE_STREAM = "QwenImage21Transformer2DModel"  # the transformer of 2.1
 
 
 def detect(
@@ -40,10 +42,12 @@ def detect(
     hint         the folder's or the repository's name; decides only between releases the configs can't tell
     apart
 
-    Raises ModelError for another family (Qwen-Image-2.1 included) and for configs that contradict one
-    another.
+    Raises ModelError for another family and for configs that contradict one another.
     """
     _check_family(model_index, transformer)
+    if transformer.get("_class_name") == SINGLE_STREAM:
+        few = "turbo" if model_index.get("sample_sigmas") else hint
+        return _by_name(BY_CLASS["QwenImage21Pipeline"], few)
     if _layered(transformer, vae or {}):
         return "qwen-image-layered"
     name = str(model_index.get("_class_name", ""))
@@ -59,11 +63,15 @@ def detect(
 def _check_family(model_index: Mapping[str, Any], transformer: Mapping[str, Any]) -> None:
     pipeline = str(model_index.get("_class_name", "QwenImagePipeline"))
     kind = str(transformer.get("_class_name", "QwenImageTransformer2DModel"))
-    if "QwenImage21" in pipeline or "QwenImage21" in kind:
-        raise ModelError("Qwen-Image-2.1 has another architecture, which this version can't draw with")
-    if not pipeline.startswith("QwenImage") or kind != "QwenImageTransformer2DModel":
+    if not pipeline.startswith("QwenImage") or kind not in ("QwenImageTransformer2DModel", SINGLE_STREAM):
         other = pipeline if not pipeline.startswith("QwenImage") else kind
         raise ModelError("this folder holds a {kind}, which is not of the Qwen-Image family", kind=other)
+    if (kind == SINGLE_STREAM) != (pipeline == "QwenImage21Pipeline") and "_class_name" in model_index:
+        raise ModelError(
+            "this folder's pipeline is {pipeline}, but its transformer a {kind}: is it mixed up?",
+            pipeline=pipeline,
+            kind=kind,
+        )
 
 
 def _layered(transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> bool:

@@ -20,8 +20,8 @@ from lanting.core.errors import ModelError
 from lanting.core.types import TASK_NAMES
 
 FOLDER = Path(__file__).parent
-TEMPLATES = ("text-to-image", "edit", "edit-plus")
-WITH_PICTURES = TEMPLATES[1:]
+WITH_PICTURES = ("edit", "edit-plus", "edit-2.1")
+TEMPLATES = ("text-to-image", "text-to-image-2.1", *WITH_PICTURES)
 T = TypeVar("T", "Defaults", "ModelSpec")
 
 
@@ -40,6 +40,7 @@ class Defaults:
     vl_area: int = 1024 * 1024  # area of an input picture as the text encoder sees it
     vae_area: int = 1024 * 1024  # area of an input picture as the VAE sees it; 0: its own size, see `reference_size`
     max_pictures: int = 1
+    multiple: int = 16  # sides of sizes are multiples of this many pixels
     keep: bool = False  # edits take what they leave alone from the given picture
 
 
@@ -56,6 +57,7 @@ class ModelSpec:
     schedule       scheduler config entries that replace the checkpoint's own
     renormalize    guided predictions keep the length of the unguided one (Qwen-Image's guidance)
     lora           file of the distillation this release adds to `repo` ("" for none)
+    licence        what a person should know of it before using the weights ("": Apache-2.0)
     """
 
     name: str
@@ -68,6 +70,7 @@ class ModelSpec:
     schedule: Mapping[str, Any] = field(default_factory=dict[str, Any])
     renormalize: bool = True
     lora: str = ""
+    licence: str = ""
 
 
 @cache

@@ -15,7 +15,7 @@ from lanting.core.types import TASK_NAMES, Request
 from lanting.specs.model_spec import ModelSpec
 from lanting.specs.numbers import number, whole
 from lanting.specs.options import settle_choices, settle_options, settle_quality
-from lanting.specs.sizes import WIDEST, check_size, fit_area, largest_area, reference_size, size_of_picture
+from lanting.specs.sizes import WIDEST, check_size, fit_area, reference_size, size_of_picture
 
 LONGEST_PROMPT, LONGEST_NEGATIVE = 10_000, 4_000  # characters; the reader sees 1,024 tokens at most
 LARGEST_SEED = 2**63 - 1
@@ -164,14 +164,15 @@ def _size(request: Request, task: str, spec: ModelSpec, options: dict[str, Any])
         sides = tuple(request.size)
         if len(sides) != 2:
             raise RequestError("a size is two numbers, width and height")
-        return check_size(*(whole("a side of the size", side, -LARGEST_SEED, LARGEST_SEED) for side in sides))
+        width, height = (whole("a side of the size", side, -LARGEST_SEED, LARGEST_SEED) for side in sides)
+        return check_size(width, height, own.multiple)
     if task == "text_to_image":
         return own.size
     last = task == "edit" and own.vae_area > 0  # the released edit models draw at the ratio of the last picture
     width, height = request.images[-1 if last else 0].size
     if task.startswith("edit"):
         return reference_size(width, height, own)
-    return size_of_picture(width, height, largest_area(own))
+    return size_of_picture(width, height, own)
 
 
 def _strength(request: Request, task: str, spec: ModelSpec) -> float:

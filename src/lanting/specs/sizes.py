@@ -8,7 +8,7 @@ import re
 from lanting.core.errors import RequestError
 from lanting.specs.model_spec import Defaults, ModelSpec
 
-STEP, SMALLEST, LARGEST = 16, 16, 4096  # one token is 2x2 latents of 8x8 pixels
+SMALLEST, LARGEST = 16, 4096  # one token is 16x16 pixels
 WIDEST = 16  # longest side over shortest; beyond this a 1024x1024 area no longer fits LARGEST
 
 
@@ -22,7 +22,7 @@ def parse_size(text: str, spec: ModelSpec) -> tuple[int, int]:
     if word in spec.defaults.sizes:
         return spec.defaults.sizes[word]
     if match := re.fullmatch(r"(\d{1,7})\s*[x×*]\s*(\d{1,7})", word):
-        return check_size(int(match[1]), int(match[2]))
+        return check_size(int(match[1]), int(match[2]), spec.defaults.multiple)
     match = re.fullmatch(r"(\d{1,4}(?:\.\d{1,4})?):(\d{1,4}(?:\.\d{1,4})?)", word)
     if match and min(float(match[1]), float(match[2])) > 0:
         ratio = float(match[1]) / float(match[2])
@@ -31,7 +31,7 @@ def parse_size(text: str, spec: ModelSpec) -> tuple[int, int]:
                 "the ratio {ratio} is too extreme: at most {widest}:1 can be drawn", ratio=text, widest=WIDEST
             )
         width, height = spec.defaults.size
-        return fit_area(width * height, ratio, step=STEP)
+        return fit_area(width * height, ratio, step=spec.defaults.multiple)
     names = ", ".join(spec.defaults.sizes)
     raise RequestError(
         "the size {size} is not understood: write WIDTHxHEIGHT, or one of {names}",
@@ -40,9 +40,9 @@ def parse_size(text: str, spec: ModelSpec) -> tuple[int, int]:
     )
 
 
-def check_size(width: int, height: int) -> tuple[int, int]:
-    """The same size, or a RequestError that names the nearest one that can be drawn."""
-    near = tuple(min(max((side + STEP // 2) // STEP * STEP, SMALLEST), LARGEST) for side in (width, height))
+def check_size(width: int, height: int, step: int = SMALLEST) -> tuple[int, int]:
+    """The same size, or a RequestError that names the nearest one in multiples of `step` that can be drawn."""
+    near = tuple(min(max((side + step // 2) // step * step, step), LARGEST) for side in (width, height))
     if not (SMALLEST <= width <= LARGEST and SMALLEST <= height <= LARGEST):
         raise RequestError(
             "the size {width}×{height} can't be drawn: each side must be {low} to {high}. Nearest: {w}×{h}.",
@@ -57,8 +57,8 @@ def check_size(width: int, height: int) -> tuple[int, int]:
         )
     if near != (width, height):
         raise RequestError(
-            "the size {width}×{height} can't be drawn: both sides must be multiples of 16. Nearest: {w}×{h}.",
-            **{"width": width, "height": height, "w": near[0], "h": near[1]},
+            "the size {width}×{height} can't be drawn: both sides must be multiples of {step}. Nearest: {w}×{h}.",
+            **{"width": width, "height": height, "step": step, "w": near[0], "h": near[1]},
         )
     return width, height
 
@@ -73,10 +73,13 @@ def fit_area(area: int, ratio: float, step: int = 32) -> tuple[int, int]:
     return max(round(width / step) * step, step), max(round(height / step) * step, step)
 
 
-def size_of_picture(width: int, height: int, area: int) -> tuple[int, int]:
-    """The drawable size nearest to a picture: its own, or its ratio at `area` where it is larger than
-    that."""
-    return fit_area(area, width / height, step=STEP) if width * height > area else _nearest(width, height)
+def size_of_picture(width: int, height: int, own: Defaults) -> tuple[int, int]:
+    """The drawable size nearest to a picture: its own, or its ratio at the largest area the release names where it is
+    larger than that."""
+    area = largest_area(own)
+    if width * height > area:
+        return fit_area(area, width / height, step=own.multiple)
+    return _nearest(width, height, own.multiple)
 
 
 def largest_area(own: Defaults) -> int:
@@ -88,18 +91,19 @@ def reference_size(width: int, height: int, own: Defaults) -> tuple[int, int]:
     """(width, height) at which the VAE sees an input picture of an edit.
 
     Releases bring every picture to `vae_area`. One whose `vae_area` is 0 was trained on pictures as they are:
-    they keep their own size in multiples of 16, and those larger than every size it names are shrunk to at most
+    they keep their own size in multiples of `multiple`, and those larger than every size it names are shrunk to at most
     the largest.
     """
     if own.vae_area:
         return fit_area(own.vae_area, width / height)
-    most, near = largest_area(own), _nearest(width, height)
+    most, near = largest_area(own), _nearest(width, height, own.multiple)
     if near[0] * near[1] <= most:
         return near
     sides = math.isqrt(most * width // height), math.isqrt(most * height // width)  # rounded down: at most `most`
-    return max(sides[0] // STEP * STEP, STEP), max(sides[1] // STEP * STEP, STEP)
+    step = own.multiple
+    return max(sides[0] // step * step, step), max(sides[1] // step * step, step)
 
 
-def _nearest(width: int, height: int) -> tuple[int, int]:
-    sides = [max((side + STEP // 2) // STEP * STEP, SMALLEST) for side in (width, height)]
+def _nearest(width: int, height: int, step: int) -> tuple[int, int]:
+    sides = [max((side + step // 2) // step * step, step) for side in (width, height)]
     return sides[0], sides[1]

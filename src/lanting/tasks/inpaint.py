@@ -72,7 +72,7 @@ def repaint(studio: Studio, request: Request, scene: Scene, canvas: Canvas, know
 
 
 def token_mask(codec: LatentCodec, mask: Image, size: Size) -> Tensor:
-    """(1, N, 4z): 1 where a latent is drawn anew; one picture pixel decides for its 8 x 8 neighbours."""
+    """(1, N, 4z): 1 where a latent is drawn anew; one picture pixel decides for all of a latent's."""
     rows, columns = size[1] // codec.stride, size[0] // codec.stride
     coarse = F.interpolate(mask_of(mask, size), size=(rows, columns))  # (1, 1, 2h, 2w), nearest
-    return pack(coarse.expand(-1, codec.channels, -1, -1))
+    return pack(coarse.expand(-1, codec.channels, -1, -1), codec.patch)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +24,17 @@ from lanting.nn.mmdit import QwenImageTransformer, TransformerConfig
 from lanting.nn.qwen_vl import QwenVL, QwenVLConfig
 from lanting.nn.swap import swap
 from lanting.nn.vae import AutoencoderKLQwenImage, VAEConfig, to_image_weights
+from lanting.specs.detect import SINGLE_STREAM
 from lanting.weights.checkpoint import Checkpoint
 from lanting.weights.forms import Form, read_forms, side_tensors
 
+if TYPE_CHECKING:  # 2.1's networks are imported where one is built
+    from lanting.nn.qwen3_vl import Qwen3VL
+    from lanting.nn.single_stream import QwenImage21Transformer
+
 M = TypeVar("M", bound=nn.Module)
+Transformer: TypeAlias = "QwenImageTransformer | QwenImage21Transformer"
+TextEncoder: TypeAlias = "QwenVL | Qwen3VL"
 Choose = Callable[[str, tuple[int, int]], Form | None]
 """(path of a Linear, its (out, in)) -> what to pack it as; None leaves it as it is."""
 
@@ -279,12 +286,17 @@ def check_depth(config: Mapping[str, Any], checkpoint: Checkpoint) -> None:
                 )
 
 
-def store_transformer(
-    checkpoint: Checkpoint, config: Mapping[str, Any], placing: Placing
-) -> Stored[QwenImageTransformer]:
-    """The MMDiT of a `transformer/` folder or of a file, still empty."""
+def store_transformer(checkpoint: Checkpoint, config: Mapping[str, Any], placing: Placing) -> Stored[Transformer]:
+    """The transformer of a `transformer/` folder or of a file, still empty; its config says which one it is."""
     check_depth(config, checkpoint)
-    make = lambda: QwenImageTransformer(TransformerConfig.from_dict(config))  # noqa: E731
+
+    def make() -> Transformer:
+        if config.get("_class_name") == SINGLE_STREAM:
+            from lanting.nn.single_stream import QwenImage21Transformer, SingleStreamConfig
+
+            return QwenImage21Transformer(SingleStreamConfig.from_dict(config))
+        return QwenImageTransformer(TransformerConfig.from_dict(config))
+
     return Stored(construct(make, checkpoint.label), checkpoint, placing)
 
 
@@ -299,14 +311,22 @@ def store_controlnet(
 
 def store_text_encoder(
     checkpoint: Checkpoint, config: Mapping[str, Any], placing: Placing, *, vision: bool = True, head: bool = True
-) -> Stored[QwenVL]:
-    """Qwen2.5-VL of a `text_encoder/` folder, or of a file, still empty.
+) -> Stored[TextEncoder]:
+    """Qwen2.5-VL or Qwen3-VL of a `text_encoder/` folder, or of a file, still empty.
 
     Without `vision` (releases that read words only) and `head` (unless it is to write words itself) those weights
     are not read: of the 7B model 1.35 GB and 1.09 GB in bfloat16.
     """
     check_depth(config, checkpoint)
-    module = construct(lambda: QwenVL(QwenVLConfig.from_dict(config), vision=vision, head=head), checkpoint.label)
+
+    def make() -> TextEncoder:
+        if config.get("model_type") == "qwen3_vl":
+            from lanting.nn.qwen3_vl import Qwen3VL, Qwen3VLConfig
+
+            return Qwen3VL(Qwen3VLConfig.from_dict(config), vision=vision)
+        return QwenVL(QwenVLConfig.from_dict(config), vision=vision, head=head)
+
+    module = construct(make, checkpoint.label)
     if vision and not any(name.startswith("visual.") for name in checkpoint.names()):
         raise ModelError(
             f"The {checkpoint.label} has no vision tower, and pictures are to be read: put its mmproj file beside a "
@@ -318,14 +338,14 @@ def store_text_encoder(
     return Stored(module, checkpoint, replace(placing, leave=leave))
 
 
-def build_transformer(checkpoint: Checkpoint, config: Mapping[str, Any], placing: Placing) -> QwenImageTransformer:
+def build_transformer(checkpoint: Checkpoint, config: Mapping[str, Any], placing: Placing) -> Transformer:
     """The transformer with its weights."""
     return store_transformer(checkpoint, config, placing).fill()
 
 
 def build_text_encoder(
     checkpoint: Checkpoint, config: Mapping[str, Any], placing: Placing, *, vision: bool = True, head: bool = True
-) -> QwenVL:
+) -> TextEncoder:
     """The text encoder with its weights; see `store_text_encoder`."""
     return store_text_encoder(checkpoint, config, placing, vision=vision, head=head).fill()
 
@@ -333,7 +353,15 @@ def build_text_encoder(
 def build_vae(checkpoint: Checkpoint, config: Mapping[str, Any], placing: Placing) -> AutoencoderKLQwenImage:
     """The autoencoder of a `vae/` folder, reduced to what single pictures need; channels-last."""
     label = checkpoint.label
-    module = construct(lambda: AutoencoderKLQwenImage(VAEConfig.from_dict(config)), label)
+
+    def make() -> AutoencoderKLQwenImage:
+        if config.get("_class_name") == "AutoencoderKLQwenImage21":
+            from lanting.nn.vae21 import AutoencoderKLQwenImage21, VAE21Config
+
+            return AutoencoderKLQwenImage21(VAE21Config.from_dict(config))
+        return AutoencoderKLQwenImage(VAEConfig.from_dict(config))
+
+    module = construct(make, label)
     moved = {}
     for stored in checkpoint.tensors():  # one by one: of the file's three slices two are let go at once
         for name, tensor in to_image_weights(dict([stored])).items():

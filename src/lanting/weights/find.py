@@ -40,7 +40,9 @@ class ModelFolder:
 
     @property
     def tokenizer(self) -> Path:
-        return self.parts.get("tokenizer", self.path / "tokenizer")
+        """2.1 has no folder of that name: its processor's holds the tokenizer, too."""
+        usual = self.path / "tokenizer"
+        return self.parts.get("tokenizer", usual if usual.is_dir() else self.path / "processor")
 
 
 def locate(model: str, parts: Mapping[str, str | None] | None = None) -> ModelFolder:
@@ -85,9 +87,9 @@ def open_folder(path: Path, name: str, spec: ModelSpec | None = None) -> ModelFo
         configs[component] = read_json(path / component / "config.json")
     configs["scheduler"] = read_json(path / "scheduler" / "scheduler_config.json")
     found = detect(configs["model_index"], configs["transformer"], configs["vae"], hint=name)
-    notes: list[str] = []
     if spec is None:
         spec = get_spec(found)
+    notes = [spec.licence] if spec.licence else []
     notes += disagreements(spec, configs["transformer"])
     return ModelFolder(name, path, spec, configs, tuple(notes))
 
