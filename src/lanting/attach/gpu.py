@@ -28,6 +28,7 @@ from lanting.kernels.gpu.twins import FP8
 from lanting.nn.linears import PackedLinear
 from lanting.nn.mmdit import Attend, Block, Context, FeedForward
 from lanting.nn.rotate import LARGEST
+from lanting.nn.single_stream import Attend as SingleAttend
 
 COMPUTE = {
     None: How(),
@@ -50,7 +51,7 @@ def attach_gpu(net: nn.Module, compute: str | None = None, *, four: bool = False
     for path, module in net.named_modules():
         if isinstance(module, PackedLinear) and not any(part in path.split(".") for part in LEFT_ALONE):
             module.product = partial(product_of, how)
-        elif isinstance(module, Attend):
+        elif isinstance(module, Attend | SingleAttend):
             module.__dict__["forward"] = partial(attend, module)
         elif isinstance(module, Block):
             module.__dict__["forward"] = partial(fused_block, module, how)
@@ -62,7 +63,7 @@ def detach_gpu(net: nn.Module) -> None:
         forget(module)
         if isinstance(module, PackedLinear):
             module.product = None
-        elif isinstance(module, Attend | Block):
+        elif isinstance(module, Attend | SingleAttend | Block):
             module.__dict__.pop("forward", None)
 
 
@@ -79,9 +80,10 @@ def check_attention() -> None:
         ) from None
 
 
-def attend(module: Attend, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """`Attend.forward`."""
-    if q.dtype not in DTYPES or q.dtype != k.dtype or q.dtype != v.dtype or q.requires_grad:
+def attend(module: Attend | SingleAttend, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """`Attend.forward`; masks of 2.1's texts are triangles, which are left to torch."""
+    other = mask is not None and mask.ndim != 2
+    if other or q.dtype not in DTYPES or q.dtype != k.dtype or q.dtype != v.dtype or q.requires_grad:
         return type(module).forward(module, q, k, v, mask)
     return attentions.choices()(q, k, v, mask)
 
