@@ -24,10 +24,10 @@ from lanting.train.vocabulary import VOCAB_SIZE, build_tokenizer
 NET = {
     "in_channels": 8,
     "out_channels": 8,
-    "attention_head_dim": 16,
+    "attention_head_dim": 32,
     "num_attention_heads": 2,
     "context_in_dim": 32,
-    "axes_dims_rope": (4, 6, 6),
+    "axes_dims_rope": (4, 14, 14),
 }
 PREPROCESSOR = {
     "image_processor_type": "Qwen2VLImageProcessor",

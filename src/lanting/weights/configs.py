@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lanting.core.errors import ModelError
+from lanting.specs.detect import SINGLE_STREAM
 from lanting.weights.checkpoint import Checkpoint
 from lanting.weights.forms import FLAGS, shapes
 from lanting.weights.single import OWN_NOTES
@@ -33,6 +34,7 @@ SCHEDULER: dict[str, Any] = {  # of every release; distilled ones replace parts 
     "use_karras_sigmas": False,
 }
 VISION_HEAD = 80  # width of a vision head in every Qwen2.5-VL
+QWEN3_VISION_HEAD = 72  # and in Qwen3-VL-8B
 
 
 def own_notes(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -81,6 +83,8 @@ class Sides:
 
 
 def _transformer(sides: Sides) -> dict[str, Any]:
+    if "txt_in.text_norm.weight" in sides:
+        return _single_stream(sides)
     width, channels = sides["img_in.weight"]
     (head,) = sides["transformer_blocks.0.attn.norm_q.weight"]
     layered = "time_text_embed.addition_t_embedding.weight" in sides
@@ -102,7 +106,30 @@ def _transformer(sides: Sides) -> dict[str, Any]:
     }
 
 
+def _single_stream(sides: Sides) -> dict[str, Any]:
+    """Qwen-Image-2.1's."""
+    width, channels = sides["img_in.weight"]
+    (head,) = sides["transformer_blocks.0.attn.norm_q.weight"]
+    if head % 16:
+        raise ValueError(f"a config: heads of {head} tell nothing of their positions")
+    return {
+        "_class_name": SINGLE_STREAM,
+        "num_layers": sides.blocks("transformer_blocks."),
+        "num_attention_heads": width // head,
+        "attention_head_dim": head,
+        "context_in_dim": sides["txt_in.in_layer.weight"][1],
+        "in_channels": channels,
+        "out_channels": sides["proj_out.weight"][0],
+        "patch_size": 1,
+        "mlp_ratio": sides["transformer_blocks.0.img_mlp.out.weight"][1] // width,
+        "axes_dims_rope": [head // 8, head * 7 // 16, head * 7 // 16],
+        "causal_condition": True,
+    }
+
+
 def _vae(sides: Sides) -> dict[str, Any]:
+    if "decoder.up_blocks.0.upsampler.resample.1.weight" in sides:
+        return _vae_21(sides)
     base, colours = sides["encoder.conv_in.weight"][:2]
     return {
         "_class_name": "AutoencoderKLQwenImage",
@@ -117,7 +144,27 @@ def _vae(sides: Sides) -> dict[str, Any]:
     }
 
 
+def _vae_21(sides: Sides) -> dict[str, Any]:
+    """Qwen-Image-2.1's; its statistics are those of the release."""
+    base, colours = sides["encoder.conv_in.weight"][:2]
+    return {
+        "_class_name": "AutoencoderKLQwenImage21",
+        "base_dim": base,
+        "decoder_base_dim": sides["decoder.conv_out.weight"][1],
+        "z_dim": sides["decoder.conv_in.weight"][1],
+        "dim_mult": [1, 2, 4, 8, 8],
+        "num_res_blocks": sides.blocks("encoder.down_blocks.0.resnets."),
+        "attn_scales": [],
+        "temperal_downsample": [False, True, True, True],
+        "in_channels": colours,
+        "out_channels": sides["decoder.conv_out.weight"][0],
+        "is_residual": True,
+    }
+
+
 def _text_encoder(sides: Sides) -> dict[str, Any]:
+    if "model.layers.0.self_attn.q_norm.weight" in sides:
+        return _qwen3(sides)
     vocabulary, width = sides["model.embed_tokens.weight"]
     queries = sides["model.layers.0.self_attn.q_proj.weight"][0]
     head = 128  # in every Qwen2.5-VL
@@ -152,4 +199,43 @@ def _text_encoder(sides: Sides) -> dict[str, Any]:
         }
     else:
         config["vision_config"] = {"out_hidden_size": width}
+    return config
+
+
+def _qwen3(sides: Sides) -> dict[str, Any]:
+    """Qwen3-VL, the reader of 2.1: heads tell their width by their norms."""
+    vocabulary, width = sides["model.embed_tokens.weight"]
+    (head,) = sides["model.layers.0.self_attn.q_norm.weight"]
+    text = {
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "intermediate_size": sides["model.layers.0.mlp.gate_proj.weight"][0],
+        "num_hidden_layers": sides.blocks("model.layers."),
+        "num_attention_heads": sides["model.layers.0.self_attn.q_proj.weight"][0] // head,
+        "num_key_value_heads": sides["model.layers.0.self_attn.k_proj.weight"][0] // head,
+        "head_dim": head,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 5e6,
+        "rope_scaling": {"mrope_interleaved": True, "mrope_section": [24, 20, 20], "rope_type": "default"},
+    }
+    config = {
+        "architectures": ["Qwen3VLForConditionalGeneration"],
+        "model_type": "qwen3_vl",
+        "image_token_id": 151655,
+        "tie_word_embeddings": False,
+        "text_config": text,
+        "vision_config": {"out_hidden_size": width},
+    }
+    if "visual.pos_embed.weight" in sides:
+        count, inner = sides["visual.pos_embed.weight"]
+        depth, deep = sides.blocks("visual.blocks."), sides.blocks("visual.deepstack_merger_list.")
+        config["vision_config"] = {
+            "depth": depth,
+            "hidden_size": inner,
+            "intermediate_size": sides["visual.blocks.0.mlp.linear_fc1.weight"][0],
+            "num_heads": inner // QWEN3_VISION_HEAD,
+            "out_hidden_size": width,
+            "num_position_embeddings": count,
+            "deepstack_visual_indexes": [8 * (place + 1) for place in range(deep)],
+        }
     return config

@@ -15,6 +15,7 @@ from typing import Any
 
 from lanting.core.errors import ModelError
 from lanting.specs import ModelSpec, detect, get_spec, spec_names
+from lanting.specs.detect import SINGLE_STREAM
 from lanting.weights.checkpoint import Checkpoint, read_json
 from lanting.weights.configs import SCHEDULER, config_of, own_notes
 from lanting.weights.home import REPO, downloaded, embedded_nano
@@ -165,6 +166,9 @@ def release_of(path: Path, transformer: Checkpoint) -> tuple[ModelSpec, tuple[st
     if config.get("use_layer3d_rope"):
         return get_spec("qwen-image-layered"), ()
     words = set(re.split(r"[^a-z0-9]+", path.name.lower()))
+    if config.get("_class_name") == SINGLE_STREAM:
+        spec = get_spec("qwen-image-2.1-turbo" if "turbo" in words else "qwen-image-2.1")
+        return spec, (spec.licence,)
     if config.get("zero_cond_t"):
         return _distilled(get_spec("qwen-image-edit-2511"), words), ()
     for word in ("2511", "2509", "2512"):
@@ -187,10 +191,11 @@ def _distilled(spec: ModelSpec, words: set[str]) -> ModelSpec:
 
 def base_of(spec: ModelSpec, parts: Collection[str]) -> ModelFolder | None:
     """An installed release that can bring what `parts` lack; the release itself first."""
-    layered = "layered" in spec.tasks
-    kin = [name for name in spec_names() if name != "nano" and ("layered" in get_spec(name).tasks) == layered]
-    if "vae" in parts:  # then every release will do
-        kin += [name for name in spec_names() if name not in kin and name != "nano"]
+    layered, build = "layered" in spec.tasks, spec.shape.get("_class_name")
+    alike = [name for name in spec_names() if name != "nano" and get_spec(name).shape.get("_class_name") == build]
+    kin = [name for name in alike if ("layered" in get_spec(name).tasks) == layered]
+    if "vae" in parts:  # then every release of the same build will do
+        kin += [name for name in alike if name not in kin]
     if spec.name == "nano":
         kin = []
     for name in (spec.name, *kin):
@@ -203,7 +208,7 @@ def base_of(spec: ModelSpec, parts: Collection[str]) -> ModelFolder | None:
 def _tokenizer_beside(path: Path, text_encoder: Path, spec: ModelSpec) -> Path:
     """A tokenizer's folder near the text encoder or the model file."""
     for near in (text_encoder, text_encoder.parent, path.parent):
-        for folder in (near, near / "tokenizer"):
+        for folder in (near, near / "tokenizer", near / "processor"):
             if (folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file():
                 return folder
     raise ModelError(

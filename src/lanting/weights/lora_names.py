@@ -50,6 +50,7 @@ FUSED = {  # several Linears written as one, row under row
     "to_qkv": ("to_q", "to_k", "to_v"),
     "add_qkv_proj": ("add_q_proj", "add_k_proj", "add_v_proj"),
     "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
+    "gate_up": ("gate_layer", "proj"),  # of Qwen-Image-2.1
 }
 Sides = Mapping[str, tuple[int, int]]
 """Path -> (out, in) of every Linear of a transformer."""
@@ -96,7 +97,7 @@ class Layers:
         self.dotted: dict[str, tuple[Target, ...]] = {path: (Target(path),) for path in linears}
         for path in linears:
             parent, _, last = path.rpartition(".")
-            if last == "to_q" or last == "add_q_proj":
+            if last in ("to_q", "add_q_proj", "gate_layer"):
                 self.dotted |= self._fused(f"{parent}." if parent else "", last)
             if last == "0" and parent not in linears:  # DiffSynth's first version has attn.to_out without an index
                 self.dotted[parent] = (Target(path),)

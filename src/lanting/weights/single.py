@@ -16,6 +16,7 @@ from pathlib import Path
 from lanting.core.errors import ModelError
 from lanting.weights.checkpoint import Checkpoint, layer_notes, open_component
 from lanting.weights.forms import FLAGS
+from lanting.weights.fused import parted
 from lanting.weights.headers import damaged, read_file
 
 OWN_NOTES = "lanting"  # in a safetensors file's metadata: a JSON table of ours
@@ -31,10 +32,10 @@ PREFIXES = {  # the longest that fits is taken off; then the rest is one of COMP
     "vae.": "vae",
 }
 OURS = {"model.language_model.": "model.", "model.visual.": "visual.", "language_model.": "model."}
-SIGNS = {  # a name that only this component has, without its prefix
-    "transformer": "transformer_blocks.0.img_mod.1.weight",
-    "text_encoder": "model.layers.0.self_attn.q_proj.weight",
-    "vae": "decoder.conv_in.weight",
+SIGNS = {  # names that only this component has, without its prefix
+    "transformer": ("transformer_blocks.0.img_mod.1.weight", "txt_in.text_norm.weight"),
+    "text_encoder": ("model.layers.0.self_attn.q_proj.weight",),
+    "vae": ("decoder.conv_in.weight",),
 }
 WAN_VAE = ("conv1.weight", "decoder.conv1.weight", "encoder.downsamples.0.residual.2.weight")
 WAN_PARTS = (  # pattern of Wan's name, diffusers' name; {b}, {j} are the place in the decoder
@@ -87,7 +88,7 @@ def open_file(path: Path) -> dict[str, Checkpoint]:
     infos, metadata = read_file(path)
     whole = Checkpoint(path.name, dict.fromkeys(infos, path), infos, metadata, layer_notes(path, metadata))
     return {
-        component: whole.renamed(names, f"{component} in {path.name}")
+        component: parted(whole.renamed(names, f"{component} in {path.name}"))
         for component, names in split_names(infos).items()
     }
 
@@ -123,7 +124,7 @@ def open_weights(place: Path, component: str) -> Checkpoint:
     """A component from its folder or from a file. Raises ModelError where the file holds something else."""
     if place.is_dir():
         checkpoint = open_component(place)
-        return checkpoint.renamed(our_names(component, checkpoint.infos))
+        return parted(checkpoint.renamed(our_names(component, checkpoint.infos)))
     found = open_file(place)
     if component not in found:
         what = ", ".join(found) or "nothing we know"
@@ -193,6 +194,6 @@ def _component_of(names: Mapping[str, str]) -> str:
     if set(WAN_VAE) <= set(names):
         return "vae"
     officials = {_official(name) for name in names}
-    found = [component for component, sign in SIGNS.items() if sign in officials]
+    found = [component for component, signs in SIGNS.items() if not officials.isdisjoint(signs)]
     controlnet = any(name.startswith("controlnet_") for name in names)
     return found[0] if found and not controlnet else ""
