@@ -10,7 +10,9 @@ import tiny21
 import torch
 from safetensors.torch import load_file, save_file
 
+from fakehub import FakeHub, serve
 from lanting import Engine, Request
+from lanting.cli.main import main
 from lanting.core.errors import ModelError
 from lanting.nn.qwen3_vl import Qwen3VL, Qwen3VLConfig
 from lanting.nn.single_stream import QwenImage21Transformer, SingleStreamConfig
@@ -21,6 +23,7 @@ from lanting.weights.configs import config_of
 from lanting.weights.find import release_of
 from lanting.weights.forms import read_forms
 from lanting.weights.headers import TensorInfo
+from lanting.weights.inspect import describe
 from lanting.weights.lora_names import Layers, parse
 from lanting.weights.single import open_file
 
@@ -127,3 +130,20 @@ def test_a_lora_may_name_the_fused_layer():
             (names[0], (0, 12), 24),
             (names[1], (12, 24), 24),
         ]
+
+
+def test_show_tells_what_they_are(folder, file):
+    whole, one = describe(str(folder)), describe(str(file))
+    assert [part.kind.name for part in whole.parts] == ["transformer", "vae", "text_encoder"]
+    assert whole.release == "qwen-image-2.1" and not whole.problems and "licence" in whole.notes[-1]
+    assert one.release == "qwen-image-2.1-turbo" and one.parts[0].kind.detail == "2 blocks of one stream"
+    assert "licence" in describe("qwen-image-2.1").notes[-1]
+
+
+def test_pull_says_the_licence_first(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("LANTING_HOME", str(tmp_path))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    files = {"model_index.json": b"{}", "transformer/diffusion_pytorch_model.safetensors": bytes(3000)}
+    with serve(FakeHub("Qwen/Qwen-Image-2.1", files)) as hub:
+        assert main(["pull", "qwen-image-2.1", "--endpoint", hub.endpoint, "--dry-run"]) == 0
+    assert "allow research only" in capsys.readouterr().err

@@ -80,8 +80,11 @@ def _summary(plan: PullPlan) -> dict[str, object]:
 
 
 def _announce(screen: Screen, plan: PullPlan) -> None:
+    from lanting.specs import get_spec, spec_names
     from lanting.weights.pull import gigabytes
 
+    if plan.name in spec_names() and (licence := get_spec(plan.name).licence):
+        screen.note(licence)
     for job in plan.jobs:
         listing = job.listing
         screen.note(

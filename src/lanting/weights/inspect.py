@@ -80,12 +80,13 @@ def _describe_release(name: str) -> Description:
         lora = lora_path(name)
         return described if lora is None else _with_file(described, lora)
     notes = ["not on this machine: run 'lanting pull " + name + "'"] if name != "nano" else []
+    told = get_spec(name).licence
     if name != "nano" and (begun := unfinished(model_folder(name))) is not None:
         notes = [
             f"here only in part, {gigabytes(begun.have)} of {gigabytes(begun.total)}: "
             f"run 'lanting pull {name}' to go on"
         ]
-    return Description(name, None, name, notes=tuple(notes))
+    return Description(name, None, name, notes=(*notes, told) if told else tuple(notes))
 
 
 def _describe_folder(folder: Path, name: str, release: str | None) -> Description:
@@ -127,6 +128,7 @@ def _describe_pipeline(folder: Path, name: str, release: str | None) -> Descript
         if get_spec(found).tasks != get_spec(release).tasks:
             notes.append(f"the configs are those of {found}, not of {release}; the folder wins.")
         notes[:0] = disagreements(get_spec(release), read_json(folder / "transformer" / "config.json"))
+        notes += filter(None, [get_spec(release).licence])
     except ModelError as error:
         problems.append(str(error))
     return Description(

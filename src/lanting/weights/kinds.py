@@ -61,7 +61,8 @@ def config_notes(name: str, kind: Kind, config: Mapping[str, Any], infos: Mappin
         extra = "time_text_embed.addition_t_embedding.weight" in shape
         found.append(("use_additional_t_cond", bool(config.get("use_additional_t_cond")), extra))
     if kind.name == "vae" and "quant_conv.weight" in shape:
-        found.append(("input_channels", config.get("input_channels", 3), _side(shape, "encoder.conv_in.weight", 1)))
+        key = "in_channels" if config.get("_class_name") == "AutoencoderKLQwenImage21" else "input_channels"
+        found.append((key, config.get(key, 3), _side(shape, "encoder.conv_in.weight", 1)))
         found.append(("z_dim", config.get("z_dim"), _side(shape, "decoder.conv_in.weight", 1)))
     if kind.name == "text_encoder":
         text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
@@ -83,6 +84,8 @@ def _lora(infos: Mapping[str, TensorInfo]) -> Kind:
 
 
 def _transformer(bare: Mapping[str, TensorInfo]) -> Kind | None:
+    if "txt_in.text_norm.weight" in bare and "modulation.1.weight" in bare:
+        return Kind("transformer", f"{_blocks(bare, 'transformer_blocks')} blocks of one stream", "qwen-image-2.1")
     if "transformer_blocks.0.img_mod.1.weight" not in bare or "txt_norm.weight" not in bare:
         return None
     blocks = _blocks(bare, "transformer_blocks")
