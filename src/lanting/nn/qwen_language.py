@@ -9,8 +9,8 @@ Source: Qwen2.5-VL technical report; equal to transformers' Qwen2_5_VLTextModel,
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,30 @@ from torch import Tensor, nn
 
 Cache = list[tuple[Tensor, Tensor]]
 """Keys and values per layer, each (B, kv_heads, S, head_dim); keys are already rotated."""
+
+
+class Decoder(Protocol):
+    """The numbers of a decoder, whichever model of the family it belongs to: a dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def intermediate_size(self) -> int: ...
+    @property
+    def num_attention_heads(self) -> int: ...
+    @property
+    def num_key_value_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def rms_norm_eps(self) -> float: ...
+    @property
+    def mrope_section(self) -> tuple[int, int, int]: ...
+
+
+C = TypeVar("C", bound=Decoder)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,15 +70,20 @@ class LanguageConfig:
         The rotary numbers may stand in `rope_scaling` or in the newer `rope_parameters`. Raises ValueError
         when their sections don't fill half a head.
         """
-        rope = {**(json.get("rope_scaling") or {}), **(json.get("rope_parameters") or {})}
-        known = {name: json[name] for name in cls.__dataclass_fields__ if json.get(name) is not None}
-        known["rope_theta"] = rope.get("rope_theta", json.get("rope_theta", 1e6))
-        if "mrope_section" in rope:
-            known["mrope_section"] = tuple(rope["mrope_section"])
-        config = cls(**known)
-        if 2 * sum(config.mrope_section) != config.head_dim:
-            raise ValueError(f"mrope_section {config.mrope_section} must sum to half of head_dim {config.head_dim}")
-        return config
+        return read_numbers(cls, json)
+
+
+def read_numbers(kind: type[C], json: Mapping[str, Any]) -> C:
+    """A decoder's config of `kind` from a config.json; what isn't there keeps its default. See `LanguageConfig`."""
+    rope = {**(json.get("rope_scaling") or {}), **(json.get("rope_parameters") or {})}
+    known = {field.name: json[field.name] for field in fields(kind) if json.get(field.name) is not None}
+    known |= {name: rope[name] for name in ("rope_theta", "mrope_section") if name in rope}
+    if "mrope_section" in known:
+        known["mrope_section"] = tuple(known["mrope_section"])
+    config = kind(**known)
+    if 2 * sum(config.mrope_section) != config.head_dim:
+        raise ValueError(f"mrope_section {config.mrope_section} must sum to half of head_dim {config.head_dim}")
+    return config
 
 
 class RMSNorm(nn.Module):
@@ -123,26 +152,23 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Grouped-query self-attention; q, k, v have a bias, the output projection has none."""
+    """Grouped-query self-attention; q, k, v may have a bias, the output projection has none."""
 
-    def __init__(self, config: LanguageConfig) -> None:
+    def __init__(self, config: Decoder, bias: bool = True) -> None:
         super().__init__()
         self.head_dim = config.head_dim
         queries = config.num_attention_heads * config.head_dim
         keys = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, queries)
-        self.k_proj = nn.Linear(config.hidden_size, keys)
-        self.v_proj = nn.Linear(config.hidden_size, keys)
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias)
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
         self.attend = Attend()
 
     def forward(
         self, x: Tensor, rope: tuple[Tensor, Tensor], past: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        q, k, v = (
-            layer(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for layer in (self.q_proj, self.k_proj, self.v_proj)
-        )  # each (B, heads, T, d)
+        q, k, v = self.heads(x)
         cos, sin = (table.to(q.dtype) for table in rope)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if past is not None:
@@ -150,12 +176,20 @@ class Attention(nn.Module):
         out = self.attend(q, k, v).transpose(1, 2).flatten(2)  # (B, T, heads * d)
         return self.o_proj(out), (k, v)
 
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, heads, T, d), keys and values (B, kv_heads, T, d) of x (B, T, D), not yet rotated."""
+        q, k, v = (
+            layer(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for layer in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return q, k, v
+
 
 class DecoderLayer(nn.Module):
-    def __init__(self, config: LanguageConfig) -> None:
+    def __init__(self, config: Decoder, attention: Attention | None = None) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config)
+        self.self_attn = Attention(config) if attention is None else attention
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size)
 

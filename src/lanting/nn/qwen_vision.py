@@ -9,10 +9,11 @@ Source: Qwen2.5-VL technical report, section on the vision encoder; tensor names
 `visual.`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -21,12 +22,33 @@ from torch import Tensor, nn
 from lanting.nn.qwen_language import GatedMLP, RMSNorm, rotate
 
 Grid = tuple[int, int]
-"""Rows and columns of 14-pixel patches of one picture, both even."""
+"""Rows and columns of patches of one picture, both even."""
 
 Runs = list[tuple[int, int]]
 """(count, length): `count` neighbouring groups of `length` patches, each attending within itself."""
 
 EPS = 1e-6
+
+
+class Tower(Protocol):
+    """The numbers that every tower of the family has; see `VisionConfig`."""
+
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def intermediate_size(self) -> int: ...
+    @property
+    def num_heads(self) -> int: ...
+    @property
+    def in_channels(self) -> int: ...
+    @property
+    def patch_size(self) -> int: ...
+    @property
+    def temporal_patch_size(self) -> int: ...
+    @property
+    def spatial_merge_size(self) -> int: ...
+    @property
+    def rope_theta(self) -> float: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,25 +99,30 @@ def window_order(grid: Grid, merge: int, window: int) -> tuple[Tensor, Runs]:
     return torch.cat(windows), runs
 
 
-def patch_angles(grid: Grid, config: VisionConfig) -> Tensor:
-    """Rotary angles (patches, head_dim / 2), fp32: the first half turns with the row, the second with the
-    column.
+def by_cell(table: Tensor, merge: int) -> Tensor:
+    """(rows, columns, ...) -> (patches, ...) in the order of the picture processor: cell by cell, and row by row
+    inside a cell of `merge` x `merge` patches.
+    """
+    rows, columns = table.shape[:2]
+    cells = table.reshape(rows // merge, merge, columns // merge, merge, *table.shape[2:])
+    return cells.transpose(1, 2).flatten(0, 3)
 
-    Patches are in the order of the picture processor: cell by cell, and row by row inside a cell.
+
+def patch_angles(grid: Grid, config: Tower) -> Tensor:
+    """Rotary angles (patches, head_dim / 2), fp32, in the order of `by_cell`: the first half turns with the row,
+    the second with the column.
     """
     quarter = config.hidden_size // config.num_heads // 4
     frequencies = 1.0 / config.rope_theta ** (torch.arange(quarter, dtype=torch.float32) / quarter)
-    merge = config.spatial_merge_size
-    blocks = (grid[0] // merge, merge, grid[1] // merge, merge)
     places = torch.meshgrid(*(torch.arange(side) for side in grid), indexing="ij")
-    places = [place.reshape(blocks).transpose(1, 2).flatten() for place in places]
+    places = [by_cell(place, config.spatial_merge_size) for place in places]
     return torch.cat([place[:, None].float() * frequencies for place in places], -1)
 
 
 class VisionAttention(nn.Module):
     """Full attention within groups of neighbouring patches; rotation in fp32."""
 
-    def __init__(self, config: VisionConfig) -> None:
+    def __init__(self, config: Tower) -> None:
         super().__init__()
         self.num_heads = config.num_heads
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
@@ -114,12 +141,18 @@ class VisionAttention(nn.Module):
 
 
 class VisionBlock(nn.Module):
-    def __init__(self, config: VisionConfig) -> None:
+    """Attention and an MLP, each behind a norm; the towers of the family differ in `norm(width, eps)` and
+    `mlp(width, inner)`.
+    """
+
+    def __init__(
+        self, config: Tower, norm: Callable[[int, float], nn.Module], mlp: Callable[[int, int], nn.Module]
+    ) -> None:
         super().__init__()
-        self.norm1 = RMSNorm(config.hidden_size, EPS)
-        self.norm2 = RMSNorm(config.hidden_size, EPS)
+        self.norm1 = norm(config.hidden_size, EPS)
+        self.norm2 = norm(config.hidden_size, EPS)
         self.attn = VisionAttention(config)
-        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, bias=True)
+        self.mlp = mlp(config.hidden_size, config.intermediate_size)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], runs: Runs) -> Tensor:
         x = x + self.attn(self.norm1(x), rope, runs)
@@ -129,14 +162,14 @@ class VisionBlock(nn.Module):
 class PatchEmbed(nn.Module):
     """A linear map of whole patches; stored as the convolution it was trained as."""
 
-    def __init__(self, config: VisionConfig) -> None:
+    def __init__(self, config: Tower, bias: bool = False) -> None:
         super().__init__()
         kernel = (config.temporal_patch_size, config.patch_size, config.patch_size)
-        self.proj = nn.Conv3d(config.in_channels, config.hidden_size, kernel, stride=kernel, bias=False)
+        self.proj = nn.Conv3d(config.in_channels, config.hidden_size, kernel, stride=kernel, bias=bias)
 
     def forward(self, patches: Tensor) -> Tensor:
         weight = self.proj.weight.flatten(1)
-        return F.linear(patches.to(weight.dtype), weight)
+        return F.linear(patches.to(weight.dtype), weight, self.proj.bias)
 
 
 class PatchMerger(nn.Module):
@@ -161,7 +194,8 @@ class QwenVision(nn.Module):
         super().__init__()
         self.config = config
         self.patch_embed = PatchEmbed(config)
-        self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.depth))
+        mlp = partial(GatedMLP, bias=True)
+        self.blocks = nn.ModuleList(VisionBlock(config, RMSNorm, mlp) for _ in range(config.depth))
         self.merger = PatchMerger(config)
 
     def forward(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:

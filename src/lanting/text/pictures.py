@@ -32,7 +32,10 @@ class PictureConfig:
 
     @classmethod
     def from_dict(cls, json: Mapping[str, Any]) -> "PictureConfig":
-        """Read preprocessor_config.json; areas stand in `min_pixels`, `max_pixels` or in the newer `size`."""
+        """Read preprocessor_config.json, or processor_config.json as transformers 5 writes it; areas stand in
+        `min_pixels`, `max_pixels` or in the newer `size`.
+        """
+        json = json.get("image_processor") or json
         size = json.get("size") or {}
         known: dict[str, Any] = {
             "min_pixels": size.get("shortest_edge"),
