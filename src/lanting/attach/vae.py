@@ -24,6 +24,7 @@ from lanting.kernels import calls
 from lanting.kernels.conv import Laid, convolve, lay, padded
 from lanting.kernels.library import dense_bytes, instruction_set, ready
 from lanting.nn.vae import AutoencoderKLQwenImage, ChannelNorm, Decoder, Encoder, MidBlock, ResidualBlock
+from lanting.nn.vae21 import AutoencoderKLQwenImage21
 
 DTYPES = (torch.float32, torch.bfloat16)
 ROWS = 1 << 14  # that are laid out in float32 at once
@@ -33,6 +34,11 @@ def attach_vae(vae: AutoencoderKLQwenImage) -> bool:
     """Let an autoencoder on the CPU use the kernels; False where there are none. Undone by `detach_vae`."""
     if not ready():
         return False
+    if isinstance(vae, AutoencoderKLQwenImage21):
+        from lanting.attach.vae21 import attach_vae21
+
+        attach_vae21(vae)
+        return True
     vae.encoder.__dict__["forward"] = partial(encode, vae.encoder)
     vae.decoder.__dict__["forward"] = partial(decode, vae.decoder)
     return True

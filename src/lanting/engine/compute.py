@@ -54,13 +54,11 @@ def record_steps(net: nn.Module, table: ModulationTable | None, device: torch.de
         attach_graphs(net, table)
 
 
-def speed_up_vae(vae: nn.Module, device: torch.device) -> None:
-    """Kernels and recordings are for the family's first autoencoder; 2.1's is left to torch."""
-    if type(vae) is not AutoencoderKLQwenImage:
-        return
+def speed_up_vae(vae: AutoencoderKLQwenImage, device: torch.device) -> None:
+    """Kernels on a CPU; channels last and recordings on a GPU, where 2.1's is not recorded."""
     if device.type == "cpu":
         attach_vae(vae)
     elif has_kernels(device):
         vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if wanted("LANTING_GRAPHS"):
+        if wanted("LANTING_GRAPHS") and type(vae) is AutoencoderKLQwenImage:
             attach_vae_graphs(vae)

@@ -321,8 +321,10 @@ class Models:
 
     def pictures(self) -> PictureConfig | None:
         """How the reader's pictures are cut, where the model folder says so."""
-        path = self.folder.path / "processor" / "preprocessor_config.json"
-        return PictureConfig.from_dict(read_json(path)) if path.is_file() else None
+        for name in ("preprocessor_config.json", "processor_config.json"):  # of older writers, and of transformers 5
+            if (path := self.folder.path / "processor" / name).is_file():
+                return PictureConfig.from_dict(read_json(path))
+        return None
 
     @cached_property
     def placed_controlnet(self) -> Placed[QwenImageControlNet] | None:

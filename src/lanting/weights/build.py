@@ -333,7 +333,7 @@ def store_text_encoder(
             "GGUF file, or get the whole text encoder."
         )
     leave = placing.leave if vision else (*placing.leave, "visual.")
-    if not head or module.config.tie_word_embeddings:  # some writers store the tied matrix twice
+    if getattr(module, "lm_head", None) is None or module.config.tie_word_embeddings:  # some store the tied one twice
         leave += ("lm_head.",)
     return Stored(module, checkpoint, replace(placing, leave=leave))
 
