@@ -14,7 +14,7 @@ from lanting.bench.work import decoding, opening, prediction, reading
 from lanting.core.types import Progress, Request, Result
 from lanting.engine import Engine
 from lanting.plan.activations import tokens
-from lanting.plan.geometry import Geometry
+from lanting.plan.geometry import Geometry, Language, Transformer, Vae
 
 PROMPT = 'a blue sign that says "HELLO {number}"'
 
@@ -28,6 +28,8 @@ class Drawing:
         own = engine.spec.defaults
         self.steps, self.size = own.steps, own.size
         net = Geometry.from_configs(engine.folder.configs)
+        assert isinstance(net.transformer, Transformer) and isinstance(net.language, Language)
+        assert isinstance(net.vae, Vae)
         self.dtype = dtype = str(engine.models.dtype).removeprefix("torch.")
         texts = [kept.embeds.shape[1] for kept in engine.models.prompts.values()]
         sides = [prediction(net.transformer, tokens(self.size), text, dtype) for text in texts]

@@ -9,97 +9,26 @@ Rejected: one factor times the number of pixels, which is off by two for referen
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from lanting.plan.geometry import Geometry, Transformer, Vae, Vision
-from lanting.plan.kinds import Kind
+import lanting.plan.activations21 as second
+from lanting.plan.geometry import Body, Coder, Geometry, Language3, SingleStream, Vae, Vision, Vision3
+from lanting.plan.job import Job, Size, cells, tokens
+from lanting.plan.kinds import BYTES, Kind, expanding
 from lanting.plan.sizes import Sizes
 
+__all__ = ["BYTES", "Job", "Size", "expanding", "tokens"]  # beside what is here
 TILE, STRIDE = 256, 192  # pixels, those of lanting.nn.vae
-TOKEN = 16  # pixels per side of a token
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-RUN = 1 << 19  # weights of a GGUF block type that a CPU expands at a time, lanting.nn.dequant's
-Size = tuple[int, int]  # width, height in pixels
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
-    """What is to be drawn, as far as it costs memory and time.
-
-    size        of a picture, pixels
-    references  sizes at which the VAE sees input pictures that stay beside the target (edits, layers)
-    seen        sizes at which the text encoder sees pictures
-    encoded     sizes of all pictures that the VAE encodes, references included
-    batch       pictures drawn together; frames: pictures per picture of the batch (layers)
-    prompts     different prompts; text: tokens of the longest, its closing words included; opening: of the template
-    guided      two predictions per step; joined: both at once
-    """
-
-    size: Size = (1024, 1024)
-    references: tuple[Size, ...] = ()
-    seen: tuple[Size, ...] = ()
-    encoded: tuple[Size, ...] = ()
-    batch: int = 1
-    frames: int = 1
-    prompts: int = 1
-    text: int = 517
-    opening: int = 34
-    steps: int = 50
-    guided: bool = True
-    joined: bool = False
-
-    @property
-    def target_tokens(self) -> int:
-        return self.frames * tokens(self.size)
-
-    @property
-    def picture_tokens(self) -> int:
-        """Target and references."""
-        return self.target_tokens + sum(tokens(size) for size in self.references)
-
-    @property
-    def text_tokens(self) -> int:
-        """What the transformer sees: prompt and pictures."""
-        return self.text + sum(cells(size) for size in self.seen)
-
-    @property
-    def branches(self) -> int:
-        return 2 if self.guided else 1
-
-
-def tokens(size: Size) -> int:
-    """Of the transformer, for a picture."""
-    return (size[0] // TOKEN) * (size[1] // TOKEN)
-
-
-def patches(size: Size) -> int:
-    """Of 14 pixels, for a picture that is brought to multiples of 28."""
-    return 4 * cells(size)
-
-
-def cells(size: Size) -> int:
-    """Tokens a picture takes among the text encoder's."""
-    return max(round(size[0] / 28), 1) * max(round(size[1] / 28), 1)
-
-
-def expanding(weights: int, kind: Kind, width: int, on_cpu: bool) -> int:
-    """Bytes alive while a packed weight is expanded: the result, and what making it needs beside."""
-    if not kind.packed:
-        return 0
-    if on_cpu and kind.in_runs:
-        return weights * width + min(weights, RUN) * 16
-    return int(weights * (width + (kind.scratch if on_cpu else min(kind.scratch, 2))))
-
-
-def transformer_peak(
-    net: Transformer, sizes: Sizes, kind: Kind, job: Job, dtype: str, on_cpu: bool, table: bool
-) -> int:
+def transformer_peak(net: Body, sizes: Sizes, kind: Kind, job: Job, dtype: str, on_cpu: bool, table: bool) -> int:
     """One step. N picture tokens and T text tokens of D numbers; S = N + T.
 
     Three places compete: the feed-forward of the pictures, the rotation of the keys, and the expansion of a packed
     weight. Five tensors of S are alive throughout a block: the stack's first input, the block's, the streams between
     its halves, and the inputs and results of attention.
     """
+    if isinstance(net, SingleStream):
+        return second.transformer_peak(net, sizes, kind, job, dtype, on_cpu)
     width = BYTES[dtype]
     unit = net.width * width * job.batch * (2 if job.joined else 1)
     pictures, text = job.picture_tokens, job.text_tokens
@@ -122,35 +51,50 @@ def transformer_peak(
     return peak + latents + states + rope
 
 
-def decoding_peak(net: Vae, job: Job, dtype: str, tile: int) -> int:
-    """The last level's second norm: input, skip, float32 copies. One picture at a time, or one tile."""
-    per = net.base_dim * (16 if BYTES[dtype] == 2 else 20)
+def kept_bytes(net: Body, job: Job, dtype: str) -> int:
+    """What a drawing keeps from its first step to its end: keys and values of a prefix."""
+    return second.kept_bytes(net, job, dtype) if isinstance(net, SingleStream) else 0
+
+
+def decoding_peak(net: Coder, job: Job, dtype: str, tile: int) -> int:
+    """A norm of the last level: inputs, skip, float32 copies. One picture at a time, or one tile."""
+    if isinstance(net, Vae):
+        per, channels = net.base_dim * (16 if BYTES[dtype] == 2 else 20), 3
+    else:
+        per, channels = net.decoder_width * 24, net.out_channels
     pixels = job.size[0] * job.size[1]
     count = job.batch * max(job.frames - 1, 1)
-    held = count * pixels * 12  # finished pictures, float32
+    held = count * pixels * 4 * channels  # finished pictures, float32
     finishing = 4 * held
     if tile and max(job.size) > tile:
-        rows = 2 * tile * job.size[0] * tile // STRIDE * 3 * 4
-        return max(per * tile * tile + rows + 2 * pixels * 3 * BYTES[dtype] + held, finishing)
+        rows = 2 * tile * job.size[0] * tile // STRIDE * channels * 4
+        return max(per * tile * tile + rows + 2 * pixels * channels * BYTES[dtype] + held, finishing)
     return max(per * pixels + held, finishing)
 
 
-def encoding_peak(net: Vae, sizes: Sequence[Size], dtype: str, tile: int) -> int:
+def encoding_peak(net: Coder, sizes: Sequence[Size], dtype: str, tile: int) -> int:
     """Pictures to latents, one at a time."""
-    per = net.base_dim * (14 if BYTES[dtype] == 2 else 16)
+    if isinstance(net, Vae):
+        per, pixel = net.base_dim * (14 if BYTES[dtype] == 2 else 16), 36
+    else:
+        per, pixel = net.base_dim * (16 if BYTES[dtype] == 2 else 20), 12 * net.in_channels
     areas = (tile * tile if tile and max(size) > tile else size[0] * size[1] for size in sizes)
-    return max((per * area for area in areas), default=0) + sum(36 * w * h for w, h in sizes)
+    return max((per * area for area in areas), default=0) + sum(pixel * w * h for w, h in sizes)
 
 
 def reader_peak(geometry: Geometry, job: Job, kind: Kind, dtype: str, on_cpu: bool) -> int:
     """The text encoder: a layer's feed-forward, keys and values of all layers, or the eye's."""
-    language, width = geometry.language, BYTES[dtype]
-    length = job.opening + job.text_tokens
-    rows = job.prompts * length
-    layer = rows * (5 * language.hidden_size + 3 * language.intermediate_size) * width + 8 * language.head_dim * length
-    kept = rows * 2 * language.num_hidden_layers * language.num_key_value_heads * language.head_dim * width
+    language, eye, width = geometry.language, geometry.vision, BYTES[dtype]
+    rows = job.prompts * job.read_tokens
+    layer = rows * (5 * language.hidden_size + 3 * language.intermediate_size) * width
+    layer += 8 * language.head_dim * job.read_tokens
     expanded = expanding(language.hidden_size * language.intermediate_size, kind, width, on_cpu)
-    return max(layer + kept + expanded, vision_peak(geometry.vision, job.seen, width))
+    if isinstance(language, Language3) and isinstance(eye, Vision3):
+        beside = second.beside_layer(language, eye, job, width)
+        return max(layer + beside + expanded, second.vision_peak(eye, job, width))
+    assert isinstance(eye, Vision)
+    kept = rows * 2 * language.num_hidden_layers * language.num_key_value_heads * language.head_dim * width
+    return max(layer + kept + expanded, vision_peak(eye, job.seen, width))
 
 
 def vision_peak(net: Vision, seen: Sequence[Size], width: int) -> int:
@@ -158,23 +102,33 @@ def vision_peak(net: Vision, seen: Sequence[Size], width: int) -> int:
     feeding = 3 * (net.intermediate_size + net.hidden_size) * width
     rotating = 28 * net.hidden_size if width == 2 else 0
     pixels = 2 * net.in_channels * net.temporal_patch_size * net.patch_size**2 * 4
-    return sum(patches(size) for size in seen) * (max(feeding, rotating) + 1000 + pixels)
+    return sum(4 * cells(size) for size in seen) * (max(feeding, rotating) + 1000 + pixels)
 
 
-def table_bytes(net: Transformer, job: Job, dtype: str) -> int:
-    """The modulation's results for every step of the schedule."""
+def table_bytes(net: Body, job: Job, dtype: str) -> int:
+    """The modulation's results for every step of the schedule; nothing, where there is no such table."""
+    if isinstance(net, SingleStream):
+        return 0
     rows = job.steps + (1 if net.zero_cond_t else 0)
     return rows * net.num_layers * 12 * net.width * BYTES[dtype]
 
 
-def work(net: Transformer, job: Job) -> float:
-    """Floating point operations of one prediction for the whole batch: Linears and attention."""
+def work(net: Body, job: Job) -> float:
+    """Floating point operations of one prediction for the whole batch: Linears and attention. Where a prefix is kept,
+    of every prediction but the first."""
     every = job.picture_tokens + job.text_tokens
-    linears = 2 * 12 * net.width**2 * every
-    attention = 4 * every**2 * net.width
-    return float(job.batch * net.num_layers * (linears + attention))
+    rows = job.target_tokens if isinstance(net, SingleStream) else every
+    operations = float(job.batch * net.num_layers * (2 * net.met * rows + 4 * rows * every * net.width))
+    return operations if job.kept or not isinstance(net, SingleStream) else operations + second.prefix_work(net, job)
 
 
-def decoding_work(net: Vae, job: Job) -> float:
-    """Of the decoder: 4.5 MFLOP per pixel in the published one, as its convolutions count."""
-    return job.batch * job.size[0] * job.size[1] * 4.5e6 * (net.base_dim / 96) ** 2
+def first_work(net: Body, job: Job) -> float:
+    """Of what the first prediction does beside: the prefix."""
+    return second.prefix_work(net, job) if job.kept and isinstance(net, SingleStream) else 0.0
+
+
+def decoding_work(net: Coder, job: Job) -> float:
+    """Of the decoder: 4.5 MFLOP per pixel in the first published one and 16.2 in Qwen-Image-2.1's, as their
+    convolutions count."""
+    share = 4.5e6 * (net.base_dim / 96) ** 2 if isinstance(net, Vae) else 16.2e6 * (net.decoder_width / 144) ** 2
+    return job.batch * job.size[0] * job.size[1] * share

@@ -8,7 +8,7 @@ peak.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import lanting.plan.activations as a
@@ -44,6 +44,7 @@ class Way:
     encoder: str
     parked: str
     tile: int
+    kept: bool = True
 
 
 class Bill:
@@ -56,6 +57,8 @@ class Bill:
         self.card = None if self.on_cpu else find_card(device.title)
         self.vae = model.vae(self.dtype)
         self.table = a.table_bytes(self.net, job, self.dtype)
+        self.prefix = a.kept_bytes(self.net, job, self.dtype)
+        self.jobs = {True: job, False: replace(job, kept=False)}
         self.kept: dict[tuple[object, ...], Any] = {}
 
     def once(self, key: tuple[object, ...], make: Callable[[], T]) -> T:
@@ -75,7 +78,7 @@ class Bill:
         held = self.once(("reader", kind.name), lambda: self.model.reader(kind, self.dtype, seen))
         every = held.every
         if (self.on_cpu or way.encoder == "cpu") and self.model.looked_up(self.dtype):
-            rows = self.job.prompts * (self.job.opening + self.job.text_tokens)
+            rows = self.job.prompts * self.job.read_tokens
             every += min(rows * FAULT, held.words) - held.words
         if (way.encoder, way.parked, way.streamed) != ("unload", "disk", "disk"):
             return every
@@ -88,12 +91,12 @@ class Bill:
             lambda: a.reader_peak(self.model.geometry, self.job, kind, self.dtype, on_cpu),
         )
 
-    def painting(self, kind: Kind, table: bool) -> int:
-        """Activations of a step."""
-        sizes, dtype, on_cpu = self.sizes(kind), self.dtype, self.on_cpu
+    def painting(self, kind: Kind, table: bool, kept: bool) -> int:
+        """Activations of a step, and what is kept from step to step."""
+        sizes, job, dtype, on_cpu = self.sizes(kind), self.jobs[kept], self.dtype, self.on_cpu
         return self.once(
-            ("painting", kind.name, table),
-            lambda: a.transformer_peak(self.net, sizes, kind, self.job, dtype, on_cpu, table),
+            ("painting", kind.name, table, kept),
+            lambda: a.transformer_peak(self.net, sizes, kind, job, dtype, on_cpu, table),
         )
 
     def coding(self, tile: int) -> tuple[int, int]:
@@ -129,7 +132,8 @@ class Bill:
         reader, reading = self.reader(way), self.reading(way.reader, self.on_cpu or way.encoder == "cpu")
         kept = reader if way.encoder == "keep" else 0  # beside the transformer
         waiting = body if way.encoder != "unload" else 0  # beside the text encoder
-        phases = [body + kept + self.painting(way.kind, way.table), body - self.passing(way) + kept + decoding]
+        painted = body - self.passing(way) + (self.prefix if way.kept else 0)
+        phases = [body + kept + self.painting(way.kind, way.table, way.kept), painted + kept + decoding]
         if way.encoder == "cpu":
             phases.append(body + encoding)
         else:
@@ -145,19 +149,22 @@ class Bill:
         return DRIVER + worst, int(ram)
 
     def step(self, way: Way) -> tuple[float | None, float | None]:
-        """(seconds of one step, what streaming adds as a factor); None where the device's speed is not known."""
-        card = self.card
+        """(seconds of one step, what streaming and computing things again add as a factor); None where the device's
+        speed is not known."""
+        card, again = self.card, 1.0
+        if not way.kept:
+            again = a.work(self.net, self.jobs[False]) / a.work(self.net, self.job)
         if card is None or card.operations is None:
-            return None, 1.0 if way.streamed == "none" else None
-        sizes, job = self.sizes(way.kind), self.job
+            return None, again if way.streamed == "none" else None
+        sizes, job = self.sizes(way.kind), self.jobs[way.kept]
         passes = 1 if job.joined else job.branches
-        weights = sizes.blocks * 24 * self.net.width**2
+        weights = sizes.blocks * self.net.linears
         expanded = weights * (way.kind.bits / 8 + 8) / (card.bandwidth * 1e9) if way.kind.packed else 0.0
         computing = job.branches * a.work(self.net, job) / card.operations + passes * expanded
         each = sizes.block + (0 if way.table else sizes.modulation)
         moving = passes * (sizes.blocks - way.resident) * each / self.rate(way.streamed)
         step = max(computing, moving)
-        return step, step / computing
+        return step, again * step / computing
 
     def rate(self, source: str) -> float:
         """Bytes a second from "ram" or "disk" to the device."""
@@ -170,11 +177,13 @@ class Bill:
         card, job, language = self.card, self.job, self.model.geometry.language
         if step is None or card is None or card.operations is None:
             return None
-        rows = job.prompts * (job.opening + job.text_tokens) * job.branches
+        rows = job.prompts * job.read_tokens * job.branches
         per_token = language.hidden_size * (2 * language.hidden_size + 3 * language.intermediate_size)
         reading = 2 * rows * language.num_hidden_layers * per_token
         seconds = reading / (DESKTOP_CPU if way.encoder == "cpu" else card.operations)
-        seconds += step * job.steps + a.decoding_work(self.model.geometry.vae, job) / card.operations
+        once = job.branches * a.first_work(self.net, self.jobs[way.kept])
+        once += a.decoding_work(self.model.geometry.vae, job)
+        seconds += step * job.steps + once / card.operations
         if way.encoder == "unload":
             seconds += (self.reader(way) + self.transformer(way)[0]) / self.rate(way.parked)
         return seconds
@@ -208,4 +217,5 @@ def price(bill: Bill, way: Way) -> Plan:
         image_seconds=bill.image(way, step),
         error=way.kind.error,
         wait=wait,
+        prefix_kept=way.kept,
     )

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 
 from lanting.core.errors import RequestError
 
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}  # of a number
+RUN = 1 << 19  # weights of a GGUF block type that a CPU expands at a time, lanting.nn.dequant's
+
 
 @dataclass(frozen=True, slots=True)
 class Kind:
@@ -91,3 +94,12 @@ def nearest(bits: float) -> Kind:
 def plain(dtype: str) -> Kind:
     """Weights as activations are: bfloat16, float16 or float32."""
     return KINDS[{"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[dtype]]
+
+
+def expanding(weights: int, kind: Kind, width: int, on_cpu: bool) -> int:
+    """Bytes alive while a packed weight is expanded: the result, and what making it needs beside."""
+    if not kind.packed:
+        return 0
+    if on_cpu and kind.in_runs:
+        return weights * width + min(weights, RUN) * 16
+    return int(weights * (width + (kind.scratch if on_cpu else min(kind.scratch, 2))))

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lanting.core.types import Request
-from lanting.plan.activations import Job, Size
 from lanting.plan.geometry import Geometry
+from lanting.plan.job import CELL21, Job, Size
 from lanting.plan.kinds import KINDS, Kind, nearest, plain
 from lanting.plan.sizes import (
     Reader,
@@ -27,8 +27,10 @@ from lanting.specs.sizes import fit_area, reference_size
 SMALL = 1 << 30  # bytes of a transformer below which a CPU may compute in float32, as the engine does
 PLAIN = ("bf16", "fp32", "fp16")
 PUBLISHED = Geometry()
-LETTERS = 512  # tokens a prompt is cut to
+LETTERS = 512  # tokens a prompt is cut to; Qwen-Image-2.1's are read whole
 CLOSING = 5  # tokens of the template behind the prompt
+OPENING21, AROUND21, NAMED21 = 14, 8, 7  # of 2.1's: dropped in front, kept around a prompt, and with every picture
+PROSE = 3  # bytes of a token in long prompts, at least
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ def job_of(request: Request, model: Model, text: int | None = None) -> Job:
     editing, size = task.startswith("edit"), request.size or own.size
     references = tuple(reference_size(*one, own) for one in sizes) if editing else (size,) if task == "layered" else ()
     encoded = references if editing or task == "layered" else (size,) * len(sizes)
-    return Job(
+    job = Job(
         size=size,
         references=references,
         seen=tuple(fit_area(own.vl_area, w / h) for w, h in sizes) if editing else (),
@@ -134,14 +136,30 @@ def job_of(request: Request, model: Model, text: int | None = None) -> Job:
         guided=(own.guidance_scale if request.guidance_scale is None else request.guidance_scale) > 1,
         joined=bool(request.options.get("batched_guidance", False)),
     )
+    return _single(job, text or _whole(count)) if model.geometry.single_stream else job
+
+
+def _whole(count: int) -> int:
+    """Tokens of a prompt of `count` bytes that is not cut: at most so many, where a long one is prose."""
+    return min(count, LETTERS) + max(count - LETTERS, 0) // PROSE + AROUND21
+
+
+def _single(job: Job, text: int) -> Job:
+    """As Qwen-Image-2.1 reads and draws it."""
+    return replace(job, text=text + NAMED21 * len(job.seen), opening=OPENING21, cell=CELL21, cut=True)
 
 
 def usual_job(model: Model, size: Size | None, references: int = 0, task: str | None = None) -> Job:
     """A release's own steps and guidance, a long prompt, and input pictures of the default size."""
-    own = model.spec.defaults
     task = task or ("edit" if references else "text_to_image")
     if "edit" in model.spec.tasks and "text_to_image" not in model.spec.tasks and task == "text_to_image":
         task, references = "edit", max(references, 1)
+    job = _usual(model, size, references, task)
+    return _single(job, LETTERS) if model.geometry.single_stream else job
+
+
+def _usual(model: Model, size: Size | None, references: int, task: str) -> Job:
+    own = model.spec.defaults
     picture = (math.isqrt(own.vae_area),) * 2 if own.vae_area and task.startswith("edit") else own.size
     job = Job(size=size or own.size, text=LETTERS, steps=own.steps, guided=own.guidance_scale > 1)
     if task == "layered" or model.spec.tasks == ("layered",):

@@ -40,7 +40,9 @@ class Plan:
     step_seconds      of one denoising step; None: not known for this device
     image_seconds     of one whole picture, loading apart; None: not known for this device
     error             relative error of a Linear's output by its kind, 0 for 16 bit (docs/devices.md says how measured)
-    wait              step time with streaming over step time without it; 1: nothing waits; None: not known
+    wait              step time over that of a plan that streams nothing and keeps its prefix; None: not known
+    prefix_kept       keys and values of words and references, which stay the same at every step of Qwen-Image-2.1,
+                      are kept from the first step on; False: there is no room, and every step computes them
     reasons           why this plan, in words
     """
 
@@ -64,13 +66,15 @@ class Plan:
     image_seconds: float | None = None
     error: float = 0.0
     wait: float | None = 1.0
+    prefix_kept: bool = True
     reasons: tuple[str, ...] = ()
 
     @property
     def trivial(self) -> bool:
         """Everything fits and nothing is given up: not worth a line."""
         plain = self.transformer in ("bf16", "fp32", "fp16", "as stored") and self.streamed == "none"
-        return plain and self.encoder == "keep" and not self.vae_tile and not self.modulation_table
+        whole = not self.vae_tile and not self.modulation_table and self.prefix_kept
+        return plain and self.encoder == "keep" and whole
 
     def to_dict(self) -> Mapping[str, Any]:
         """For JSON."""

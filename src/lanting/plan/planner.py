@@ -1,10 +1,10 @@
 """Choose: every way to run a model on a machine is priced, those within the budgets are ranked, the first is taken.
 
 The rule, in words: a plan that never waits beats one that does; among those the better precision; then whatever moves
-fewer bytes and takes fewer turns. "Waits" means that streaming makes a step more than 1.3 times as long, that blocks
-come from a disk whose speed is not known, or that a CPU reads the prompt for a GPU. All of it is arithmetic over some
-hundred candidates, so more memory can only add candidates and never make the choice worse. Where nothing fits, the
-refusal names an amount of memory that would do.
+fewer bytes and takes fewer turns. "Waits" means that streaming, or computing the same again at every step, makes a step
+more than 1.3 times as long, that blocks come from a disk whose speed is not known, or that a CPU reads the prompt for a
+GPU. All of it is arithmetic over some hundred candidates, so more memory can only add candidates and never make the
+choice worse. Where nothing fits, the refusal names an amount of memory that would do.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from lanting.plan.words import size as in_words
 
 TILE_ABOVE = 2048 * 2048  # pixels; the engine always decodes larger pictures in tiles
 SPARE = 1.04  # a budget holds even where a peak is this much above what is predicted (fp8 streamed: 10 % measured)
+LARGE = 10**9  # bytes of a prefix that may be too many to keep
 PATIENCE = 1.3  # how much longer streaming may make a step before it counts as waiting
 ENCODERS = {"keep": 0, "unload": 1, "cpu": 2}
 
@@ -98,14 +99,18 @@ def fits(each: Plan, limits: tuple[int, int]) -> bool:
 
 
 def rank(each: Plan) -> tuple[float, ...]:
-    """Smaller is better: waiting (and how long), the error of the kinds, blocks that move, turns, tiles, the table."""
+    """Smaller is better: waiting (and how long), the error of the kinds, a prefix computed again, blocks that move,
+    turns, tiles, the table."""
     unsure = each.streamed == "disk" or each.wait is None or each.wait > PATIENCE
-    waits = (each.streamed != "none" and unsure) or each.encoder == "cpu"
-    slow = ((each.wait or 2.0) if each.streamed == "disk" else 1.0) if waits else 0.0
+    moves = each.streamed != "none" or not each.prefix_kept
+    waits = (moves and unsure) or each.encoder == "cpu"
+    longer = each.streamed == "disk" or not each.prefix_kept
+    unknown = 2.0 if each.prefix_kept else 1000.0  # both at once is the last resort
+    slow = ((each.wait or unknown) if longer else 1.0) if waits else 0.0
     error = (each.error, 0.0 if each.text_encoder == "as stored" else KINDS[each.text_encoder].error)
     away = (each.blocks - each.resident_blocks) / each.blocks
     turns = ENCODERS[each.encoder] + (0.5 if (each.encoder, each.parked) == ("unload", "disk") else 0.0)
-    return (waits, slow, *error, away, turns, each.vae_tile, each.modulation_table)
+    return (waits, slow, *error, not each.prefix_kept, away, turns, each.vae_tile, each.modulation_table)
 
 
 Asked = tuple[Model, Job, Machine, Device]
@@ -127,8 +132,8 @@ def priced(bill: Bill, limits: tuple[int, int], quant: str | None) -> list[Plan]
     """All candidates with their costs; of those that stream, the one that keeps as many blocks as fit."""
     found = []
     for kind, reader in kinds(bill.model, bill.device, quant):
-        for encoder, tile, table, streamed, parked in ways(bill, kind):
-            way = Way(kind, reader, bill.net.num_layers, streamed, table, encoder, parked, tile)
+        for (encoder, tile, table, streamed, parked), kept in product(ways(bill, kind), keeping(bill)):
+            way = Way(kind, reader, bill.net.num_layers, streamed, table, encoder, parked, tile, kept)
             if streamed != "none":
                 way = replace(way, resident=most_resident(bill, way, limits))
             found.append(price(bill, way))
@@ -169,8 +174,14 @@ def ways(bill: Bill, kind: Kind) -> Iterator[tuple[str, int, bool, str, str]]:
     if device.own_memory:
         encoders[1:1] = [("unload", "ram")]
         encoders.append(("cpu", "disk"))
-    for streamed, (encoder, parked), table, tile in product(streams, encoders, (False, True), tiles):
+    tables = (False, True) if bill.table else (False,)
+    for streamed, (encoder, parked), table, tile in product(streams, encoders, tables, tiles):
         yield encoder, tile, table, streamed, parked
+
+
+def keeping(bill: Bill) -> tuple[bool, ...]:
+    """Whether the prefix is kept; without it little is saved where it is small."""
+    return (True, False) if bill.prefix > LARGE else (True,)
 
 
 def most_resident(bill: Bill, way: Way, limits: tuple[int, int]) -> int:
@@ -249,6 +260,8 @@ def reasons(best: Plan, every: Sequence[Plan], limits: tuple[int, int], model: M
             if hidden
             else say("blocks stream from {source}, and steps may wait for them", source=source)
         )
+    if not best.prefix_kept:
+        said.append(say("words and references are computed again at every step, as there is no room to keep them"))
     if best.modulation_table:
         said.append(say("modulation is tabulated, so a third of the transformer leaves memory"))
     if best.encoder == "unload":
