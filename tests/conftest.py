@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import sys
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,23 @@ def tokenizer_folder(request: pytest.FixtureRequest) -> Path:
     from real_tokenizer import real_tokenizer_folder
 
     return real_tokenizer_folder(Path(request.config.cache.mkdir("qwen2.5-tokenizer")))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """No garbage is looked for while files are imported, nor later among what they brought: that is none, but so much
+    that looking takes as long as importing, and then a second whenever all of it is looked through.
+    """
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # libraries complain of what is still there at the end
 
 
 def pytest_collection_finish() -> None:
