@@ -20,6 +20,7 @@ FLAGS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1", "-g
 NAMES = ("weights", "products", "dense", "rows", "attention", "conv", "threads")
 FILES = [str(HERE / f"test_kernel_{name}.py") for name in NAMES]
 BUT = "not forked and not more_rows and not largest_sums and not threads_of_python and not 27000 and not 800"  # long
+ALONE = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # their imports take seconds, and no test of kernels needs one
 LOAD = """
 import sys
 from pathlib import Path
@@ -56,6 +57,7 @@ def python(code: str, library: Path, *given: str, **more: str) -> subprocess.Com
         "ASAN_OPTIONS": "detect_leaks=0",  # Python and torch keep what they have
         "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")]),
         "OMP_NUM_THREADS": "1",
+        **ALONE,
         **more,
     }
     command = [sys.executable, "-c", code, str(library), *given]

@@ -8,11 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_kernel_sanitized import HERE, ROOT, RUN
+from test_kernel_sanitized import ALONE, HERE, ROOT, RUN
 
 from kernel_cases import SETS
 from lanting.kernels import build
 
+# `plain` is compiled from the same lines with and without, and has its tests where all sets have theirs
+WHICH = "not forked and not threads_of_python and not plain"
 FILES = [str(HERE / f"test_kernel_{name}.py") for name in ("weights", "products", "rows")]
 
 
@@ -22,8 +24,8 @@ def test_products_with_the_instruction_pretended(tmp_path: Path):
         pytest.skip("this processor has no AVX2")
     path = tmp_path / "kernels.so"
     assert build.build(path, ("-DLT_PRETEND_VNNI",), ("avx2", "plain")) == ("avx2", "plain")
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])}
-    command = [sys.executable, "-c", RUN, str(path), "not forked and not threads_of_python", *FILES]
+    env = os.environ | ALONE | {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])}
+    command = [sys.executable, "-c", RUN, str(path), WHICH, *FILES]
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     assert "[100%]" in done.stdout
