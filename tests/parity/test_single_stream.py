@@ -7,6 +7,7 @@ The reference wants the prompt with a slot for every four tokens of a reference 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -65,6 +66,13 @@ class Call:
         time = (self.timestep * 0.8**step).to(dtype)
         return replace(self, latents=moved.to(dtype), timestep=time, prompt=self.prompt.to(dtype))
 
+    def row(self, index: int) -> Call:
+        """One row by itself, without the padding."""
+        assert self.mask is not None
+        one, words = slice(index, index + 1), int(self.mask[index].sum())
+        prompt = self.prompt[one, :words]
+        return replace(self, latents=self.latents[one], timestep=self.timestep[one], prompt=prompt, mask=None)
+
     def wide(self) -> Call:
         """The same numbers in float32."""
         return replace(self, latents=self.latents.float(), timestep=self.timestep.float(), prompt=self.prompt.float())
@@ -103,20 +111,24 @@ def put(x: Tensor, place: int, count: int, value: float) -> Tensor:
     return torch.cat([x[:, :place], x.new_full((len(x), count, *x.shape[2:]), value), x[:, place:]], 1)
 
 
-def asked(theirs, c: Call, **more) -> Tensor:
-    """What the reference answers: (B, N, out_channels)."""
+def asked(theirs, c: Call, caches: Sequence = (), **more) -> Tensor:
+    """What the reference answers (B, N, out_channels), rows of different length each by itself: padding moves its
+    targets."""
+    if c.mask is not None:
+        rows = [(c.row(i), caches[i : i + 1]) for i in range(len(c.prompt))]
+        return torch.cat([asked(theirs, row, cache, **more) for row, cache in rows])
     slots = [math.prod(grid) // 4 for grid in c.grids]
     prompt, image = c.prompt, torch.zeros(len(c.prompt), c.prompt.shape[1], dtype=torch.bool)
-    mask = ~image if c.mask is None else c.mask
     for place, count in reversed([*zip(c.places, slots[1:], strict=True)]):
-        prompt, image, mask = (put(x, place, count, value) for x, value in ((prompt, 9.0), (image, True), (mask, True)))
+        prompt, image = (put(x, place, count, value) for x, value in ((prompt, 9.0), (image, True)))
+    more |= {"kv_cache": caches[0]} if caches else {}
     return theirs(
         hidden_states=torch.cat([c.latents[:, c.target :], c.latents[:, : c.target]], 1),
         encoder_hidden_states=prompt,
         timestep=c.timestep,
         img_shapes=[[*c.grids[1:], c.grids[0]]] * len(prompt),
         img_mask=torch.cat([image, image.new_ones(len(image), slots[0])], 1),
-        encoder_hidden_states_mask=None if c.mask is None else mask,
+        encoder_hidden_states_mask=None,
         return_dict=False,
         **more,
     )[0][:, -c.target :]
@@ -140,11 +152,11 @@ def test_every_sequence_equals_the_reference(sequence, lengths):
 def test_kept_prefixes_equal_those_of_the_reference(lengths):
     """Three steps of both, with a prefix computed in the first."""
     theirs, ours = twins()
-    cache, c = QwenImage21KVCache(TINY["num_layers"]), call(lengths=lengths)
+    caches, c = [QwenImage21KVCache(TINY["num_layers"]) for _ in lengths], call(lengths=lengths)
     with keep_prefix(ours):
         for step in range(3):
             now = replace(c.at(step), prompt=c.prompt)
-            want = asked(theirs, now, kv_cache=cache, kv_cache_mode="cached" if step else "extract")
+            want = asked(theirs, now, caches, kv_cache_mode="cached" if step else "extract")
             assert near(want, ask(ours, now))
 
 

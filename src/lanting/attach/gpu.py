@@ -84,7 +84,8 @@ def attend(module: Attend | SingleAttend, q: Tensor, k: Tensor, v: Tensor, mask:
     """`Attend.forward`; masks of 2.1's texts are triangles, which are left to torch."""
     other = mask is not None and mask.ndim != 2
     if other or q.dtype not in DTYPES or q.dtype != k.dtype or q.dtype != v.dtype or q.requires_grad:
-        return type(module).forward(module, q, k, v, mask)
+        plain: Any = type(module).forward
+        return plain(module, q, k, v, mask)
     return attentions.choices()(q, k, v, mask)
 
 

@@ -83,7 +83,8 @@ class Drawing:
         told = None if self.told_before is None else [(s - self.done if s else -1, p, w) for s, p, w in self._safe()]
         watch = Sentinel(nets, models.dtype, self.remembered.ways, told, mend=self._mend, calm=self._calm)
         self.sentinel = self.hung.enter_context(watch)
-        if models.single_stream and self._room(canvas, words=True):
+        fits = models.plan is None or models.plan.prefix_kept
+        if models.single_stream and fits and self._room(canvas, words=True):
             from lanting.nn.single_stream import QwenImage21Transformer, keep_prefix
 
             self.hung.enter_context(keep_prefix(cast("QwenImage21Transformer", models.transformer)))
@@ -102,6 +103,7 @@ class Drawing:
 
     def rest(self) -> None:
         """All steps were made."""
+        self._drop_prefix()
         self.models.rest()
 
     def predict(self, model: Model, canvas: Canvas, latents: Tensor, sigma: Tensor) -> Tensor:
@@ -161,13 +163,17 @@ class Drawing:
 
     def _calm(self, redone: bool) -> None:
         self.spared.close()
-        kept = getattr(self.models.transformer, "prefixes", None)
-        if kept and redone:  # what broke may be in there
-            kept.clear()
+        if redone:  # what broke may be in there
+            self._drop_prefix()
         if self.frugal is not None:
             self.frugal.stop()
             if redone:
                 self.frugal.redone()
+
+    def _drop_prefix(self) -> None:
+        """Of 2.1: what is kept of words and references."""
+        if kept := getattr(self.models.transformer, "prefixes", None):
+            kept.clear()
 
     def _mend(self, path: str) -> bool:
         """Read a part's weights from its file again."""

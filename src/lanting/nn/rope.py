@@ -19,7 +19,7 @@ THETA = 10000.0
 
 def phases(positions: Tensor, dim: int) -> Tensor:
     """Angles (n, dim/2) of one axis: position times 10000^(-2j/dim), in float32 as the reference does."""
-    exponent = torch.arange(0, dim, 2, dtype=torch.float32) / dim
+    exponent = torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device) / dim
     return torch.outer(positions.float(), 1.0 / THETA**exponent)  # (n, dim/2)
 
 
@@ -63,7 +63,8 @@ class RopeCache:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn neighbouring pairs (2j, 2j+1) of x (B, n, H, E) by the angles (n, E/2); float32 inside, x's dtype out."""
+    """Turn neighbouring pairs (2j, 2j+1) of x (B, n, H, E) by the angles (n, E/2) or (B, n, E/2); float32 inside, x's
+    dtype out."""
     a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # (B, n, H, E/2)
-    cos, sin = cos[:, None], sin[:, None]
+    cos, sin = cos[..., None, :], sin[..., None, :]
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).type_as(x)

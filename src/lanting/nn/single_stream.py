@@ -17,7 +17,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
 from typing import Any, Self
 
 import torch
@@ -25,9 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lanting.nn.mmdit import FP16_LIMIT, RMSNorm, Stack
-from lanting.nn.rope import Grid, phases, picture_phases, rotate
+from lanting.nn.rope import Grid, rotate
+from lanting.nn.single_layout import Layout, Turn, behind_words, check, layout, seen
 
-Turn = tuple[Tensor, Tensor]  # cosines and sines (n, E/2), float32
 KeysValues = tuple[Tensor, Tensor]  # (B, n, H, E) each; keys are already rotated
 Kept = dict[nn.Module, KeysValues]  # a prefix's, by Attention
 
@@ -66,47 +65,6 @@ class SingleStreamConfig:
         if "axes_dims_rope" in known:
             known["axes_dims_rope"] = tuple(known["axes_dims_rope"])
         return cls(**known)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where the tokens of a sequence stand; the same in all rows of a batch.
-
-    A segment is a run of text or one picture: start, stop and mask (1, 1, n, stop) over all up to its end. A text sees
-    what is on its left, a picture (no mask) all of itself too.
-    """
-
-    order: Tensor  # (P,) place of each prefix token in [text, references]
-    segments: list[tuple[int, int, Tensor | None]]
-    prefix: Turn  # (P, E/2)
-    target: Turn  # (N, E/2)
-
-
-def layout(
-    axes: tuple[int, int, int], grids: tuple[Grid, ...], places: tuple[int, ...], text: int, device: torch.device
-) -> Layout:
-    """Text advances one position on all axes. A picture has one frame position and lies centred on rows and columns;
-    what follows it stands max(rows, columns) positions on. Padding counts as text, as in the reference."""
-    order, angles, segments = [], [], []
-    position, stop, behind = 0, 0, text
-    references = [*grids[1:], None]
-    for (first, last), grid in zip(pairwise((0, *places, text)), references, strict=True):
-        if last > first:
-            at = torch.arange(position, position + last - first)
-            order.append(torch.arange(first, last))
-            angles.append(torch.cat([phases(at, dim) for dim in axes], -1))
-            start, stop, position = stop, stop + len(at), position + len(at)
-            mask = torch.arange(stop) <= torch.arange(start, stop)[:, None]  # (n, stop)
-            segments.append((start, stop, mask[None, None].to(device)))
-        if grid is not None:
-            order.append(torch.arange(behind, behind + math.prod(grid)))
-            angles.append(picture_phases(grid, position, axes))
-            start, stop, position = stop, stop + math.prod(grid), position + max(grid[1:])
-            segments.append((start, stop, None))
-            behind += math.prod(grid)
-    prefix, target = torch.cat(angles), picture_phases(grids[0], position, axes)
-    turns = [(a.cos().to(device), a.sin().to(device)) for a in (prefix, target)]
-    return Layout(torch.cat(order).to(device), segments, *turns)
 
 
 @dataclass(frozen=True)
@@ -315,6 +273,8 @@ class QwenImage21Transformer(nn.Module):
         done = kept is not None and len(kept) == len(self.transformer_blocks)
         txt = None if done else self.prefix(prompt_embeds, latents[:, target_tokens:], place)
         mask = None if prompt_mask is None else seen(prompt_mask.bool(), place)
+        if prompt_mask is not None:
+            place = behind_words(place, prompt_mask.bool(), self.config.axes_dims_rope[0])
         ctx = Context(rows[:-1], rows[-1:], target_tokens, place, mask, kept, branch=branch)
         img, _ = self.transformer_blocks(img, txt, ctx)
         scale = self.norm_out["linear"](F.silu(temb[:-1]))[:, None]  # (B, 1, D)
@@ -333,22 +293,6 @@ class QwenImage21Transformer(nn.Module):
         if found is None or found[0] is not prompt or found[1] != given:
             found = self.prefixes[branch] = (prompt, given, {})
         return found[2]
-
-
-def check(tokens: int, target_tokens: int, grids: tuple[Grid, ...], places: tuple[int, ...], text: int) -> None:
-    """Raises ValueError where grids, places and numbers of tokens contradict each other."""
-    counts = [math.prod(grid) for grid in grids]
-    if not counts or target_tokens != counts[0] or tokens != sum(counts):
-        raise ValueError(f"{tokens} tokens, {target_tokens} of them the target's, are not those of grids {grids}")
-    if len(places) != len(grids) - 1 or list(places) != sorted(places) or not all(0 <= p <= text for p in places):
-        raise ValueError(f"places {places} must rise from 0 to {text}, one for each of {len(grids) - 1} references")
-
-
-def seen(prompt_mask: Tensor, place: Layout) -> Tensor:
-    """(B, T) bool over the text -> (B, 1, 1, P + N) over all keys: only padding is hidden from the target."""
-    pictures = len(place.order) - prompt_mask.shape[1]
-    prefix = F.pad(prompt_mask, (0, pictures), value=True)[:, place.order]  # (B, P)
-    return F.pad(prefix, (0, len(place.target[0])), value=True)[:, None, None]
 
 
 @contextmanager

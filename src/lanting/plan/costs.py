@@ -132,7 +132,7 @@ class Bill:
         reader, reading = self.reader(way), self.reading(way.reader, self.on_cpu or way.encoder == "cpu")
         kept = reader if way.encoder == "keep" else 0  # beside the transformer
         waiting = body if way.encoder != "unload" else 0  # beside the text encoder
-        painted = body - self.passing(way) + (self.prefix if way.kept else 0)
+        painted = body - self.passing(way)  # and a prefix is let go
         phases = [body + kept + self.painting(way.kind, way.table, way.kept), painted + kept + decoding]
         if way.encoder == "cpu":
             phases.append(body + encoding)
