@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import dataclass, field
+from functools import cache
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lanting.nn.linears import Fp8Linear, GgufLinear, Int4Linear, Int8Linear
 from lanting.nn.mmdit import QwenImageTransformer, TransformerConfig
@@ -29,6 +33,24 @@ def network(two_times: bool = False, seed: int = 0, heads: int = 4) -> QwenImage
     return net
 
 
+@dataclass(frozen=True)
+class Dense:
+    """A weight that is known by its numbers."""
+
+    weight: Tensor = field(compare=False)
+    digest: str
+
+    @classmethod
+    def of(cls, weight: Tensor) -> Dense:
+        return cls(weight, hashlib.sha1(weight.contiguous().numpy()).hexdigest())
+
+
+@cache
+def quantized(dense: Dense, kind: str) -> Tensor:
+    """Blocks of GGUF; searching for their scales takes ten times as long as drawing with them."""
+    return quantize(dense.weight, kind)
+
+
 def pack(net: nn.Module, kind: str) -> nn.Module:
     """Every Linear of the blocks that the kind divides."""
 
@@ -38,7 +60,7 @@ def pack(net: nn.Module, kind: str) -> nn.Module:
         if "_mod" in path or "blocks" not in path:
             return None
         if kind[0] == "Q":
-            return GgufLinear.from_packed(quantize(weight, kind), kind, old.in_features, bias)
+            return GgufLinear.from_packed(quantized(Dense.of(weight), kind).clone(), kind, old.in_features, bias)
         cls = {"int8": Int8Linear, "int4": Int4Linear, "fp8": Fp8Linear}[kind.split()[0]]
         return cls.from_dense(weight, bias, **({"rotate": 256} if "rotated" in kind else {}))
 
