@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from dataclasses import dataclass, field
 from functools import cache
@@ -18,6 +19,14 @@ GRID = (1, 6, 8)
 
 
 def network(two_times: bool = False, seed: int = 0, heads: int = 4) -> QwenImageTransformer:
+    """A copy of one that is made once; random numbers go on as behind the making."""
+    net, state = made(two_times, seed, heads)
+    torch.set_rng_state(state)
+    return copy.deepcopy(net)
+
+
+@cache
+def made(two_times: bool, seed: int, heads: int) -> tuple[QwenImageTransformer, Tensor]:
     torch.manual_seed(seed)
     config = TransformerConfig(
         num_layers=3,
@@ -30,7 +39,7 @@ def network(two_times: bool = False, seed: int = 0, heads: int = 4) -> QwenImage
     net = QwenImageTransformer(config).eval().requires_grad_(False)
     for p in net.parameters():
         p.normal_(0, 0.05) if p.ndim > 1 else p.add_(torch.randn_like(p) * 0.05)
-    return net
+    return net, torch.get_rng_state()
 
 
 @dataclass(frozen=True)
