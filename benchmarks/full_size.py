@@ -1,12 +1,14 @@
 """The full geometry on a small machine: peak memory and time, resident with the table and streamed from disk.
 
     python benchmarks/full_size.py [--dir DIR] [--kind int4|fp8|q4_k_m] [--steps 4] [--rounds 1] [--cold] [--keep]
+    python benchmarks/full_size.py --release qwen-image-2.1 [--references 1]
     python benchmarks/full_size.py --layers 3 --reader-layers 2        # the same at full width with few layers
 
-Writes a checkpoint of Qwen-Image's shape with random weights (20,430,401,088 in the transformer, Qwen2.5-VL-7B with its
-vision tower, the VAE), tensor by tensor and packed on the way, by the project's own writers; then draws 256 x 256 end
-to end, once per placement, each in a process of its own. Peak memory is that process's high-water mark, mapped pages
-included. The pictures are noise: sizes and times are real, contents are not.
+Writes a checkpoint of a release's shape with random weights (Qwen-Image: 20,430,401,088 in the transformer, Qwen2.5-VL-7B
+with its vision tower, the VAE; Qwen-Image-2.1: 7,115,124,736, Qwen3-VL-8B, its VAE), tensor by tensor and packed on the
+way, by the project's own writers; then draws 256 x 256 end to end, once per placement, each in a process of its own.
+Peak memory is that process's high-water mark, mapped pages included. The pictures are noise: sizes and times are real,
+contents are not.
 
 Some rows of each width and kind are drawn and packed once, by the same quantizers that `lanting quantize` uses, and
 every matrix is made of them, beginning with another one: packing 20 billion different weights as q4_k_m takes one core
@@ -27,33 +29,30 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from PIL import Image
+from torch import Tensor
 
 import lanting
+from full_size_nets import RELEASES, Nets
 from lanting import Engine, Request
 from lanting.attach.quant import chooser
 from lanting.core.types import Progress
-from lanting.nn.mmdit import QwenImageTransformer, TransformerConfig
-from lanting.nn.qwen_language import LanguageConfig
-from lanting.nn.qwen_vl import QwenVL, QwenVLConfig
-from lanting.nn.vae import AutoencoderKLQwenImage, VAEConfig
 from lanting.plan import Plan
-from lanting.weights.build import construct, pack
+from lanting.weights.build import pack
 from lanting.weights.checkpoint import LAYER_NOTES
 from lanting.weights.gguf_mix import tensor_bytes, tensor_types
 from lanting.weights.gguf_write import encode, write_transformer
 from lanting.weights.quantize import FORMATS, Source, write_safetensors
 
-PARAMETERS = 20_430_401_088
-LAYERS, READER_LAYERS = 60, 28
+LAYERS, READER_LAYERS = RELEASES["qwen-image"].layers, RELEASES["qwen-image"].reader_layers
 LIMITS = {"resident": 11e9, "streamed": 4e9}  # bytes of peak memory, int4
 ROWS = 512  # different rows of a width; what is packed is the same for all matrices of it
 BYTES = {torch.float8_e4m3fn: torch.uint8}  # 8-bit floats can't be gathered
@@ -107,11 +106,6 @@ def random_values(name: str, shape: tuple[int, ...]) -> Tensor:
     return torch.randn(shape, generator=generator) * (0.5 / torch.Size(shape[1:]).numel() ** 0.5)
 
 
-def shapes_of(make: Callable[[], nn.Module]) -> dict[str, tuple[int, ...]]:
-    """Name -> shape, without memory."""
-    return {name: tuple(tensor.shape) for name, tensor in construct(make, "benchmark").state_dict().items()}
-
-
 def write_component(out: Path, component: str, shapes: Mapping[str, tuple[int, ...]], kind: str, pool: Pool) -> None:
     """One component as a packed safetensors file."""
     choose = chooser(component, kind)
@@ -137,22 +131,21 @@ def make_model(folder: Path, wish: argparse.Namespace) -> dict[str, Any]:
     told, began = folder / "made.json", time.perf_counter()
     if told.exists():
         return json.loads(told.read_text(encoding="utf-8"))
-    net, reader = TransformerConfig(num_layers=wish.layers), LanguageConfig(num_hidden_layers=wish.reader_layers)
-    body = shapes_of(lambda: QwenImageTransformer(net))
-    text = shapes_of(lambda: QwenVL(QwenVLConfig(reader), vision=True, head=True))
-    vae = shapes_of(lambda: AutoencoderKLQwenImage(VAEConfig()))
+    release = RELEASES[wish.release]
+    nets = release.make(wish.layers, wish.reader_layers)
+    body, text, vae = nets.transformer, nets.text_encoder, nets.vae
     count = sum(torch.Size(shape).numel() for shape in body.values())
-    if wish.layers == LAYERS and count != PARAMETERS:
-        raise SystemExit(f"the transformer has {count} parameters, and Qwen-Image has {PARAMETERS}")
+    if wish.layers == release.layers and count != release.parameters:
+        raise SystemExit(f"the transformer has {count} parameters, and {wish.release} has {release.parameters}")
     check_disk(folder, wish, (body, text))
-    write_configs(folder, net, reader)
+    write_configs(folder, nets)
     pool = Pool()
     if wish.kind in ("int4", "fp8"):
         write_component(folder / "transformer" / "model.safetensors", "transformer", body, wish.kind, pool)
     else:
         types = tensor_types(body, wish.kind)
         read = lambda name: pool.take_blocks(name, body[name], types[name])  # noqa: E731
-        write_transformer(folder / "transformer.gguf", body, read, wish.kind, {"config": asdict(net)})
+        write_transformer(folder / "transformer.gguf", body, read, wish.kind, {"config": nets.configs["transformer"]})
     pool.made.clear()
     write_component(folder / "text_encoder" / "model.safetensors", "text_encoder", text, "int4", pool)
     pool.made.clear()
@@ -179,25 +172,23 @@ def check_disk(folder: Path, wish: argparse.Namespace, parts: tuple[Mapping[str,
         raise SystemExit("too little room: choose another place with --dir")
 
 
-def write_configs(folder: Path, net: TransformerConfig, reader: LanguageConfig) -> None:
+def write_configs(folder: Path, nets: Nets) -> None:
     """Configs of a model folder; the tokenizer is nano's, whose words are among the real one's numbers."""
     scheduler = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 0.9, "max_image_seq_len": 8192}
     configs = {
-        "model_index.json": {"_class_name": "QwenImagePipeline"},
-        "transformer/config.json": asdict(net),
-        "text_encoder/config.json": asdict(reader) | {"rope_scaling": {"mrope_section": list(reader.mrope_section)}},
-        "vae/config.json": asdict(VAEConfig()),
+        "model_index.json": {"_class_name": nets.pipeline},
+        **{f"{component}/config.json": config for component, config in nets.configs.items()},
         "scheduler/scheduler_config.json": {**scheduler, "base_image_seq_len": 256, "shift_terminal": 0.02},
     }
     for name, config in configs.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(json.dumps(config), encoding="utf-8")
-    shutil.copytree(NANO / "tokenizer", folder / "tokenizer", dirs_exist_ok=True)
+    shutil.copytree(NANO / "tokenizer", folder / nets.tokenizer, dirs_exist_ok=True)
 
 
-def plan_for(placement: str, kind: str, layers: int) -> Plan:
-    """Everything resident but taking turns, or nothing resident; modulation tabulated in both."""
-    streamed = placement == "streamed"
+def plan_for(wish: argparse.Namespace) -> Plan:
+    """Everything resident but taking turns, or nothing resident; modulation tabulated where blocks have one."""
+    streamed, layers, kind = wish.placement == "streamed", wish.layers, wish.kind
     return Plan(
         model="full size",
         device="cpu",
@@ -207,7 +198,7 @@ def plan_for(placement: str, kind: str, layers: int) -> Plan:
         blocks=layers,
         resident_blocks=0 if streamed else layers,
         streamed="disk" if streamed else "none",
-        modulation_table=True,
+        modulation_table=wish.release == "qwen-image",
         encoder="unload",
         parked="disk",
         vae_tile=0,
@@ -221,10 +212,11 @@ def draw(folder: Path, wish: argparse.Namespace) -> dict[str, Any]:
     """One picture in this process: seconds per phase and step, and the peak of memory."""
     gguf = folder / "transformer.gguf"
     parts = {"transformer": str(gguf)} if gguf.exists() else None
-    request = Request(prompt="a tea house", size=(256, 256), steps=wish.steps, guidance_scale=1.0, seed=1)
+    seen = (Image.effect_noise((256, 256), 60).convert("RGB"),) * wish.references
+    request = Request("a tea house", size=(256, 256), steps=wish.steps, guidance_scale=1.0, seed=1, images=seen)
     times: list[tuple[float, float]] = []
     peaks: dict[str, int] = {"start": peak()}
-    with Engine.open(str(folder), plan=plan_for(wish.placement, wish.kind, wish.layers), parts=parts) as engine:
+    with Engine.open(str(folder), plan=plan_for(wish), parts=parts) as engine:
         for event in engine.stream(request):
             if isinstance(event, Progress):
                 peaks[event.phase] = peak()
@@ -255,6 +247,7 @@ def run(folder: Path, wish: argparse.Namespace, placement: str) -> dict[str, Any
     if wish.cold:
         drop_cache(folder)
     command = [sys.executable, __file__, "--dir", str(folder), "--kind", wish.kind, "--placement", placement]
+    command += ["--release", wish.release, "--references", str(wish.references)]
     command += ["--steps", str(wish.steps), "--layers", str(wish.layers), "--reader-layers", str(wish.reader_layers)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -297,7 +290,7 @@ def report(found: dict[str, Any], wish: argparse.Namespace) -> int:
         told |= {"ratio": ratio, "busy_ratio": busy}
     if wish.json:
         wish.json.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-    if (wish.layers, wish.reader_layers) != (LAYERS, READER_LAYERS):
+    if wish.release != "qwen-image" or (wish.layers, wish.reader_layers) != (LAYERS, READER_LAYERS):
         return 0
     over = [name for name, each in drawn.items() if wish.kind == "int4" and each["peak"] > LIMITS[name]]
     return int(bool(over) or ratio > SLOWER)
@@ -306,17 +299,21 @@ def report(found: dict[str, Any], wish: argparse.Namespace) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dir", type=Path, help="where the checkpoint goes; a temporary folder if not given")
+    parser.add_argument("--release", choices=tuple(RELEASES), default="qwen-image")
+    parser.add_argument("--references", type=int, default=0, help="pictures of 256 x 256 to edit (2.1)")
     parser.add_argument("--kind", choices=("int4", "fp8", "q4_k_m"), default="int4")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--layers", type=int, default=LAYERS)
-    parser.add_argument("--reader-layers", type=int, default=READER_LAYERS)
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--reader-layers", type=int)
     parser.add_argument("--only", choices=tuple(LIMITS), help="one placement instead of both")
     parser.add_argument("--cold", action="store_true")
     parser.add_argument("--keep", action="store_true")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--placement", choices=tuple(LIMITS), help=argparse.SUPPRESS)  # in the process that draws
     wish = parser.parse_args()
+    wish.layers = wish.layers or RELEASES[wish.release].layers
+    wish.reader_layers = wish.reader_layers or RELEASES[wish.release].reader_layers
     if wish.placement:
         print(json.dumps(draw(wish.dir, wish)))
         return 0

@@ -7,6 +7,8 @@ import torch
 
 from lanting.attach.vae import attach_vae, detach_vae
 from lanting.nn.vae21 import AutoencoderKLQwenImage21, VAE21Config
+from lanting.plan.activations21 import laid_bytes
+from lanting.plan.geometry import Vae21
 
 CONFIG = VAE21Config.from_dict(
     {
@@ -59,3 +61,23 @@ def test_as_exact_as_torch(nets, dtype):
         assert far(ours, wanted) < (1e-5 if dtype == torch.float32 else 1.2 * far(theirs, wanted))
         assert not torch.equal(ours, theirs)  # the kernels did compute
     assert all(torch.equal(a, b) for a, b in zip(both(net), plain, strict=True))
+
+
+def copies(net):
+    return sum(layer.__dict__["laid"][1].data.nbytes for layer in net.modules() if "laid" in layer.__dict__)
+
+
+def test_copies_are_kept_or_made_anew_and_known_to_the_plan():
+    config = VAE21Config.from_dict({"base_dim": 16, "decoder_base_dim": 32, "z_dim": 64, "num_res_blocks": 1})
+    net = AutoencoderKLQwenImage21(config).eval().requires_grad_(False)
+    z, pixels = torch.randn(1, 64, 2, 2), torch.rand(1, 4, 32, 32)
+    told = Vae21(base_dim=16, decoder_base_dim=32, num_res_blocks=1)
+    attach_vae(net, keep=False)
+    passing = net.reconstruct(z)
+    assert copies(net) == 0
+    attach_vae(net)
+    assert torch.equal(net.reconstruct(z), passing)
+    last = 32 * 12 * 16 * 4  # 4 channels out are laid out as 16
+    assert copies(net) == laid_bytes(told, False) + last
+    net.encode(pixels)
+    assert copies(net) == laid_bytes(told, True) + last

@@ -30,10 +30,16 @@ DTYPES = (torch.float32, torch.bfloat16)
 ROWS = 1 << 14  # that are laid out in float32 at once
 
 
-def attach_vae(vae: AutoencoderKLQwenImage) -> bool:
-    """Let an autoencoder on the CPU use the kernels; False where there are none. Undone by `detach_vae`."""
+def attach_vae(vae: AutoencoderKLQwenImage, keep: bool = True) -> bool:
+    """Let an autoencoder on the CPU use the kernels; False where there are none. Undone by `detach_vae`.
+
+    keep  the copies of its convolutions that kernels read, 16 numbers for 9; else they are made anew for each picture
+    """
     if not ready():
         return False
+    for layer in vae.modules():
+        layer.__dict__.pop("laid", None)
+        layer.__dict__["passing"] = not keep
     if isinstance(vae, AutoencoderKLQwenImage21):
         from lanting.attach.vae21 import attach_vae21
 
@@ -50,6 +56,7 @@ def detach_vae(vae: AutoencoderKLQwenImage) -> None:
         part.__dict__.pop("forward", None)
         for layer in part.modules():
             layer.__dict__.pop("laid", None)
+            layer.__dict__.pop("passing", None)
 
 
 def encode(encoder: Encoder, x: Tensor) -> Tensor:
@@ -167,5 +174,7 @@ def laid(layer: nn.Conv2d, dtype: torch.dtype, grow: bool) -> Laid:
     now = (dtype, grow, instruction_set(), weight.data_ptr(), bias.data_ptr(), *versions)
     kept = layer.__dict__.get("laid")
     if kept is None or kept[0] != now:
-        layer.__dict__["laid"] = kept = (now, lay(weight, bias, dtype, grow=grow))
+        kept = (now, lay(weight, bias, dtype, grow=grow))
+        if not layer.__dict__.get("passing"):
+            layer.__dict__["laid"] = kept
     return kept[1]

@@ -54,11 +54,13 @@ def record_steps(net: nn.Module, table: ModulationTable | None, device: torch.de
         attach_graphs(net, table)
 
 
-def speed_up_vae(vae: AutoencoderKLQwenImage, device: torch.device) -> None:
-    """Kernels on a CPU; channels last and recordings on a GPU, where 2.1's is not recorded."""
+def speed_up_vae(vae: AutoencoderKLQwenImage, device: torch.device, plenty: bool = True) -> None:
+    """Kernels on a CPU; channels last and recordings on a GPU, where 2.1's is not recorded. 2.1's copies for kernels
+    take 2.4 GB, so they are kept where memory is `plenty`."""
+    first = type(vae) is AutoencoderKLQwenImage
     if device.type == "cpu":
-        attach_vae(vae)
+        attach_vae(vae, keep=first or plenty)
     elif has_kernels(device):
         vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if wanted("LANTING_GRAPHS") and type(vae) is AutoencoderKLQwenImage:
+        if wanted("LANTING_GRAPHS") and first:
             attach_vae_graphs(vae)

@@ -218,7 +218,7 @@ class Models:
     def codec(self) -> LatentCodec:
         config = self.folder.configs["vae"]
         vae = build_vae(self.checkpoints["vae"], config, self.placing("vae"))
-        speed_up_vae(vae, self.device)
+        speed_up_vae(vae, self.device, plenty=self.plan is None or self.plan.encoder == "keep")
         numbers = vae.config
         return LatentCodec(
             vae,

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import lanting.plan.activations21 as second
-from lanting.plan.geometry import Body, Coder, Geometry, Language3, SingleStream, Vae, Vision, Vision3
+from lanting.plan.geometry import Body, Coder, Geometry, Language3, SingleStream, Vae, Vae21, Vision, Vision3
 from lanting.plan.job import Job, Size, cells, tokens
 from lanting.plan.kinds import BYTES, Kind, expanding
 from lanting.plan.sizes import Sizes
@@ -54,6 +54,11 @@ def transformer_peak(net: Body, sizes: Sizes, kind: Kind, job: Job, dtype: str, 
 def kept_bytes(net: Body, job: Job, dtype: str) -> int:
     """What a drawing keeps from its first step to its end: keys and values of a prefix."""
     return second.kept_bytes(net, job, dtype) if isinstance(net, SingleStream) else 0
+
+
+def laid_bytes(net: Coder, encodes: bool) -> int:
+    """Copies of convolutions that a CPU's kernels keep. The first VAE's (0.15 GB) are in what a program holds."""
+    return second.laid_bytes(net, encodes) if isinstance(net, Vae21) else 0
 
 
 def decoding_peak(net: Coder, job: Job, dtype: str, tile: int) -> int:

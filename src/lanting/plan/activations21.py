@@ -7,10 +7,14 @@ there is no room for that (`Job.kept`), every step computes the prefix again.
 
 from __future__ import annotations
 
-from lanting.plan.geometry import Language3, SingleStream, Vision3
+import math
+from functools import cache
+
+from lanting.plan.geometry import Language3, SingleStream, Vae21, Vision3
 from lanting.plan.job import Job
 from lanting.plan.kinds import BYTES, Kind, expanding
 from lanting.plan.sizes import Sizes
+from lanting.plan.tensors21 import vae_tensors
 
 
 def transformer_peak(net: SingleStream, sizes: Sizes, kind: Kind, job: Job, dtype: str, on_cpu: bool) -> int:
@@ -85,3 +89,15 @@ def patches(job: Job) -> int:
 def pixels(net: Vision3) -> int:
     """Bytes of a patch's pixels: float32, those of a picture and those of all."""
     return 2 * net.in_channels * net.temporal_patch_size * net.patch_size**2 * 4
+
+
+@cache
+def laid_bytes(net: Vae21, encodes: bool) -> int:
+    """Copies of the autoencoder's convolutions that a CPU's kernels keep where memory is plenty: 16 numbers for every 9
+    of a weight, 9 where a picture is doubled, float32 at most; the encoder's only where pictures are encoded."""
+    total = 0
+    for name, shape in vae_tensors(net):
+        plain = name.endswith("conv_in.weight") or ".downsampler." in name or shape[2:] != (3, 3)
+        if not plain and (encodes or not name.startswith("encoder.")):
+            total += math.prod(shape[:2]) * (9 if ".upsampler." in name else 16) * 4
+    return total

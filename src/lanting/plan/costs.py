@@ -58,6 +58,7 @@ class Bill:
         self.vae = model.vae(self.dtype)
         self.table = a.table_bytes(self.net, job, self.dtype)
         self.prefix = a.kept_bytes(self.net, job, self.dtype)
+        self.laid = a.laid_bytes(model.geometry.vae, bool(job.encoded)) if self.on_cpu else 0
         self.jobs = {True: job, False: replace(job, kept=False)}
         self.kept: dict[tuple[object, ...], Any] = {}
 
@@ -138,7 +139,8 @@ class Bill:
             phases.append(body + encoding)
         else:
             phases.append(waiting + reader + max(reading, encoding))
-        worst = int((self.vae + max(phases)) * (1 + (CUDA_SLACK if self.device.own_memory else SLACK)))
+        laid = self.laid if way.encoder == "keep" else 0  # made anew each time where memory is short
+        worst = int((self.vae + laid + max(phases)) * (1 + (CUDA_SLACK if self.device.own_memory else SLACK)))
         if not self.device.own_memory:
             return 0, PROGRAM + worst + (HALF if self.on_cpu and a.BYTES[self.dtype] == 2 else 0)
         ram = CUDA_PROGRAM + pinned
