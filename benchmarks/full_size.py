@@ -4,8 +4,8 @@
     python benchmarks/full_size.py --release qwen-image-2.1 [--references 1]
     python benchmarks/full_size.py --layers 3 --reader-layers 2        # the same at full width with few layers
 
-Writes a checkpoint of a release's shape with random weights (Qwen-Image: 20,430,401,088 in the transformer, Qwen2.5-VL-7B
-with its vision tower, the VAE; Qwen-Image-2.1: 7,115,124,736, Qwen3-VL-8B, its VAE), tensor by tensor and packed on the
+Writes a checkpoint of a release's shape with random weights (Qwen-Image: 20,430,401,088 in the transformer,
+Qwen2.5-VL-7B with its vision tower, the VAE; Qwen-Image-2.1: 7,115,124,736, Qwen3-VL-8B, its VAE), packed on the
 way, by the project's own writers; then draws 256 x 256 end to end, once per placement, each in a process of its own.
 Peak memory is that process's high-water mark, mapped pages included. The pictures are noise: sizes and times are real,
 contents are not.

@@ -11,17 +11,18 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 MODEL = "qwen-image-2512"
-SIZES = ((1328, 1328), (768, 768))
+OTHER = "qwen-image-2.1"
+TABLES = ((MODEL, (1328, 1328)), (MODEL, (768, 768)), (OTHER, (1024, 1024)))
 WORDS = {
     "en": {
         "title": "Which devices run this model",
         "note": "Written by docs/make_devices.py from the planner; change that, then run it.",
         "lead": (
             "What `lanting plan {model}` answers for devices people have: 50 steps with guidance, as the release "
-            "recommends. `lanting plan MODEL --device 'RTX 4090'` prints the same for any release, size and number of "
+            "recommends; and `lanting plan {other}`: 40 steps without. `lanting plan MODEL --device 'RTX 4090'` prints the same for any release, size and number of "
             "references, and `lanting plan MODEL` for the computer in front of you."
         ),
-        "at": "{width}×{height}",
+        "at": "{model}, {width}×{height}",
         "head": "| device | RAM | weights | transformer | text encoder | VAE | VRAM | RAM used | one picture |",
         "how": "How to read it",
         "rules": (
@@ -50,11 +51,12 @@ WORDS = {
         "title": "哪些设备能运行这个模型",
         "note": "由 docs/make_devices.py 根据规划器写成；请修改脚本后重新运行。",
         "lead": (
-            "这是 `lanting plan {model}` 对常见设备的回答：50 步，带引导，即该发行版的推荐设置。"
+            "这是 `lanting plan {model}` 对常见设备的回答：50 步，带引导，即该发行版的推荐设置；"
+            "以及 `lanting plan {other}` 的：40 步，无引导。"
             "`lanting plan MODEL --device 'RTX 4090'` 可以查询任何发行版、尺寸和参考图数量；"
             "`lanting plan MODEL` 查询你眼前的这台电脑。"
         ),
-        "at": "{width}×{height}",
+        "at": "{model}，{width}×{height}",
         "head": "| 设备 | 内存 | 权重 | transformer | 文本编码器 | VAE | 显存占用 | 内存占用 | 一张图片 |",
         "how": "怎样读这张表",
         "rules": (
@@ -80,15 +82,15 @@ WORDS = {
 }
 
 
-def row(card, size: tuple[int, int]) -> str:
-    """One device."""
+def row(card, name: str, size: tuple[int, int]) -> str:
+    """One device with one release."""
     from lanting.core.lang import say
     from lanting.plan import RefusalError, machine_of, plan, release, usual_job
     from lanting.plan.words import encoder, residence, seconds
     from lanting.plan.words import size as in_words
     from lanting.specs import get_spec
 
-    model, machine = release(get_spec(MODEL)), machine_of(card)
+    model, machine = release(get_spec(name)), machine_of(card)
     ram = "" if card.apple else f"{card.ram or 32:.0f} GB"
     try:
         chosen = plan(model, usual_job(model, size), machine)
@@ -115,10 +117,14 @@ def page(language: str) -> str:
     words, before = WORDS[language], os.environ.get("LANTING_LANG")
     os.environ["LANTING_LANG"] = language
     try:
-        parts = [f"# {words['title']}", f"<!-- {words['note']} -->", str(words["lead"]).format(model=MODEL)]
-        for width, height in SIZES:
-            parts.append("## " + str(words["at"]).format(width=width, height=height))
-            lines = [str(words["head"]), "|---" * 9 + "|", *(row(card, (width, height)) for card in cards())]
+        parts = [
+            f"# {words['title']}",
+            f"<!-- {words['note']} -->",
+            str(words["lead"]).format(model=MODEL, other=OTHER),
+        ]
+        for model, (width, height) in TABLES:
+            parts.append("## " + str(words["at"]).format(model=model, width=width, height=height))
+            lines = [str(words["head"]), "|---" * 9 + "|", *(row(card, model, (width, height)) for card in cards())]
             parts.append("\n".join(lines))
         parts.append(f"## {words['how']}")
         parts += words["rules"]
