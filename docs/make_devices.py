@@ -19,8 +19,9 @@ WORDS = {
         "note": "Written by docs/make_devices.py from the planner; change that, then run it.",
         "lead": (
             "What `lanting plan {model}` answers for devices people have: 50 steps with guidance, as the release "
-            "recommends; and `lanting plan {other}`: 40 steps without. `lanting plan MODEL --device 'RTX 4090'` prints "
-            "the same for any release, size and number of references, and `lanting plan MODEL` for the computer in front of you."
+            "recommends; and `lanting plan {other}`: 40 steps without. `lanting plan MODEL --device 'RTX 4090'` "
+            "prints the same for any release, size and number of references, and `lanting plan MODEL` for the computer "
+            "in front of you."
         ),
         "at": "{model}, {width}×{height}",
         "head": "| device | RAM | weights | transformer | text encoder | VAE | VRAM | RAM used | one picture |",
