@@ -50,6 +50,8 @@ class SingleStreamConfig:
     def __post_init__(self) -> None:
         if not self.causal_condition:
             raise ValueError("causal_condition must be true: a prefix that changes with time is not supported")
+        if sum(self.axes_dims_rope) != self.attention_head_dim:
+            raise ValueError(f"axes_dims_rope {self.axes_dims_rope} must add up to {self.attention_head_dim}")
 
     @property
     def width(self) -> int:
@@ -105,22 +107,11 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(width, width, bias=False)])
         self.attend = Attend()
 
-    def forward(self, img: Tensor, txt: Tensor | None, ctx: Context) -> tuple[Tensor, Tensor | None]:
-        """img (B, N, D), txt (B, P, D) or None where `ctx.kept` has its keys and values; the same out, but no prefix
-        (None) where it is not needed."""
-        place, txt_out = ctx.layout, None
-        if txt is None:
-            assert ctx.kept is not None
-            before = ctx.kept[self]
-        else:
-            before = self.keys_values(txt, place.prefix)
-            if ctx.kept is not None:
-                ctx.kept[self] = before
-            if not self.last:
-                txt_out = self.among(self.queries(txt, place.prefix), *before, place)
-        own = self.keys_values(img, place.target)
+    def forward(self, img: Tensor, before: KeysValues, ctx: Context) -> Tensor:
+        """The target's (B, N, D), which sees the prefix's keys and values and itself."""
+        own = self.keys_values(img, ctx.layout.target)
         k, v = (torch.cat(pair, 1) for pair in zip(before, own, strict=True))  # (B, P + N, H, E)
-        return self.to_out[0](self.attend(self.queries(img, place.target), k, v, ctx.mask).flatten(2)), txt_out
+        return self.to_out[0](self.attend(self.queries(img, ctx.layout.target), k, v, ctx.mask).flatten(2))
 
     def queries(self, x: Tensor, turn: Turn) -> Tensor:
         """(B, n, D) -> (B, n, H, E)"""
@@ -167,14 +158,29 @@ class Block(nn.Module):
     def forward(self, img: Tensor, txt: Tensor | None, ctx: Context) -> tuple[Tensor, Tensor | None]:
         """img (B, N, D) target; txt (B, P, D) prefix, or None where `ctx.kept` has its keys and values. The last block
         gives the prefix back as it came."""
+        before, txt = self.behind(txt, ctx)
+        return self.ahead(img, before, ctx), txt
+
+    def behind(self, txt: Tensor | None, ctx: Context) -> tuple[KeysValues, Tensor | None]:
+        """The prefix's part of the layer: what the target sees of it, and what becomes of it."""
+        if txt is None:
+            assert ctx.kept is not None
+            return ctx.kept[self.attn], None
+        scale1, gate1, scale2, gate2 = ctx.prefix_modulation.chunk(4, -1)  # (1, 1, D)
+        normed = scaled(txt, scale1, self.eps)
+        before = self.attn.keys_values(normed, ctx.layout.prefix)
+        if ctx.kept is not None:
+            ctx.kept[self.attn] = before
+        if not self.attn.last:
+            found = self.attn.among(self.attn.queries(normed, ctx.layout.prefix), *before, ctx.layout)
+            txt = self.fed(txt + gate1.tanh() * found, scale2, gate2)
+        return before, txt
+
+    def ahead(self, img: Tensor, before: KeysValues, ctx: Context) -> Tensor:
+        """The target's part, all there is in a step whose prefix is kept."""
         scale1, gate1, scale2, gate2 = ctx.modulation.chunk(4, -1)  # (B, 1, D)
-        tscale1, tgate1, tscale2, tgate2 = ctx.prefix_modulation.chunk(4, -1)  # (1, 1, D)
-        txt_in = None if txt is None else scaled(txt, tscale1, self.eps)
-        img_out, txt_out = self.attn(scaled(img, scale1, self.eps), txt_in, ctx)
-        img = self.fed(img + gate1.tanh() * img_out, scale2, gate2)
-        if txt is not None and txt_out is not None:
-            txt = self.fed(txt + tgate1.tanh() * txt_out, tscale2, tgate2)
-        return img, txt
+        found = self.attn(scaled(img, scale1, self.eps), before, ctx)
+        return self.fed(img + gate1.tanh() * found, scale2, gate2)
 
     def fed(self, x: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
         """The second half of the layer, for either stream."""
