@@ -47,6 +47,7 @@ from lanting.weights.build import (
 )
 from lanting.weights.checkpoint import open_component, read_json
 from lanting.weights.find import ModelFolder
+from lanting.weights.fits import check_fits
 from lanting.weights.forms import read_forms
 from lanting.weights.home import lora_path
 from lanting.weights.lora import attach_loras
@@ -132,6 +133,7 @@ class Models:
         self.plan = plan
         if plan is not None:
             device, dtype = device or plan.device, dtype or plan.dtype
+        check_fits(folder.configs)
         self.folder, self.release_loras = folder, release_loras(folder)
         self.quant = (
             quant  # what plain Linears are packed as while they are loaded, one of attach.quant.KINDS, "none" or "auto"
