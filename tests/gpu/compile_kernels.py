@@ -25,8 +25,18 @@ def cases(floats: bool) -> Any:
         vectors = dict.fromkeys(("x", "y", "gate", "shift", "scale", "moved", "bias", "base"), B)
         turn = 256 if form == 1 else 0
         given = {"FORM": form, "ROTATE": turn}
-        yield rows.norm_kernel, vectors | kept, {"ADD": True, "CLIP": True, **given, "BLOCK": 4096}, 8, 3
+        yield (
+            rows.norm_kernel,
+            vectors | kept,
+            {"ADD": True, "SHIFT": form > 0, "CLIP": True, **given, "BLOCK": 4096},
+            8,
+            3,
+        )
         yield rows.activate_kernel, vectors | kept, {**LINE, **given, "BLOCK": 16384}, 16, 3
+        if form != 2:  # sums in one case, numbers in the other
+            sums = dict.fromkeys(("gate_row", "gate_column", "up_row", "up_column"), F)
+            pair = dict.fromkeys(("gate", "up"), B if form else "*i32")
+            yield rows.swiglu_kernel, kept | sums | pair, {"SCALED": form == 0, **given, "BLOCK": 16384}, 16, 3
     scaled = {"x": "*i32", "row_scale": F, "column_scale": F, "bias": B, "gate": B, "base": B, "out": B, "out_scale": F}
     yield (
         rows.activate_kernel,

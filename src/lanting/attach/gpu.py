@@ -19,7 +19,20 @@ import torch
 from torch import Tensor, nn
 
 from lanting.attach.compute import LEFT_ALONE
-from lanting.attach.gpu_linears import DTYPES, How, Rows, forget, form_of, into, joined, product_of, project, raised
+from lanting.attach.gpu_linears import (
+    DTYPES,
+    How,
+    Rows,
+    forget,
+    form_of,
+    graded,
+    into,
+    joined,
+    product_of,
+    project,
+    raised,
+)
+from lanting.attach.gpu_single import fused_single
 from lanting.core.errors import RequestError
 from lanting.kernels.gpu import attention as attentions
 from lanting.kernels.gpu.here import beside, meet, on
@@ -29,6 +42,7 @@ from lanting.nn.linears import PackedLinear
 from lanting.nn.mmdit import Attend, Block, Context, FeedForward
 from lanting.nn.rotate import LARGEST
 from lanting.nn.single_stream import Attend as SingleAttend
+from lanting.nn.single_stream import Block as SingleBlock
 
 COMPUTE = {
     None: How(),
@@ -55,6 +69,8 @@ def attach_gpu(net: nn.Module, compute: str | None = None, *, four: bool = False
             module.__dict__["forward"] = partial(attend, module)
         elif isinstance(module, Block):
             module.__dict__["forward"] = partial(fused_block, module, how)
+        elif isinstance(module, SingleBlock):
+            module.__dict__["forward"] = partial(fused_single, module, how)
 
 
 def detach_gpu(net: nn.Module) -> None:
@@ -63,7 +79,7 @@ def detach_gpu(net: nn.Module) -> None:
         forget(module)
         if isinstance(module, PackedLinear):
             module.product = None
-        elif isinstance(module, Attend | SingleAttend | Block):
+        elif isinstance(module, Attend | SingleAttend | Block | SingleBlock):
             module.__dict__.pop("forward", None)
 
 
@@ -87,10 +103,6 @@ def attend(module: Attend | SingleAttend, q: Tensor, k: Tensor, v: Tensor, mask:
         plain: Any = type(module).forward
         return plain(module, q, k, v, mask)
     return attentions.choices()(q, k, v, mask)
-
-
-def graded(block: Block, img: Tensor) -> bool:
-    return torch.is_grad_enabled() and (img.requires_grad or any(p.requires_grad for p in block.parameters()))
 
 
 def fused_block(block: Block, how: How, img: Tensor, txt: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
@@ -128,7 +140,7 @@ def second_half(
 ) -> Tensor:
     """Of one stream: what attention found joins it, then what the MLP makes of it."""
     up: Any = mlp.net[0]
-    x, normed = joined(project(linear, rows, how), gated, vectors, up.proj, how)
+    x, normed = joined(project(linear, rows, how), gated, vectors, [up.proj], how)
     return feed_forward(mlp, normed, Gated(x, gate, gated.split), how)
 
 

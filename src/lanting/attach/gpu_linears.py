@@ -12,7 +12,7 @@ the weight is the same tensor: streamed weights leave nothing behind.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,11 +102,14 @@ def row_scales(linear: Int8Linear | Fp8Linear) -> Tensor | None:
     return kept(linear, "gpu scale in full", scale, lambda s: s.float().flatten().contiguous())
 
 
+Vectors = tuple[Tensor | None, Tensor]  # shift, if there is one, and scale behind a norm
+
+
 class Rows:
     """Rows (B, n, D) that several Linears read: each form of them is made when first asked for, and once."""
 
-    def __init__(self, x: Tensor, vectors: tuple[Tensor, Tensor] | None = None, split: int = 0):
-        self.x, self.vectors, self.split = x, vectors, split  # the vectors: shift and scale behind a norm
+    def __init__(self, x: Tensor, vectors: Vectors | None = None, split: int = 0, eps: float = 1e-6):
+        self.x, self.vectors, self.split, self.eps = x, vectors, split, eps
         self.forms: dict[tuple[torch.dtype | None, int], Any] = {} if vectors else {(None, 0): x}
 
     @classmethod
@@ -128,7 +131,7 @@ class Rows:
                 self.forms[key] = activate(self.forms[None, 0], form=key)
             else:
                 assert self.vectors is not None
-                self.forms[key] = norm(self.x, *self.vectors, self.split, key)
+                self.forms[key] = norm(self.x, *self.vectors, self.split, key, self.eps)
         return self.forms[key]
 
 
@@ -137,6 +140,12 @@ def form_of(linear: nn.Module, how: How, device: torch.device) -> Form:
     found = weight_of(linear, how, device)
     form = (None, 0) if found is None else (found[1], turn_of(linear, how))
     return None if form == (None, 0) else form
+
+
+def form_for(readers: Sequence[nn.Module], how: How, device: torch.device) -> Form:
+    """What all readers of some rows want them as; None, from which everything can be made, where they differ."""
+    wanted = {form_of(reader, how, device) for reader in readers}
+    return wanted.pop() if len(wanted) == 1 else None
 
 
 def project(linear: nn.Module, rows: Rows, how: How, out: Tensor | None = None) -> Tensor | Sums:
@@ -160,9 +169,12 @@ def project(linear: nn.Module, rows: Rows, how: How, out: Tensor | None = None) 
 
 def by_itself(linear: Any, x: Tensor, out: Tensor | None) -> Tensor:
     """torch's product, straight to its place where there is one."""
-    if out is None or type(linear) is not nn.Linear or linear.bias is None or linear.weight.dtype != x.dtype:
+    if out is None or type(linear) is not nn.Linear or linear.weight.dtype != x.dtype:
         return linear(x)
-    return torch.addmm(linear.bias, x.reshape(-1, x.shape[-1]), linear.weight.T, out=out)
+    rows = x.reshape(-1, x.shape[-1])
+    if linear.bias is None:
+        return torch.mm(rows, linear.weight.T, out=out)
+    return torch.addmm(linear.bias, rows, linear.weight.T, out=out)
 
 
 def ends_with_gelu(linear: nn.Module, how: How, device: torch.device, dtype: torch.dtype) -> bool:
@@ -197,15 +209,20 @@ def whole(made: Tensor | Sums, dtype: torch.dtype) -> Tensor:
 
 
 def joined(
-    made: Tensor | Sums, gated: Gated, vectors: tuple[Tensor, Tensor], reader: nn.Module, how: How
+    made: Tensor | Sums, gated: Gated, vectors: Vectors, readers: Sequence[nn.Module], how: How, eps: float = 1e-6
 ) -> tuple[Tensor, Rows]:
-    """(x, its normed rows) for x = base + gate * what a Linear made; `reader` is who reads the rows."""
+    """(x, its normed rows) for x = base + gate * what a Linear made; `readers` are the Linears that read the rows."""
     if isinstance(made, Sums):
         x = activate(made, gated=gated)
-        return x, Rows(x, vectors, gated.split)
-    form = form_of(reader, how, made.device)
-    x, normed = join_norm(made, gated, *vectors, form)
+        return x, Rows(x, vectors, gated.split, eps)
+    form = form_for(readers, how, made.device)
+    x, normed = join_norm(made, gated, *vectors, form, eps)
     return x, Rows.of(x, normed, form)
+
+
+def graded(module: nn.Module, *given: Tensor) -> bool:
+    """Whether gradients are wanted, which kernels don't have."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in (*given, *module.parameters()))
 
 
 def product_of(how: How, linear: PackedLinear, x: Tensor) -> Tensor:

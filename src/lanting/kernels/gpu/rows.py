@@ -4,6 +4,7 @@
                                          rotated first where the form says so (`twins.Form`)
     quantize(x, form)                    rows to 8 bits
     activate(x, ...)                     what a product ends with: bias, GELU, x' + gate * x, 8 bits
+    swiglu(gate, up, form)               silu(gate) * up
     turn(q, k, ...)                      queries and keys normed and turned in place
 
 Vectors are (B or 1, 1 or 2, W): with two rows of them the second holds from token `split` on.
@@ -76,20 +77,20 @@ def room(x: Tensor, form: torch.dtype | None, dtype: torch.dtype) -> tuple[Tenso
 
 def norm(
     x: Tensor,
-    shift: Tensor,
+    shift: Tensor | None,
     scale: Tensor,
     split: int = 0,
     form: Form = None,
     eps: float = 1e-6,
 ) -> Tensor | Codes:
-    """Layer norm of x (B, n, W), times 1 + scale, plus shift."""
+    """Layer norm of x (B, n, W), times 1 + scale, plus shift if there is one."""
     if not known(x):
         return twins.norm(x, shift, scale, split, form, eps)
     return launch_norm(x, None, (shift, scale), split, form, eps)[1]
 
 
 def join_norm(
-    y: Tensor, gated: Gated, shift: Tensor, scale: Tensor, form: Form = None, eps: float = 1e-6
+    y: Tensor, gated: Gated, shift: Tensor | None, scale: Tensor, form: Form = None, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor | Codes]:
     """(x, norm of x) for x = base + gate * y: the end of one half of a block and the beginning of the next."""
     x = gated.base
@@ -102,7 +103,7 @@ def join_norm(
 def launch_norm(
     x: Tensor,
     add: tuple[Tensor, Tensor] | None,
-    vectors: tuple[Tensor, Tensor],
+    vectors: tuple[Tensor | None, Tensor],
     split: int,
     form: Form,
     eps: float,
@@ -111,8 +112,9 @@ def launch_norm(
 
     x = three(x)
     (items, n, width), block = x.shape, block_of(x.shape[-1])
-    y, gate = (x, vectors[0]) if add is None else (three(add[0]), add[1])
-    gate, shift, scale = alike(gate, *vectors)
+    shift, scale = vectors[0] if vectors[0] is not None else vectors[1], vectors[1]
+    y, gate = (x, scale) if add is None else (three(add[0]), add[1])
+    gate, shift, scale = alike(gate, shift, scale)
     moved = x if add is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     kind, turn = parted(form)
     data, scales = room(x, kind, x.dtype)
@@ -122,6 +124,7 @@ def launch_norm(
         *(x, y, gate, shift, scale, moved, data, scales),
         *(n, width, split, *spaces, eps),
         ADD=add is not None,
+        SHIFT=vectors[0] is not None,
         CLIP=x.dtype == torch.float16,
         FORM=FORMS[kind],
         ROTATE=turn,
@@ -202,6 +205,60 @@ def launch_activate(
     if form is not None:
         return Codes(made.flatten(0, 1), scales, tuple(data.shape[:-1]))
     return made.view(data.shape) if out is None else out
+
+
+def swiglu(
+    gate: Tensor | Sums,
+    up: Tensor | Sums,
+    form: Form = None,
+    out: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Any:
+    """silu(gate) * up of two (B, n, W), then the form: `Codes` in 8 bits, else a tensor.
+
+    out    contiguous (B, n, W), where plain results go; may be one of the two
+    dtype  of the result; None: that of `out` or the gate, float32 for sums
+    """
+    scaled = isinstance(gate, Sums) and isinstance(up, Sums) and gate.bias is None and up.bias is None
+    if not scaled:  # a kernel knows two of a kind
+        gate, up = (activate(x, dtype=dtype) if isinstance(x, Sums) else x for x in (gate, up))
+    shape = gate.shape if isinstance(gate, Sums) else gate.shape[:-1]
+    flat = [x.data if isinstance(x, Sums) else x.flatten(0, -2) for x in (gate, up)]
+    like = flat[0] if out is None else out
+    dtype = dtype or (torch.float32 if like.dtype == torch.int32 else like.dtype)
+    if not known(flat[0]):
+        v = twins.swiglu(*(x.values() if isinstance(x, Sums) else x.float() for x in (gate, up)))
+        made = twins.kept(v, form, dtype if out is None else torch.float32)
+        return made if out is None or isinstance(made, Codes) else out.copy_(made)
+    return launch_swiglu(gate, up, flat, (*parted(form), dtype), out, shape)
+
+
+def launch_swiglu(
+    gate: Tensor | Sums,
+    up: Tensor | Sums,
+    flat: list[Tensor],
+    kept: tuple[torch.dtype | None, int, torch.dtype],
+    out: Tensor | None,
+    shape: tuple[int, ...],
+) -> Any:
+    from lanting.kernels.gpu.jit import rows as jit
+
+    (g, u), (form, turn, dtype) = (x if x.stride(-1) == 1 else x.contiguous() for x in flat), kept
+    scales = [of for x in (gate, up) for of in ((x.row, x.column) if isinstance(x, Sums) else (g, g))]
+    (count, width), block = g.shape, block_of(g.shape[-1])
+    made, peaks = room(g, form, dtype) if out is None or form is not None else (out.flatten(0, -2), g)
+    kernel: Any = jit.swiglu_kernel
+    kernel[(count,)](
+        *(g, u, *scales, made, peaks, width, g.stride(0), u.stride(0)),
+        SCALED=isinstance(gate, Sums),
+        FORM=FORMS[form],
+        ROTATE=turn,
+        BLOCK=block,
+        num_warps=threads(block),
+    )
+    if form is not None:
+        return Codes(made, peaks, tuple(shape))
+    return made.unflatten(0, shape) if out is None else out
 
 
 def turn(q: Tensor, k: Tensor, norms: tuple[Tensor, ...], rope: tuple[Tensor, Tensor], first: int, eps: float) -> None:

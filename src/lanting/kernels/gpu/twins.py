@@ -99,16 +99,21 @@ def joined(x: Tensor, y: Tensor, gate: Tensor, split: int) -> Tensor:
     return clipped(x.float() + per_token(gate, x.shape[1], split) * y.float(), x.dtype).to(x.dtype)
 
 
-def norm(x: Tensor, shift: Tensor, scale: Tensor, split: int, form: Form, eps: float) -> Tensor | Codes:
+def norm(x: Tensor, shift: Tensor | None, scale: Tensor, split: int, form: Form, eps: float) -> Tensor | Codes:
     v = F.layer_norm(x.float(), x.shape[-1:], eps=eps)
-    v = v * (1 + per_token(scale, x.shape[1], split)) + per_token(shift, x.shape[1], split)
-    return kept(v, form, x.dtype)
+    v = v * (1 + per_token(scale, x.shape[1], split))
+    return kept(v if shift is None else v + per_token(shift, x.shape[1], split), form, x.dtype)
 
 
 def activate(v: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
     """float32 in and out."""
     v = v if bias is None else v + bias.float()
     return F.gelu(v, approximate="tanh") if gelu else v
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """float32 in and out."""
+    return F.silu(gate) * up
 
 
 def head_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

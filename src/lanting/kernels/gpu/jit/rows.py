@@ -90,12 +90,14 @@ def norm_kernel(
     vector_each,
     eps,
     ADD: tl.constexpr,
+    SHIFT: tl.constexpr,
     CLIP: tl.constexpr,
     FORM: tl.constexpr,
     ROTATE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out = norm(x) * (1 + scale) + shift; with ADD x is first x + gate * y, rounded, and kept in `moved`."""
+    """out = norm(x) * (1 + scale) + shift, where there is one; with ADD x is first x + gate * y, rounded, and kept in
+    `moved`."""
     row = tl.program_id(0)
     item = (row // n).to(tl.int64)
     token = row % n
@@ -114,7 +116,8 @@ def norm_kernel(
     v = tl.where(mask, v - mean, 0.0)
     v = v * tl.rsqrt(tl.sum(v * v, axis=0) / width + eps)
     v = v * (1.0 + tl.load(scale + vectors + column, mask=mask, other=0.0).to(tl.float32))
-    v += tl.load(shift + vectors + column, mask=mask, other=0.0).to(tl.float32)
+    if SHIFT:
+        v += tl.load(shift + vectors + column, mask=mask, other=0.0).to(tl.float32)
     store_row(v, out + here, out_scale, row, column, mask, FORM, ROTATE, BLOCK)
 
 
@@ -168,6 +171,37 @@ def activate_kernel(
         v = clipped(v, CLIP)
     v = tl.where(mask, v, 0.0)
     store_row(v, out + item * out_item + token * out_row, out_scale, row, column, mask, FORM, ROTATE, BLOCK)
+
+
+@triton.jit
+def swiglu_kernel(
+    gate,
+    up,
+    gate_row,
+    gate_column,
+    up_row,
+    up_column,
+    out,
+    out_scale,
+    width,
+    gate_stride,
+    up_stride,
+    SCALED: tl.constexpr,
+    FORM: tl.constexpr,
+    ROTATE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """silu(gate) * up, of numbers or of integer sums with their scales."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    mask = column < width
+    g = tl.load(gate + row * gate_stride + column, mask=mask, other=0).to(tl.float32)
+    v = tl.load(up + row * up_stride + column, mask=mask, other=0).to(tl.float32)
+    if SCALED:
+        g = g * tl.load(gate_row + row) * tl.load(gate_column + column, mask=mask, other=0.0)
+        v = v * tl.load(up_row + row) * tl.load(up_column + column, mask=mask, other=0.0)
+    v = g * tl.sigmoid(g) * v
+    store_row(v, out + row * width, out_scale, row, column, mask, FORM, ROTATE, BLOCK)
 
 
 @triton.jit
