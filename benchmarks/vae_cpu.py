@@ -1,6 +1,7 @@
 """The full-size autoencoder on a CPU, ours against diffusers', side by side: processor time and memory.
 
     python benchmarks/vae_cpu.py [--sizes 256 512] [--large] [--ops decode encode] [--reps 3] [--threads 1] [--out FILE]
+    python benchmarks/vae_cpu.py --release qwen-image-2.1 --sizes 256 --variants 'diffusers float32' 'ours float32'
 
 Random weights, the same for all. Every variant is a process of its own, as people run it: diffusers as it comes, in
 float32 (its default) and bfloat16; ours as the engine runs it, and without its kernels. They take turns, one picture
@@ -37,24 +38,25 @@ def dtype_of(variant: str) -> torch.dtype:
     return torch.float32 if "float32" in variant else torch.bfloat16
 
 
-def ours(variant: str) -> dict[str, Op]:
+def ours(variant: str, second: bool) -> dict[str, Op]:
     from lanting.attach.vae import attach_vae
     from lanting.engine.allocator import return_memory
 
     return_memory()
-    vae = plain().to(dtype=dtype_of(variant), memory_format=torch.channels_last)
+    vae = plain(second).to(dtype=dtype_of(variant), memory_format=torch.channels_last)
     if "no kernels" not in variant and not attach_vae(vae):
         raise SystemExit("the kernels are not built: python src/lanting/kernels/build.py")
     return {"decode": vae.decode, "encode": lambda x: vae.encode(x)[0]}
 
 
-def plain() -> Any:
-    """Ours with random weights that bfloat16 holds exactly, as the official ones are."""
+def plain(second: bool) -> Any:
+    """Ours (`second`: of Qwen-Image-2.1) with random weights that bfloat16 holds exactly, as the official ones are."""
     from lanting.nn.vae import AutoencoderKLQwenImage, VAEConfig
+    from lanting.nn.vae21 import AutoencoderKLQwenImage21, VAE21Config
 
     torch.manual_seed(0)
-    made = AutoencoderKLQwenImage(VAEConfig()).eval().requires_grad_(False)
-    return rounded(made)
+    made = AutoencoderKLQwenImage21(VAE21Config()) if second else AutoencoderKLQwenImage(VAEConfig())
+    return rounded(made.eval().requires_grad_(False))
 
 
 def rounded(net: nn.Module) -> nn.Module:
@@ -63,14 +65,15 @@ def rounded(net: nn.Module) -> nn.Module:
     return net
 
 
-def theirs(variant: str) -> dict[str, Op]:
-    from diffusers import AutoencoderKLQwenImage
+def theirs(variant: str, second: bool) -> dict[str, Op]:
+    from diffusers import AutoencoderKLQwenImage, AutoencoderKLQwenImage21
 
     from lanting.nn.vae import to_video_weights
+    from lanting.nn.vae21 import to_official_weights
 
-    same = plain()
-    vae = AutoencoderKLQwenImage().eval().requires_grad_(False)
-    vae.load_state_dict(to_video_weights(same.state_dict(), same.config))
+    same = plain(second)
+    vae = (AutoencoderKLQwenImage21 if second else AutoencoderKLQwenImage)().eval().requires_grad_(False)
+    vae.load_state_dict((to_official_weights if second else to_video_weights)(same.state_dict(), same.config))
     vae = vae.to(dtype_of(variant))
     return {
         "decode": lambda z: vae.decode(z[:, :, None], return_dict=False)[0][:, :, 0],
@@ -78,11 +81,12 @@ def theirs(variant: str) -> dict[str, Op]:
     }
 
 
-def given(op: str, size: int) -> Tensor:
+def given(op: str, size: int, second: bool) -> Tensor:
     generator = torch.Generator().manual_seed(size)
+    channels, stride, colours = (64, 16, 4) if second else (16, 8, 3)
     if op == "decode":
-        return torch.randn(1, 16, size // 8, size // 8, generator=generator) * 2
-    return torch.rand(1, 3, size, size, generator=generator) * 2 - 1
+        return torch.randn(1, channels, size // stride, size // stride, generator=generator) * 2
+    return torch.rand(1, colours, size, size, generator=generator) * 2 - 1
 
 
 def memory(key: str) -> int:
@@ -100,16 +104,16 @@ def weigh(run: Callable[[], Tensor]) -> tuple[int, Tensor]:
 
 
 @torch.no_grad()
-def serve(variant: str, threads: int, pipe: Connection) -> None:
+def serve(variant: str, second: bool, threads: int, pipe: Connection) -> None:
     """A process of one variant: answers (op, size) with seconds, bytes and the result."""
     from lanting.kernels import library
 
     torch.set_num_threads(threads)
     library.use_threads(threads)
-    ops = (theirs if "diffusers" in variant else ours)(variant)
+    ops = (theirs if "diffusers" in variant else ours)(variant, second)
     while (asked := pipe.recv()) is not None:
         op, size = asked
-        x = given(op, size).to(dtype_of(variant))
+        x = given(op, size, second).to(dtype_of(variant))
         began = time.process_time()
         more, made = weigh(lambda op=op, x=x: ops[op](x))
         pipe.send((time.process_time() - began, more, made.float().numpy()))
@@ -118,10 +122,10 @@ def serve(variant: str, threads: int, pipe: Connection) -> None:
 class Worker:
     """One variant's process."""
 
-    def __init__(self, variant: str, threads: int):
+    def __init__(self, variant: str, second: bool, threads: int):
         context = multiprocessing.get_context("spawn")
         self.pipe, far = context.Pipe()
-        self.process = context.Process(target=serve, args=(variant, threads, far), daemon=True)
+        self.process = context.Process(target=serve, args=(variant, second, threads, far), daemon=True)
         self.process.start()
 
     def __call__(self, op: str, size: int) -> tuple[float, int, Tensor]:
@@ -158,6 +162,7 @@ def show(op: str, size: int, rows: dict[str, dict[str, float]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--release", choices=("qwen-image", "qwen-image-2.1"), default="qwen-image")
     parser.add_argument("--sizes", type=int, nargs="+", default=[256, 512])
     parser.add_argument("--large", action="store_true")
     parser.add_argument("--ops", nargs="+", default=["decode", "encode"], choices=["decode", "encode"])
@@ -168,12 +173,13 @@ def main() -> None:
     asked = parser.parse_args()
     from lanting.kernels import library
 
-    workers = {name: Worker(name, asked.threads) for name in asked.variants}
+    second = asked.release != "qwen-image"
+    workers = {name: Worker(name, second, asked.threads) for name in asked.variants}
     held = {}
     for name, worker in workers.items():
         held[name] = {op: dict(zip(("seconds", "bytes"), worker(op, WARM)[:2], strict=True)) for op in asked.ops}
     report: dict[str, Any] = {"processor": processor(), "kernels": library.instruction_set(), "threads": asked.threads}
-    report |= {"torch": torch.__version__, "warm up": held, "cases": []}
+    report |= {"release": asked.release, "torch": torch.__version__, "warm up": held, "cases": []}
     for size in [*asked.sizes, *([1024] if asked.large else [])]:
         for op in asked.ops:
             rows = measure(workers, op, size, asked.reps)

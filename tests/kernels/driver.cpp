@@ -110,7 +110,7 @@ void others(bool loud) {
   call("lt_turn", &turn);
   std::vector<uint8_t> mask(items * 9);
   for (uint8_t& x : mask) x = dice.bits() & 1;
-  Attention attention{q.data(), k.data(), v.data(), out.data(), mask.data(), items, tokens, heads, width, 9, FLOAT32};
+  Attention attention{q.data(), k.data(), v.data(), out.data(), mask.data(), items, tokens, tokens, heads, width, 9, FLOAT32};
   call("lt_attend", &attention);
   std::vector<float> normed(all), shift = dice.numbers(heads * width), scale = dice.numbers(heads * width), half(all);
   Matrix from = matrix(q, items * tokens), to = matrix(normed, items * tokens);

@@ -26,7 +26,7 @@ def reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     """In float64; `mask` says which of the first keys count."""
     seen = None
     if mask is not None:
-        seen = torch.ones(q.shape[0], 1, 1, q.shape[1], dtype=torch.bool)
+        seen = torch.ones(q.shape[0], 1, 1, k.shape[1], dtype=torch.bool)
         seen[:, 0, 0, : mask.shape[1]] = mask
     q, k, v = (x.double().transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2)
@@ -59,6 +59,24 @@ def test_masks_cover_the_first_keys(isa, dtype, tokens):
     for x in (k, v):
         x[:, :14][~mask] = torch.nan
     assert close(calls.attend(q, k, v, mask), wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "keys"), [(1, 40), (37, 13), (20, 531), (530, 7)])
+def test_keys_without_queries(isa, dtype, tokens, keys):
+    """As many keys as one likes, masked or not."""
+    q, (_, k, v) = qkv(2, tokens, 2, 32, dtype)[0], qkv(2, keys, 2, 32, dtype)
+    assert close(calls.attend(q, k, v), reference(q, k, v))
+    mask = random(2, 5) > 0
+    mask[1] = True
+    assert close(calls.attend(q, k, v, mask), reference(q, k, v, mask))
+
+
+def test_keys_that_do_not_fit_are_refused():
+    q, k, v = qkv(1, 4, 2, 32)
+    for wrong in ((q, k[:, :3], v), (q, k[:, :, :1], v[:, :, :1]), (q, k[..., :16], v[..., :16])):
+        with pytest.raises(ValueError, match="are not for queries"):
+            calls.attend(*wrong)
 
 
 def test_all_keys_may_be_covered_by_the_mask(isa):

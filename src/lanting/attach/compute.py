@@ -28,6 +28,7 @@ from lanting.kernels.library import dense_bytes, ready
 from lanting.nn.linears import PackedLinear
 from lanting.nn.mmdit import Attend, Block, Context, FeedForward
 from lanting.nn.rotate import rotate_blocks
+from lanting.nn.single_stream import Attend as SingleAttend
 
 DTYPES = (torch.float32, torch.bfloat16)
 LEFT_ALONE = ("img_mod", "txt_mod", "time_text_embed")
@@ -44,7 +45,7 @@ def attach_kernels(net: nn.Module) -> bool:
             module.product = integer_product
         elif type(module) is nn.Linear and dense_bytes() == 4:
             module.__dict__["forward"] = partial(float_product, module)
-        elif isinstance(module, Attend):
+        elif isinstance(module, Attend | SingleAttend):
             module.__dict__["forward"] = partial(attend, module)
         elif isinstance(module, Block):
             module.__dict__["forward"] = partial(fused_block, module)
@@ -58,7 +59,7 @@ def detach_kernels(net: nn.Module) -> None:
             module.__dict__.pop(name, None)
         if isinstance(module, PackedLinear):
             module.product = None
-        elif isinstance(module, Attend | Block | nn.Linear):
+        elif isinstance(module, Attend | SingleAttend | Block | nn.Linear):
             module.__dict__.pop("forward", None)
 
 
@@ -89,14 +90,16 @@ def multiplied(linear: PackedLinear | nn.Linear, weight: Packed, x: Tensor) -> T
     return out
 
 
-def attend(module: Attend, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """`Attend.forward`."""
+def attend(module: Attend | SingleAttend, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """`Attend.forward`; masks that differ from query to query (2.1's texts) are left to torch."""
     width = q.shape[-1]
-    if q.shape[1] != k.shape[1]:  # frozen references are keys without queries
-        return type(module).forward(module, q, k, v, mask)
-    if q.device.type != "cpu" or q.dtype not in DTYPES or width % 32 or width > calls.WIDEST or q.dtype != v.dtype:
-        return type(module).forward(module, q, k, v, mask)
-    return calls.attend(q, k, v, mask)
+    seen = mask[:, 0, 0] if mask is not None and mask.ndim == 4 and mask.shape[2] == 1 else mask  # (B, T)
+    odd = seen is not None and (seen.ndim != 2 or len(seen) != len(q))
+    away = q.device.type != "cpu" or q.dtype not in DTYPES or q.dtype != v.dtype
+    if odd or away or width % 32 or width > calls.WIDEST:
+        plain: Any = type(module).forward
+        return plain(module, q, k, v, mask)
+    return calls.attend(q, k, v, seen)
 
 
 def at_its_own(module: Any) -> bool:

@@ -109,7 +109,7 @@ class Plan:
             stream(txt, vectors[1], 0, self.linears[1]),
             stream(img, vectors[0], ctx.target_tokens, self.linears[0]),
             library.Turn(None, None, None, None, *norms, *size, length, self.eps, kind),
-            library.Attention(None, None, None, None, None, *size, masked, kind),
+            library.Attention(None, None, None, None, None, *size[:2], *size[1:], masked, kind),
         )
         return made, calls.block_bytes(made)
 

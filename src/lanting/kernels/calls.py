@@ -255,18 +255,22 @@ def turn(q: Tensor, k: Tensor, norms: tuple[Tensor, ...], rope: tuple[Tensor, Te
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Attention of (B, S, H, E) contiguous over all keys; mask (B, T) bool over the first T -> (B, S, H, E)."""
-    items, tokens, heads, width = q.shape
+    """Attention of q (B, S, H, E) over all keys and values (B, K, H, E); mask (B, T) bool over the first T keys ->
+    (B, S, H, E)."""
+    (items, tokens, heads, width), keys = q.shape, k.shape[1]
     if width % 32 or width > WIDEST or q.dtype != k.dtype or q.dtype != v.dtype:
         raise ValueError(f"heads of {width} {q.dtype} are not for these kernels")
-    if mask is not None and (mask.shape[0] != items or mask.shape[1] > tokens):
-        raise ValueError(f"a mask {tuple(mask.shape)} is not for {items} times {tokens} keys")
+    if k.shape != (items, keys, heads, width) or v.shape != k.shape:
+        raise ValueError(f"keys {tuple(k.shape)} and values {tuple(v.shape)} are not for queries {tuple(q.shape)}")
+    if mask is not None and (mask.shape[0] != items or mask.shape[1] > keys):
+        raise ValueError(f"a mask {tuple(mask.shape)} is not for {items} times {keys} keys")
     q, k, v = (x.contiguous() for x in (q, k, v))
     out = torch.empty_like(q)
     seen = None if mask is None else mask.to(torch.uint8).contiguous()
     at = [x.data_ptr() for x in (q, k, v, out)]
     masked = 0 if seen is None else seen.shape[1]
-    given = (*at, None if seen is None else seen.data_ptr(), items, tokens, heads, width, masked, TYPES[q.dtype])
+    given = (*at, None if seen is None else seen.data_ptr(), items, tokens, keys)
+    given = (*given, heads, width, masked, TYPES[q.dtype])
     call("lt_attend", lib.Attention(*given))
     return out
 

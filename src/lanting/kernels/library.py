@@ -78,7 +78,7 @@ class Result(ctypes.Structure):
 class Attention(ctypes.Structure):
     _fields_: ClassVar = [
         *((name, c_void_p) for name in ("q", "k", "v", "out", "mask")),
-        *((name, c_int64) for name in ("items", "tokens", "heads", "width", "masked")),
+        *((name, c_int64) for name in ("items", "tokens", "keys", "heads", "width", "masked")),
         ("type", c_int32),
     ]
 

@@ -50,10 +50,10 @@ struct Result {
 };
 
 struct Attention {
-  const void *q, *k, *v;    // (items, tokens, heads, width) contiguous
+  const void *q, *k, *v;    // (items, tokens or keys, heads, width) contiguous
   void* out;                // (items, tokens, heads * width)
   const uint8_t* mask;      // (items, masked) over the first keys, or null
-  int64_t items, tokens, heads, width, masked;
+  int64_t items, tokens, keys, heads, width, masked;
   int32_t type;             // FLOAT32 or BFLOAT16
 };
 

@@ -134,7 +134,7 @@ template <class T> struct Flash {
     for (int64_t n = 0; n < most; n += count) {
       for (int i = 0; i < count; i++, token++) {
         while (mask && token < a.masked && !mask[token]) token++;
-        from[i] = token < a.tokens ? (item * a.tokens + token) * stride + head * width : -1;
+        from[i] = token < a.keys ? (item * a.keys + token) * stride + head * width : -1;
       }
       lay_some(k, v, n, from, count);
     }
@@ -244,12 +244,12 @@ template <class T> struct Flash {
 
 template <class T> void flash(const Attention& a) {
   using E = typename T::Element;
-  int64_t most = (a.tokens + T::tile - 1) / T::tile * T::tile;
+  int64_t most = (a.keys + T::tile - 1) / T::tile * T::tile;
   int64_t each = a.items * a.heads * most * a.width * int64_t(sizeof(E));
   char* room = static_cast<char*>(lt::scratch(6, 2 * ((each + 63) / 64 * 64)));
   int64_t* count = static_cast<int64_t*>(lt::scratch(7, a.items * 8));
   for (int64_t i = 0; i < a.items; i++) {
-    count[i] = a.tokens;
+    count[i] = a.keys;
     for (int64_t t = 0; a.mask && t < a.masked; t++) count[i] -= !a.mask[i * a.masked + t];
   }
   Flash<T> pass{a, most, a.width, a.heads * a.width, reinterpret_cast<E*>(room),
