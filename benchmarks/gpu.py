@@ -9,7 +9,8 @@ and memory are real. A step is both sides of the guidance, 128 and 10 tokens of 
 don't count. The percentage of the limit is the time that the step's products need at the rates measured here, over the
 time they took. Parts come in the order of what they tell, each with a time of its own; results are written after every
 part, and what a part found before it was cut or failed is in them. What does not fit into `--seconds` is left out and
-named. The part `memory` is `benchmarks/gpu_memory.py`, which writes 18 GB to a temporary folder first.
+named. The part `memory` is `benchmarks/gpu_memory.py`, which writes 18 GB to a temporary folder first; `single` is
+Qwen-Image-2.1 (`benchmarks/gpu_single.py`), with weights of its own.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from torch import Tensor
 
 from gpu_bench import Bench, Step, diffusers_network, limits, network
 from gpu_plot import plot
+from gpu_single import single
 from lanting.attach.caches import residual_cache
 from lanting.attach.frozen import frozen_references
 from lanting.attach.gpu import attach_gpu, detach_gpu
@@ -49,6 +51,7 @@ FIRST = "1024"  # the size at which every way is compared
 # name -> seconds without which it is not begun, and after which it is cut
 PARTS = {
     FIRST: (20, 110),
+    "single": (10, 45),
     "edit": (15, 60),
     "picture": (20, 70),
     "decode": (8, 25),
@@ -253,8 +256,10 @@ def run(bench: Bench) -> None:
     """The parts that were asked for."""
     parts = [name for name in PARTS if name in bench.asked.parts]
     nets: dict[str, Any] = {}
-    if set(parts) - {"nano", "memory", "decode"}:
+    alone = {"nano", "memory", "decode"}
+    if set(parts) - alone:
         bench.part("limits", lambda found: limits(bench, found), 5, 30)
+    if set(parts) - alone - {"single"}:
         nets["ours"] = network(bench)
         try:
             nets["theirs"] = diffusers_network(bench, nets["ours"])
@@ -277,6 +282,7 @@ def work_of(bench: Bench, nets: dict[str, Any], name: str) -> Callable[[dict[str
     ours, theirs = nets.get("ours"), nets.get("theirs")
     works: dict[str, Callable[[dict[str, Any]], object]] = {
         "nano": lambda found: nano(bench, found),
+        "single": lambda found: single(bench, found),
         "edit": lambda found: edit(bench, ours, found),
         "decode": lambda found: decode(bench, found),
         "picture": lambda found: picture(bench, ours, found),
