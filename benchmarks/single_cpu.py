@@ -30,7 +30,8 @@ LAYERS, TEXT = 2, 128
 KINDS = ["bf16", "int8", "int4 64", "Q4_K"]
 
 
-def oracle() -> Any:
+def oracle(dtype: torch.dtype) -> Any:
+    """diffusers', its weights numbers that bfloat16 holds; `net.bfloat16()` would round their rotary tables, too."""
     from diffusers import QwenImage21Transformer2DModel
 
     torch.manual_seed(0)
@@ -38,7 +39,8 @@ def oracle() -> Any:
     for name, weight in net.named_parameters():
         if weight.ndim > 1:
             weight.normal_(0, 0.3 * weight.shape[1] ** -0.5 if "modulation" in name else weight.shape[1] ** -0.5)
-    return net.bfloat16().float()  # numbers that bfloat16 holds
+        weight.data = weight.data.bfloat16().to(dtype)
+    return net
 
 
 def ours(state: dict[str, Tensor], kind: str) -> QwenImage21Transformer:
@@ -129,9 +131,9 @@ def main() -> None:
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     library.use_threads(asked.threads)
-    wide = oracle()
+    wide = oracle(torch.float32)
     state = dict(wide.state_dict())
-    theirs = {"diffusers fp32": wide} | ({} if asked.no_bf16 else {"diffusers bf16": oracle().bfloat16()})
+    theirs = {"diffusers fp32": wide} | ({} if asked.no_bf16 else {"diffusers bf16": oracle(torch.bfloat16)})
     nets = {f"ours {kind}": ours(state, kind) for kind in asked.kinds}
     report = {"machine": platform.processor(), "kernels": library.instruction_set(), "threads": asked.threads}
     report |= {"reference": asked.reference, "cases": (found := [])}

@@ -174,7 +174,7 @@ void whole_block(bool loud) {
   Block block{stream(0), stream(1),
               {nullptr, nullptr, cos.data(), sin.data(), norm, norm + head, norm + 2 * head, norm + 3 * head,
                items, tokens, heads, head, txt, 1e-6f, FLOAT32},
-              {nullptr, nullptr, nullptr, nullptr, mask.data(), items, tokens, heads, head, txt, FLOAT32}, nullptr};
+              {nullptr, nullptr, nullptr, nullptr, mask.data(), items, tokens, tokens, heads, head, txt, FLOAT32}, nullptr};
   int64_t bytes = reinterpret_cast<int64_t (*)(const Block*)>(dlsym(library, "lt_block_bytes"))(&block);
   block.room = aligned_alloc(64, size_t(bytes + 63) / 64 * 64);
   call("lt_block", &block);

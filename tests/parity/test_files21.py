@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
+import tiny
 import tiny21
 import torch
 from safetensors.torch import load_file, save_file
@@ -24,6 +26,8 @@ from lanting.weights.find import release_of
 from lanting.weights.forms import read_forms
 from lanting.weights.headers import TensorInfo
 from lanting.weights.inspect import describe
+from lanting.weights.linear_names import transformer_linears
+from lanting.weights.lora_doctor import examine
 from lanting.weights.lora_names import Layers, parse
 from lanting.weights.single import open_file
 
@@ -132,6 +136,17 @@ def test_a_lora_may_name_the_fused_layer():
         ]
 
 
+def test_a_lora_file_is_told_from_those_of_the_first_network(tmp_path):
+    state = {}
+    for layer, (out, inner) in transformer_linears({"_class_name": "QwenImage21Transformer2DModel"}).items():
+        if ".attn." in layer:
+            state[f"{layer}.lora_down.weight"] = torch.ones(1, inner, dtype=torch.bfloat16)
+            state[f"{layer}.lora_up.weight"] = torch.ones(out, 1, dtype=torch.bfloat16)
+    save_file(state, tmp_path / "x.safetensors")
+    told = examine(str(tmp_path / "x.safetensors"))
+    assert told.fits == ("qwen-image-2.1", "qwen-image-2.1-turbo") and told.matched == 2 * 4 * 32
+
+
 def test_show_tells_what_they_are(folder, file):
     whole, one = describe(str(folder)), describe(str(file))
     assert [part.kind.name for part in whole.parts] == ["transformer", "vae", "text_encoder"]
@@ -147,3 +162,12 @@ def test_pull_says_the_licence_first(monkeypatch, tmp_path, capsys):
     with serve(FakeHub("Qwen/Qwen-Image-2.1", files)) as hub:
         assert main(["pull", "qwen-image-2.1", "--endpoint", hub.endpoint, "--dry-run"]) == 0
     assert "allow research only" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["first", "second"])
+def test_positions_must_fill_a_head(name, folder, tmp_path):
+    made = tiny.save_folder(tmp_path / name) if name == "first" else shutil.copytree(folder, tmp_path / name)
+    config = made / "transformer" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"axes_dims_rope": [4, 8, 8]}))
+    with pytest.raises(ModelError, match="must add up to"):
+        Engine.open(str(made), device="cpu").run(WORDS)

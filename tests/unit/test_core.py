@@ -29,6 +29,7 @@ from lanting.core.recipe import (
 from lanting.core.save import Place, check_folder, name_for, plan_places, save_picture
 from lanting.core.types import Recipe, Request
 from lanting.serve.errors import ServeError
+from lanting.specs import get_spec, spec_names
 
 VERSIONS = {"lanting": "0.1.0", "torch": "2.13.0", "device": "cpu", "dtype": "float32"}
 
@@ -295,7 +296,7 @@ def sentences() -> set[str]:
                 name = getattr(node.func, "attr", None) or getattr(node.func, "id", "")
                 if name in ("say", "line", "note") or name in errors:
                     found.add(node.args[0].value)
-    return found
+    return found | {get_spec(name).licence for name in spec_names()} - {""}
 
 
 def test_every_sentence_is_translated_with_its_fields():

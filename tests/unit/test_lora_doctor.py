@@ -29,7 +29,8 @@ from loras import DIALECTS, FORMS, NUMBERS, Made, make, network
 
 NANO = {"num_layers": 6, "num_attention_heads": 7, "attention_head_dim": 32, "joint_attention_dim": 128}
 SIDES = transformer_linears(NUMBERS)
-BASES = tuple(name for name in spec_names() if name != "nano" and not get_spec(name).lora)
+OFFICIAL = [name for name in spec_names() if name != "nano" and not get_spec(name).lora]
+BASES = tuple(name for name in OFFICIAL if "2.1" not in name)
 QUERY = "transformer_blocks.0.attn.to_q"
 
 

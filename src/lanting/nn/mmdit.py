@@ -40,10 +40,6 @@ class TransformerConfig:
     use_additional_t_cond: bool = False  # Layered: a second, constant embedding joins the timestep's
     use_layer3d_rope: bool = False  # Layered: the condition picture sits at frame -1
 
-    def __post_init__(self) -> None:
-        if sum(self.axes_dims_rope) != self.attention_head_dim:
-            raise ValueError(f"axes_dims_rope {self.axes_dims_rope} must add up to {self.attention_head_dim}")
-
     @property
     def width(self) -> int:
         return self.num_attention_heads * self.attention_head_dim

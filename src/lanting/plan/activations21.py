@@ -22,7 +22,7 @@ def transformer_peak(net: SingleStream, sizes: Sizes, kind: Kind, job: Job, dtyp
 
     Three places compete: the rotation of the target's queries, its feed-forward, and the prefix's. The last block has
     no such feed-forward; where keys and values are kept, the target's places are the largest there, else before it.
-    Alive throughout a block are the stack's first input, the block's, and the prefix as its attention read it.
+    Alive throughout a block are the stack's first input and the block's; the target waits while the prefix is computed.
     """
     width = BYTES[dtype]
     rows = job.batch * (2 if job.joined else 1)
@@ -31,9 +31,9 @@ def transformer_peak(net: SingleStream, sizes: Sizes, kind: Kind, job: Job, dtyp
     kept = kept_bytes(net, job, dtype)
     before = max(kept - 2 * prefix * unit, 0)  # all but the last block's
     up = kept + (5 * target + (3 if kept else 4) * prefix) * unit
-    prefix_up = before + (4 * target + 6 * prefix) * unit
+    prefix_up = before + (2 * target + 6 * prefix) * unit  # the target waits
     feeding, prefix_feeding = up + 9 * target * unit, prefix_up + 9 * prefix * unit
-    rotating = kept + (14 * target + (5 if kept else 8) * prefix) * unit if width == 2 else 0
+    rotating = kept + (14 * target + (4 if kept else 6) * prefix) * unit if width == 2 else 0
     peak = max(feeding, prefix_feeding, rotating)
     if kind.packed:
         expanded, after = expanding(sizes.linear, kind, width, on_cpu), sizes.linear * width

@@ -30,7 +30,7 @@ from lanting.weights.forms import Form, read_forms, side_tensors
 
 if TYPE_CHECKING:  # 2.1's networks are imported where one is built
     from lanting.nn.qwen3_vl import Qwen3VL
-    from lanting.nn.single_stream import QwenImage21Transformer
+    from lanting.nn.single_stream import QwenImage21Transformer, SingleStreamConfig
 
 M = TypeVar("M", bound=nn.Module)
 Transformer: TypeAlias = "QwenImageTransformer | QwenImage21Transformer"
@@ -286,6 +286,16 @@ def check_depth(config: Mapping[str, Any], checkpoint: Checkpoint) -> None:
                 )
 
 
+C = TypeVar("C", "TransformerConfig", "SingleStreamConfig")
+
+
+def positioned(config: C) -> C:
+    """The same, where positions fill a head; a network of other numbers would fail in its first step only."""
+    if sum(config.axes_dims_rope) != config.attention_head_dim:
+        raise ValueError(f"axes_dims_rope {config.axes_dims_rope} must add up to {config.attention_head_dim}")
+    return config
+
+
 def store_transformer(checkpoint: Checkpoint, config: Mapping[str, Any], placing: Placing) -> Stored[Transformer]:
     """The transformer of a `transformer/` folder or of a file, still empty; its config says which one it is."""
     check_depth(config, checkpoint)
@@ -294,8 +304,8 @@ def store_transformer(checkpoint: Checkpoint, config: Mapping[str, Any], placing
         if config.get("_class_name") == SINGLE_STREAM:
             from lanting.nn.single_stream import QwenImage21Transformer, SingleStreamConfig
 
-            return QwenImage21Transformer(SingleStreamConfig.from_dict(config))
-        return QwenImageTransformer(TransformerConfig.from_dict(config))
+            return QwenImage21Transformer(positioned(SingleStreamConfig.from_dict(config)))
+        return QwenImageTransformer(positioned(TransformerConfig.from_dict(config)))
 
     return Stored(construct(make, checkpoint.label), checkpoint, placing)
 

@@ -150,7 +150,8 @@ def _known_shapes() -> dict[tuple[str, ...], Sides]:
     for name in spec_names():
         if get_spec(name).lora:
             continue
-        shapes.setdefault("nano" if name == "nano" else "official", []).append(name)
+        build = str(get_spec(name).shape.get("_class_name", "first"))
+        shapes.setdefault("nano" if name == "nano" else build, []).append(name)
     return {tuple(names): _of_release(get_spec(names[0])) for names in shapes.values()}
 
 
