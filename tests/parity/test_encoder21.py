@@ -7,11 +7,12 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import tiny21
 import torch
 from diffusers import QwenImage21Pipeline
 from PIL import Image
 from transformers import Qwen3VLConfig as TheirConfig
-from transformers import Qwen3VLForConditionalGeneration, Qwen3VLProcessor
+from transformers import Qwen3VLForConditionalGeneration
 from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as their_resize
@@ -25,22 +26,13 @@ from lanting.text.tokenizer import load_tokenizer
 
 TOLERANCE = 1e-5
 LIMITS = {"shortest_edge": 32 * 32, "longest_edge": 256 * 256}
-MESSAGE = "<|im_start|>{{ m.role }}\n{% for c in m.content %}{{ c.text }}{% endfor %}<|im_end|>\n"
-CHAT = "{% for m in messages %}" + MESSAGE + "{% endfor %}"
-
-
-class Processor(Qwen3VLProcessor):
-    """Theirs, but for a check of its parts' types that wants torchvision."""
-
-    def check_argument_for_proper_class(self, argument_name, argument):
-        return type(argument)
 
 
 @pytest.fixture(scope="module")
 def processor(tokenizer_folder):
     pictures = Qwen2VLImageProcessorPil(patch_size=16, image_mean=[0.5] * 3, image_std=[0.5] * 3, size=LIMITS)
     tokenizer = Qwen2Tokenizer.from_pretrained(tokenizer_folder)
-    return Processor(pictures, tokenizer, Qwen3VLVideoProcessor(), chat_template=CHAT)
+    return tiny21.Processor(pictures, tokenizer, Qwen3VLVideoProcessor(), chat_template=tiny21.CHAT)
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,14 @@ LONGEST = 1024
 """Most tokens a prompt may be allowed; the reference refuses more."""
 
 
+def check_length(tokens: int) -> None:
+    """Raise RequestError for a max_sequence_length that is none."""
+    if not 1 <= tokens <= LONGEST:
+        raise RequestError(
+            "max_sequence_length is {length}; choose between 1 and {longest}", length=tokens, longest=LONGEST
+        )
+
+
 class PromptEncoder:
     """Holds tokenizer, model and templates of one release, by their names for `load_template`.
 
@@ -61,12 +69,7 @@ class PromptEncoder:
         `max_sequence_length` tokens of a prompt, its closing words included; the others keep everything.
         Raises RequestError.
         """
-        if not 1 <= max_sequence_length <= LONGEST:
-            raise RequestError(
-                "max_sequence_length is {length}; choose between 1 and {longest}",
-                length=max_sequence_length,
-                longest=LONGEST,
-            )
+        check_length(max_sequence_length)
         self.refuse(prompts, images)
         patches, grids = self.see(images)
         template = self.edit_template if images else self.template

@@ -18,7 +18,7 @@ from torch import Tensor
 from lanting.core.errors import RequestError
 from lanting.nn.qwen3_vl import Qwen3VL
 from lanting.nn.qwen_vision import Grid
-from lanting.text.encoder import LONGEST
+from lanting.text.encoder import check_length
 from lanting.text.pictures import PictureConfig, picture_patches
 from lanting.text.templates import IMAGE_PAD, fill, load_template, opening, takes_pictures
 
@@ -65,12 +65,7 @@ class PromptEncoder21:
         tokens stand before it, in every row. `max_sequence_length` is checked, but no prompt is cut. Raises
         RequestError.
         """
-        if not 1 <= max_sequence_length <= LONGEST:
-            raise RequestError(
-                "max_sequence_length is {length}; choose between 1 and {longest}",
-                length=max_sequence_length,
-                longest=LONGEST,
-            )
+        check_length(max_sequence_length)
         self.refuse(prompts, images)
         seen = [picture_patches(image, self.pictures) for image in images]
         patches = torch.cat([patches for patches, _ in seen]) if seen else None
