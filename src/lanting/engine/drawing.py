@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from lanting.engine.models import Models
 from lanting.engine.remembered import Remembered
 from lanting.flow.frugal import Frugal
 from lanting.flow.loop import Canvas, Model, Step, denoise, velocity
+from lanting.nn.single_stream import QwenImage21Transformer, keep_prefix
 from lanting.plan import detect
 
 SPARE = 0.5  # of the memory that is free may be taken for kept references; the rest is for what a step needs
@@ -84,10 +85,9 @@ class Drawing:
         watch = Sentinel(nets, models.dtype, self.remembered.ways, told, mend=self._mend, calm=self._calm)
         self.sentinel = self.hung.enter_context(watch)
         fits = models.plan is None or models.plan.prefix_kept
-        if models.single_stream and fits and self._room(canvas, words=True):
-            from lanting.nn.single_stream import QwenImage21Transformer, keep_prefix
-
-            self.hung.enter_context(keep_prefix(cast("QwenImage21Transformer", models.transformer)))
+        net = models.transformer
+        if isinstance(net, QwenImage21Transformer) and fits and self._room(canvas, words=True):
+            self.hung.enter_context(keep_prefix(net))
         words = str((self.told_before or {}).get("steps", "")).split()[self.done :]
         if self.level.exact and not words:
             return

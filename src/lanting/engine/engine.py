@@ -40,7 +40,6 @@ from lanting.weights.lora_file import Lora
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from lanting.text.encoder import PromptEncoder
 
 Previews = bool | Callable[[], bool]
 
@@ -236,7 +235,7 @@ class Engine:
         drawing.watch_vae(models.codec.vae)
         phases.end("load")
         if request.task == "layered" and not str(request.prompt).strip():
-            request = replace(request, prompt=cast("PromptEncoder", models.reader()).caption(request.images[0]) or " ")
+            request = replace(request, prompt=models.reader().caption(request.images[0]) or " ")
         canvas = TASKS[request.task or "text_to_image"](EngineStudio(models, drawing.read), request)
         phases.end("encode")
         models.painter(canvas.sigmas)

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ from lanting.nn.lora import detach, set_strengths
 from lanting.plan import Plan
 from lanting.specs.detect import SINGLE_STREAM
 from lanting.text.encoder import PromptEncoder
+from lanting.text.encoder21 import PromptEncoder21
 from lanting.text.pictures import PictureConfig
 from lanting.text.templates import load_template, takes_pictures
 from lanting.text.tokenizer import load_tokenizer
@@ -53,9 +54,6 @@ from lanting.weights.home import lora_path
 from lanting.weights.lora import attach_loras
 from lanting.weights.lora_file import Lora, check_strength, find_loras
 from lanting.weights.lora_wishes import with_wishes
-
-if TYPE_CHECKING:
-    from lanting.text.encoder21 import PromptEncoder21
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -246,12 +244,10 @@ class Models:
         return placed
 
     @cached_property
-    def encoder(self) -> PromptEncoder | PromptEncoder21:
+    def encoder(self) -> PromptEncoder:
         tokenizer, spec = load_tokenizer(self.folder.tokenizer), self.spec
         net: Any = self.placed_encoder.net
         if self.single_stream:
-            from lanting.text.encoder21 import PromptEncoder21
-
             return PromptEncoder21(tokenizer, net, spec.template, self.pictures(), spec.edit_template)
         return PromptEncoder(tokenizer, net, spec.template, self.pictures(), spec.edit_template)
 
@@ -276,7 +272,7 @@ class Models:
             _ = self.transformer
         _ = self.encoder
 
-    def reader(self) -> PromptEncoder | PromptEncoder21:
+    def reader(self) -> PromptEncoder:
         """The text encoder, ready to read."""
         if self.take_turns:
             self._leave("placed_transformer")

@@ -9,6 +9,7 @@ Source: equal to the encode_prompt function of diffusers' QwenImage21Pipeline.
 """
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -18,9 +19,9 @@ from torch import Tensor
 from lanting.core.errors import RequestError
 from lanting.nn.qwen3_vl import Qwen3VL
 from lanting.nn.qwen_vision import Grid
-from lanting.text.encoder import check_length
-from lanting.text.pictures import PictureConfig, picture_patches
-from lanting.text.templates import IMAGE_PAD, fill, load_template, opening, takes_pictures
+from lanting.text.encoder import PromptEncoder, check_length
+from lanting.text.pictures import PictureConfig
+from lanting.text.templates import IMAGE_PAD, fill, opening
 
 PICTURES = PictureConfig(1 << 16, 1 << 24, patch_size=16, image_mean=(0.5, 0.5, 0.5), image_std=(0.5, 0.5, 0.5))
 """How Qwen3-VL's pictures are cut: kept as they are where their sides are multiples of 32 and their area is between
@@ -29,11 +30,10 @@ PICTURES = PictureConfig(1 << 16, 1 << 24, patch_size=16, image_mean=(0.5, 0.5, 
 END = "<|im_end|>\n"
 
 
-class PromptEncoder21:
-    """Holds tokenizer, model and templates of the release, by their names for `load_template`.
+class PromptEncoder21(PromptEncoder):
+    """A `PromptEncoder` whose states leave out pictures, and tell where they were. It describes none."""
 
-    `edit_template` is the one for prompts with pictures, where it differs from `template`.
-    """
+    model: Qwen3VL  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(
         self,
@@ -43,18 +43,10 @@ class PromptEncoder21:
         pictures: PictureConfig | None = None,
         edit_template: str = "edit-2.1",
     ) -> None:
-        self.tokenizer = tokenizer
-        self.model = model
-        self.template = load_template(template)
-        self.edit_template = load_template(edit_template or template)
-        self.pictures = pictures or PICTURES
-        self.pad = tokenizer.token_to_id("<|endoftext|>") or 0
-
-    def tokens(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        super().__init__(tokenizer, cast("Any", model), template, pictures or PICTURES, edit_template)
 
     @torch.no_grad()
-    def encode(
+    def encode(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, prompts: Sequence[str], images: Sequence[Image.Image] = (), max_sequence_length: int = 512
     ) -> tuple[Tensor, Tensor | None, tuple[int, ...]]:
         """Read prompts, each together with all `images`, whose sides are multiples of 32 pixels (others are resized);
@@ -67,9 +59,7 @@ class PromptEncoder21:
         """
         check_length(max_sequence_length)
         self.refuse(prompts, images)
-        seen = [picture_patches(image, self.pictures) for image in images]
-        patches = torch.cat([patches for patches, _ in seen]) if seen else None
-        grids = [grid for _, grid in seen]
+        patches, grids = self.see(images)
         rows = [self.tokens(self.text(prompt, grids)) for prompt in prompts]
         lengths = torch.tensor([len(row) for row in rows])
         ids = torch.tensor([row + [self.pad] * (int(lengths.max()) - len(row)) for row in rows])
@@ -86,8 +76,7 @@ class PromptEncoder21:
 
     def refuse(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> None:
         """Raise RequestError for what the template can't hold."""
-        if images and not takes_pictures(self.edit_template):
-            raise RequestError("this model reads words only; leave the picture out or choose an edit model")
+        super().refuse(prompts, images)
         if any(IMAGE_PAD in prompt for prompt in prompts):  # a slot for a picture, even if there is none
             raise RequestError("the prompt contains {word}, which stands for a picture; remove it", word=IMAGE_PAD)
 
@@ -95,8 +84,7 @@ class PromptEncoder21:
         """The whole text for a prompt (a space for an empty one) and pictures of these grids."""
         template = self.edit_template if grids else self.template
         before = opening(template)
-        counts = [rows * columns // self.pictures.merge_size**2 for rows, columns in grids]
-        rest = fill(template.removeprefix(before), prompt or " ", counts)
+        rest = fill(template.removeprefix(before), prompt or " ", self.counts(grids))
         return before + (rest[1:] if grids else rest)  # the space before a picture parts it from the one before
 
     def places(self, row: Sequence[int], drop: int) -> tuple[Tensor, tuple[int, ...]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,20 +21,19 @@ from lanting.nn.blocks import TYPES
 from lanting.nn.controlnet import ControlNetConfig, QwenImageControlNet
 from lanting.nn.linears import Fp8Linear, GgufLinear, Int4Linear, Int8Linear, PackedEmbedding, PackedLinear
 from lanting.nn.mmdit import QwenImageTransformer, TransformerConfig
+from lanting.nn.qwen3_vl import Qwen3VL, Qwen3VLConfig
 from lanting.nn.qwen_vl import QwenVL, QwenVLConfig
+from lanting.nn.single_stream import QwenImage21Transformer, SingleStreamConfig
 from lanting.nn.swap import swap
 from lanting.nn.vae import AutoencoderKLQwenImage, VAEConfig, to_image_weights
+from lanting.nn.vae21 import AutoencoderKLQwenImage21, VAE21Config
 from lanting.specs.detect import SINGLE_STREAM
 from lanting.weights.checkpoint import Checkpoint
 from lanting.weights.forms import Form, read_forms, side_tensors
 
-if TYPE_CHECKING:  # 2.1's networks are imported where one is built
-    from lanting.nn.qwen3_vl import Qwen3VL
-    from lanting.nn.single_stream import QwenImage21Transformer, SingleStreamConfig
-
 M = TypeVar("M", bound=nn.Module)
-Transformer: TypeAlias = "QwenImageTransformer | QwenImage21Transformer"
-TextEncoder: TypeAlias = "QwenVL | Qwen3VL"
+Transformer = QwenImageTransformer | QwenImage21Transformer
+TextEncoder = QwenVL | Qwen3VL
 Choose = Callable[[str, tuple[int, int]], Form | None]
 """(path of a Linear, its (out, in)) -> what to pack it as; None leaves it as it is."""
 
@@ -286,7 +285,7 @@ def check_depth(config: Mapping[str, Any], checkpoint: Checkpoint) -> None:
                 )
 
 
-C = TypeVar("C", "TransformerConfig", "SingleStreamConfig")
+C = TypeVar("C", TransformerConfig, SingleStreamConfig)
 
 
 def positioned(config: C) -> C:
@@ -302,8 +301,6 @@ def store_transformer(checkpoint: Checkpoint, config: Mapping[str, Any], placing
 
     def make() -> Transformer:
         if config.get("_class_name") == SINGLE_STREAM:
-            from lanting.nn.single_stream import QwenImage21Transformer, SingleStreamConfig
-
             return QwenImage21Transformer(positioned(SingleStreamConfig.from_dict(config)))
         return QwenImageTransformer(positioned(TransformerConfig.from_dict(config)))
 
@@ -331,8 +328,6 @@ def store_text_encoder(
 
     def make() -> TextEncoder:
         if config.get("model_type") == "qwen3_vl":
-            from lanting.nn.qwen3_vl import Qwen3VL, Qwen3VLConfig
-
             return Qwen3VL(Qwen3VLConfig.from_dict(config), vision=vision)
         return QwenVL(QwenVLConfig.from_dict(config), vision=vision, head=head)
 
@@ -366,8 +361,6 @@ def build_vae(checkpoint: Checkpoint, config: Mapping[str, Any], placing: Placin
 
     def make() -> AutoencoderKLQwenImage:
         if config.get("_class_name") == "AutoencoderKLQwenImage21":
-            from lanting.nn.vae21 import AutoencoderKLQwenImage21, VAE21Config
-
             return AutoencoderKLQwenImage21(VAE21Config.from_dict(config))
         return AutoencoderKLQwenImage(VAEConfig.from_dict(config))
 

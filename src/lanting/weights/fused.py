@@ -23,15 +23,16 @@ def parted(checkpoint: Checkpoint) -> Checkpoint:
     if not fused:
         return checkpoint
     infos, where, layers = dict(checkpoint.infos), dict(checkpoint.where), dict(checkpoint.layers)
-    for name in fused:
+    stems = {name: name.partition(FUSED)[0] + FUSED for name in fused}
+    for name, stem in stems.items():
         info, place = infos.pop(name), where.pop(name)
-        rows = checkpoint.infos[f"{name.partition(FUSED)[0]}{FUSED}weight"].shape[0]
+        rows = checkpoint.infos[f"{stem}weight"].shape[0]
         for half, part in zip(HALVES, halves(checkpoint, name, info, rows), strict=True):
             ours = name.replace(FUSED, half)
             infos[ours], where[ours] = part, place
-    for path in [path for path in layers if f"{path}." in {f"{name.partition(FUSED)[0]}{FUSED}" for name in fused}]:
-        note = layers.pop(path)
-        layers |= {f"{path}.".replace(FUSED, half).rstrip("."): note for half in HALVES}
+    for stem in set(stems.values()):
+        if (note := layers.pop(stem.rstrip("."), None)) is not None:
+            layers |= {stem.replace(FUSED, half).rstrip("."): note for half in HALVES}
     return replace(checkpoint, infos=infos, where=where, layers=layers)
 
 

@@ -86,10 +86,16 @@ def open_file(path: Path) -> dict[str, Checkpoint]:
     if sniff(path) == "gguf":
         return open_gguf(path)
     infos, metadata = read_file(path)
-    whole = Checkpoint(path.name, dict.fromkeys(infos, path), infos, metadata, layer_notes(path, metadata))
+    return components_of(
+        Checkpoint(path.name, dict.fromkeys(infos, path), infos, metadata, layer_notes(path, metadata)), path
+    )
+
+
+def components_of(whole: Checkpoint, path: Path) -> dict[str, Checkpoint]:
+    """All tensors of a file by component, under our names."""
     return {
         component: parted(whole.renamed(names, f"{component} in {path.name}"))
-        for component, names in split_names(infos).items()
+        for component, names in split_names(whole.infos).items()
     }
 
 
@@ -103,11 +109,7 @@ def open_gguf(path: Path) -> dict[str, Checkpoint]:
         encoder, config = open_text_encoder_gguf(path)
         notes = {**encoder.metadata, OWN_NOTES: json.dumps({"config": config})} if config else encoder.metadata
         return {"text_encoder": replace(encoder, label=f"text encoder in {path.name}", metadata=notes)}
-    whole = replace(view(path, header), metadata={OWN_NOTES: _gguf_notes(path, header.metadata)})
-    return {
-        component: whole.renamed(names, f"{component} in {path.name}")
-        for component, names in split_names(whole.infos).items()
-    }
+    return components_of(replace(view(path, header), metadata={OWN_NOTES: _gguf_notes(path, header.metadata)}), path)
 
 
 def _gguf_notes(path: Path, metadata: Mapping[str, object]) -> str:
