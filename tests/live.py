@@ -72,3 +72,12 @@ class Live(TorchDispatchMode):
     def gone(self, key: int, size: int) -> None:
         self.known.pop(key, None)
         self.now -= size
+
+
+def coding_peaks(vae: Any, latents: torch.Tensor, pixels: torch.Tensor, tile: bool) -> tuple[int, int]:
+    """Most bytes alive while an autoencoder decodes, and while it encodes."""
+    with Live() as decoding:
+        vae.decode(latents, tile=tile)
+    with Live() as encoding:
+        vae.encode(pixels, tile=tile)
+    return decoding.peak, encoding.peak
