@@ -4,7 +4,7 @@
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python; do \
   "$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo "$$p"; break; }; done)
 BIN := .venv/bin
-PIP := env -u PYTHONPATH -u PYTHONHOME $(BIN)/python -m pip --disable-pip-version-check
+INSTALL := env -u PYTHONPATH -u PYTHONHOME $(BIN)/python tools/install.py
 # commands that tests start find bytecode, as they do at users'
 RUN := env -u PYTHONPATH -u PYTHONHOME -u PYTHONDONTWRITEBYTECODE
 PROMPT ?= A blue sign that says "HELLO"
@@ -43,15 +43,15 @@ clean:
 
 .venv/.base: pyproject.toml | .venv/bin/python
 	@echo "installing lanting into .venv (once; torch is large)"
-	@$(PIP) install --quiet --editable .
+	@$(INSTALL)
 	@touch $@
 
 .venv/.test: pyproject.toml | .venv/bin/python
 	@echo "installing lanting and what its tests need into .venv (once)"
-	@$(PIP) install --quiet --editable '.[test]'
+	@$(INSTALL) test
 	@touch $@ .venv/.base
 
 .venv/.dev: pyproject.toml | .venv/bin/python
 	@echo "installing lanting and its developer tools into .venv (once)"
-	@$(PIP) install --quiet --editable '.[dev]'
+	@$(INSTALL) dev
 	@touch $@ .venv/.test .venv/.base
