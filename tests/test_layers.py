@@ -31,7 +31,7 @@ MAY: dict[str, set[str]] = {
     "train": {"core", "specs", "nn", "weights", "flow", "text", "engine"},
     "evals": {"core", "specs", "engine", "train"},  # its held-out sets are train's designs; train knows no judge
     "bench": {"core", "specs", "plan", "nn", "kernels", "attach", "engine"},
-    "serve": {"core", "specs", "plan", "engine"},
+    "serve": {"core", "specs", "plan", "kernels", "engine"},  # kernels: how many threads there are
     "cli": {"core", "specs", "plan", "kernels", "weights", "engine", "train", "evals", "bench", "serve"},
 }
 # heavy library -> rooms that may import it when they are imported themselves; everyone else inside functions

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import io
 import signal
 import subprocess
@@ -96,7 +95,7 @@ def test_off(tmp_path):
 
 def table(*running: Entry, room: int = 3, pace: Pace | None = None) -> Table:
     desk = SimpleNamespace(line=Line(), accepting=True, well=True)
-    model = SimpleNamespace(served=SimpleNamespace(name="m"), pace=pace or Pace(), come=asyncio.Event())
+    model = SimpleNamespace(served=SimpleNamespace(name="m"), pace=pace or Pace(), hands=[])
     made = Table(desk, model, None, room=room)  # type: ignore[arg-type]
     now = time.monotonic()
     for one in running:

@@ -29,6 +29,9 @@ Batch = Annotated[
     int | None,
     typer.Option("--batch", help="Most jobs drawn together; 1: none. Default: as many as gain and stay the same."),
 ]
+Workers = Annotated[
+    str, typer.Option("--workers", metavar="N|auto", help="Processes that draw, of each model; auto: one per GPU.")
+]
 
 
 def serve(
@@ -49,6 +52,7 @@ def serve(
     data: Data = None,
     queue: Annotated[int, typer.Option("--queue", help="Jobs that may wait; more are refused with 429.")] = 1000,
     batch: Batch = None,
+    workers: Workers = "1",
     max_side: Annotated[int, typer.Option("--max-side", help="Pictures up to this many pixels squared.")] = 2048,
     timeout: Annotated[float, typer.Option("--timeout", help="Seconds a job may be drawn.")] = 3600.0,
     drain: Annotated[float, typer.Option("--drain", help="Seconds a running job gets when told to stop.")] = 30.0,
@@ -85,6 +89,7 @@ def serve(
         drain=drain,
         keep_days=keep,
         batch=batch,
+        workers=how_many(workers),
         caps=Caps(pixels=max_side * max_side, waiting=queue),
     )
     start(settings, mcp, not no_studio)
@@ -142,6 +147,15 @@ def served(model: str, options: dict[str, Any]) -> Served:
     if not path.exists():
         raise ModelError("{path} does not exist", path=model)
     return Served(path.resolve().name, model, options)
+
+
+def how_many(workers: str) -> int | None:
+    """A number, or None for as many as there are GPUs. Its range is the server's to check."""
+    if workers == "auto":
+        return None
+    if not workers.isascii() or not workers.isdigit():
+        raise RequestError("--workers must be a whole number or auto, not {value}", value=repr(workers))
+    return int(workers)
 
 
 def folder_for(data: str | None) -> Path:

@@ -93,7 +93,11 @@ def care(app: FastAPI, house: House) -> None:
 
     @app.get("/readyz", tags=["care"], summary="The server takes jobs and can draw them; 503 where not")
     async def readyz() -> JSONResponse:
-        return JSONResponse({"status": "ready" if house.ready else "not ready"}, 200 if house.ready else 503)
+        told: dict[str, Any] = {"status": "ready" if house.ready else "not ready"}
+        crews = {name: model.crew for name, model in house.desk.models.items()}
+        if any(len(model.hands) > 1 or model.waits for model in house.desk.models.values()):
+            told["workers"] = crews
+        return JSONResponse(told, 200 if house.ready else 503)
 
     @app.get("/metrics", response_class=PlainTextResponse, tags=["care"], summary="For Prometheus")
     async def metrics() -> PlainTextResponse:

@@ -46,11 +46,10 @@ from lanting.serve.jobs import (
 from lanting.serve.ledger import Ledger
 from lanting.serve.line import Entry, Line
 from lanting.serve.settings import Settings
-from lanting.serve.state import Model, Place, Run, left
+from lanting.serve.state import Model, Place, Run, ends, left
 from lanting.specs import get_spec, spec_names
 
 if TYPE_CHECKING:
-    from lanting.serve.hand import Hand
     from lanting.serve.meters import Meters
 
 T = TypeVar("T")
@@ -68,10 +67,9 @@ class Desk:
         self.models = {
             one.name: Model(one, get_spec(one.model) if one.model in spec_names() else None) for one in settings.models
         }
-        self.accepting, self.stopping = True, False
+        self.accepting, self.leaving = True, asyncio.Event()
         self.coming: Counter[str] = Counter()  # owner -> jobs that are being written
         self.sequence: dict[str, int] = {}
-        self.hands: dict[str, Hand] = {}  # model -> its worker
         self.endings: set[asyncio.Task[Any]] = set()  # what is being written
         self.told: dict[str, int] = {}  # waiting job -> how many are ahead, as its watchers know it
         self.well = True  # the last write went through
@@ -146,7 +144,7 @@ class Desk:
             return
         error = BusyError("the queue is full: {count} jobs wait; try again in a moment", count=held)
         one = model.pace.seconds(sum(entry.cost for entry in self.line.waiting.values()) / max(len(self.line), 1))
-        error.retry_after = min(max(one or 1.0, 1.0), 300.0)
+        error.retry_after = min(max((one or 1.0) / max(model.workers, 1), 1.0), 300.0)
         self.meters.refused.inc()
         raise error
 
@@ -155,7 +153,7 @@ class Desk:
         own = (job.id, job.owner, job.model, job.priority, job.created, job.cost)
         self.line.add(Entry(*own, share, alike, job.timeout))
         if job.model in self.models:
-            self.models[job.model].come.set()
+            self.models[job.model].call()
 
     # ---------------------------------------------------------------- look up
     def model(self, name: str | None) -> Model:
@@ -199,20 +197,12 @@ class Desk:
         return model.places[1]
 
     def _places(self, model: Model) -> dict[str, Place]:
-        places: dict[str, Place] = {}
         waiting = [*self.line.order(model.served.name, time.time())]
         runs = [run for run in self.runs.values() if run.job.model == model.served.name]
-        for run in runs:
-            places[run.job.id] = Place(0, len(waiting), left(run, model.pace))
-        rests = [places[run.job.id].eta or 0.0 for run in runs]
-        # of several that are drawn together each takes the longer for the others: what is left is their mean
-        eta = None if model.pace.per_unit is None else sum(rests) / max(len(rests), 1)
-        ahead = len(runs)
-        for entry in waiting:
-            own = model.pace.seconds(entry.cost)
-            eta = None if eta is None or own is None else eta + own
-            places[entry.id] = Place(ahead, len(waiting), eta)
-            ahead += 1
+        places = {run.job.id: Place(0, len(waiting), left(run, model.pace)) for run in runs}
+        etas = ends([entry.cost for entry in waiting], model, runs)
+        for index, (entry, eta) in enumerate(zip(waiting, etas, strict=True)):
+            places[entry.id] = Place(len(runs) + index, len(waiting), eta)
         return places
 
     # ---------------------------------------------------------------- watch
@@ -282,7 +272,8 @@ class Desk:
         """Ask the worker to stop a job within a step; it is killed where it does not."""
         if run.why is None:
             run.why, run.deadline = why, time.monotonic() + patience
-            await self.hands[run.job.model].send({"do": "stop", "job": run.job.id, "why": why})
+            if run.hand is not None:
+                await run.hand.send({"do": "stop", "job": run.job.id, "why": why})
 
     async def close_job(self, job: Job, state: str, told: Mapping[str, Any], tries: int | None = None) -> None:
         """Record how a job ended, and tell who watches.

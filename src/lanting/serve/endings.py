@@ -74,9 +74,9 @@ async def interrupted(desk: Desk, model: Model, run: Run, entry: Entry) -> None:
     """The server stops, or the worker died: the job goes on later from its checkpoint, or is reported."""
     job, crashed = run.job, run.why != "pause"
     if crashed:
-        logger.error("worker died", extra={"job": job.id, "model": job.model, "crashes": job.crashes + 1})
+        extra = {"job": job.id, "model": job.model, "crashes": job.crashes + 1, "worker": number_of(model, run)}
+        logger.error("worker died", extra=extra)
         desk.meters.crashes.labels(job.model).inc()
-        model.ready = False
     if crashed and job.crashes + 1 >= CRASHES:
         error = DrawingError("the engine died {count} times on this drawing: ask for a smaller one", count=CRASHES)
         await desk.close_job(job, FAILED, on_record("drawing_failed", error))
@@ -88,3 +88,8 @@ async def interrupted(desk: Desk, model: Model, run: Run, entry: Entry) -> None:
         desk.well = False  # its row says "running": it is found again when the server starts, or by the line now
     desk.feed.put(event)
     desk.line.returned(replace(entry, alike="") if crashed else entry)  # alone, then: it may be what the worker died of
+
+
+def number_of(model: Model, run: Run) -> int | None:
+    """Which worker had it, where there are several."""
+    return run.hand.post.number if run.hand is not None and len(model.hands) > 1 else None

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import sqlite3
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, dataclass, field
 
@@ -21,6 +21,7 @@ from lanting.serve.desk import Desk
 from lanting.serve.errors import StoreError
 from lanting.serve.fetch import Limits
 from lanting.serve.files import Files, day
+from lanting.serve.hand import Hand, processes
 from lanting.serve.jobs import DONE, RUNNING, Event, Job, dumps, end, forget, last_seq, put_back, unfinished
 from lanting.serve.keys import Keyring
 from lanting.serve.ledger import Ledger
@@ -31,6 +32,7 @@ from lanting.serve.settings import Settings, check
 from lanting.serve.shift import work
 from lanting.serve.signing import Signer, secret_of
 
+Hire = Callable[[Settings], Sequence[Hand]]  # who draws: the hands of all workers
 PULSE = 0.5  # seconds between news of places
 SWEEP = 3600.0  # seconds between sweepings
 logger = logging.getLogger("lanting.serve")
@@ -47,6 +49,7 @@ class House:
     signer: Signer
     meters: Meters
     eyes: Eyes
+    hire: Hire = processes
     tasks: list[asyncio.Task[None]] = field(default_factory=list[asyncio.Task[None]])  # one for each worker
     helpers: list[asyncio.Task[None]] = field(default_factory=list[asyncio.Task[None]])  # cancelled at the end
 
@@ -59,22 +62,26 @@ class House:
     @asynccontextmanager
     async def living(self) -> AsyncIterator[House]:
         await recover(self)
-        self.tasks = [asyncio.create_task(work(self.desk, model)) for model in self.desk.models.values()]
+        for hand in self.hire(self.settings):
+            model = self.desk.models[hand.post.served.name]
+            model.hands.append(hand)
+            self.tasks.append(asyncio.create_task(work(self.desk, model, hand)))
         self.helpers += [asyncio.create_task(tell_places(self.desk)), asyncio.create_task(sweep(self.desk))]
         try:
             yield self
         finally:
             await self.drain(0.0)
-            self.desk.stopping = True
+            self.desk.leaving.set()
             for model in self.desk.models.values():
-                model.come.set()
+                model.call()
             await asyncio.wait(self.tasks, timeout=15)
             await asyncio.gather(*self.desk.endings, return_exceptions=True)
             for task in (*self.tasks, *self.helpers):
                 task.cancel()
             await asyncio.gather(*self.tasks, *self.helpers, return_exceptions=True)
-            for hand in self.desk.hands.values():
-                hand.kill()
+            for model in self.desk.models.values():
+                for hand in model.hands:
+                    hand.kill()
             await remember(self.desk)
             await self.desk.ledger.close()
             self.lock.release()
@@ -95,7 +102,7 @@ class House:
             desk.feed.put(Event(job, int(time.time() * 1000), "stopping"), keep=False)
 
 
-def open_house(settings: Settings) -> House:
+def open_house(settings: Settings, hire: Hire = processes) -> House:
     """Take the folder and open the queue. Raises RequestError where another server has it, StoreError, OutputError."""
     check(settings)
     files = Files(settings.data)
@@ -118,7 +125,7 @@ def open_house(settings: Settings) -> House:
     caps = settings.caps
     eyes = Eyes(Limits(caps.fetch_bytes, caps.fetch_seconds) if settings.urls else None)
     desk, signer = Desk(settings, ledger, files, meters), Signer(ledger.at_once(secret_of))
-    house = House(settings, lock, desk, Keyring(ledger), signer, meters, eyes)
+    house = House(settings, lock, desk, Keyring(ledger), signer, meters, eyes, hire)
     if settings.needs_keys and not any(key.revoked is None for key in house.keyring.now()):
         lock.release()
         raise RequestError(

@@ -23,7 +23,8 @@ from lanting.core.errors import LantingError, RequestError
 from lanting.core.lang import explain
 from lanting.core.types import Request
 from lanting.serve.common import caller_of, result_path, with_picture
-from lanting.serve.house import House, open_house
+from lanting.serve.hand import processes
+from lanting.serve.house import Hire, House, open_house
 from lanting.serve.intake import Order
 from lanting.serve.jobs import LOCAL, Caller, Job
 from lanting.serve.loras import lora_in
@@ -142,9 +143,9 @@ def http_app(house: House) -> tuple[ASGIApp, AbstractAsyncContextManager[None]]:
     return app, server.session_manager.run()
 
 
-def speak(settings: Settings) -> None:
+def speak(settings: Settings, hire: Hire = processes) -> None:
     """Serve MCP on stdin and stdout until they close. Several such servers each take a folder of their own."""
-    house = own_house(settings)
+    house = own_house(settings, hire)
 
     async def run() -> None:
         async with house.living():
@@ -153,12 +154,12 @@ def speak(settings: Settings) -> None:
     asyncio.run(run())
 
 
-def own_house(settings: Settings) -> House:
+def own_house(settings: Settings, hire: Hire) -> House:
     """In the server's folder, or beside it where a server has it."""
     for number in range(SEVERAL + 1):
         folder = settings.data if number == 0 else Path(f"{settings.data}-mcp-{number}")
         try:
-            return open_house(replace(settings, data=folder))
+            return open_house(replace(settings, data=folder), hire)
         except RequestError:
             if number == SEVERAL:
                 raise

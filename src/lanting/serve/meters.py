@@ -32,7 +32,9 @@ class Meters:
         self.step = Histogram("lanting_step_seconds", "Seconds of a denoising step.", buckets=STEPS, registry=own)
         self.waiting = Gauge("lanting_jobs_waiting", "Jobs in the queue.", registry=own)
         self.running = Gauge("lanting_jobs_running", "Jobs being drawn.", registry=own)
-        self.workers = Gauge("lanting_workers_ready", "Workers that can draw.", registry=own)
+        self.workers = Gauge("lanting_workers", "Workers that there should be.", registry=own)
+        self.ready = Gauge("lanting_workers_ready", "Workers that can draw.", registry=own)
+        self.waits = Gauge("lanting_workers_waiting", "Workers that wait for room in the cluster.", registry=own)
         self.disk = Gauge("lanting_disk_free_bytes", "Bytes left where pictures are kept.", registry=own)
         self.lost = Gauge("lanting_log_lines_lost", "Steps that could not be logged.", registry=own)
 
@@ -40,7 +42,9 @@ class Meters:
         """In Prometheus' text form."""
         self.waiting.set(len(desk.line))
         self.running.set(len(desk.runs))
-        self.workers.set(sum(model.ready for model in desk.models.values()))
+        self.workers.set(sum(len(model.hands) for model in desk.models.values()))
+        self.ready.set(sum(model.workers for model in desk.models.values()))
+        self.waits.set(sum(model.waits for model in desk.models.values()))
         self.disk.set(desk.files.free())
         self.lost.set(desk.ledger.lost)
         return generate_latest(self.registry)

@@ -67,6 +67,8 @@ def view(house: House, job: Job) -> dict[str, Any]:
     }
     if place is not None:
         told["place"] = {"ahead": place.ahead, "waiting": place.waiting, "eta": place.eta}
+    if run is not None and run.hand is not None and house.desk.models[job.model].crew["count"] > 1:
+        told["worker"] = run.hand.post.number
     if run is not None and run.steps:
         told["progress"] = {"step": run.step, "steps": run.steps, "seconds": run.stepped}
     if job.outcome is not None:
@@ -211,7 +213,7 @@ def pictures(house: House, routes: APIRouter) -> None:
 
 def model_view(house: House, name: str) -> dict[str, Any]:
     model = house.desk.models[name]
-    told: dict[str, Any] = {"name": name, "ready": model.ready, "loras": model.loras}
+    told: dict[str, Any] = {"name": name, "ready": model.ready, "loras": model.loras, "workers": model.crew}
     if model.refused:
         told["error"] = explain(house.desk.why_not(model))
     if model.spec is not None:

@@ -13,7 +13,8 @@ import uvicorn
 
 from lanting.core.errors import RequestError
 from lanting.serve.app import Studio, build_app
-from lanting.serve.house import House, open_house
+from lanting.serve.hand import processes
+from lanting.serve.house import Hire, House, open_house
 from lanting.serve.settings import Settings, check
 
 BACKLOG = 2048
@@ -56,12 +57,15 @@ def listen(settings: Settings) -> socket.socket:
     return sock
 
 
-def serve(settings: Settings, opened: Callable[[House], None], studio: Studio | None = None) -> None:
-    """Until a signal ends it. `opened` is called when the port is open. Raises LantingError before that."""
+def serve(
+    settings: Settings, opened: Callable[[House], None], studio: Studio | None = None, hire: Hire = processes
+) -> None:
+    """Until a signal ends it. `opened` is called when the port is open; `hire` says who draws. Raises LantingError
+    before that."""
     sock = listen(check(settings))
     settings = replace(settings, port=sock.getsockname()[1])
     try:
-        house = open_house(settings)
+        house = open_house(settings, hire)
         app = build_app(house, studio)
         config = uvicorn.Config(
             app,

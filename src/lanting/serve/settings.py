@@ -15,6 +15,7 @@ from typing import Any
 from lanting.core.errors import RequestError
 
 MOST = 16  # jobs that are drawn together
+MOST_WORKERS = 256  # of a model
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -59,6 +60,7 @@ class Settings:
     drain: float = 30.0  # seconds a running job gets when the server is told to stop
     keep_days: float = 30.0  # finished jobs and their pictures
     every: int = 4  # steps between checkpoints
+    workers: int | None = 1  # of each model; None: one for each GPU there is, at least one
     batch: int | None = None  # jobs drawn together at most; 1: none; None: as many as gain by it and stay the same
     caps: Caps = Caps()
     opener: str = "lanting.serve.worker:open_engine"  # what makes an engine; tests name a fake one
@@ -103,11 +105,12 @@ def check(settings: Settings) -> Settings:
         raise RequestError(
             "two models are called {name}: serve one of them", name=next(n for n in names if names.count(n) > 1)
         )
-    if settings.batch is not None and not 1 <= settings.batch <= MOST:
-        raise RequestError(
-            "{name} must be a whole number from {low} to {high}, not {value}",
-            **{"name": "--batch", "low": 1, "high": MOST, "value": settings.batch},
-        )
+    for name, value, most in (("--batch", settings.batch, MOST), ("--workers", settings.workers, MOST_WORKERS)):
+        if value is not None and not 1 <= value <= most:
+            raise RequestError(
+                "{name} must be a whole number from {low} to {high}, not {value}",
+                **{"name": name, "low": 1, "high": most, "value": value},
+            )
     if not 0 <= settings.port <= 65535:
         raise RequestError("the port must be 0 to 65535, not {port}", port=settings.port)
     return settings

@@ -1,13 +1,14 @@
 """One worker's day: take the next job, have it drawn (`table`), record how it ended (`endings`); start another worker
-where one died."""
+where one died. Workers of a model take from one line, and none knows of the others."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Coroutine, Mapping
+from contextlib import suppress
+from typing import Any, TypeVar
 
 from lanting.core.lang import say
 from lanting.serve.desk import Desk
@@ -19,16 +20,16 @@ from lanting.serve.table import Table
 from lanting.specs import Defaults, ModelSpec
 
 TICK = 0.5  # seconds between looks at the clock
+T = TypeVar("T")
 logger = logging.getLogger("lanting.serve")
 
 
-async def work(desk: Desk, model: Model) -> None:
+async def work(desk: Desk, model: Model, hand: Hand) -> None:
     """Until the server stops."""
-    hand = desk.hands[model.served.name] = Hand(desk.settings, model.served)
     table = Table(desk, model, hand)
     wait = 0.5
     try:
-        while not desk.stopping or table.places:
+        while not desk.leaving.is_set() or table.places:
             if table.places:
                 await table.fill()
                 await table.listen(TICK)
@@ -36,30 +37,47 @@ async def work(desk: Desk, model: Model) -> None:
             if not hand.ready:
                 wait = 0.5 if await start(desk, model, hand) else min(wait * 2, 30.0)
                 if not hand.ready:
-                    await asyncio.sleep(wait)
+                    await until_leaving(desk, asyncio.sleep(wait))
                     continue
-            entry = await following(desk, model)
+            entry = await following(desk, model, hand)
             if entry is not None:
                 await table.begin(entry)
     finally:
-        model.ready = False
+        hand.told = {}
         await hand.close()
 
 
 async def start(desk: Desk, model: Model, hand: Hand) -> bool:
     """A worker with its engine open; what it says of itself is kept."""
-    said = await hand.start()
-    model.ready = hand.ready
+    said = await until_leaving(desk, hand.start())
+    if said is None:
+        return False
+    extra = {"model": model.served.name, "worker": hand.post.number if len(model.hands) > 1 else None}
+    extra["where"] = said.get("where")
     if said["is"] == "ready":
-        model.spec, model.refused, model.words = spec_of(said["spec"]), None, None
+        model.spec, hand.refused, hand.words = spec_of(said["spec"]), None, None
         model.loras, model.notes = list(said["loras"]), list(said["notes"])
-        logger.info("worker ready", extra={"model": model.served.name, "notes": model.notes or None})
+        logger.info("worker ready", extra={**extra, "notes": model.notes or None})
         return True
-    model.refused = said.get("sentence") or say("the worker ended before it was ready; its log says why")
-    model.words = said.get("words")
-    logger.error("worker not ready", extra={"model": model.served.name, "reason": model.refused})
+    hand.refused = said.get("sentence") or say("the worker ended before it was ready; its log says why")
+    hand.words = said.get("words")
+    logger.error("worker not ready", extra={**extra, "reason": hand.refused})
     desk.meters.crashes.labels(model.served.name).inc()
     return False
+
+
+async def until_leaving(desk: Desk, doing: Coroutine[Any, Any, T]) -> T | None:
+    """What it comes to; None where the server stops before: nobody waits then for a model to be loaded."""
+    task, leaving = asyncio.create_task(doing), asyncio.create_task(desk.leaving.wait())
+    try:
+        await asyncio.wait({task, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        return task.result() if task.done() else None
+    finally:
+        leaving.cancel()
+        if not task.done():
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
 
 
 def spec_of(table: Mapping[str, Any]) -> ModelSpec:
@@ -69,13 +87,15 @@ def spec_of(table: Mapping[str, Any]) -> ModelSpec:
     return ModelSpec(**{**table, "tasks": tuple(table["tasks"]), "defaults": Defaults(**own)})
 
 
-async def following(desk: Desk, model: Model) -> Entry | None:
+async def following(desk: Desk, model: Model, hand: Hand) -> Entry | None:
     """The next job; None now and then while there is none, and when no more are to be begun."""
+    hand.idle = False
     if desk.accepting and desk.well and (entry := desk.line.take(model.served.name, time.time())) is not None:
         return entry
-    model.come.clear()
+    hand.come.clear()
+    hand.idle = True
     try:
-        await asyncio.wait_for(model.come.wait(), TICK)
+        await asyncio.wait_for(hand.come.wait(), TICK)
     except TimeoutError:
         desk.well = desk.well or await healthy(desk)
     return None

@@ -73,7 +73,7 @@ class Table:
         desk.ledger.later(lambda db: begin(db, event))
         desk.feed.put(event)
         desk.meters.waited.observe(max(event.at - job.created, 0.0))
-        run = desk.runs[job.id] = Run(job, deadline=time.monotonic() + job.timeout)
+        run = desk.runs[job.id] = Run(job, self.hand, deadline=time.monotonic() + job.timeout)
         if not self.places:
             self.room, self.looked = self.rooms.get(entry.alike, 1), -LOOK
         self.places[job.id] = Place(run, entry)
@@ -81,16 +81,18 @@ class Table:
 
     async def fill(self) -> None:
         """Let those join who may. The line is looked at where something came or left, and now and then."""
-        if not self.model.come.is_set() and time.monotonic() < self.looked + LOOK:
+        if not self.hand.come.is_set() and time.monotonic() < self.looked + LOOK:
             return
-        self.model.come.clear()
+        self.hand.come.clear()
         self.looked = time.monotonic()
         while 0 < len(self.places) < self.room and (entry := self.joining()) is not None:
             await self.begin(entry)
 
     def joining(self) -> Entry | None:
-        """The next in line, taken, if he may join."""
+        """The next in line, taken, if he may join; one whom another worker can draw at once is left to that."""
         desk, name, now = self.desk, self.model.served.name, time.time()
+        if any(hand.idle and hand.ready for hand in self.model.hands if hand is not self.hand):
+            return None
         entry = next(desk.line.order(name, now), None) if desk.accepting and desk.well else None
         return desk.line.take(name, now) if entry is not None and self.fits(entry, now) else None
 
