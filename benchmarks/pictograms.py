@@ -25,7 +25,7 @@ import torch
 
 from lanting import Engine
 from lanting.core.files import replace_file
-from lanting.engine.models import say_dtypes
+from lanting.engine.choose import say_dtypes
 from lanting.evals.draw import How, Tell
 from lanting.evals.follow import judge_follow
 from lanting.evals.scores import share_of

@@ -107,7 +107,7 @@ def test_live_weights_are_those_of_the_real_vae():
 def test_packed_bytes_are_those_of_the_real_linears(kind):
     """The transformer of nano, packed by our own Linears, weighs what the plan says."""
     from lanting.attach.quant import chooser
-    from lanting.engine.models import DTYPES
+    from lanting.engine.choose import DTYPES
     from lanting.weights.build import Placing, store_transformer
     from lanting.weights.find import locate
     from nets import bytes_of

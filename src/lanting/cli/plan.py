@@ -77,7 +77,7 @@ def place(device: str | None, budget: Budget) -> tuple[Machine, str | None, Budg
     """The machine to plan for, the device there, and what is left to limit: this one, or one with the card named."""
     from lanting.plan import Device, detect, find_card, machine_of
 
-    own = device is None or device.split(":")[0] in ("cpu", "cuda", "mps")
+    own = device is None or device.replace(",", ":").split(":")[0] in ("cpu", "cuda", "mps")
     machine = detect()
     if own and budget.vram and not any(each.own_memory for each in machine.devices) and device in (None, "cuda"):
         title = say("a GPU with {size}", size=_size(budget.vram))

@@ -25,8 +25,9 @@ from lanting.attach.sentinel import Sentinel
 from lanting.core.checkpoint import Checkpoint
 from lanting.core.errors import LantingError
 from lanting.core.quality import LEVELS
-from lanting.core.types import Notice, Request
+from lanting.core.types import Notice, Request, note
 from lanting.engine.models import Models
+from lanting.engine.parallel_split import Split
 from lanting.engine.remembered import Remembered
 from lanting.flow.frugal import Frugal
 from lanting.flow.loop import Canvas, Model, Step, denoise, velocity
@@ -53,6 +54,7 @@ class Drawing:
         self.sentinel: Sentinel | None = None
         self.vae: SafeVae | None = None
         self.reader: SafeReader | None = None
+        self.split: Split | None = None
         self.shown: list[Notice] = []
 
     def __enter__(self) -> Drawing:
@@ -86,8 +88,22 @@ class Drawing:
         self.sentinel = self.hung.enter_context(watch)
         fits = models.plan is None or models.plan.prefix_kept
         net = models.transformer
-        if isinstance(net, QwenImage21Transformer) and fits and self._room(canvas, words=True):
+        keep = isinstance(net, QwenImage21Transformer) and fits and self._room(canvas, words=True)
+        if keep and isinstance(net, QwenImage21Transformer):
             self.hung.enter_context(keep_prefix(net))
+        self._spare(canvas)
+        if models.crew is not None:
+            self.split = Split(models, models.crew, canvas, keep)
+            leader = models.crew.names[0]
+            if watch.ways or watch.due:
+                self.split.alone(note("parts of this model run in a safer way: {device} draws alone", device=leader))
+            elif self.frugal is not None:
+                self.split.alone(note("one device decides what may be left out: {device} draws alone", device=leader))
+            self.hung.enter_context(self.split)
+
+    def _spare(self, canvas: Canvas) -> None:
+        """What leaves work out, where it may be or was."""
+        models = self.models
         words = str((self.told_before or {}).get("steps", "")).split()[self.done :]
         if self.level.exact and not words:
             return
@@ -103,13 +119,15 @@ class Drawing:
 
     def rest(self) -> None:
         """All steps were made."""
+        if self.split is not None:
+            self.split.stop()
         self._drop_prefix()
         self.models.rest()
 
     def predict(self, model: Model, canvas: Canvas, latents: Tensor, sigma: Tensor) -> Tensor:
         """`flow.loop.velocity`, sparing and watched."""
         assert self.sentinel is not None
-        usual = self.frugal or velocity
+        usual = self.frugal or self.split or velocity
         return self.sentinel(
             lambda: usual(model, canvas, latents, sigma), lambda: velocity(model, canvas, latents, sigma)
         )
@@ -122,7 +140,8 @@ class Drawing:
 
     def notices(self) -> tuple[Notice, ...]:
         """What was not told yet."""
-        every = [one for watch in (self.reader, self.vae, self.sentinel) if watch for one in watch.notices]
+        watches = (self.reader, self.vae, self.sentinel, self.split)
+        every = [one for watch in watches if watch is not None for one in watch.notices]
         new = tuple(one for one in every if not any(one is other for other in self.shown))
         self.shown += new
         return new
@@ -163,6 +182,8 @@ class Drawing:
 
     def _calm(self, redone: bool) -> None:
         self.spared.close()
+        if self.split is not None:  # what is made safe is made so here
+            self.split.stop()
         if redone:  # what broke may be in there
             self._drop_prefix()
         if self.frugal is not None:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import platform
 import threading
-import time
-from collections.abc import Callable, Generator, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Hashable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Unpack, cast
@@ -17,12 +16,15 @@ from typing import TYPE_CHECKING, Unpack, cast
 import torch
 
 from lanting.core.checkpoint import Checkpoint
-from lanting.core.errors import LantingError, ModelError, NotFiniteError, RequestError
+from lanting.core.errors import LantingError, NotFiniteError
 from lanting.core.recipe import describe_request, request_of_picture
 from lanting.core.types import Progress, Recipe, Request, Result
+from lanting.engine.choose import devices_of, say_dtypes
 from lanting.engine.drawing import Drawing
 from lanting.engine.fit import Fit, hold, in_bytes, planned
-from lanting.engine.models import Models, say_dtypes
+from lanting.engine.models import Models
+from lanting.engine.parallel import Crew
+from lanting.engine.phases import Phases, Previews, sentences
 from lanting.engine.remembered import Remembered
 from lanting.engine.resume import go_on, mark_of, put_aside
 from lanting.engine.room import room
@@ -40,8 +42,6 @@ from lanting.weights.lora_file import Lora
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-
-Previews = bool | Callable[[], bool]
 
 TILE_ABOVE = 2048 * 2048  # pixels; the VAE's memory grows with them, and tiles bound it at a small loss of exactness
 
@@ -72,7 +72,8 @@ class Engine:
         """Find a model and check its headers; weights are read when they are first needed.
 
         model       a release's name ("nano", "qwen-image-2512"), a folder in diffusers' layout, or a weights file
-        device      "cpu", "cuda", "cuda:1", "mps"; None: the best one present
+        device      "cpu", "cuda", "cuda:1", "mps"; several for one picture: "cuda:0,cuda:1", "cuda:all", "cpu,cpu";
+                    None: the best one present
         dtype       "bfloat16", "float16", "float32", or by component "vae=float32,transformer=bfloat16";
                     None: bfloat16, or float32 for small models on a CPU
         controlnet  a ControlNet folder, for the tasks `controlnet` and `controlnet_inpaint`
@@ -84,11 +85,13 @@ class Engine:
         plan        what stays in memory and what passes through, as `lanting.plan` decided; None: everything stays
         Raises ModelError or RequestError in one sentence.
         """
-        folder = locate(model, parts)
+        folder, devices = locate(model, parts), devices_of(device)
         wish = {"device": device, "quant": quant}
         plan = planned(folder, fit, (controlnet, *loras), **wish)
-        models = Models(folder, device, dtype, controlnet, loras, quant, plan)
+        models = Models(folder, devices[0] if devices else None, dtype, controlnet, loras, quant, plan)
         hold(models.device, fit.get("vram"))
+        if len(devices) > 1:
+            models.crew = Crew(models, devices, fit.get("vram"))
         engine = cls(models)
         engine.budget = in_bytes(fit.get("vram" if models.device.type == "cuda" else "ram"))
         return engine
@@ -154,6 +157,8 @@ class Engine:
         Raises RequestError for wrong values.
         """
         settled, known = settle(request, self.spec), self.known()
+        if self.models.crew is not None:  # a picture has all devices, so that it is done sooner
+            return 1
         shared = most is not None or all(same for (key, *_), same in self.proved.items() if key == known.key)
         return room(self.models, settled, most, self.budget) if shared and not known.ways else 1
 
@@ -224,6 +229,8 @@ class Engine:
         """Load what is missing and let the task fill its canvas. The request comes back with a caption as its
         prompt where a picture is to be layered and nobody described it."""
         models = self.models
+        if models.crew is not None:
+            models.crew.start()
         if (request.task or "").startswith("edit"):
             models.see_pictures()
         _ = models.codec, models.controlnet  # built once, kept
@@ -271,48 +278,6 @@ class Engine:
             )
             for i in range(images)
         )
-
-
-class Phases:
-    """Seconds per phase, and the Progress of each."""
-
-    def __init__(self) -> None:
-        self.began = time.perf_counter()
-        self.seconds: dict[str, float] = {}
-
-    def end(self, phase: str) -> None:
-        now = time.perf_counter()
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self.began
-        self.began = now
-
-    def tick(self, phase: str, step: int, steps: int, preview: Image | None = None) -> Progress:
-        spent = self.seconds.get(phase, time.perf_counter() - self.began)
-        return Progress(phase, step, steps, spent, preview)
-
-    def finished(self) -> Iterator[Progress]:
-        """One Progress for every phase that has ended."""
-        for phase in self.seconds:
-            yield self.tick(phase, 1, 1)
-
-
-class sentences:
-    """Turn the two failures that a machine's size causes into sentences."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, torch.cuda.OutOfMemoryError):
-            raise RequestError(
-                f"{self.device} has too little memory for this picture; use a smaller size or --device cpu."
-            ) from error
-        if isinstance(error, MemoryError) or (
-            isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-        ):
-            raise ModelError("This machine has too little memory for the model at this size.") from error
 
 
 @contextmanager

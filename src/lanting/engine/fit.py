@@ -34,10 +34,16 @@ def planned(folder: ModelFolder, fit: Fit, files: tuple[str | None, ...], **wish
     Raises RequestError where nothing fits, and for a budget that is no number.
     """
     budget = Budget(*(in_bytes(fit.get(name)) for name in ("vram", "ram")))
-    if fit.get("plan") is not None or (budget.vram is None and budget.ram is None):
+    copies = str(wish.get("device")).split(",").count("cpu")  # processes that share the computer's memory
+    free = budget.vram is None and budget.ram is None
+    if fit.get("plan") is not None or (free and copies < 2):
         return fit.get("plan")
     model = replace(planned_model(folder), extra=sum(map(bytes_at, filter(None, files))))
-    return plan(model, usual_job(model, None), detect(), budget, **wish)
+    machine = detect()
+    if free and not machine.ram_free:  # not known here
+        return None
+    chosen = plan(model, usual_job(model, None), machine, budget, **wish)
+    return None if free and chosen.trivial else chosen
 
 
 def in_bytes(amount: str | int | None) -> int | None:

@@ -8,11 +8,11 @@ Networks are loaded one by one on first use, so a text-to-image run never reads 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,12 +22,12 @@ from lanting.attach.quant import KINDS, chooser
 from lanting.core.errors import ModelError, RequestError
 from lanting.engine.ahead import Ahead
 from lanting.engine.allocator import return_memory, tidy
+from lanting.engine.choose import choose_device, choose_dtypes
 from lanting.engine.compute import record_steps, speed_up, speed_up_vae
 from lanting.engine.placement import Placed, place_controlnet, place_encoder, place_transformer
 from lanting.flow.latents import LatentCodec, Preview, fit_preview
 from lanting.flow.loop import Conditioning
 from lanting.flow.schedule import Schedule, model_timestep
-from lanting.kernels.library import multiplies_bfloat16
 from lanting.nn.controlnet import QwenImageControlNet
 from lanting.nn.lora import detach, set_strengths
 from lanting.plan import Plan
@@ -55,57 +55,8 @@ from lanting.weights.lora import attach_loras
 from lanting.weights.lora_file import Lora, check_strength, find_loras
 from lanting.weights.lora_wishes import with_wishes
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-COMPONENTS = ("transformer", "vae", "text_encoder", "controlnet")
-SMALL = 1 << 30  # bytes: below this a CPU runs in float32 where it has no products in bfloat16 that small matrices like
-
-
-def choose_device(asked: str | None) -> torch.device:
-    """The asked device, or the best one present: CUDA, then Apple's GPU, then the CPU."""
-    if asked is None:
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(asked)
-    except RuntimeError:
-        raise RequestError(f"There is no device {asked!r}; use cpu, cuda, cuda:N or mps.") from None
-    ready = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not ready.get(device.type, False):
-        raise RequestError(f"The device {asked} is not available on this machine; use --device cpu.")
-    if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
-        raise RequestError(f"There is no {asked}: this machine has {torch.cuda.device_count()} CUDA devices.")
-    return device
-
-
-def choose_dtypes(asked: str | None, device: torch.device, transformer_bytes: int) -> dict[str, torch.dtype]:
-    """A dtype for every component: one name for all, or "vae=float32,transformer=bfloat16" for some.
-
-    What is not named gets bfloat16, or float32 when the model is small and runs on a CPU that torch alone computes on.
-    """
-    small = device.type == "cpu" and transformer_bytes < SMALL and not multiplies_bfloat16()
-    chosen: dict[str, torch.dtype] = dict.fromkeys(COMPONENTS, torch.float32 if small else torch.bfloat16)
-    if asked is None:
-        return chosen
-    for part in asked.split(","):
-        component, equals, name = (piece.strip() for piece in part.rpartition("="))
-        dtype = DTYPES.get(SHORT.get(name, name))
-        if dtype is None or (equals and component not in COMPONENTS):
-            raise RequestError(
-                f"The dtype {part!r} is none we know; use bfloat16, float16 or float32, or one per component, "
-                f"such as vae=float32 (components: {', '.join(COMPONENTS)})."
-            )
-        chosen |= {component: dtype} if equals else dict.fromkeys(COMPONENTS, dtype)
-    return chosen
-
-
-def say_dtypes(dtypes: Mapping[str, torch.dtype]) -> str:
-    """The inverse of `choose_dtypes`, for recipes."""
-    names = {component: str(dtype).removeprefix("torch.") for component, dtype in dtypes.items()}
-    if len(set(names.values())) == 1:
-        return names["transformer"]
-    return ",".join(f"{component}={name}" for component, name in names.items())
+if TYPE_CHECKING:
+    from lanting.engine.parallel import Crew
 
 
 def release_loras(folder: ModelFolder) -> tuple[Lora, ...]:
@@ -148,6 +99,7 @@ class Models:
         self.sees = self.captions or takes_pictures(load_template(self.spec.template))
         self.schedule = self._schedule()
         self.ahead = Ahead()
+        self.crew: Crew | None = None  # processes on other devices that draw along
         self.controlnet_folder = None if controlnet is None else Path(controlnet).expanduser()
         if self.controlnet_folder is not None and not self.controlnet_folder.is_dir():
             raise ModelError(f"{controlnet} is no ControlNet folder; give one with config.json and safetensors.")
@@ -198,6 +150,8 @@ class Models:
         self.loras = tuple(replace(lora, strength=check_strength(new)) for lora, new in pairs)
         self.spec = with_wishes(self.folder.spec, self.loras)
         self.schedule = self._schedule()
+        if self.crew is not None:
+            self.crew.strengths(strengths)
         placed, every = self.__dict__.get("placed_transformer"), (*self.release_loras, *self.loras)
         if placed is None:
             return
@@ -290,11 +244,15 @@ class Models:
             if placed is not None and placed.table is not None:
                 placed.table.prepare(model_timestep(sigmas[:-1], self.dtype).to(placed.stored.placing.dtype))
                 tidy()
+        if self.crew is not None:
+            self.crew.paint(sigmas)
         return self.transformer
 
     def rest(self) -> None:
         """Let go what only passes through memory."""
         self.ahead.end()
+        if self.crew is not None:
+            self.crew.rest()
         for name in ("placed_transformer", "placed_encoder"):
             if name in self.__dict__:
                 self.__dict__[name].rest()
@@ -302,6 +260,8 @@ class Models:
 
     def close(self) -> None:
         """Let all weights go; they are read again when they are needed."""
+        if self.crew is not None:
+            self.crew.close()
         for name in ("placed_transformer", "placed_encoder", "placed_controlnet"):
             self._close(name)
         for name in ("codec", "encoder", "preview"):

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lanting.core.errors import RequestError
+from lanting.plan.devices import names_of
 
 GIB = 2**30
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
@@ -47,9 +48,14 @@ class Machine:
     disk_rate: float | None = None  # bytes a second; None: not known
 
     def device(self, name: str | None) -> Device:
-        """The device of that name, the first one for None; a RequestError names those there are."""
-        if name is None:
+        """The device of that name, the first one for None; of several the one with least memory free. A RequestError
+        names those there are."""
+        names = self.several(name)
+        if len(names) > 1:
+            return min(map(self.device, names), key=lambda device: device.free)
+        if not names:
             return self.devices[0]
+        (name,) = names
         for device in self.devices:
             if name in (device.name, f"{device.name}:0"):
                 return device
@@ -57,6 +63,10 @@ class Machine:
             "there is no device {name} here; there is {known}",
             **{"name": name, "known": ", ".join(device.name for device in self.devices)},
         )
+
+    def several(self, name: str | None) -> tuple[str, ...]:
+        """The names of the devices that one picture is to be drawn on, see `plan.devices`."""
+        return names_of(name, sum(device.own_memory for device in self.devices))
 
 
 def parse_bytes(text: str) -> int:

@@ -45,9 +45,10 @@ class Budget:
     vram: int | None = None
     ram: int | None = None
 
-    def of(self, machine: Machine, device: Device) -> tuple[int, int]:
-        """(VRAM, RAM) that a plan may take. A device without memory of its own shares the computer's."""
-        ram = machine.ram_free if self.ram is None else self.ram
+    def of(self, machine: Machine, device: Device, among: int = 1) -> tuple[int, int]:
+        """(VRAM, RAM) that a plan may take. A device without memory of its own shares the computer's, and all
+        `among` processes of one picture do."""
+        ram = (machine.ram_free if self.ram is None else self.ram) // among
         if device.own_memory:
             return device.free if self.vram is None else self.vram, ram
         shared = [ram, *([self.vram] if self.vram is not None else []), *([device.free] if device.free else [])]
@@ -64,7 +65,7 @@ def plan(
 ) -> Plan:
     """The best plan within the budgets; a RefusalError where there is none. `quant`: only this kind."""
     place = machine.device(device)
-    has = (budget or Budget()).of(machine, place)
+    has = (budget or Budget()).of(machine, place, max(len(machine.several(device)), 1))
     limits = spared(has)
     every = candidates((model, job, machine, place), limits, quant)
     fitting = [each for each in every if fits(each, limits)]
@@ -79,7 +80,7 @@ def survey(
 ) -> list[tuple[Plan, bool]]:
     """For every kind the best plan that fits and True, else the one that needs least and False; the best first."""
     place = machine.device(device)
-    limits = spared((budget or Budget()).of(machine, place))
+    limits = spared((budget or Budget()).of(machine, place, max(len(machine.several(device)), 1)))
     every = candidates((model, job, machine, place), limits, None)
     rows = []
     for kind in dict.fromkeys(each.transformer for each in every):
