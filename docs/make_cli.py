@@ -61,7 +61,7 @@ EXAMPLES = {
         "lanting quantize qwen-image --to q4_k_m -o qwen-image-Q4_K_M.gguf",
         "lanting quantize qwen-image --component text_encoder --to int8 -o reader-int8.safetensors",
     ),
-    "layers": ("lanting layers poster.png --layers 3 -o layers/",),
+    "layers": ("lanting layers poster.png --layers 3 -o layers/", "lanting layers poster.png -o poster.psd"),
     "replay": ("lanting replay hello.png",),
     "list": ("lanting list",),
     "plan": (

@@ -20,8 +20,8 @@ from lanting.cli.screen import Screen
 from lanting.core.files import replace_file
 from lanting.core.quality import REUSED, computed
 from lanting.core.recipe import describe_request, request_of_picture
-from lanting.core.save import Place, names_for, plan_places, save_picture
-from lanting.core.types import Progress, Request, Result
+from lanting.core.save import Place, places_for, save_all
+from lanting.core.types import Progress, Recipe, Request, Result
 from lanting.specs import parse_size, settle
 
 if TYPE_CHECKING:
@@ -72,6 +72,16 @@ class Drawn:
     result: Result
     request: Request
 
+    @property
+    def each(self) -> int:
+        """Pictures in each file: more than one where a file takes all layers."""
+        return len(self.result.images) // len(self.paths)
+
+    @property
+    def recipes(self) -> tuple[Recipe, ...]:
+        """One for each file."""
+        return self.result.recipes[:: self.each]
+
 
 def open_engine(
     model: str,
@@ -108,7 +118,7 @@ def draw(request: Request, wish: Wish, screen: Screen) -> Drawn:
             screen.end(done)
             if preview:
                 _preview_path(places[0].path).unlink(missing_ok=True)
-        paths = tuple(map(save_picture, result.images, places, result.recipes))
+        paths = save_all(result.images, places, result.recipes)
     finally:
         engine.close()
     drawn = Drawn(paths, result, settled)
@@ -135,7 +145,7 @@ def _places(request: Request, wish: Wish) -> list[Place]:
     batch = (request_of_picture(request, index) for index in range(prompts * request.count))
     words = [(str(one.prompt), one.seed or 0) for one in batch]
     layers = request.options["layers"] if request.task == "layered" else 1
-    return plan_places(wish.output, names_for(words, layers, wish.title), wish.force)
+    return places_for(wish.output, words, layers, wish.title, wish.force)
 
 
 def _preview_path(path: Path) -> Path:
@@ -164,7 +174,7 @@ def _report(drawn: Drawn, screen: Screen) -> None:
         for path in drawn.paths:
             screen.raw(str(path))
         return
-    for path, recipe in zip(drawn.paths, drawn.result.recipes, strict=True):
+    for path, recipe in zip(drawn.paths, drawn.recipes, strict=True):
         words = " ".join(str(recipe.request["prompt"]).split())
         shown = f'   "{words[:57]}..."' if len(words) > 60 else f'   "{words}"' if words else ""
         screen.line("{path}{prompt}   seed {seed}", path=path, prompt=shown, seed=recipe.request["seed"])
@@ -194,9 +204,11 @@ def _tell_choices(drawn: Drawn, screen: Screen) -> None:
 
 def _as_json(drawn: Drawn, total: float) -> dict[str, Any]:
     first = drawn.result.recipes[0]
+    several = {"layers": drawn.each} if drawn.each > 1 else {}
     files = [
         {"path": str(path), "seed": recipe.request["seed"], "size": list(image.size), "weights": recipe.weights}
-        for path, image, recipe in zip(drawn.paths, drawn.result.images, drawn.result.recipes, strict=True)
+        | several
+        for path, image, recipe in zip(drawn.paths, drawn.result.images[:: drawn.each], drawn.recipes, strict=True)
     ]
     seconds = {name: round(spent, 3) for name, spent in drawn.result.seconds.items()} | {"total": round(total, 3)}
     return {

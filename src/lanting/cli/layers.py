@@ -35,7 +35,7 @@ def layers(
     quant: o.Quant = "auto",
     vram: o.Vram = None,
     ram: o.Ram = None,
-    output: o.Output = None,
+    output: o.LayersOutput = None,
     force: o.Force = False,
     preview: o.Preview = False,
     json: o.Json = False,

@@ -56,6 +56,14 @@ Output = Annotated[
     str | None,
     typer.Option("--output", "-o", help="A file (.png, .jpg, .webp) or a folder. Default: named from the prompt."),
 ]
+LayersOutput = Annotated[
+    str | None,
+    typer.Option(
+        "--output",
+        "-o",
+        help="All layers in one file (.psd, .ora, .pptx), a file for each (.png, .webp), or a folder.",
+    ),
+]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite files that exist.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of words.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the paths of the files.")]

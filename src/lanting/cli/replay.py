@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,8 +14,10 @@ from lanting.cli.draw import Drawn, Weights, Wish, draw
 from lanting.cli.fit import Limits
 from lanting.cli.screen import Screen
 from lanting.core.errors import ModelError, PictureError
+from lanting.core.layered import kind_in, unpack
 from lanting.core.pictures import decode_picture, open_mask, open_picture, read_bytes
 from lanting.core.recipe import describe_picture, read_recipe, restore_request
+from lanting.core.stack import Stack, spread, stack_of
 from lanting.core.types import Recipe
 from lanting.specs import spec_names
 
@@ -56,7 +58,8 @@ def replay(
     masked = _inputs(masks, [mask] if mask else [], Path(picture).parent, screen, masks=True)
     request = restore_request(asked, opened, masked[0] if masked else None)
     request = replace(request, choices=request.choices or {})  # nothing was decided then, and nothing is now
-    again = output or str(Path(picture).with_name(f"{Path(picture).stem}-replay.png"))
+    ending = kind_in(read_bytes(Path(picture))) or ".png"
+    again = output or str(Path(picture).with_name(f"{Path(picture).stem}-replay{ending}"))
     number = dtype if dtype else recipe.versions.get("dtype") if device is None else None
     if model is None and recipe.model not in spec_names():
         raise ModelError(
@@ -115,16 +118,12 @@ def _loras(recipe: Recipe, given: list[str], model: str, beside: Path, screen: S
 
 def _compare(picture: Path, before: Recipe, drawn: Drawn, screen: Screen) -> None:
     """Says whether the new picture is the old one, and if not, what may be why."""
-    old = decode_picture(read_bytes(picture), str(picture))
-    new, after = drawn.result.images[0], drawn.result.recipes[0]
-    if old.size == new.size and old.mode == new.mode and picture.suffix.lower() in (".png", ".webp"):
-        from PIL import ImageChops
-
-        worst = max(high for _, high in _extrema(ImageChops.difference(old, new)))
-        if worst == 0:
-            screen.line("identical, pixel for pixel")
-        else:
-            screen.line("different by up to {levels} of 255 grey levels", levels=worst)
+    after = drawn.result.recipes[0]
+    worst = _difference(picture, drawn.result.images)
+    if worst == 0:
+        screen.line("identical, pixel for pixel")
+    elif worst is not None:
+        screen.line("different by up to {levels} of 255 grey levels", levels=worst)
     reasons = [
         f"{name} {before.versions.get(name, '?')} → {after.versions.get(name, '?')}"
         for name in sorted({*before.versions, *after.versions})
@@ -134,6 +133,37 @@ def _compare(picture: Path, before: Recipe, drawn: Drawn, screen: Screen) -> Non
         reasons.append(f"weights {before.weights[:10]} → {after.weights[:10]}")
     if reasons:
         screen.line("drawn under other conditions: {reasons}", reasons=", ".join(reasons))
+
+
+def _difference(picture: Path, new: Sequence[Image.Image]) -> int | None:
+    """Between a file and what was drawn now, in grey levels; None where the file lost pixels or can't be compared."""
+    data = read_bytes(picture)
+    if kind_in(data):
+        try:
+            stack = unpack(data, str(picture))
+        except PictureError:  # another program has saved it in its own way
+            return None
+        old, now = _seen(stack), _seen(stack_of(new, [""] * len(new)))
+        found = [_apart(*pair) for pair in zip(old, now, strict=True)] if len(old) == len(now) else [None]
+        return None if None in found else max(level for level in found if level is not None)
+    if picture.suffix.lower() not in (".png", ".webp"):
+        return None
+    old = decode_picture(data, str(picture))
+    found = [_apart(old, one) for one in new]  # of layers it is one, and doesn't say which
+    return min((level for level in found if level is not None), default=None)
+
+
+def _seen(stack: Stack) -> list[Image.Image]:
+    """Each layer on the whole canvas, without what a file gives up."""
+    return [spread(layer, stack.size) for layer in stack.layers]
+
+
+def _apart(old: Image.Image, new: Image.Image) -> int | None:
+    from PIL import ImageChops
+
+    if old.size != new.size or old.mode != new.mode:
+        return None
+    return max(high for _, high in _extrema(ImageChops.difference(old, new)))
 
 
 def _extrema(image: Image.Image) -> list[tuple[int, int]]:

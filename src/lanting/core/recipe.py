@@ -135,18 +135,26 @@ def infotext(recipe: Recipe) -> str:
 
 
 def read_recipe(path: str | Path) -> Recipe:
-    """The recipe a picture file carries (PNG text, JPEG and WebP EXIF); a PictureError where there is
-    none."""
-    image = decode_picture(read_bytes(Path(path)), str(path))
-    text: Any = cast("dict[str, Any]", image.info).get("lanting")
-    if text is None:
-        raw: Any = image.getexif().get(IMAGE_DESCRIPTION)
-        text = _utf8(raw) if isinstance(raw, str) else None
+    """The recipe a file carries: a picture (PNG text, JPEG and WebP EXIF) or one with layers (PSD, OpenRaster,
+    PowerPoint). Raises PictureError where there is none."""
+    from lanting.core import layered  # which writes recipes, and so reads this file first
+
+    data = read_bytes(Path(path))
+    text = layered.recipe_text(data, str(path)) if layered.kind_in(data) else _in_picture(data, str(path))
     if not isinstance(text, str) or not text.lstrip().startswith('{"lanting"'):
         raise PictureError(
             "{path} carries no recipe: only pictures drawn by lanting, and not re-saved since, do", path=path
         )
     return from_json(text, str(path))
+
+
+def _in_picture(data: bytes, name: str) -> Any:
+    image = decode_picture(data, name)
+    text: Any = cast("dict[str, Any]", image.info).get("lanting")
+    if text is None:
+        raw: Any = image.getexif().get(IMAGE_DESCRIPTION)
+        text = _utf8(raw) if isinstance(raw, str) else None
+    return text
 
 
 def _utf8(text: str) -> str:

@@ -11,14 +11,16 @@ import os
 import re
 import secrets
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lanting.core.errors import OutputError
 from lanting.core.files import beside, unwritable
+from lanting.core.layered import KINDS, pack, require
 from lanting.core.recipe import EXIF_IFD, IMAGE_DESCRIPTION, USER_COMMENT, infotext, to_json
+from lanting.core.stack import layer_names
 from lanting.core.types import Recipe
 
 if TYPE_CHECKING:
@@ -45,13 +47,13 @@ def plan_places(output: str | None, names: list[str], force: bool = False) -> li
     folder names   the name each picture would like (`name_for`), used unless a file was given
     """
     target = Path(output or ".")
-    is_folder = output is None or output.endswith(("/", os.sep)) or target.is_dir()
-    if is_folder:
+    if _is_folder(output):
         check_folder(target)
         return [Place(target / name, given=False, force=force) for name in names]
-    if target.suffix.lower() not in SUFFIXES:
+    if target.suffix.lower() not in (*SUFFIXES, *KINDS):
         raise OutputError(
-            "{path} has no ending we write: use .png, .jpg or .webp, or name a folder that exists",
+            "{path} has no ending we write: use .png, .jpg or .webp, for layers in one file .psd, .ora or .pptx, "
+            "or name a folder that exists",
             path=output,
         )
     check_folder(target.parent)
@@ -65,6 +67,45 @@ def plan_places(output: str | None, names: list[str], force: bool = False) -> li
     if taken := [path for path in numbered if path.is_dir()]:
         raise OutputError("{path} is a folder: choose another name", path=taken[0])
     return [Place(path, given=True, force=force) for path in numbered]
+
+
+def _is_folder(output: str | None) -> bool:
+    return output is None or output.endswith(("/", os.sep)) or Path(output).is_dir()
+
+
+def places_for(
+    output: str | None, words: Sequence[tuple[str, int]], layers: int = 1, title: str = "", force: bool = False
+) -> list[Place]:
+    """Places for what one request draws: one for each picture, or for each of its layers.
+
+    words  (prompt, seed) of every picture; title stands in for an empty prompt
+    layers  of each picture; a .psd, .ora or .pptx takes all of them in one place
+
+    Raises OutputError for everything that `save_all` would refuse because of its ending.
+    """
+    ending = "" if output is None or _is_folder(output) else Path(output).suffix.lower()
+    if ending in KINDS:
+        require(ending)
+        layers = 1
+    elif layers > 1 and SUFFIXES.get(ending) == "JPEG":
+        raise OutputError("{path}: JPEG has no transparency; use .png or .webp", path=output)
+    return plan_places(output, names_for(words, layers, title), force)
+
+
+def save_all(images: Sequence[Image], places: Sequence[Place], recipes: Sequence[Recipe]) -> tuple[Path, ...]:
+    """Write what `places_for` found places for; the paths they got."""
+    each = len(images) // len(places)
+    if places[0].path.suffix.lower() not in KINDS:
+        return tuple(map(save_picture, images, places, recipes))
+    firsts = range(0, len(images), each)
+    groups = zip(firsts, places, strict=True)
+    return tuple(save_layers(images[first : first + each], place, recipes[first]) for first, place in groups)
+
+
+def save_layers(images: Sequence[Image], place: Place, recipe: Recipe | None = None) -> Path:
+    """Writes pictures of one size, the lowest first, as the layers of one file and returns the path it got."""
+    data = pack(place.path.suffix.lower(), images, layer_names(len(images)), recipe)
+    return _written(place, lambda part: part.write_bytes(data))
 
 
 def name_for(prompt: str, seed: int, suffix: str = ".png") -> str:
@@ -120,9 +161,14 @@ def save_picture(image: Image, place: Place | str | Path, recipe: Recipe | None 
         raise OutputError("{path} has no ending we write: use .png, .jpg or .webp", path=place.path)
     if kind == "JPEG" and image.mode not in ("RGB", "L"):
         raise OutputError("{path}: JPEG has no transparency; use .png or .webp", path=place.path)
+    return _written(place, lambda part: image.save(part, format=kind, **how_to_save(kind, recipe)))
+
+
+def _written(place: Place, write: Callable[[Path], object]) -> Path:
+    """Let `write` fill a file beside the place, which then gets its name."""
     part = beside(place.path)
     try:
-        image.save(part, format=kind, **how_to_save(kind, recipe))
+        write(part)
         return _publish(part, place)
     except OSError as error:
         raise unwritable(place.path, error) from None

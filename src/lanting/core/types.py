@@ -113,12 +113,11 @@ class Result:
     def save(self, output: str | None = None, *, force: bool = False) -> tuple[Path, ...]:
         """Write every picture with its recipe and return the paths; `output` as with `lanting generate -o`.
 
-        None: PNG files in the current folder, named from prompt and seed. Nothing that exists is overwritten
-        without `force`. Raises OutputError.
+        None: PNG files in the current folder, named from prompt and seed. A .psd, .ora or .pptx takes all layers of
+        a picture. Nothing that exists is overwritten without `force`. Raises OutputError.
         """
-        from lanting.core.save import names_for, plan_places, save_picture
+        from lanting.core.save import places_for, save_all
 
         layers = int(self.recipes[0].request.get("options", {}).get("layers", 1)) if self.recipes else 1
         words = [(str(one.request["prompt"]), int(one.request["seed"])) for one in self.recipes[::layers]]
-        places = plan_places(output, names_for(words, layers), force)
-        return tuple(map(save_picture, self.images, places, self.recipes))
+        return save_all(self.images, places_for(output, words, layers, force=force), self.recipes)
