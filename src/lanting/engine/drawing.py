@@ -91,27 +91,31 @@ class Drawing:
         keep = isinstance(net, QwenImage21Transformer) and fits and self._room(canvas, words=True)
         if keep and isinstance(net, QwenImage21Transformer):
             self.hung.enter_context(keep_prefix(net))
-        self._spare(canvas)
+        kept = self._spare(canvas)
         if models.crew is not None:
-            self.split = Split(models, models.crew, canvas, keep)
+            self.split = Split(models, models.crew, canvas, keep, self.frugal is not None)
             leader = models.crew.names[0]
             if watch.ways or watch.due:
                 self.split.alone(note("parts of this model run in a safer way: {device} draws alone", device=leader))
-            elif self.frugal is not None:
+            elif kept:
                 self.split.alone(note("one device decides what may be left out: {device} draws alone", device=leader))
             self.hung.enter_context(self.split)
+            if self.frugal is not None:
+                self.frugal.ask = self.split.question
 
-    def _spare(self, canvas: Canvas) -> None:
-        """What leaves work out, where it may be or was."""
+    def _spare(self, canvas: Canvas) -> bool:
+        """What leaves work out, where it may be or was; whether references are kept, too."""
         models = self.models
         words = str((self.told_before or {}).get("steps", "")).split()[self.done :]
         if self.level.exact and not words:
-            return
+            return False
         self.frugal = Frugal(self.level, canvas, words)
         self.spared.enter_context(residual_cache(models.transformer, self.frugal))
         kept = any(letter.islower() for word in words for letter in word) if words else self._room(canvas)
-        if canvas.references and kept and getattr(models.transformer.config, "zero_cond_t", False):
+        kept = bool(canvas.references and kept and getattr(models.transformer.config, "zero_cond_t", False))
+        if kept:
             self.spared.enter_context(frozen_references(models.transformer, self.frugal))
+        return kept
 
     def steps(self, canvas: Canvas) -> Iterator[Step | None]:
         """The loop; None where it waits for others (`engine.together`)."""
@@ -145,6 +149,11 @@ class Drawing:
         new = tuple(one for one in every if not any(one is other for other in self.shown))
         self.shown += new
         return new
+
+    def conditions(self) -> dict[str, str]:
+        """What else decided the pixels: tokens shared out meet other sums than one device's."""
+        split = self.split
+        return {} if split is None or not split.exchanged else {"devices": str(split.layout.devices)}
 
     @property
     def choices(self) -> dict[str, Any]:

@@ -215,7 +215,8 @@ class Engine:
             phases.end("decode")
             yield replace(phases.tick("decode", 1, 1), notices=drawing.notices())
             request = drawing.told(request)
-            yield Result(tuple(images), self._recipes(request, len(images)), dict(phases.seconds))
+            recipes = self._recipes(request, len(images), drawing.conditions())
+            yield Result(tuple(images), recipes, dict(phases.seconds))
 
     def known(self) -> Remembered:
         """What has to run in a safer way here."""
@@ -260,12 +261,13 @@ class Engine:
             raise NotFiniteError("The picture broke into numbers that are not finite; try --dtype float32.")
         return canvas.finish(last.latents)
 
-    def _recipes(self, request: Request, images: int) -> tuple[Recipe, ...]:
-        """One recipe per picture: the request that draws it alone (or, for layers, all of its layers)."""
+    def _recipes(self, request: Request, images: int, more: Mapping[str, str]) -> tuple[Recipe, ...]:
+        """One recipe per picture: the request that draws it alone (or, for layers, all of its layers). `more` are
+        conditions of this drawing."""
         prompts = 1 if isinstance(request.prompt, str) else len(request.prompt)
         batch = prompts * request.count
         each = images // batch
-        versions = versions_of(self.models)
+        versions = versions_of(self.models) | dict(more)
         loras = tuple(lora.describe() for lora in self.models.loras)
         return tuple(
             Recipe(

@@ -12,6 +12,7 @@ from typing import Any, TypedDict
 
 import torch
 
+from lanting.core.errors import RequestError
 from lanting.plan import Budget, Plan, detect, parse_bytes, plan, usual_job
 from lanting.plan.costs import DRIVER
 from lanting.weights.find import ModelFolder
@@ -36,14 +37,27 @@ def planned(folder: ModelFolder, fit: Fit, files: tuple[str | None, ...], **wish
     budget = Budget(*(in_bytes(fit.get(name)) for name in ("vram", "ram")))
     copies = str(wish.get("device")).split(",").count("cpu")  # processes that share the computer's memory
     free = budget.vram is None and budget.ram is None
-    if fit.get("plan") is not None or (free and copies < 2):
-        return fit.get("plan")
+    given = fit.get("plan")
+    if given is not None:
+        check_copies(given, copies)
+    if given is not None or (free and copies < 2):
+        return given
     model = replace(planned_model(folder), extra=sum(map(bytes_at, filter(None, files))))
     machine = detect()
     if free and not machine.ram_free:  # not known here
         return None
     chosen = plan(model, usual_job(model, None), machine, budget, **wish)
     return None if free and chosen.trivial else chosen
+
+
+def check_copies(given: Plan, copies: int) -> None:
+    """Whether so many processes can follow a plan side by side. Raises RequestError."""
+    free, wanted = detect().ram_free if copies > 1 else 0, given.peak_ram * copies
+    if free and wanted > free:
+        raise RequestError(
+            "{count} processes need {wanted:.1f} GB by this plan and {free:.1f} GB are free: name fewer devices",
+            **{"count": copies, "wanted": wanted / 1e9, "free": free / 1e9},
+        )
 
 
 def in_bytes(amount: str | int | None) -> int | None:

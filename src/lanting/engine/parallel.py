@@ -13,6 +13,7 @@ and a launcher (torchrun), since whoever calls `Engine.open` is a program alread
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 import time
 import weakref
@@ -73,15 +74,16 @@ class Crew:
         self.models, self.names = models, tuple(names)
         loras = tuple(f"{lora.given}:{lora.strength!r}" for lora in models.loras)
         dtypes = say_dtypes(models.dtypes)
-        self.opening = Opening(models.folder, dtypes, loras, models.quant, models.plan, vram, os.getcwd())
         on_cpu = models.device.type == "cpu"
         self.threads = max(thread_count() // len(names), 1) if on_cpu else None  # of each; None: as many as there are
+        how = (models.quant, models.plan, vram, os.getcwd(), self.threads)
+        self.opening = Opening(models.folder, dtypes, loras, *how)
         self.peers: list[Peer] = []
         self.waiting: list[int] = []  # numbers under which they say that they have loaded
         self.began = 0.0
         self.failures = 0
         self.notices: list[Notice] = []  # of what went wrong before a drawing's steps, for that drawing to tell
-        self.folder = tempfile.TemporaryDirectory(prefix="lanting-")
+        self.folder = ""  # where groups meet
         self.groups: dict[tuple[int, ...], Group] = {}
         self.end = weakref.finalize(self, end, self.peers)
 
@@ -98,8 +100,7 @@ class Crew:
         strengths = [lora.strength for lora in self.models.loras]
         for name in self.names[1:]:
             peer = Peer(name, self.threads)
-            values = {"device": name, "opening": self.opening, "strengths": strengths, "patience": MEETING}
-            peer.tell("open", threads=self.threads, **values)
+            peer.tell("open", device=name, opening=self.opening, strengths=strengths, patience=MEETING)
             self.peers.append(peer)
             self.waiting.append(peer.ask("ready"))
 
@@ -132,8 +133,9 @@ class Crew:
 
     def place(self, key: tuple[int, ...]) -> str:
         """The file where the devices of these numbers (0: the leader) meet."""
+        self.folder = self.folder or tempfile.mkdtemp(prefix="lanting-")
         marks = "-".join(str(self.peers[one - 1].process.pid) for one in key if one)
-        return os.path.join(self.folder.name, f"{key[0]}-{marks}")
+        return os.path.join(self.folder, f"{key[0]}-{marks}")
 
     def group(self, key: tuple[int, ...]) -> Group:
         """The leader's part of such a group, once the others were told of it. Raises GroupError."""
@@ -154,9 +156,7 @@ class Crew:
         """End all followers; the next picture starts them anew."""
         for peer in self.peers:
             peer.kill()
-        self.peers.clear()
-        self.waiting.clear()
-        self.groups.clear()
+        self._forget()
 
     def close(self) -> None:
         """Let them leave."""
@@ -164,9 +164,15 @@ class Crew:
             peer.orders.put(None)
         for peer in self.peers:
             peer.close()
+        self._forget()
+
+    def _forget(self) -> None:
         self.peers.clear()
         self.waiting.clear()
         self.groups.clear()
+        if self.folder:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder = ""
 
 
 def end(peers: Sequence[Peer]) -> None:

@@ -11,7 +11,7 @@ import os
 import queue
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import IO, Any
@@ -41,6 +41,7 @@ class Opening:
     plan: Any  # a lanting.plan.Plan or None
     vram: str | int | None
     cwd: str  # paths may be relative to where the leader was
+    threads: int | None  # None: as many as there are
 
 
 @dataclass(frozen=True)
@@ -139,8 +140,10 @@ def stacked(x: Tensor, copies: int) -> Tensor:
     return x if copies == 1 else torch.cat([x] * copies)
 
 
-def opened(device: str, opening: Opening, strengths: Sequence[float], out: IO[bytes], patience: float) -> Follower:
+def opened(device: str, opening: Opening, strengths: Sequence[float], patience: float, out: IO[bytes]) -> Follower:
     os.chdir(opening.cwd)
+    if opening.threads is not None:
+        torch.set_num_threads(opening.threads)
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
     given = (opening.folder, device, opening.dtype, None, opening.loras, opening.quant, opening.plan)
@@ -150,34 +153,35 @@ def opened(device: str, opening: Opening, strengths: Sequence[float], out: IO[by
     return Follower(device, models, out, patience)
 
 
-def listen(pipe: IO[bytes], orders: queue.SimpleQueue[Any]) -> None:
+def listen(pipe: IO[bytes], orders: queue.SimpleQueue[Any], leave: Callable[[], object]) -> None:
     """Beside the work, so that a leader that is gone ends whatever is under way."""
     try:
         while True:
             orders.put(read(pipe))
     except (EOFError, OSError):
-        os._exit(0)
+        orders.put(None)
+        leave()
 
 
 @torch.no_grad()
-def serve(pipe: IO[bytes], out: IO[bytes]) -> None:
-    """The first message says what to open."""
+def serve(pipe: IO[bytes], out: IO[bytes], leave: Callable[[], object]) -> None:
+    """Until the leader is gone, or something fails. The first message says what to open."""
     orders: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    verb, values = read(pipe)
-    assert verb == "open"
-    threading.Thread(target=listen, args=(pipe, orders), daemon=True).start()
+    threading.Thread(target=listen, args=(pipe, orders, leave), daemon=True).start()
+    follower: Follower | None = None
     try:
-        if (threads := values.pop("threads")) is not None:
-            torch.set_num_threads(threads)
-        follower = opened(out=out, **values)
-        while True:
-            verb, values = orders.get()
-            getattr(follower, verb)(**values)
+        while (order := orders.get()) is not None:
+            verb, values = order
+            if follower is None:
+                follower = opened(out=out, **values)
+            else:
+                getattr(follower, verb)(**values)
+        return
     except LantingError as error:
         told: tuple[str, Mapping[str, object]] = (error.sentence, error.values)
     except BaseException as error:
         line = (str(error).strip().splitlines() or [""])[0]
-        told = (f"{type(error).__name__}: {line}".replace("{", "(").replace("}", ")"), {})
+        told = (f"{type(error).__name__}: {line}", {})
     write(out, packed(("failed", *told)))
 
 
@@ -185,8 +189,8 @@ def main() -> None:
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a library prints must not end up between our messages
     try:
-        serve(sys.stdin.buffer, out)
-    except (BrokenPipeError, EOFError):
+        serve(sys.stdin.buffer, out, lambda: os._exit(0))
+    except OSError:  # nobody hears of it any more
         pass
     finally:
         os._exit(0)  # not waiting for groups whose other members may be gone

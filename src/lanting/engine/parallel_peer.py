@@ -96,7 +96,7 @@ class Peer:
     def __init__(self, device: str, threads: int | None = None):
         self.device, self.threads = device, threads
         self.serial, self.failure = 0, GoneError("")
-        self.ended = threading.Event()
+        self.ended = threading.Event()  # it can't answer any more; `failure` says why
         self.when_gone: list[Callable[[], None]] = []
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115  as long as the process
         env = os.environ | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
@@ -135,10 +135,6 @@ class Peer:
             if found == serial:
                 return value
 
-    def gone(self, seconds: float = 0.0) -> bool:
-        """Whether it can't answer any more; `failure` then says why."""
-        return self.ended.wait(seconds)
-
     @property
     def here(self) -> bool:
         return self.process.poll() is None and not self.ended.is_set()
@@ -154,7 +150,8 @@ class Peer:
     def kill(self) -> None:
         """End it at once."""
         self.process.kill()
-        self.process.wait()
+        with suppress(subprocess.TimeoutExpired):  # a driver may hold on to it
+            self.process.wait(FAREWELL)
         self.orders.put(None)
 
     # ---------------------------------------------------------------- threads

@@ -51,20 +51,22 @@ class Duty:
 class Split:
     """For one drawing; a context, after which followers keep nothing of it.
 
-    kept  what 2.1 reads once a drawing is kept
+    kept    what 2.1 reads once a drawing is kept
+    spares  work may be left out, which the leader decides block by block: then only whole sides are shared out
     """
 
-    def __init__(self, models: Models, crew: Crew, canvas: Canvas, kept: bool = False):
+    def __init__(self, models: Models, crew: Crew, canvas: Canvas, kept: bool = False, spares: bool = False):
         self.models, self.crew, self.canvas, self.kept = models, crew, canvas, kept
         self.notices: list[Notice] = [*crew.notices]
         crew.notices.clear()
         self.over, self.slowest, self.first = False, 0.0, True
         self.duties: list[Duty] = []
+        self.exchanged = False  # a step was made by devices that share a side
         self.own: tuple[str, ...] = ()  # branches that the leader computes
         self.shared: Shared | None = None
         self.guided = canvas.negative is not None and not canvas.batched_guidance
         self.tokens = canvas.start.shape[1] + sum(math.prod(one.grid) for one in canvas.references)
-        self.layout = layout_of(len(crew.peers) + 1, self.guided, self._most())
+        self.layout = layout_of(len(crew.peers) + 1, self.guided, 1 if spares else self._most())
         self.threads = Divided(crew.threads)
 
     def __enter__(self) -> Split:
@@ -78,7 +80,7 @@ class Split:
         try:
             self._begin()
         except GroupError as error:
-            self._fail(error)
+            self.fail(error)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -106,12 +108,17 @@ class Split:
             try:
                 return self._velocity(Question(model, canvas, latents, sigma))
             except (GoneError, GroupError) as error:
-                self._fail(error)
+                self.fail(error)
             except BaseException:
                 if self.shared is not None:  # others wait for this device inside of a block
                     self.crew.kill()
                 raise
         return velocity(model, canvas, latents, sigma)
+
+    def question(self, model: Model, canvas: Canvas, latents: Tensor, sigma: Tensor) -> Question:
+        """For whoever asks for one side after the other, and not always for both."""
+        question = Question(model, canvas, latents, sigma)
+        return question if self.over else Halved(question, self)
 
     # ---------------------------------------------------------------- before the first step
     def _most(self) -> int:
@@ -159,21 +166,20 @@ class Split:
     def _velocity(self, question: Question) -> Tensor:
         """The guided velocity. Raises GoneError or GroupError where somebody failed."""
         began = time.perf_counter()
-        asked = {branch: self._asked(question, branch) for branch in ("positive", "negative", "both")}
+        asked = {branch: self.asked(question, branch) for branch in ("positive", "negative", "both")}
         parts = {branch: [self._computed(question, branch)] for branch in self.own}
-        seconds = (FIRST if self.first else LATER) + SLOWER * max(self.slowest, time.perf_counter() - began)
         for branch, numbers in asked.items():
-            for duty, number in numbers:
-                found: Tensor = duty.peer.answer(number, seconds)
-                parts.setdefault(branch, []).append(found.to(question.seen.device))
-        self.first, self.slowest = False, max(self.slowest, time.perf_counter() - began)
+            if not numbers:
+                continue
+            parts.setdefault(branch, []).extend(self.answers(numbers, began, question.seen.device))
+        self.exchanged |= self.shared is not None
         whole = {branch: torch.cat(found, 1) if len(found) > 1 else found[0] for branch, found in parts.items()}
         if self.canvas.negative is None:
             return whole["positive"]
         sides = whole["both"].chunk(2) if "both" in whole else (whole["positive"], whole["negative"])
         return guide(sides[0], sides[1], self.canvas.guidance_scale, self.canvas.renormalize)
 
-    def _asked(self, question: Question, branch: str) -> list[tuple[Duty, int]]:
+    def asked(self, question: Question, branch: str) -> list[tuple[Duty, int]]:
         """The followers that compute a branch, and the numbers of what they were asked."""
         copies = 2 if branch == "both" else 1
         latents = question.seen[:, : question.tokens]
@@ -186,6 +192,13 @@ class Split:
                 numbers.append((duty, duty.peer.ask("step", branch=branch, copies=copies, **values)))
         return numbers
 
+    def answers(self, asked: Sequence[tuple[Duty, int]], began: float, device: torch.device) -> list[Tensor]:
+        """What followers found, on the leader's device; `began` is when they were asked. Raises GoneError."""
+        seconds = (FIRST if self.first else LATER) + SLOWER * max(self.slowest, time.perf_counter() - began)
+        found = [duty.peer.answer(number, seconds) for duty, number in asked]
+        self.first, self.slowest = False, max(self.slowest, time.perf_counter() - began)
+        return [part.to(device) for part in found]
+
     def _computed(self, question: Question, branch: str) -> Tensor:
         """The leader's part of a branch."""
         if self.shared is not None:
@@ -194,9 +207,35 @@ class Split:
             question.residuals = [self.shared.seat.own(one) for one in question.residuals]
         return question.ask(self._prompt(branch), branch)
 
-    def _fail(self, error: Exception) -> None:
-        """Tell of whoever is gone: what others noticed of it may come first."""
-        gone = next((peer for peer in self.crew.peers if peer.gone(WORD)), None)
-        device = gone.device if gone is not None else ",".join(self.crew.names[1:])
-        self.crew.fail(device, gone.failure if gone is not None else error, self.notices)
+    def fail(self, error: Exception) -> None:
+        """Tell of whoever is gone: those who waited for it may be, too."""
+        until = time.monotonic() + WORD
+        gone: list[Peer] = []
+        while not gone and time.monotonic() < until:
+            time.sleep(0.01)
+            gone = [peer for peer in self.crew.peers if peer.ended.is_set()]
+        gone.sort(key=lambda peer: GroupError.__name__ in str(peer.failure))
+        device = gone[0].device if gone else ",".join(self.crew.names[1:])
+        self.crew.fail(device, gone[0].failure if gone else error, self.notices)
         self.stop()
+
+
+class Halved(Question):
+    """A question whose negative side is another device's."""
+
+    def __init__(self, question: Question, split: Split):
+        self.__dict__.update(question.__dict__)
+        self.split, self.numbers, self.began = split, [], 0.0
+
+    def expect_negative(self) -> None:
+        if not self.numbers:
+            self.began = time.perf_counter()
+            self.numbers = self.split.asked(self, "negative")
+
+    def negative(self) -> Tensor:
+        self.expect_negative()
+        try:
+            return self.split.answers(self.numbers, self.began, self.seen.device)[0]
+        except GoneError as error:
+            self.split.fail(error)
+            return super().negative()

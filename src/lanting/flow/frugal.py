@@ -50,9 +50,13 @@ class Frugal:
     """Predicts the velocities of one canvas, step after step. Also the judge whom caches ask (`attach.caches.Judge`).
 
     told  words of an earlier drawing, one a step: its choices are made again, and nothing is forecast
+    ask   makes the questions, with the arguments of `Question`
     """
 
-    def __init__(self, quality: Quality, canvas: Canvas, told: Sequence[str] = ()):
+    def __init__(
+        self, quality: Quality, canvas: Canvas, told: Sequence[str] = (), ask: Callable[..., Question] = Question
+    ):
+        self.ask = ask
         self.sigmas = [float(sigma) for sigma in canvas.sigmas]
         self.budget = Budget(quality, self.sigmas)
         self.told = tuple(told)
@@ -64,6 +68,8 @@ class Frugal:
         self.references: dict[str, Kept] = {}
         self.velocities: list[Tensor] = []  # (B, N, C) of the last two steps that were computed in full
         self.whole = Kept()  # and which those were
+        self.skips: bool | None = None  # the unconditional branch, in this step; None: not decided yet
+        self.expect: Callable[[], None] | None = None  # who wants to know that it will be asked for
         self.letter, self.beside = "F", False  # of the present call, and whether beside kept references
         self.calls = 1 if canvas.negative is None or canvas.batched_guidance else 2  # in a step in full
 
@@ -71,10 +77,11 @@ class Frugal:
         """(B, N, C), see `flow.loop.velocity`"""
         self.budget.begin()
         self.words.append("")
+        self.skips = self.expect = None
         guess = self._guess()
         if guess is not None:
             return guess.to(latents.dtype)
-        velocity = self._answer(Question(model, canvas, latents, sigma), canvas)
+        velocity = self._answer(self.ask(model, canvas, latents, sigma), canvas)
         if self.words[-1].upper() == "F" * self.calls:
             self._learn_velocity(velocity)
         return velocity
@@ -88,6 +95,9 @@ class Frugal:
             if self.letter == "F":
                 self._learn_guidance(positive, negative, canvas.guidance_scale)
             return guide(positive, negative, canvas.guidance_scale, canvas.renormalize)
+        self.expect = question.expect_negative
+        if self.difference is None:
+            self.expect()
         positive = self._ask(question.positive)
         if self.difference is not None and self._skips():
             self.words[-1] += REUSED
@@ -154,6 +164,12 @@ class Frugal:
         return answer
 
     def _skips(self) -> bool:
+        """Decided once a step, and as soon as it can be."""
+        if self.skips is None:
+            self.skips = self._may_skip()
+        return self.skips
+
+    def _may_skip(self) -> bool:
         if self.stopped:
             return False
         if self.told:
@@ -187,6 +203,8 @@ class Frugal:
             self.letter = self.told[self.step][0].upper()
         else:
             self.letter = self._choose(kept, change)
+        if self.letter == "F" and self.expect is not None and self.difference is not None and not self._skips():
+            self.expect()
         return None if self.letter == "F" else self.ahead(branch) if self.letter == "L" else 0.0
 
     def _choose(self, kept: Kept, change: float) -> str:

@@ -142,6 +142,9 @@ class Question:
         assert self.canvas.negative is not None
         return self.ask(self.canvas.negative, "negative")
 
+    def expect_negative(self) -> None:
+        """The negative side will be asked for, too: whoever computes it elsewhere may begin."""
+
     def both(self) -> tuple[Tensor, Tensor]:
         """Positive and negative in one call."""
         positive, negative = self.ask(self.canvas.joined, "both").chunk(2)
