@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
 from PIL import Image
+
+from lanting.core.layered import unpack
 
 OPEN = "#draw-go"
 DONE = ".stage.done"
@@ -216,6 +219,12 @@ def test_a_picture_is_taken_apart_by_a_model_that_can(server, visit, shot, ask, 
     assert page.get_attribute("#layers-stage a[download]", "href").endswith("/images/2")
     shot(page, "layers-done")
     assert newest(ask, server)["request"]["task"] == "layered"
+    for kind in ("psd", "ora", "pptx"):
+        with page.expect_download() as coming:
+            page.click(f"#layers-stage a[href*='format={kind}']")
+        assert coming.value.suggested_filename.endswith(f"-1.{kind}")
+        stack = unpack(Path(coming.value.path()).read_bytes(), kind)
+        assert stack.size == (320, 240) and len(stack.layers) == 4
 
 
 def test_without_the_key_there_is_a_login_and_nothing_else(guarded, visit, shot):

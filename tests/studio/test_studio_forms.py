@@ -160,6 +160,20 @@ def test_words_of_strangers_stay_words():
     assert evil not in show.gallery([], evil, 24, EN) and "no such" in show.gallery([], "no such", 24, EN)
 
 
+def test_layers_can_be_saved_as_one_file_of_every_kind_that_is_written_here(monkeypatch):
+    recipe = {"request": {"seed": 7, "options": {"layers": 2}}}
+    outcome = {"images": [{"size": [8, 4], "mode": "RGBA"}] * 4, "recipes": [recipe] * 4, "seconds": {"denoise": 1.0}}
+    one = replace(job(images=[{}], options={"layers": 2}), state=DONE, outcome=outcome)
+    page = show.ended(one, ZH, None, "zh")
+    for kind in ("psd", "ora", "pptx"):
+        assert f'href="/api/jobs/{one.id}/layers/0?format={kind}&amp;language=zh"' in page
+    assert page.count('data-each="2"') == 3 and "所有图层存为一个 PSD 文件" in page
+    assert page.index("images/0") < page.index("layers/0")  # the script takes the first link for the picture's own
+    monkeypatch.setattr(show, "find_spec", lambda name: None)
+    assert "format=ora" in (page := show.ended(one, EN)) and "format=pptx" not in page
+    assert "layers/0" not in show.ended(replace(one, asked=job().asked), EN)
+
+
 def test_places_steps_and_seconds_are_told():
     assert "3 before you, about 12 s left" in show.waiting(job(), Place(3, 5, 12.2), EN)
     step = Event("a" * 24, 1, "step", {"step": 2, "steps": 6, "seconds": 1.0}, b"\xff\xd8")

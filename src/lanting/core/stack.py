@@ -7,7 +7,7 @@ and selections in the programs that open them useless.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -40,8 +40,8 @@ class Stack:
     recipe: Recipe | None = None
 
 
-def layer_names(count: int) -> list[str]:
-    """Layer 1, Layer 2 and so on, in the person's language."""
+def layer_names(count: int, say: Callable[..., str] = say) -> list[str]:
+    """Layer 1, Layer 2 and so on, in the person's language, or in that of another `say`."""
     return [say("Layer {number}", number=number) for number in range(1, count + 1)]
 
 

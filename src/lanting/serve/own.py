@@ -23,6 +23,7 @@ from lanting.serve.files import ID
 from lanting.serve.house import House
 from lanting.serve.intake import Order
 from lanting.serve.jobs import Caller, Event, Job, Search
+from lanting.serve.layered import layered
 from lanting.serve.pictures import TYPES, encoded, kind_of, to_base64
 from lanting.specs import parse_size
 
@@ -155,6 +156,7 @@ def router(house: House) -> APIRouter:
 
     following(house, routes)
     pictures(house, routes)
+    layered(house, routes)
     return routes
 
 

@@ -136,7 +136,7 @@ class Clerk:
         if not job.over:
             return show.waiting(job, self.house.desk.place(job), self.say)
         before = f"/studio/before/{job.id}" if tab_of(job) == EDIT else None
-        return show.ended(job, self.say, before)
+        return show.ended(job, self.say, before, self.language)
 
     def failed(self, error: LantingError) -> str:
         return show.trouble(explained(self.say, error))

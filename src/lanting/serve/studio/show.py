@@ -7,9 +7,12 @@ from __future__ import annotations
 import base64
 from collections.abc import Mapping, Sequence
 from html import escape
+from importlib.util import find_spec
 from typing import Any
 
+from lanting.core.layered import KINDS, PPTX
 from lanting.serve.jobs import CANCELLED, DONE, FAILED, RUNNING, Event, Job
+from lanting.serve.layered import layers_in
 from lanting.serve.state import Place
 from lanting.serve.studio.forms import DRAW, EDIT, LAYERS, tab_of
 from lanting.serve.studio.words import Say, retold
@@ -123,21 +126,21 @@ def shape(job: Job) -> tuple[int, int]:
     return 7, 3
 
 
-def ended(job: Job, say: Say, before: str | None = None) -> str:
+def ended(job: Job, say: Say, before: str | None = None, language: str = "en") -> str:
     """A job that is over."""
     if job.state == CANCELLED:
         return f'<div class="stage empty"><p>{escape(say("Cancelled."))}</p></div>'
     if job.state == FAILED:
         return trouble(retold(say, job.error or {}))
-    return finished(job, say, before)
+    return finished(job, say, before, language)
 
 
 def address(job: Job, index: int) -> str:
     return f"/api/jobs/{job.id}/images/{index}"
 
 
-def finished(job: Job, say: Say, before: str | None) -> str:
-    """The pictures, the first one large; before and after where it was an edit."""
+def finished(job: Job, say: Say, before: str | None, language: str = "en") -> str:
+    """The pictures, the first one large; before and after where it was an edit. `language`: of layers in files."""
     assert job.outcome is not None
     width, height = shape(job)
     count, tab = len(job.outcome["images"]), tab_of(job)
@@ -149,10 +152,11 @@ def finished(job: Job, say: Say, before: str | None) -> str:
     thumbs = ""
     if count > 1:
         thumbs = '<div class="thumbs">' + "".join(thumb(job, index, tab, say) for index in range(count)) + "</div>"
+    acts = actions(job, tab, say, files(job, say, language) if tab == LAYERS else "")
     clear = " clear" if any(one["mode"] == "RGBA" for one in job.outcome["images"]) else ""
     return (
         f'<div class="stage done{clear}" data-job="{job.id}" data-index="0" style="--w:{width};--h:{height}">'
-        f'<div class="paper">{paper}</div>{thumbs}<div class="below">{facts(job, say)}{actions(job, tab, say)}</div>'
+        f'<div class="paper">{paper}</div>{thumbs}<div class="below">{facts(job, say)}{acts}</div>'
         "</div>"
     )
 
@@ -186,12 +190,24 @@ def facts(job: Job, say: Say) -> str:
     return f'<span class="told">{escape(words)}</span>'
 
 
-def actions(job: Job, tab: str, say: Say) -> str:
-    """What can be done with a finished picture."""
+def actions(job: Job, tab: str, say: Say, further: str = "") -> str:
+    """What can be done with a finished picture; `further` ways of saving it."""
     save = f'<a class="act" download="{job.id}-1.png" href="{address(job, 0)}">{escape(say("Save"))}</a>'
     able = [button("again", say("Another like it"), job=job.id, fresh=1)] if tab != LAYERS else []
     able += [button("again", say("Draw it again"), job=job.id), button("edit", say("Edit it"), job=job.id), save]
-    return f'<span class="acts">{"".join(able)}</span>'
+    return f'<span class="acts">{"".join(able)}{further}</span>'
+
+
+def files(job: Job, say: Say, language: str) -> str:
+    """All layers as one file: a link for each kind that can be written here. The server names the files."""
+    links = []
+    for kind in (ending[1:] for ending in KINDS if ending != PPTX or find_spec("pptx")):
+        told, name = say("All layers as one {kind} file", kind=kind.upper()), kind.upper()
+        where = f"/api/jobs/{job.id}/layers/0?format={kind}&amp;language={language}"
+        links.append(
+            f'<a class="act" download data-each="{layers_in(job)}" title="{escape(told)}" href="{where}">{name}</a>'
+        )
+    return "".join(links)
 
 
 def gallery(jobs: Sequence[Job], words: str, most: int, say: Say) -> str:

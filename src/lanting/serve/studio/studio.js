@@ -28,6 +28,9 @@ element.addEventListener('click', (click) => {
       save.href = address;
       save.download = `${stage.dataset.job}-${Number(index) + 1}.png`;
     }
+    stage.querySelectorAll('a[data-each]').forEach((one) => {
+      one.href = one.href.replace(/layers\/\d+/, `layers/${Math.floor(index / one.dataset.each)}`);
+    });
     stage.querySelectorAll('[data-show]').forEach((one) => one.removeAttribute('aria-current'));
     thumb.setAttribute('aria-current', 'true');
     return;
