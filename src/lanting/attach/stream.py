@@ -58,6 +58,7 @@ class Streamer:
         self.coming: dict[int, Future[Any]] = {}
         self.here: dict[int, Any] = {}
         self.peak = 0
+        self.backwards = False  # blocks are asked for in the reverse order: gradients on their way back
         self.reader = ThreadPoolExecutor(1, "lanting-stream")
         self.hooks = [block.register_forward_pre_hook(self._hook(i)) for i, block in enumerate(blocks)]
 
@@ -69,7 +70,8 @@ class Streamer:
 
     def arrive(self, index: int) -> None:
         """Have a block ready, and those after it on their way. Raises what reading raised."""
-        wanted = [(index + step) % self.count for step in range(min(self.live, self.count))]
+        way = -1 if self.backwards else 1
+        wanted = [(index + way * step) % self.count for step in range(min(self.live, self.count))]
         self._drop(set(self.here | self.coming) - set(wanted))
         for each in wanted:
             if each not in self.here and each not in self.coming:

@@ -130,6 +130,8 @@ def _wishes(screen: Screen, found: Examined) -> None:
         screen.line("wants: {wishes}", wishes=words)
     if found.trained_on:
         screen.line("trained on, as the file says: {model}", model=found.trained_on)
+    if found.trigger:
+        screen.line("its word, as the file says: {word}", word=found.trigger)
 
 
 def notes_of(found: Examined) -> list[str]:

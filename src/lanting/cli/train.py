@@ -1,4 +1,4 @@
-"""`lanting train`: make the embedded model from nothing."""
+"""`lanting train`: a LoRA from pictures, a few-step LoRA, or the embedded model from nothing."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from lanting.cli import options as o
 from lanting.cli import train_options as t
 from lanting.cli.screen import Screen
 from lanting.cli.train_lightning import lightning
+from lanting.cli.train_lora import lora
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,6 +31,7 @@ def _verbs() -> None:
     """Train models. What a run costs is told before it starts; by default nano takes about two hours of all cores."""
 
 
+train.command("lora")(lora)
 train.command("lightning")(lightning)
 
 

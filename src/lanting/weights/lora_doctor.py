@@ -25,7 +25,15 @@ from lanting.weights.lora_names import Sides, dialect_of, parse
 from lanting.weights.lora_pieces import Reading, read_pieces
 from lanting.weights.lora_wishes import NONE, Wishes, wishes_of
 
-TRAINED_ON = ("ss_base_model_version", "modelspec.architecture", "ss_sd_model_name", "base_model", "baseModel")
+BASES = (
+    "ss_base_model_version",
+    "modelspec.architecture",
+    "ss_sd_model_name",
+    "base_model",
+    "baseModel",
+    "lanting.base",
+)
+TRIGGERS = ("lanting.trigger", "modelspec.trigger_phrase")
 FORM_NAMES = {"lora": "LoRA", "lokr": "LoKr", "loha": "LoHa", "diff": "whole differences", "bias": "biases"}
 OTHERS = (  # other families, by layers that only they have
     (r"double_blocks|single_blocks|single_transformer_blocks", "FLUX or HunyuanVideo"),
@@ -55,6 +63,7 @@ class Examined:
     fits: tuple[str, ...]  # releases
     wishes: Wishes
     trained_on: str | None  # as the file says
+    trigger: str | None  # the word that calls it, as the file says
     stranger: str | None  # the family of models that the unmatched names are of
     problems: tuple[LantingError, ...] = ()
 
@@ -99,7 +108,9 @@ def _report(
         wishes = wishes_of(path, notes)
     except ModelError as error:
         problems.append(error)
-    trained_on = next((notes[key][:80] for key in TRAINED_ON if notes.get(key)), None)
+    trained_on, trigger = (
+        next((notes[key][:80] for key in said if notes.get(key)), None) for said in (BASES, TRIGGERS)
+    )
     pieces = reading.pieces.values()
     return Examined(
         name=path.name,
@@ -117,9 +128,15 @@ def _report(
         fits=() if problems else tuple(names),
         wishes=wishes,
         trained_on=trained_on,
+        trigger=trigger,
         stranger=_family(tuple(reading.strays)),
         problems=tuple(problems),
     )
+
+
+def _first(notes: Mapping[str, str], names: Sequence[str]) -> str | None:
+    """The first of these notes that says something."""
+    return next((notes[name][:80] for name in names if notes.get(name)), None)
 
 
 def _forms(reading: Reading) -> dict[str, int]:

@@ -1,0 +1,151 @@
+"""From a folder of pictures to a LoRA file: the stages in their order, each gone before the next needs the memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lanting.core.errors import RequestError
+from lanting.core.pictures import open_picture
+from lanting.core.save import Place, save_picture
+from lanting.core.types import Request
+from lanting.engine.fit import in_bytes, planned
+from lanting.engine.models import Models, choose_device
+from lanting.engine.placement import Placed
+from lanting.engine.studio import EngineStudio
+from lanting.flow.loop import Canvas, denoise
+from lanting.specs import settle
+from lanting.tasks import TASKS
+from lanting.train.lora.cache import prepare
+from lanting.train.lora.examples import Example
+from lanting.train.lora.memory import Need, blocks_of, bytes_of, choose, free_on, stored, tokens_of
+from lanting.train.lora.run import LoraRun, Report, Trainer, export
+from lanting.train.precision import FULL, product_dtype
+from lanting.weights.find import ModelFolder
+
+SMALL = 1 << 30  # bytes of a model that fits anywhere
+SPARE = 0.95  # of what is free may be planned with
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What to teach whom, and where the result goes.
+
+    quant     "auto", "none", "int8", "fp8" or "int4": what the frozen weights are packed as
+    vram, ram budgets as "12G" or bytes; None: what is free
+    samples   prompts that are drawn every `sample_every` steps, into a folder beside the LoRA
+    """
+
+    folder: ModelFolder
+    examples: Sequence[Example]
+    out: Path
+    run: LoraRun = LoraRun()  # noqa: RUF009  frozen
+    device: str | None = None
+    dtype: str | None = None
+    quant: str = "auto"
+    vram: str | int | None = None
+    ram: str | int | None = None
+    samples: Sequence[str] = ()
+    sample_every: int = 250
+    trigger: str = ""
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.out.with_suffix(".checkpoint")
+
+
+@dataclass
+class School:
+    """A lesson's models, opened; `need` says what training will take before anything is read.
+
+    Raises LantingError where the model can't be opened or nothing fits.
+    """
+
+    lesson: Lesson
+    models: Models = field(init=False)
+    need: Need = field(init=False)
+
+    def __post_init__(self) -> None:
+        own, folder = self.lesson, self.lesson.folder
+        if folder.spec.lora:
+            raise RequestError(
+                "{name} is {base} with a LoRA for few steps: train on {base}, and draw with both",
+                **{"name": folder.spec.name, "base": folder.spec.repo},
+            )
+        small = folder.checkpoint("transformer").bytes() < SMALL
+        fit: Any = {"vram": own.vram, "ram": own.ram}
+        plan = None if small else planned(folder, fit, (), device=own.device, quant="auto")
+        place = own.device or (plan.device if plan is not None else None)
+        self.models = Models(folder, own.device, own.dtype or usual_dtype(place), plan=plan)
+        device = self.models.device
+        given = in_bytes(own.vram if device.type == "cuda" else own.ram)
+        tokens = own.run.batch * max(tokens_of(one, self.models.spec.defaults) for one in own.examples)
+        self.need = choose(self.models, own.quant, given or int(SPARE * free_on(device)), tokens, own.run)
+
+    def teach(self, tell: Callable[[int, int], None]) -> Iterator[Report]:
+        """The run; `tell(done, all)` while examples are prepared. What is there of an earlier run is used."""
+        own, models = self.lesson, self.models
+        own.out.parent.mkdir(parents=True, exist_ok=True)
+        files = prepare(models, own.examples, own.out.with_suffix(".cache"), tell)
+        canvases = [self.canvas(prompt) for prompt in own.samples]
+        schedule, same = models.schedule, {"model": models.fingerprint}
+        models.close()
+        placed = self.placed()
+        try:
+            trainer = Trainer(placed, schedule, files, own.run, same)
+            trainer.resume(own.checkpoint)
+            for report in trainer.train(own.checkpoint, own.out, self.notes()):
+                if canvases and report.step % own.sample_every == 0:
+                    self.draw(trainer, canvases, report.step)
+                yield report
+            export(trainer.net, own.out, self.notes())
+        finally:
+            placed.close()
+
+    def placed(self) -> Placed[Any]:
+        """The transformer, its weights read. Blocks that stream wait in RAM where that has room for them."""
+        models, resident = self.models, self.need.resident
+        found = stored(models, self.need.kind)
+        away = blocks_of(found)[resident:] if resident is not None else []
+        waiting = sum(bytes_of(block, models.dtype.itemsize) for block in away)
+        home = "ram" if waiting < SPARE * free_on(torch.device("cpu")) else "disk"
+        return Placed(found, "transformer_blocks", resident=resident, home=home)
+
+    def notes(self) -> dict[str, str]:
+        """What the file says of itself."""
+        own = self.lesson
+        told = {"base": own.folder.name, "trained_steps": own.run.steps, "examples": len(own.examples)}
+        told |= {"trigger": own.trigger} if own.trigger else {}
+        return {f"lanting.{name}": str(value) for name, value in told.items()}
+
+    # ---------------------------------------------------------------- samples
+    def canvas(self, prompt: str) -> Canvas:
+        """A drawing that is ready to begin: of an edit, of the first example's references."""
+        first = self.lesson.examples[0]
+        images = tuple(open_picture(path) for path in first.references)
+        task = "edit" if images else "text_to_image"
+        request = Request(prompt, task=task, images=images, seed=self.lesson.run.seed, size=first.size)
+        if images:
+            self.models.see_pictures()
+        settled = settle(request, self.models.spec)
+        return TASKS[settled.task or task](EngineStudio(self.models), settled)
+
+    def draw(self, trainer: Trainer, canvases: Sequence[Canvas], step: int) -> None:
+        """Into FOLDER/step-N-i.png; a disk that is full must not end a training that goes well."""
+        folder = self.lesson.out.with_suffix(".samples")
+        for number, canvas in enumerate(canvases, 1):
+            *_, last = denoise(trainer.net.net, canvas)
+            with suppress(OSError):
+                folder.mkdir(exist_ok=True)
+                for image in canvas.finish(last.latents):
+                    save_picture(image, Place(folder / f"step-{step:05}-{number}.png", given=True, force=True))
+
+
+def usual_dtype(device: str | None) -> str | None:
+    """Of the transformer, where nobody said: float32 on a CPU that only imitates bfloat16. The rest as in drawing."""
+    return "transformer=float32" if product_dtype(choose_device(device)) == FULL else None
