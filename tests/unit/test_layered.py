@@ -138,6 +138,16 @@ def test_psd_tools_and_pillow_read_the_same_psd():
         assert picture.n_frames == 5
 
 
+@pytest.mark.parametrize("width", range(1, 6))
+def test_sections_of_a_psd_have_even_lengths(width):
+    red = Image.frombytes("L", (width, 1), bytes(range(width)))  # packed longer than the others
+    data = pack(".psd", [Image.merge("RGBA", [red, *[Image.new("L", (width, 1), 255)] * 3])], ["a"])
+    resources = int.from_bytes(data[30:34], "big")
+    at = 34 + resources
+    layers, info = (int.from_bytes(data[place : place + 4], "big") for place in (at, at + 4))
+    assert info % 4 == 0 and layers == info + 8 and data[at + 8 + info : at + 12 + info] == bytes(4)
+
+
 def test_a_psd_one_can_see_through_lies_on_white_as_photoshops_do():
     images = layers_of()[1:3]
     data = pack(".psd", images, ["a", "b"])
@@ -169,7 +179,7 @@ def test_an_openraster_file_is_as_the_specification_says():
     assert data == pack(".ora", images, ["one", "two", "three", "four", "five"], recipe_for())  # no clock in it
     assert data[30:54] == b"mimetypeimage/openraster"  # what `file` and desktops look at
     with zipfile.ZipFile(io.BytesIO(data)) as file:
-        assert file.testzip() is None
+        assert file.testzip() is None and {one.external_attr >> 16 for one in file.infolist()} == {0o644}
         page = file.read("stack.xml").decode()
         assert [page.index(name) for name in ("five", "four", "three", "two", "one")] == sorted(
             page.index(f'"{name}"') + 1 for name in ("one", "two", "three", "four", "five")
@@ -226,26 +236,45 @@ def test_damaged_files_are_one_sentence(ending, tmp_path):
     assert refused > 60
 
 
-@pytest.mark.parametrize(
-    ("entry", "content"),
-    [
-        ("stack.xml", b'<!DOCTYPE a [<!ENTITY b "c">]><image w="1" h="1"><stack/></image>'),
-        ("stack.xml", b'<image w="99999" h="99999"><stack/></image>'),
-        ("stack.xml", b'<image w="9" h="9"><stack>' + b"<layer/>" * 65 + b"</stack></image>"),
-        ("stack.xml", b'<image w="9" h="9"><stack><layer src="../../etc/passwd"/></stack></image>'),
-        ("stack.xml", b" " * 4_000_001),
-        ("lanting/recipe.json", b"[" * 800_001),
-    ],
-)
-def test_an_openraster_file_that_is_a_trap_is_refused(entry, content):
+def zipped(**entries: bytes) -> bytes:
+    """A ZIP whose names have _ for / and no ending."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr("mimetype", "image/openraster")
-        for name in {"stack.xml", entry}:
-            file.writestr(name, content if name == entry else b"<image/>")
-    path = Path("x.ora")
-    with pytest.raises(PictureError):
-        unpack(buffer.getvalue(), str(path))
+        for name, content in entries.items():
+            file.writestr(name.replace("__", ".").replace("_", "/"), content)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("page", "said"),
+    [
+        (b'<!DOCTYPE a [<!ENTITY b "c">]><image w="1" h="1"><stack/></image>', "document type"),
+        (b'<image w="99999" h="99999"><stack/></image>', "too large"),
+        (b'<image w="9" h="9"><stack>' + b"<layer/>" * 65 + b"</stack></image>", "more than 64"),
+        (b'<image w="9" h="9"><stack><layer src="../../etc/passwd"/></stack></image>', "missing"),
+        (b'<image w="9" h="9"><stack/></image>' + b" " * 4_000_000, "too long"),
+        (b"<image", "damaged"),
+    ],
+)
+def test_an_openraster_file_that_is_a_trap_is_refused(page, said):
+    with pytest.raises(PictureError, match=said):
+        unpack(zipped(stack__xml=page), "x.ora")
+
+
+def test_recipes_that_are_traps_are_refused(tmp_path):
+    bomb = b'<!DOCTYPE a [<!ENTITY b "c">]><recipe xmlns="urn:lanting:1.0/">&b;</recipe>'
+    slide = {"ppt_presentation__xml": b"<a/>"}
+    for data, said in (
+        (zipped(stack__xml=b"<image/>", lanting_recipe__json=b"[" * 800_001), "too long"),
+        (zipped(stack__xml=b"<image/>", lanting_recipe__json=b"\xff"), "damaged"),
+        (zipped(**slide, customXml_item1__xml=bomb), "document type"),
+        (zipped(**slide, customXml_item1__xml=b"<a>" * 9), "damaged"),
+        (zipped(**slide, customXml_item1__xml=b"<a/>"), "no recipe"),
+    ):
+        (tmp_path / "x").write_bytes(data)
+        with pytest.raises(PictureError, match=said):
+            read_recipe(tmp_path / "x")
 
 
 def test_other_zips_and_pictures_are_none_of_them(tmp_path):

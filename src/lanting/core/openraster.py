@@ -47,7 +47,9 @@ def write(stack: Stack) -> bytes:
 
 
 def _put(file: zipfile.ZipFile, name: str, data: bytes) -> None:
-    file.writestr(zipfile.ZipInfo(name), data)  # as such an entry is: stored, of the year 1980
+    told = zipfile.ZipInfo(name)  # stored, of the year 1980
+    told.external_attr = 0o644 << 16  # readable for whoever unpacks it
+    file.writestr(told, data)
 
 
 def _path(number: int) -> str:

@@ -17,7 +17,7 @@ from lanting.core.types import Recipe
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-NAMESPACE = "urn:lanting:"  # of the recipe, in files that keep it as XML
+NAMESPACE = "urn:lanting:1.0/"  # of the recipe, in files that keep it as XML
 MOST_XML = 4_000_000  # bytes of XML that are read of a file
 
 
