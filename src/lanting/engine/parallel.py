@@ -34,7 +34,7 @@ from lanting.kernels.library import thread_count, use_threads
 if TYPE_CHECKING:
     from lanting.engine.models import Models
 
-FAILURES = 3  # after which no followers are started any more
+FAILURES = 3  # in a row, after which no followers are started any more
 LOADING = 300.0  # seconds beyond what the leader took that a follower may load
 SLOWER = 5.0  # times what the leader took
 MEETING = 300.0  # seconds that devices wait for one another inside a step
@@ -95,6 +95,7 @@ class Crew:
             self.kill()
             self.failures += 1
         if self.failures >= FAILURES:
+            self.notices.append(note("the other devices failed too often: {device} draws alone", device=self.names[0]))
             return
         self.began = time.monotonic()
         strengths = [lora.strength for lora in self.models.loras]
@@ -127,7 +128,8 @@ class Crew:
             peer.tell("strengths", strengths=list(strengths))
 
     def rest(self) -> None:
-        """A drawing is over."""
+        """A drawing is over; with them, where they are still there."""
+        self.failures = 0 if self.peers else self.failures
         for peer in self.peers:
             peer.tell("rest")
 

@@ -99,15 +99,16 @@ class Peer:
         self.ended = threading.Event()  # it can't answer any more; `failure` says why
         self.when_gone: list[Callable[[], None]] = []
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115  as long as the process
-        env = os.environ | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen(
-            command(), stdin=pipe, stdout=pipe, stderr=self.errors, env=env, start_new_session=True
-        )
+        self.process = self._start()
         self.orders: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self.answers: queue.SimpleQueue[Any] = queue.SimpleQueue()  # None behind the last one
         for work in (self._write, self._read):
             threading.Thread(target=work, daemon=True).start()
+
+    def _start(self) -> Any:
+        env = os.environ | ({} if self.threads is None else {"OMP_NUM_THREADS": str(self.threads)})
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command(), stdin=pipe, stdout=pipe, stderr=self.errors, env=env, start_new_session=True)
 
     def tell(self, verb: str, **values: object) -> None:
         """No answer is waited for; a follower that fails is gone."""
@@ -150,9 +151,9 @@ class Peer:
     def kill(self) -> None:
         """End it at once."""
         self.process.kill()
+        self.orders.put(None)
         with suppress(subprocess.TimeoutExpired):  # a driver may hold on to it
             self.process.wait(FAREWELL)
-        self.orders.put(None)
 
     # ---------------------------------------------------------------- threads
     def _write(self) -> None:
