@@ -73,7 +73,7 @@ class Clock:
 
 def drawn(engine: Engine, request: Request, previews: Any) -> tuple[float, float, int]:
     """(seconds of a picture, of them for previews, how many)."""
-    bench = Bench(engine, io.StringIO(), every=4)
+    bench = Bench(engine, io.StringIO().write, every=4)
     began = time.process_time()
     with Clock(engine) as clock:
         for event in engine.stream(request, previews):

@@ -20,9 +20,20 @@ def main() -> None:
     for name in ("hosts", "origins"):
         told[name] = tuple(told.get(name, ()))
     opener = told.pop("opener", "fakeserve:open_engine")
+    ray, cpus = told.pop("ray", None), told.pop("cpus", None)
     settings = Settings(data=Path(told.pop("data")), models=models, caps=caps, opener=opener, **told)
     write_to_stderr()
-    serve(settings, lambda house: print(house.settings.port, flush=True))
+    if ray is None:
+        serve(settings, lambda house: print(house.settings.port, flush=True))
+        return
+    from lanting.cluster.join import join
+
+    cluster = join(ray, cpus)
+    print(json.dumps({"cluster": cluster.address}), file=sys.stderr, flush=True)
+    try:
+        serve(settings, lambda house: print(house.settings.port, flush=True), hire=cluster.hire)
+    finally:
+        cluster.close()
 
 
 if __name__ == "__main__":

@@ -288,7 +288,7 @@ def sentences() -> set[str]:
     found: set[str] = set()
     errors = {e.__name__ for e in LantingError.__subclasses__()} | {"RefusalError"}
     errors |= {error.__name__ for error in ServeError.__subclasses__()}
-    for room in ("core", "specs", "plan", "weights", "attach", "engine", "bench", "serve", "cli"):
+    for room in ("core", "specs", "plan", "weights", "attach", "engine", "bench", "serve", "cluster", "cli"):
         for path in (Path(lanting.__file__).parent / room).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 if not (isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant)):

@@ -14,9 +14,13 @@ from lanting.core.errors import ModelError, RequestError
 from lanting.specs import spec_names
 
 if TYPE_CHECKING:
-    from lanting.serve.house import House
+    from lanting.serve.house import Hire, House
     from lanting.serve.settings import Served, Settings
 
+Models = Annotated[
+    list[str] | None, typer.Option("--model", "-m", help="What to serve; the first is the default. Repeatable.")
+]
+Host = Annotated[str, typer.Option("--host", help="Where to listen; anything but this computer needs keys.")]
 Data = Annotated[
     str | None,
     typer.Option("--data", metavar="FOLDER", help="Queue, pictures and keys. Default: serve in lanting's own folder."),
@@ -32,15 +36,19 @@ Batch = Annotated[
 Workers = Annotated[
     str, typer.Option("--workers", metavar="N|auto", help="Processes that draw, of each model; auto: one per GPU.")
 ]
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="auto|local|HOST:PORT",
+        help="Workers in a Ray cluster: the one this machine is in, one of its own, or that at an address.",
+    ),
+]
 
 
 def serve(
-    model: Annotated[
-        list[str] | None, typer.Option("--model", "-m", help="What to serve; the first is the default. Repeatable.")
-    ] = None,
-    host: Annotated[
-        str, typer.Option("--host", help="Where to listen; anything but this computer needs keys.")
-    ] = "127.0.0.1",
+    model: Models = None,
+    host: Host = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", help="0: any that is free.")] = 8353,
     api_keys: Annotated[bool, typer.Option("--api-keys", help="Ask for keys on this computer too.")] = False,
     allow_host: Hosts = None,
@@ -53,6 +61,7 @@ def serve(
     queue: Annotated[int, typer.Option("--queue", help="Jobs that may wait; more are refused with 429.")] = 1000,
     batch: Batch = None,
     workers: Workers = "1",
+    ray: Ray = None,
     max_side: Annotated[int, typer.Option("--max-side", help="Pictures up to this many pixels squared.")] = 2048,
     timeout: Annotated[float, typer.Option("--timeout", help="Seconds a job may be drawn.")] = 3600.0,
     drain: Annotated[float, typer.Option("--drain", help="Seconds a running job gets when told to stop.")] = 30.0,
@@ -78,7 +87,7 @@ def serve(
     options = {name: value for name, value in how.items() if value is not None}
     settings = Settings(
         data=folder_for(data),
-        models=tuple(served(name, options) for name in model or ["nano"]),
+        models=tuple(served(name, options, ray is None) for name in model or ["nano"]),
         host=host,
         port=port,
         hosts=tuple(allow_host or ()),
@@ -92,18 +101,35 @@ def serve(
         workers=how_many(workers),
         caps=Caps(pixels=max_side * max_side, waiting=queue),
     )
-    start(settings, mcp, not no_studio)
+    start(settings, mcp, not no_studio, ray)
 
 
-def start(settings: Settings, mcp: bool, page: bool) -> None:
-    """On a port, or on stdin and stdout."""
+def start(settings: Settings, mcp: bool, page: bool, ray: str | None) -> None:
+    """With workers on this machine, or in a Ray cluster for as long."""
+    from lanting.serve.hand import processes
     from lanting.serve.logs import write_to_stderr
 
     write_to_stderr()
+    if ray is None:
+        open_doors(settings, mcp, page, processes)
+        return
+    from lanting.cluster.join import join
+    from lanting.serve.settings import check
+
+    check(settings)
+    cluster = join(ray)
+    try:
+        open_doors(settings, mcp, page, cluster.hire)
+    finally:
+        cluster.close()
+
+
+def open_doors(settings: Settings, mcp: bool, page: bool, hire: Hire) -> None:
+    """On a port, or on stdin and stdout."""
     if mcp:
         from lanting.serve.mcp_tools import speak
 
-        speak(settings)
+        speak(settings, hire)
         return
     from lanting.serve.run import serve as listen
     from lanting.serve.studio.door import studio
@@ -111,7 +137,7 @@ def start(settings: Settings, mcp: bool, page: bool) -> None:
     if page and importlib.util.find_spec("gradio") is None:
         Screen().line("the studio needs gradio, which is not installed: run pip install 'lanting[serve]' for it")
         page = False
-    listen(settings, tell, studio if page else None)
+    listen(settings, tell, studio if page else None, hire)
 
 
 def tell(house: House) -> None:
@@ -131,20 +157,20 @@ def tell(house: House) -> None:
         screen.line("a key is needed: 'lanting keys create NAME' makes one")
 
 
-def served(model: str, options: dict[str, Any]) -> Served:
+def served(model: str, options: dict[str, Any], here: bool = True) -> Served:
     """A model under the name clients call it by: a release's own, else that of its file or folder. Raises ModelError
-    where there is none; whether it can be opened, its worker will tell."""
+    where there is none `here`; whether it can be opened, its worker will tell."""
     from lanting.serve.settings import Served
     from lanting.weights.home import REPO, downloaded
 
     if model == "nano":
         return Served(model, model, options)
     if model in spec_names() or REPO.fullmatch(model):
-        if downloaded(model) is None and not Path(model).expanduser().is_dir():
+        if here and downloaded(model) is None and not Path(model).expanduser().is_dir():
             raise ModelError("{name} is not here yet: run 'lanting pull {name}', or give a folder", name=model)
         return Served(model, model, options)
     path = Path(model).expanduser()
-    if not path.exists():
+    if here and not path.exists():
         raise ModelError("{path} does not exist", path=model)
     return Served(path.resolve().name, model, options)
 

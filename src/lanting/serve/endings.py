@@ -29,7 +29,7 @@ async def conclude(desk: Desk, model: Model, run: Run, said: Mapping[str, Any], 
             own = {"denoise": said["work"]} if "work" in said else {}  # of shared steps, its share
             model.pace.learn(run.job.cost, {**said["outcome"]["seconds"], **own})
         if not await recorded(desk, run, said):
-            await interrupted(desk, model, run, entry)
+            await interrupted(desk, model, run, entry, bool(said.get("lost")))
     finally:
         desk.runs.pop(run.job.id, None)
         if run.job.id in desk.line.drawing:
@@ -70,9 +70,13 @@ async def failed(desk: Desk, job: Job, said: Mapping[str, Any]) -> None:
     await desk.close_job(job, FAILED, told)
 
 
-async def interrupted(desk: Desk, model: Model, run: Run, entry: Entry) -> None:
-    """The server stops, or the worker died: the job goes on later from its checkpoint, or is reported."""
-    job, crashed = run.job, run.why != "pause"
+async def interrupted(desk: Desk, model: Model, run: Run, entry: Entry, lost: bool) -> None:
+    """The server stops, or the worker died: the job goes on later from its checkpoint, or is reported. A worker that
+    was `lost` with the machine it was on did not die of a drawing."""
+    job, crashed = run.job, run.why != "pause" and not lost
+    if lost:
+        extra = {"job": job.id, "model": job.model, "worker": number_of(model, run)}
+        logger.error("a machine of the cluster is gone", extra=extra)
     if crashed:
         extra = {"job": job.id, "model": job.model, "crashes": job.crashes + 1, "worker": number_of(model, run)}
         logger.error("worker died", extra=extra)

@@ -75,6 +75,12 @@ class DrawingError(ServeError):
     status, code = 500, "drawing_failed"
 
 
+class ClusterError(ServeError):
+    """A worker can't be started in a cluster."""
+
+    status, code = 503, "unavailable"
+
+
 class StoreError(ServeError):
     """The disk is full, or can't be written."""
 

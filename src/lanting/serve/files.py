@@ -16,8 +16,8 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Collection, Sequence
-from contextlib import suppress
+from collections.abc import Collection, Generator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -136,20 +136,39 @@ class Files:
 
 def publish(result: Result, target: Path) -> dict[str, Any]:
     """Write a result as the folder `target`, all of it or nothing; its outcome. One that is there stays."""
-    part = target.with_name(f".{target.name}-{secrets.token_hex(4)}")
-    part.mkdir(mode=0o700)
-    try:
+    with whole(target) as part:
         for index, (image, recipe) in enumerate(zip(result.images, result.recipes, strict=True)):
             sync(save_picture(image, part / f"{index}.png", recipe))
         outcome = describe(result)
         path = part / OUTCOME
         path.write_text(json.dumps(outcome, ensure_ascii=False), encoding="utf-8")
         sync(path)
+    return outcome
+
+
+def adopt(files: Mapping[str, bytes], target: Path) -> None:
+    """Write what `publish` wrote elsewhere as the folder `target`, all of it or nothing. Raises OSError, ValueError
+    where it is not a whole result."""
+    count = len(json.loads(files[OUTCOME])["images"]) if OUTCOME in files else -1
+    if set(files) != {OUTCOME, *(f"{index}.png" for index in range(count))}:
+        raise ValueError("a worker's result is not whole")
+    with whole(target) as part:
+        for name, data in files.items():
+            (part / name).write_bytes(data)
+            sync(part / name)
+
+
+@contextmanager
+def whole(target: Path) -> Generator[Path]:
+    """A folder to fill beside `target`, which gets its name when the block ends well. One that is there stays."""
+    part = target.with_name(f".{target.name}-{secrets.token_hex(4)}")
+    part.mkdir(mode=0o700)
+    try:
+        yield part
         sync(part)
         if not (target / OUTCOME).exists():
             os.rename(part, target)
             sync(target.parent)
-        return outcome
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

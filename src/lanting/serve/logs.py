@@ -15,8 +15,9 @@ PLAIN = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "
 
 
 def values_of(record: logging.LogRecord) -> dict[str, Any]:
-    """What was handed over as `extra`."""
-    return {name: value for name, value in record.__dict__.items() if name not in PLAIN and value is not None}
+    """What was handed over as `extra`; names that begin with _ are those of libraries."""
+    own = {name: value for name, value in record.__dict__.items() if not name.startswith("_")}
+    return {name: value for name, value in own.items() if name not in PLAIN and value is not None}
 
 
 class JsonLines(logging.Formatter):

@@ -26,7 +26,7 @@ from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from lanting.core.checkpoint import Checkpoint
 from lanting.core.errors import LantingError, OutputError, RequestError
@@ -63,7 +63,7 @@ class Bench:
     """What the worker holds: the engine, the way out, and which jobs are to be stopped."""
 
     engine: Any
-    out: IO[str]
+    say: Callable[[str], object]  # a line to the server
     every: int
     names: tuple[str, ...] = ()  # of the LoRAs that were asked for
     usual: tuple[float, ...] = ()  # their strengths where a request says nothing
@@ -73,17 +73,19 @@ class Bench:
     later: dict[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])  # job -> order, not begun
 
     def send(self, what: str, **values: Any) -> None:
-        self.out.write(json.dumps({"is": what, **values}, ensure_ascii=False) + "\n")
-        self.out.flush()
+        self.say(json.dumps({"is": what, **values}, ensure_ascii=False))
+
+    def obey(self, order: dict[str, Any]) -> None:
+        """From any thread, beside the drawing."""
+        if order["do"] == "stop":
+            self.stops[order["job"]] = order["why"]
+        else:
+            self.orders.put(order)
 
     def listen(self) -> None:
-        """Read orders until the server is gone; runs beside the drawing."""
+        """Read orders until the server is gone."""
         for line in sys.stdin:
-            order = json.loads(line)
-            if order["do"] == "stop":
-                self.stops[order["job"]] = order["why"]
-            else:
-                self.orders.put(order)
+            self.obey(json.loads(line))
         os._exit(0)  # the server is gone; what was being drawn is in its checkpoint
 
     def collect(self) -> None:
@@ -113,10 +115,15 @@ def main() -> None:
     """Serve one pipe. The first line says what to open."""
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever a library prints must not end up between our lines
-    order = json.loads(sys.stdin.readline())
-    module, _, name = order["opener"].partition(":")
-    bench = Bench(None, out, order["every"])
+    opening = json.loads(sys.stdin.readline())
+    bench = Bench(None, lambda line: print(line, file=out, flush=True), opening["every"])
     threading.Thread(target=bench.listen, daemon=True).start()
+    work(bench, opening)
+
+
+def work(bench: Bench, order: Mapping[str, Any]) -> None:
+    """Open the engine, and draw what comes for ever; returns where the engine can't be opened, which is told."""
+    module, _, name = order["opener"].partition(":")
     try:
         bench.engine = getattr(importlib.import_module(module), name)(order["model"], **order["options"])
         asked = (
