@@ -83,6 +83,10 @@ EXAMPLES = {
     "keys list": ("lanting keys list",),
     "keys revoke": ("lanting keys revoke Anna",),
     "train nano": ("lanting train nano --folder runs/nano",),
+    "train lora": (
+        "lanting train lora slates -o slate.safetensors --batch 4 --steps 300 --lr 1e-3",
+        "lanting train lora photos --model qwen-image-2512 --trigger 'zxq dog' --vram 24G -o dog.safetensors",
+    ),
     "train lightning": ("lanting train lightning --model runs/nano/nano -o lightning.safetensors",),
     "eval text": (
         "lanting eval text",
