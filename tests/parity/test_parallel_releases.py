@@ -37,7 +37,7 @@ LONGER = "a much longer prompt, about a blue sign with white letters"
 @pytest.fixture(autouse=True)
 def threads(monkeypatch):
     monkeypatch.setattr("lanting.engine.parallel.Peer", ThreadPeer)
-    monkeypatch.setattr("lanting.engine.parallel_split.FEWEST", 4)
+    monkeypatch.setattr("lanting.engine.parallel_split.WORTH", 1)
 
 
 @pytest.fixture(scope="module")

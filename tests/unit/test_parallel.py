@@ -187,7 +187,7 @@ def test_a_follower_that_hangs_is_not_waited_for(pair, alone, monkeypatch):
 
 def test_three_processes_share_a_side_and_lose_one(alone, monkeypatch):
     """Nobody waits inside of a block for one that is gone."""
-    monkeypatch.setattr(parallel_split, "FEWEST", 8)
+    monkeypatch.setattr(parallel_split, "WORTH", 1)
     wanted = alone.run(BARE)
     with Engine.open("nano", device="cpu,cpu,cpu") as engine:
         found, notices = drawn(engine, BARE)
@@ -268,6 +268,14 @@ def test_one_that_cannot_load_is_told_of_and_given_up_at_last(alone, threads, mo
             reason = "cpu has too little memory: close something"
             assert notices == [f"cpu can't help: {reason}; the picture is drawn without it"]
         assert drawn(engine, ASKED)[1] == ["the other devices failed too often: cpu draws alone"]
+
+
+def test_a_process_that_cannot_be_started_is_done_without(alone, monkeypatch):
+    monkeypatch.setattr(Peer, "_start", lambda self: (_ for _ in ()).throw(BlockingIOError(11, "no more processes")))
+    with Engine.open("nano", device="cpu,cpu") as engine:
+        found, notices = drawn(engine, ASKED)
+    assert equal(found, alone.run(ASKED))
+    assert notices == ["cpu can't help: [Errno 11] no more processes; the picture is drawn without it"]
 
 
 def test_other_files_than_the_leaders_are_not_drawn_with(alone, threads, monkeypatch):

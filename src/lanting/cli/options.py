@@ -39,7 +39,13 @@ Quality = Annotated[
 Negative = Annotated[str | None, typer.Option("--negative", help="What should not be there (needs guidance).")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Same seed, same picture. Default: chosen, and shown.")]
 Count = Annotated[int, typer.Option("--count", help="Pictures to draw, 1 to 64; picture i uses seed + i.")]
-Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, mps. Default: the fastest.")]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        "--device",
+        help="cpu, cuda, cuda:1, mps; several for one picture: cuda:0,cuda:1 or cuda:all. Default: the fastest.",
+    ),
+]
 Vram = Annotated[
     str | None, typer.Option("--vram", help="Never take more of the device's memory: 12G, 11.5GB, 12GiB, 800M.")
 ]

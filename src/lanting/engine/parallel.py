@@ -100,7 +100,11 @@ class Crew:
         self.began = time.monotonic()
         strengths = [lora.strength for lora in self.models.loras]
         for name in self.names[1:]:
-            peer = Peer(name, self.threads)
+            try:
+                peer = Peer(name, self.threads)
+            except OSError as error:  # no more processes, or no memory for one
+                self.fail(name, error)
+                return
             peer.tell("open", device=name, opening=self.opening, strengths=strengths, patience=MEETING)
             self.peers.append(peer)
             self.waiting.append(peer.ask("ready"))

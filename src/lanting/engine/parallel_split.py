@@ -34,7 +34,7 @@ from lanting.nn.mmdit import QwenImageTransformer
 if TYPE_CHECKING:
     from lanting.engine.models import Models
 
-FEWEST = 128  # picture tokens of a device, below which an exchange takes longer than it saves
+WORTH = 1 << 27  # tokens of a device times the width squared, below which exchanges take longer than they save
 FIRST, LATER = 600.0, 60.0  # seconds that an answer is waited for: kernels are made in a first step
 WORD = 1.0  # seconds in which one that failed says why
 SLOWER = 10.0  # times the leader's slowest step that are added to that
@@ -128,7 +128,8 @@ class Split:
         net = self.models.transformer
         if not isinstance(net, QwenImageTransformer) or backend_of(os.environ.get(VARIABLE, "")) is not None:
             return 1
-        return max(min(net.config.num_attention_heads, self.tokens // FEWEST), 1)
+        worth = self.tokens * net.config.width**2 // WORTH
+        return max(min(net.config.num_attention_heads, self.tokens, worth), 1)
 
     def _begin(self) -> None:
         """Who does what, told to everybody."""
