@@ -33,6 +33,8 @@ from lanting.serve.staff import Post
 
 SOON = 1.0  # seconds within which a cluster that has room has reserved it
 LOOK = 0.3  # seconds between looks whether there is room
+TIDY = 0.5  # seconds that a worker has to drop its files
+FIND_OUT = 2.0  # seconds within which a cluster knows that a process died
 logger = logging.getLogger("lanting.serve")
 
 
@@ -57,6 +59,7 @@ class RayHand(Hand):
         self.needs, self.files = needs, Files(settings.data)
         self.said: asyncio.Queue[Mapping[str, Any]] = asyncio.Queue()
         self.group: Any = None  # the reserved room
+        self.stale: Any = None  # what was reserved on a machine that is gone
         self.actor: Any = None
         self.ears: asyncio.Task[None] | None = None
         self.where: Mapping[str, str] = {}  # host, node
@@ -68,13 +71,13 @@ class RayHand(Hand):
 
     # ---------------------------------------------------------------- come and go
     async def start(self) -> Mapping[str, Any]:
-        await self.leave()
-        self.told, self.said = {}, asyncio.Queue()
-        await self.room()
+        await self.leave(self.stale)
+        self.told, self.stale, self.said = {}, None, asyncio.Queue()
         try:
+            self.group = self.group or await asyncio.to_thread(reserve, self.needs)
             self.actor = await asyncio.to_thread(hire, self.group, self.needs)
             first = await asyncio.to_thread(self.actor.open.remote, json.dumps(self.opening), self.needs.threads)
-            self.where = await first
+            self.where = await self.placed(first)
             check_version(self.where)
         except Exception as error:  # Ray's own, of which there are many
             said = {"is": "dead", **refusal(error)}
@@ -87,19 +90,19 @@ class RayHand(Hand):
             await self.close()
         return said
 
-    async def room(self) -> None:
-        """Reserve it, and wait until the cluster has it."""
-        from ray.util.placement_group import placement_group
-
-        began = time.monotonic()
-        self.group = self.group or await asyncio.to_thread(placement_group, [self.needs.bundle])
+    async def placed(self, first: Any) -> Mapping[str, str]:
+        """Wait until the cluster has room and the worker answers from there."""
+        began, answer = time.monotonic(), asyncio.wrap_future(first.future())
+        answer.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may be left to hear it
         try:
-            while not await asyncio.to_thread(reserved, self.group):
-                if not self.waits and time.monotonic() - began > SOON:
-                    self.waits, self.refused = True, None
+            while not (await asyncio.wait({answer}, timeout=LOOK))[0]:
+                there = await asyncio.to_thread(reserved, self.group)
+                if not there and not self.waits and time.monotonic() - began > SOON:
+                    self.refused = None
                     extra = {"model": self.post.served.name, "worker": self.post.number, "needs": self.needs.bundle}
                     logger.info("worker waits for the cluster", extra=extra)
-                await asyncio.sleep(LOOK)
+                self.waits = not there and (self.waits or time.monotonic() - began > SOON)
+            return answer.result()
         finally:
             self.waits = False
 
@@ -109,17 +112,17 @@ class RayHand(Hand):
             asyncio.get_running_loop().run_in_executor(None, dismiss, self.actor, None)
 
     async def close(self, patience: float = 2.0) -> None:
-        group, self.group = self.group, None
+        group, self.group = self.group or self.stale, None
         await self.leave(group, patience)
 
     async def leave(self, group: Any = None, patience: float = 2.0) -> None:
         """Send the worker away, and give room back."""
-        actor, ears = self.actor, self.ears
+        actor, ears, there = self.actor, self.ears, self.alive
         self.actor = self.ears = None
         self.results.clear()
         if actor is not None or group is not None:
             with suppress(TimeoutError):
-                await asyncio.wait_for(asyncio.to_thread(dismiss, actor, group), patience)
+                await asyncio.wait_for(asyncio.to_thread(dismiss, actor, group, there), patience)
         if ears is not None:  # it ends with the worker
             await asyncio.wait({ears}, timeout=patience)
             ears.cancel()
@@ -156,10 +159,12 @@ class RayHand(Hand):
                         await asyncio.to_thread(dismiss, actor, None)
                         return
         except Exception as error:  # Ray's own
-            lost = await asyncio.to_thread(machine_lost, self.where.get("node", ""))
+            lost = await machine_lost(actor, self.where.get("node", ""))
             if self.actor is actor:  # nobody sent it away
                 extra = {"model": self.post.served.name, "worker": self.post.number, "where": self.where.get("host")}
-                logger.info("worker gone", extra={**extra, "reason": reason_of(error)})
+                logger.info("worker gone", extra={**extra, "reason": reason_of(error), "machine lost": lost or None})
+            if lost:  # Ray may take its room for reserved some time still
+                self.stale, self.group = self.group, None
             self.said.put_nowait({**DEAD, "lost": lost})
 
     def take_in(self, said: Mapping[str, Any], blobs: Blobs) -> Mapping[str, Any] | None:
@@ -182,6 +187,13 @@ class RayHand(Hand):
 
 
 # -------------------------------------------------------------------- what Ray is asked; all of it may block
+def reserve(needs: Needs) -> Any:
+    """Room on one machine, now or when there is some."""
+    from ray.util.placement_group import placement_group
+
+    return placement_group([needs.bundle])
+
+
 def hire(group: Any, needs: Needs) -> Any:
     """A worker in reserved room."""
     import ray
@@ -200,11 +212,14 @@ def reserved(group: Any) -> bool:
     return placement_group_table(group).get("state") == "CREATED"
 
 
-def dismiss(actor: Any, group: Any) -> None:
-    """Whether they are there or not."""
+def dismiss(actor: Any, group: Any, there: bool = False) -> None:
+    """End a worker and give its room back, whether they are still there or not; one that surely is tidies up first."""
     import ray
     from ray.util.placement_group import remove_placement_group
 
+    with suppress(Exception):
+        if actor is not None and there:
+            ray.wait([actor.tidy.remote()], timeout=TIDY)
     with suppress(Exception):
         if actor is not None:
             ray.kill(actor)
@@ -213,12 +228,24 @@ def dismiss(actor: Any, group: Any) -> None:
             remove_placement_group(group)
 
 
-def machine_lost(node: str) -> bool:
+async def machine_lost(actor: Any, node: str) -> bool:
+    """Whether a worker is gone because its machine is, or can't be reached. A connection that breaks says neither: of a
+    process that died the cluster knows in a moment, of a machine only after some time, for which no job should wait."""
     import ray
+    from ray.exceptions import ActorUnavailableError
 
-    with suppress(Exception):
-        return any(one["NodeID"] == node and not one["Alive"] for one in ray.nodes())
-    return False
+    until = time.monotonic() + FIND_OUT
+    while time.monotonic() < until:
+        try:
+            await asyncio.wait_for(asyncio.wrap_future(actor.ping.remote().future()), FIND_OUT)
+            return True  # it lives, and what it said meanwhile is lost
+        except (ActorUnavailableError, TimeoutError):
+            await asyncio.sleep(LOOK)
+        except Exception:
+            with suppress(Exception):
+                return not any(one["NodeID"] == node and one["Alive"] for one in await asyncio.to_thread(ray.nodes))
+            return False
+    return True
 
 
 # -------------------------------------------------------------------- words

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import socket
 import threading
 import traceback
@@ -47,6 +48,13 @@ class Outpost:
         except OSError as error:
             job, told = json.loads(parcel[0])["job"], {"sentence": None, "code": 1, "kind": type(error).__name__}
             self.bench.send("failed", job=job, trace=traceback.format_exc(), **told)
+
+    async def tidy(self) -> None:
+        """Drop all files: it is about to be ended."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    async def ping(self) -> None:
+        """Nothing but an answer."""
 
     async def hear(self) -> list[Parcel]:
         """What was said since the last time; waits until there is something."""
