@@ -89,6 +89,7 @@ class Crew:
 
     def start(self) -> None:
         """Have them load, beside whatever the leader does; those that run already go on."""
+        self.notices.clear()
         if self.peers and all(peer.here for peer in self.peers):
             return
         if self.peers:  # one was ended between two pictures
@@ -171,6 +172,7 @@ class Crew:
         for peer in self.peers:
             peer.close()
         self._forget()
+        self.failures = 0
 
     def _forget(self) -> None:
         self.peers.clear()

@@ -225,6 +225,8 @@ class Split:
 
     def fail(self, error: Exception) -> None:
         """Tell of whoever is gone: those who waited for it may be, too."""
+        if self.over:  # told already
+            return
         until = time.monotonic() + WORD
         gone: list[Peer] = []
         while not gone and time.monotonic() < until:
