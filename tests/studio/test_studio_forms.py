@@ -175,7 +175,9 @@ def test_layers_can_be_saved_as_one_file_of_every_kind_that_is_written_here(monk
 
 
 def test_places_steps_and_seconds_are_told():
-    assert "3 before you, about 12 s left" in show.waiting(job(), Place(3, 5, 12.2), EN)
+    assert "3 before you, about 12 s left<" in show.waiting(job(), Place(3, 5, 12.2), EN, {"count": 1, "ready": 1})
+    several = show.waiting(job(), Place(3, 5, None), EN, {"count": 3, "ready": 2})
+    assert "3 before you; 2 of 3 workers draw<" in several
     step = Event("a" * 24, 1, "step", {"step": 2, "steps": 6, "seconds": 1.0}, b"\xff\xd8")
     page = show.drawing(job(), step, EN)
     assert "Step 2 of 6, about 2 s left" in page and "data:image/jpeg;base64,/9g=" in page and "--done:33%" in page
@@ -252,7 +254,7 @@ def test_without_gradio_there_is_a_sentence_and_the_server(monkeypatch, capsys):
     from lanting.cli import serve as verb
 
     asked = []
-    monkeypatch.setattr("lanting.serve.run.serve", lambda settings, tell, page: asked.append(page))
+    monkeypatch.setattr("lanting.serve.run.serve", lambda settings, tell, page, hire: asked.append(page))
     monkeypatch.setattr("lanting.serve.logs.write_to_stderr", lambda: None)
     verb.start(Settings(Path("x")), mcp=False, page=True)
     verb.start(Settings(Path("x")), mcp=False, page=False)

@@ -104,7 +104,7 @@ def serve(
     start(settings, mcp, not no_studio, ray)
 
 
-def start(settings: Settings, mcp: bool, page: bool, ray: str | None) -> None:
+def start(settings: Settings, mcp: bool, page: bool, ray: str | None = None) -> None:
     """With workers on this machine, or in a Ray cluster for as long."""
     from lanting.serve.hand import processes
     from lanting.serve.logs import write_to_stderr

@@ -116,14 +116,14 @@ class Clerk:
         """The stage at every event, until the job is over or the page follows another."""
         desk, say, key = self.house.desk, self.say, f"{page} {tab_of(job)}"
         self.latest[key] = job.id
-        yield show.waiting(job, desk.place(job), say)
+        yield self.waiting(job)
         try:
             async with aclosing(desk.watch(job.id, who)) as events:
                 async for event in events:
                     if self.latest.get(key) != job.id:
                         return
                     if event.kind in ("accepted", "place", "interrupted"):
-                        yield show.waiting(job, desk.place(job), say)
+                        yield self.waiting(job)
                     elif event.kind == "step":
                         yield show.drawing(job, event, say)
             yield await self.stage(await desk.job(job.id, who))
@@ -131,10 +131,16 @@ class Clerk:
             if self.latest.get(key) == job.id:
                 del self.latest[key]
 
+    def waiting(self, job: Job) -> str:
+        """Its place, and who draws."""
+        desk = self.house.desk
+        crew = desk.models[job.model].crew if job.model in desk.models else {}
+        return show.waiting(job, desk.place(job), self.say, crew)
+
     async def stage(self, job: Job) -> str:
         """A job as it stands."""
         if not job.over:
-            return show.waiting(job, self.house.desk.place(job), self.say)
+            return self.waiting(job)
         before = f"/studio/before/{job.id}" if tab_of(job) == EDIT else None
         return show.ended(job, self.say, before, self.language)
 

@@ -73,12 +73,15 @@ def trouble(sentence: str) -> str:
     return f'<div class="stage trouble" role="alert"><p>{escape(sentence)}</p></div>'
 
 
-def waiting(job: Job, place: Place | None, say: Say) -> str:
-    """In the queue."""
+def waiting(job: Job, place: Place | None, say: Say, crew: Mapping[str, int] | None = None) -> str:
+    """In the queue; `crew` as `Model.crew`, of which one tells nothing."""
     words = say("In the queue")
     if place is not None and place.ahead:
         words = say("In the queue, {count} before you", count=place.ahead)
-    return growing(job, "", f"{words}{left(None if place is None else place.eta, say)}", 0.0, say)
+    words += left(None if place is None else place.eta, say)
+    if crew and crew["count"] > 1:
+        words += say("; {ready} of {count} workers draw", ready=crew["ready"], count=crew["count"])
+    return growing(job, "", words, 0.0, say)
 
 
 def drawing(job: Job, event: Event, say: Say) -> str:
