@@ -1,8 +1,8 @@
 """The part `teach` of `benchmarks/gpu.py`: an update of a LoRA on the full geometry, weights in 16 bits and packed.
 
 Random weights, one picture of 1024 x 1024, 128 tokens of text, rank 16 in the blocks' attention and feed-forward,
-AdamW. Frozen weights have no gradients, so an update's products are those of three passes: forward, the same again, and back.
-Peak memory is the allocator's, beside what `lanting train lora` would have said.
+AdamW. Frozen weights have no gradients, so an update's products are those of three passes: forward, the same again, and
+back. Peak memory is the allocator's, beside what `lanting train lora` would have said.
 """
 
 from __future__ import annotations
