@@ -10,8 +10,8 @@ don't count. The percentage of the limit is the time that the step's products ne
 time they took. Parts come in the order of what they tell, each with a time of its own; results are written after every
 part, and what a part found before it was cut or failed is in them. What does not fit into `--seconds` is left out and
 named. The part `memory` is `benchmarks/gpu_memory.py`, which writes 18 GB to a temporary folder first; `single` is
-Qwen-Image-2.1 (`benchmarks/gpu_single.py`), with weights of its own, and `teach` an update of a LoRA
-(`benchmarks/gpu_teach.py`).
+Qwen-Image-2.1 (`benchmarks/gpu_single.py`), with weights of its own, and `lora` an update of a LoRA
+(`benchmarks/gpu_lora.py`).
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ import torch
 from torch import Tensor
 
 from gpu_bench import Bench, Step, diffusers_network, limits, network
+from gpu_lora import lora
 from gpu_plot import plot
 from gpu_single import single
-from gpu_teach import teach
 from lanting.attach.caches import residual_cache
 from lanting.attach.frozen import frozen_references
 from lanting.attach.gpu import attach_gpu, detach_gpu
@@ -63,7 +63,7 @@ PARTS = {
     "compiled": (60, 150),
     "memory": (60, 200),
     "single": (10, 45),
-    "teach": (15, 45),
+    "lora": (15, 45),
 }
 STEPS = 50
 # what `--quality balanced` left out of 50 steps of nano; the network here is random, and would choose otherwise
@@ -259,7 +259,7 @@ def run(bench: Bench) -> None:
     """The parts that were asked for."""
     parts = [name for name in PARTS if name in bench.asked.parts]
     nets: dict[str, Any] = {}
-    alone, own = {"nano", "memory", "decode"}, {"single", "teach"}
+    alone, own = {"nano", "memory", "decode"}, {"single", "lora"}
     if set(parts) - alone:
         bench.part("limits", lambda found: limits(bench, found), 5, 30)
     if set(parts) - alone - own:
@@ -273,7 +273,7 @@ def run(bench: Bench) -> None:
     for name in parts:
         need, most = PARTS[name]
         most *= 3 if bench.asked.dry_run else 1  # a busy CPU
-        if name in ("memory", "teach"):  # the others' memory is wanted
+        if name in ("memory", "lora"):  # the others' memory is wanted
             nets.clear()
             bench.table = None
             torch.cuda.empty_cache() if bench.device.type == "cuda" else None
@@ -287,7 +287,7 @@ def work_of(bench: Bench, nets: dict[str, Any], name: str) -> Callable[[dict[str
     works: dict[str, Callable[[dict[str, Any]], object]] = {
         "nano": lambda found: nano(bench, found),
         "single": lambda found: single(bench, found),
-        "teach": lambda found: teach(bench, found),
+        "lora": lambda found: lora(bench, found),
         "edit": lambda found: edit(bench, ours, found),
         "decode": lambda found: decode(bench, found),
         "picture": lambda found: picture(bench, ours, found),

@@ -23,10 +23,10 @@ from PIL import Image
 
 from lanting.core.lang import explain
 from lanting.train.lora.cache import prepare
-from lanting.train.lora.examples import Wish, read_folder
+from lanting.train.lora.dataset import DatasetOptions, read_folder
+from lanting.train.lora.job import LoraJob, LoraTraining
 from lanting.train.lora.memory import need, tokens_of
 from lanting.train.lora.run import LoraRun, Trainer
-from lanting.train.lora.teach import Lesson, School
 from lanting.weights.find import locate
 
 
@@ -35,29 +35,29 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def school(own: argparse.Namespace) -> School:
+def training(own: argparse.Namespace) -> LoraTraining:
     folder = own.out / "set"
     folder.mkdir(parents=True, exist_ok=True)
     Image.linear_gradient("L").resize((own.side, own.side)).convert("RGB").save(folder / "one.png")
     found = locate(str(own.model))
-    examples = read_folder(folder, Wish(caption="a picture"), found.spec.defaults)
-    lesson = Lesson(found, examples, own.out / "lora.safetensors", LoraRun(rank=own.rank), device="cpu", quant="none")
-    return School(lesson)
+    examples = read_folder(folder, DatasetOptions(caption="a picture"), found.spec.defaults)
+    job = LoraJob(found, examples, own.out / "lora.safetensors", LoraRun(rank=own.rank), device="cpu", quant="none")
+    return LoraTraining(job)
 
 
 def one(own: argparse.Namespace) -> dict[str, float]:
     """What one placement takes."""
-    made = school(own)
-    lesson, models = made.lesson, made.models
-    files = prepare(models, lesson.examples, own.out / "cache", lambda done, count: None)
+    made = training(own)
+    job, models = made.job, made.models
+    files = prepare(models, job.examples, own.out / "cache", lambda done, count: None)
     if own.stage == "prepare":
         return {"peak": peak()}
     models.close()
-    tokens = max(tokens_of(example, models.spec.defaults) for example in lesson.examples)
-    made.need = need(models, "none", tokens, lesson.run, None if own.stage == "resident" else own.stay)
+    tokens = max(tokens_of(example, models.spec.defaults) for example in job.examples)
+    made.need = need(models, "none", tokens, job.run, None if own.stage == "resident" else own.stay)
     before, began, spent = peak(), time.monotonic(), time.process_time()
     placed = made.placed()
-    trainer = Trainer(placed, models.schedule, files, lesson.run)
+    trainer = Trainer(placed, models.schedule, files, job.run)
     report = trainer.learn()
     return {
         "peak": peak(),

@@ -29,9 +29,9 @@ from lanting.specs import get_spec
 from lanting.train.atlas import default_atlas
 from lanting.train.design import WIDE, Design
 from lanting.train.draw import render
-from lanting.train.lora.examples import Wish, read_folder
+from lanting.train.lora.dataset import DatasetOptions, read_folder
+from lanting.train.lora.job import LoraJob, LoraTraining
 from lanting.train.lora.run import LoraRun
-from lanting.train.lora.teach import Lesson, School
 from lanting.train.sign_texts import TextMaker
 from lanting.weights.find import locate
 
@@ -95,9 +95,11 @@ def main() -> None:
 
     file = own.out / "slate.safetensors"
     run = LoraRun(own.steps, own.rank, batch=own.batch, lr=own.lr)
-    lesson = Lesson(locate("nano"), read_folder(folder, Wish(), get_spec("nano").defaults), file, run, quant=own.quant)
+    job = LoraJob(
+        locate("nano"), read_folder(folder, DatasetOptions(), get_spec("nano").defaults), file, run, quant=own.quant
+    )
     began, probes = time.process_time(), {}
-    for report in School(lesson).teach(lambda done, count: None):
+    for report in LoraTraining(job).run(lambda done, count: None):
         if report.probe is not None:
             probes[report.step] = round(report.probe, 4)
             print(report, file=sys.stderr, flush=True)

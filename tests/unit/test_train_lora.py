@@ -28,10 +28,10 @@ from lanting.nn.swap import swap
 from lanting.specs import get_spec
 from lanting.train.lora import memory
 from lanting.train.lora.cache import load, prepare
-from lanting.train.lora.examples import Wish, batches, read_folder, size_for
+from lanting.train.lora.dataset import DatasetOptions, batches, read_folder, size_for
+from lanting.train.lora.job import LoraJob, LoraTraining
 from lanting.train.lora.net import LoraNet
 from lanting.train.lora.run import LoraRun
-from lanting.train.lora.teach import Lesson, School
 from lanting.weights.build import NoInit
 from lanting.weights.find import locate
 from live import Live
@@ -57,29 +57,32 @@ def pictures(folder: Path, count: int = 3, size: tuple[int, int] = (64, 48)) -> 
 def test_a_folder_of_pictures_and_words(tmp_path):
     folder = pictures(tmp_path / "set")
     (folder / "notes.md").write_text("no picture")
-    found = read_folder(folder, Wish(trigger="zxq"), OWN)
+    found = read_folder(folder, DatasetOptions(trigger="zxq"), OWN)
     assert [one.picture.name for one in found] == ["0.png", "1.png", "2.png"]
     assert found[1].caption == "zxq, a picture of 1 things" and found[1].size == (64, 48)
     (folder / "1.txt").write_text("the ZXQ and zxq\n again", encoding="utf-8-sig")
-    assert read_folder(folder, Wish(trigger="zxq"), OWN)[1].caption == "the ZXQ and zxq again"
+    assert read_folder(folder, DatasetOptions(trigger="zxq"), OWN)[1].caption == "the ZXQ and zxq again"
     (folder / "1.txt").unlink()
-    assert read_folder(folder, Wish(trigger="zxq"), OWN)[1].caption == "zxq"
-    assert read_folder(folder, Wish(caption="any"), OWN)[1].caption == "any"
+    assert read_folder(folder, DatasetOptions(trigger="zxq"), OWN)[1].caption == "zxq"
+    assert read_folder(folder, DatasetOptions(caption="any"), OWN)[1].caption == "any"
 
 
 def test_what_pictures_were_made_from(tmp_path):
     folder = pictures(tmp_path / "set", 2)
     picture(folder / "references" / "0.png")
     with pytest.raises(RequestError, match=r"1\.png has 0 references"):
-        read_folder(folder, Wish(), OWN)
+        read_folder(folder, DatasetOptions(), OWN)
     picture(folder / "references" / "1.webp")
-    assert [one.references[0].name for one in read_folder(folder, Wish(), OWN)] == ["0.png", "1.webp"]
+    assert [one.references[0].name for one in read_folder(folder, DatasetOptions(), OWN)] == ["0.png", "1.webp"]
     for i in range(2):
         for path in (folder / "references").glob(f"{i}.*"):
             path.unlink()
         for k in (2, 1):
             picture(folder / "references" / f"{i}-{k}.png")
-    assert [[r.name for r in one.references] for one in read_folder(folder, Wish(), OWN)][1] == ["1-1.png", "1-2.png"]
+    assert [[r.name for r in one.references] for one in read_folder(folder, DatasetOptions(), OWN)][1] == [
+        "1-1.png",
+        "1-2.png",
+    ]
 
 
 def test_a_list_of_pictures(tmp_path):
@@ -87,12 +90,12 @@ def test_a_list_of_pictures(tmp_path):
     picture(folder / "deep" / "a.png"), picture(folder / "b.png")
     rows = [{"file_name": "deep/a.png", "prompt": "words", "references": ["b.png"]}]
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
-    (found,) = read_folder(folder, Wish(), OWN)
+    (found,) = read_folder(folder, DatasetOptions(), OWN)
     assert found.caption == "words" and found.references[0].name == "b.png"
     for line in ('{"file_name": "../x.png", "text": "a"}', '{"text": "a"}', "[]", "{", '{"file_name": 3, "text": "a"}'):
         (folder / "metadata.jsonl").write_text(json.dumps(rows[0]) + "\n" + line)
         with pytest.raises(RequestError, match="line 2"):
-            read_folder(folder, Wish(), OWN)
+            read_folder(folder, DatasetOptions(), OWN)
 
 
 def test_sizes_keep_their_ratio_and_are_never_larger_than_the_picture():
@@ -137,7 +140,7 @@ def gradients(net: QwenImageTransformer, streamer=None, plain: bool = False) -> 
     """Of every LoRA, its halves random; `plain`: by torch alone."""
     made = LoraNet(bare(net, streamer), 3, 6.0, "all", 1)
     draw = torch.Generator().manual_seed(2)
-    for learner in made.learners.values():
+    for learner in made.loras.values():
         learner.up.data = torch.randn(learner.up.shape, generator=draw) * 0.1
     if plain:
         for module in net.modules():
@@ -145,9 +148,7 @@ def gradients(net: QwenImageTransformer, streamer=None, plain: bool = False) -> 
             module.__dict__.pop("product", None)
     loss = made(*inputs(net)).square().mean()
     made.learn(loss)
-    grads = {
-        f"{path} {name}": getattr(one, name).grad for path, one in made.learners.items() for name in ("down", "up")
-    }
+    grads = {f"{path} {name}": getattr(one, name).grad for path, one in made.loras.items() for name in ("down", "up")}
     assert len(grads) == 2 * 14 * 5
     grads = {path: torch.zeros(1) if grad is None else grad for path, grad in grads.items()}
     silent = {path for path, grad in grads.items() if not grad.any()}
@@ -192,7 +193,7 @@ def test_a_lora_that_learnt_nothing_changes_nothing():
     made = LoraNet(bare(learning), 3, 3.0, "attention", 1)
     with torch.no_grad():
         assert torch.equal(made(*inputs(plain)), plain(*inputs(plain)))
-    assert len(made.learners) == 8 * 5
+    assert len(made.loras) == 8 * 5
     for targets, said in (("nowhere", "no Linear"), ("(", "no pattern")):
         with pytest.raises(RequestError, match=said):
             LoraNet(
@@ -206,15 +207,15 @@ def folder(tmp_path_factory) -> Path:
     return tiny.save_folder(tmp_path_factory.mktemp("lora") / "tiny", layers=2)
 
 
-def lesson(model: Path | str, data: Path, out: Path, run: LoraRun = QUICK, **more) -> Lesson:
+def job(model: Path | str, data: Path, out: Path, run: LoraRun = QUICK, **more) -> LoraJob:
     found = locate(str(model))
-    examples = read_folder(data, Wish(), found.spec.defaults)
-    return Lesson(found, examples, out, run, device="cpu", dtype="float32", **more)
+    examples = read_folder(data, DatasetOptions(), found.spec.defaults)
+    return LoraJob(found, examples, out, run, device="cpu", dtype="float32", **more)
 
 
-def taught(own: Lesson, stop: int = 10**9) -> list:
+def trained(own: LoraJob, stop: int = 10**9) -> list:
     reports = []
-    for report in School(own).teach(lambda done, count: None):
+    for report in LoraTraining(own).run(lambda done, count: None):
         reports.append(report)
         if report.step == stop:
             break
@@ -223,31 +224,31 @@ def taught(own: Lesson, stop: int = 10**9) -> list:
 
 def test_the_probe_falls_and_a_run_that_was_cut_ends_alike(folder, tmp_path):
     data = pictures(tmp_path / "set")
-    whole = taught(lesson(folder, data, tmp_path / "whole.safetensors"))
+    whole = trained(job(folder, data, tmp_path / "whole.safetensors"))
     probes = [report.probe for report in whole if report.probe is not None]
     assert [report.step for report in whole] == list(range(9)) and len(probes) == 3
     assert probes[-1] < 0.97 * probes[0]
 
-    cut = lesson(folder, data, tmp_path / "cut.safetensors")
-    taught(cut, stop=5)  # its checkpoint is of step 3
-    rest = taught(cut)
+    cut = job(folder, data, tmp_path / "cut.safetensors")
+    trained(cut, stop=5)  # its checkpoint is of step 3
+    rest = trained(cut)
     assert [report.step for report in rest] == [4, 5, 6, 7, 8]
     assert [report.loss for report in rest] == [report.loss for report in whole[4:]]
     one, other = load_file(cut.out), load_file(tmp_path / "whole.safetensors")
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-    assert taught(cut) == [], "a run that is done has nothing to do"
+    assert trained(cut) == [], "a run that is done has nothing to do"
     with pytest.raises(ModelError, match="another rank"):
-        taught(lesson(folder, data, cut.out, replace(QUICK, rank=5)))
+        trained(job(folder, data, cut.out, replace(QUICK, rank=5)))
     cut.checkpoint.write_bytes(b"no checkpoint")
     with pytest.raises(ModelError, match="can't be read"):
-        taught(cut)
+        trained(cut)
 
 
 @pytest.mark.parametrize("quant", ["int8", "int4"])
 def test_a_packed_model_learns_and_the_file_changes_pictures(folder, tmp_path, quant):
     data, out = pictures(tmp_path / "set"), tmp_path / "ink.safetensors"
     samples = ("a sample",) if quant == "int4" else ()
-    taught(lesson(folder, data, out, quant=quant, samples=samples, sample_every=8, trigger="ink"))
+    trained(job(folder, data, out, quant=quant, samples=samples, sample_every=8, trigger="ink"))
     drawn = {path.name for path in tmp_path.glob("ink.samples/*")}
     assert drawn == ({"step-00000-1.png", "step-00008-1.png"} if samples else set())
     request = Request("a picture of 1 things", size=(64, 48), seed=1, steps=2)
@@ -263,8 +264,8 @@ def test_edits_learn_beside_their_references(tmp_path):
     data = pictures(tmp_path / "set", 2, (96, 64))
     for i in range(2):
         picture(data / "references" / f"{i}.png", (96, 64), 9 - i)
-    own = lesson("nano", data, tmp_path / "edit.safetensors", LoraRun(steps=2, rank=2, batch=2, save_every=1))
-    reports = taught(own)
+    own = job("nano", data, tmp_path / "edit.safetensors", LoraRun(steps=2, rank=2, batch=2, save_every=1))
+    reports = trained(own)
     assert len(reports) == 3 and reports[-1].probe is not None
     seen = [load(path) for path in sorted((tmp_path / "edit.cache").iterdir())]
     assert all(one.references.shape == one.clean.shape and one.grids == ((1, 4, 6),) for one in seen)
@@ -338,14 +339,12 @@ def test_a_run_whose_blocks_stream_ends_as_one_whose_blocks_stay(tmp_path):
     model = tiny.save_folder(tmp_path / "deep", layers=5)
     data, files = pictures(tmp_path / "set"), []
     for name in ("stay", "stream"):
-        own = lesson(
-            model, data, tmp_path / f"{name}.safetensors", LoraRun(steps=2, rank=2, save_every=1), quant="int8"
-        )
-        school = School(own)
+        own = job(model, data, tmp_path / f"{name}.safetensors", LoraRun(steps=2, rank=2, save_every=1), quant="int8")
+        training = LoraTraining(own)
         if name == "stream":
-            tokens = max(memory.tokens_of(one, school.models.spec.defaults) for one in own.examples)
-            school.need = memory.need(school.models, "int8", tokens, own.run, resident=1)
-        assert len(list(school.teach(lambda done, count: None))) == 3
+            tokens = max(memory.tokens_of(one, training.models.spec.defaults) for one in own.examples)
+            training.need = memory.need(training.models, "int8", tokens, own.run, resident=1)
+        assert len(list(training.run(lambda done, count: None))) == 3
         files.append(load_file(own.out))
     assert files[0].keys() == files[1].keys()
     for name, tensor in files[0].items():  # a mapped weight begins elsewhere in memory, which may round sums otherwise

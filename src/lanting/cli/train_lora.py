@@ -15,8 +15,8 @@ from lanting.cli import train_options as t
 from lanting.cli.screen import Screen
 
 if TYPE_CHECKING:
+    from lanting.train.lora.job import LoraTraining
     from lanting.train.lora.run import Report
-    from lanting.train.lora.teach import School
 
 Pictures = Annotated[
     Path, typer.Argument(metavar="FOLDER", help="Pictures, each with its caption in a .txt beside it.")
@@ -38,7 +38,9 @@ Targets = Annotated[
 ]
 Trigger = Annotated[str, typer.Option("--trigger", help="A word that every caption begins with, to call it by.")]
 Caption = Annotated[str | None, typer.Option("--caption", help="The caption of pictures that have none.")]
-Silence = Annotated[float, typer.Option("--caption-dropout", help="Share of steps that hide the caption, 0 to 1.")]
+CaptionDropout = Annotated[
+    float, typer.Option("--caption-dropout", help="Share of steps that hide the caption, 0 to 1.")
+]
 Levels = Annotated[str, typer.Option("--noise", help="Noise levels: shift, as the model draws; even, all alike.")]
 Sample = Annotated[list[str] | None, typer.Option("--sample", help="Draw this prompt now and then. Repeatable.")]
 SampleEvery = Annotated[int, typer.Option("--sample-every", min=1, help="Steps between two samples.")]
@@ -59,7 +61,7 @@ def lora(
     targets: Targets = "blocks",
     trigger: Trigger = "",
     caption: Caption = None,
-    caption_dropout: Silence = 0.05,
+    caption_dropout: CaptionDropout = 0.05,
     noise: Levels = "shift",
     sample: Sample = None,
     sample_every: SampleEvery = 250,
@@ -81,9 +83,9 @@ def lora(
     as JSON; `probe` is the number that should fall. Draw with it: lanting generate PROMPT --model MODEL --lora OUT.
     """
     from lanting.specs.numbers import number
-    from lanting.train.lora.examples import Wish, read_folder
+    from lanting.train.lora.dataset import DatasetOptions, read_folder
+    from lanting.train.lora.job import LoraJob, LoraTraining
     from lanting.train.lora.run import LoraRun
-    from lanting.train.lora.teach import Lesson, School
     from lanting.weights.find import locate
 
     check(out, noise)
@@ -92,16 +94,16 @@ def lora(
         "lr": number("--lr", lr, 1e-8, 1.0),
         "alpha": None if alpha is None else number("--alpha", alpha, 1e-3, 1e5),
     }
-    how |= {"silence": number("--caption-dropout", caption_dropout, 0.0, 1.0), "save_every": save_every}
+    how |= {"caption_dropout": number("--caption-dropout", caption_dropout, 0.0, 1.0), "save_every": save_every}
     found = locate(model)
-    examples = read_folder(folder, Wish(trigger, caption, resolution), found.spec.defaults)
+    examples = read_folder(folder, DatasetOptions(trigger, caption, resolution), found.spec.defaults)
     where: dict[str, Any] = {"device": device, "dtype": dtype, "quant": quant, "vram": vram, "ram": ram}
     where |= {"samples": tuple(sample or ()), "sample_every": sample_every, "trigger": trigger}
     screen = Screen(quiet)
-    school = School(Lesson(found, examples, out, LoraRun(steps, rank, **how), **where))
-    tell_need(screen, school)
-    tell = Teller(quiet, steps)
-    for report in school.teach(tell.prepared):
+    training = LoraTraining(LoraJob(found, examples, out, LoraRun(steps, rank, **how), **where))
+    tell_need(screen, training)
+    tell = ProgressLines(quiet, steps)
+    for report in training.run(tell.prepared):
         tell.report(report)
     screen.raw(str(out))
 
@@ -119,12 +121,12 @@ def check(out: Path, noise: str) -> None:
         check_folder(out.parent)
 
 
-def tell_need(screen: Screen, school: School) -> None:
+def tell_need(screen: Screen, training: LoraTraining) -> None:
     """Say what a run takes before it starts."""
-    need, lesson, models = school.need, school.lesson, school.models
+    need, job, models = training.need, training.job, training.models
     kind = str(models.dtype).removeprefix("torch.") if need.kind == "none" else need.kind
-    values = {"device": models.device, "count": len(lesson.examples), "memory": need.total / 1e9, "kind": kind}
-    values |= {"weights": need.weights / 1e9, "steps": lesson.run.steps}
+    values = {"device": models.device, "count": len(job.examples), "memory": need.total / 1e9, "kind": kind}
+    values |= {"weights": need.weights / 1e9, "steps": job.run.steps}
     screen.note(
         "{count} pictures, {steps} steps on {device}: {memory:.1f} GB of memory, {weights:.1f} of it weights ({kind})",
         **values,
@@ -133,7 +135,7 @@ def tell_need(screen: Screen, school: School) -> None:
         screen.note("{count} blocks stay in memory, the others stream through", count=need.resident)
 
 
-class Teller:
+class ProgressLines:
     """Progress as lines of JSON on stderr: the first step, then one every ten seconds, and every probe."""
 
     def __init__(self, quiet: bool, steps: int):

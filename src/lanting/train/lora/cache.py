@@ -26,19 +26,19 @@ from lanting.flow.loop import Conditioning, Grid
 from lanting.tasks.edit import for_reader, references
 from lanting.tasks.pictures import cover
 from lanting.tasks.studio import look_at
-from lanting.train.lora.examples import Example
+from lanting.train.lora.dataset import Example
 
 VERSION = "1"  # of these files
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class CachedExample:
     """An example as the transformer meets it; on the CPU."""
 
     clean: Tensor  # (1, N, C), the picture's tokens
     grid: Grid
     words: Conditioning  # of the caption, (1, T, D)
-    silence: Conditioning  # of no words, beside the same references
+    empty: Conditioning  # of no words, beside the same references
     references: Tensor  # (1, R, C), all of them
     grids: tuple[Grid, ...]  # one a reference
 
@@ -62,42 +62,42 @@ def prepare(models: Models, examples: Sequence[Example], folder: Path, tell: Cal
         models.see_pictures()
     studio = EngineStudio(models)
     for done, index in enumerate(missing, 1):
-        seen = see(studio, examples[index])
+        seen = encode(studio, examples[index])
         replace_file(paths[index], lambda part, seen=seen: save(seen, part))
         tell(done, len(missing))
     return paths
 
 
 @torch.no_grad()
-def see(studio: EngineStudio, example: Example) -> Seen:
+def encode(studio: EngineStudio, example: Example) -> CachedExample:
     """One example through the autoencoder and the reader. The picture fills its size, what sticks out is cut."""
     picture = cover(open_picture(example.picture).convert("RGB"), example.size)
     images = tuple(open_picture(path) for path in example.references)
     clean = look_at(studio, picture, example.size)
     beside = references(studio, images)
     shown = for_reader(studio, images) if images else ()
-    words, silence = (studio.encode_prompt([text], shown) for text in (example.caption, " "))
+    words, empty = (studio.encode_prompt([text], shown) for text in (example.caption, " "))
     rows = [one.data.cpu() for one in beside]
     none = clean.data.new_empty(1, 0, clean.data.shape[2]).cpu()
     grids = tuple(one.grid for one in beside)
-    return Seen(clean.data.cpu(), clean.grid, words, silence, torch.cat(rows, 1) if rows else none, grids)
+    return CachedExample(clean.data.cpu(), clean.grid, words, empty, torch.cat(rows, 1) if rows else none, grids)
 
 
-def save(seen: Seen, path: Path) -> None:
+def save(seen: CachedExample, path: Path) -> None:
     tensors = {"clean": seen.clean, "references": seen.references}
-    for name, side in (("words", seen.words), ("silence", seen.silence)):
+    for name, side in (("words", seen.words), ("empty", seen.empty)):
         tensors[name] = side.embeds.cpu()
         tensors[f"{name}.places"] = torch.tensor(side.places, dtype=torch.long)
     tensors["grids"] = torch.tensor([seen.grid, *seen.grids])
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(path))
 
 
-def load(path: Path) -> Seen:
+def load(path: Path) -> CachedExample:
     """The inverse of `save`."""
     with safe_open(str(path), framework="pt") as file:
         held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
     grid, *grids = (tuple(row) for row in held["grids"].tolist())
-    words, silence = (
-        Conditioning(held[name], None, tuple(held[f"{name}.places"].tolist())) for name in ("words", "silence")
+    words, empty = (
+        Conditioning(held[name], None, tuple(held[f"{name}.places"].tolist())) for name in ("words", "empty")
     )
-    return Seen(held["clean"], grid, words, silence, held["references"], tuple(grids))
+    return CachedExample(held["clean"], grid, words, empty, held["references"], tuple(grids))

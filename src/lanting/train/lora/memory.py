@@ -18,7 +18,7 @@ from lanting.engine.models import Models
 from lanting.nn.linears import LINEARS, PackedLinear
 from lanting.specs import Defaults
 from lanting.specs.sizes import reference_size
-from lanting.train.lora.examples import Example
+from lanting.train.lora.dataset import Example
 from lanting.train.lora.net import pattern_of
 from lanting.weights.build import Stored, store_transformer
 

@@ -35,7 +35,7 @@ TARGETS = {
 """Names for what is usually trained; anything else is a regular expression over the paths of Linears."""
 
 
-class Learner(nn.Module):
+class TrainableLora(nn.Module):
     """A frozen Linear and a LoRA that learns: y = W x + scale * up (down x); `up` begins at zero."""
 
     def __init__(self, base: nn.Module, down: Tensor, scale: float):
@@ -103,18 +103,18 @@ class LoraNet:
         self.net.requires_grad_(False)
         wanted = pattern_of(targets)
         generator = torch.Generator().manual_seed(seed)
-        self.learners: dict[str, Learner] = {}
+        self.loras: dict[str, TrainableLora] = {}
 
         def make(path: str, old: nn.Module) -> nn.Module | None:
             if not wanted.fullmatch(path):
                 return None
             inputs = int(old.in_features)  # type: ignore[call-overload]
             down = torch.randn(rank, inputs, generator=generator) / math.sqrt(inputs)
-            self.learners[path] = Learner(old, down.to(placed.device), self.scale)
-            return self.learners[path]
+            self.loras[path] = TrainableLora(old, down.to(placed.device), self.scale)
+            return self.loras[path]
 
         swap(self.net, LINEARS, make)
-        if not self.learners:
+        if not self.loras:
             raise RequestError(
                 "no Linear of this model is called {targets}: use one of {known}, or a pattern that fits some",
                 **{"targets": targets, "known": ", ".join(TARGETS)},
@@ -159,11 +159,11 @@ class LoraNet:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        return [p for learner in self.learners.values() for p in (learner.down, learner.up)]
+        return [p for learner in self.loras.values() for p in (learner.down, learner.up)]
 
     def factors(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         """(path, down (rank, in), up (out, rank) with the scale in it), on the CPU."""
-        for path, learner in self.learners.items():
+        for path, learner in self.loras.items():
             yield path, learner.down.detach().cpu(), (learner.up.detach() * self.scale).cpu()
 
 

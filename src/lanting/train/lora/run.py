@@ -26,8 +26,8 @@ from lanting.core.files import replace_file
 from lanting.engine.placement import Placed
 from lanting.flow.loop import Conditioning
 from lanting.flow.schedule import Schedule
-from lanting.train.lora.cache import Seen, load
-from lanting.train.lora.examples import batches
+from lanting.train.lora.cache import CachedExample, load
+from lanting.train.lora.dataset import batches
 from lanting.train.lora.net import LoraNet, padded
 
 PROBES, LEVELS = 8, (0.15, 0.4, 0.65, 0.9)  # examples asked again and again, and at which noise levels
@@ -41,7 +41,7 @@ class LoraRun:
     rank, alpha   of the LoRA; alpha over rank scales what it adds (None: 1)
     targets       see `net.TARGETS`
     lr, warmup    highest rate, reached after so many steps; from half the steps on it falls as a cosine to a tenth
-    silence       share of examples shown without their caption, so that guidance keeps working; 0 to 1
+    caption_dropout  share of examples shown without their caption, so that guidance keeps working; 0 to 1
     levels        "shift": in the middle, moved towards noise as the release's schedule moves them; "even": any alike
     probe_every, save_every   steps
     """
@@ -54,7 +54,7 @@ class LoraRun:
     accumulate: int = 1
     lr: float = 1e-4
     warmup: int = 20
-    silence: float = 0.05
+    caption_dropout: float = 0.05
     levels: str = "shift"
     probe_every: int = 50
     save_every: int = 100
@@ -117,8 +117,8 @@ class Trainer:
             number = self.step * run.accumulate + part
             draw = torch.Generator().manual_seed((run.seed << 32) + number)
             seen = [load(self.files[index]) for index in self.batch_at(number)]
-            quiet = (torch.rand(len(seen), generator=draw) < run.silence).tolist()
-            error = self.error(seen, self.noise_levels(seen, draw), draw, quiet)
+            dropped = (torch.rand(len(seen), generator=draw) < run.caption_dropout).tolist()
+            error = self.error(seen, self.noise_levels(seen, draw), draw, dropped)
             self.net.learn(error / run.accumulate)
             total += error.item() / run.accumulate
         norm = torch.nn.utils.clip_grad_norm_(self.net.parameters, 1.0)
@@ -135,7 +135,7 @@ class Trainer:
         self.step += 1
         return Report(self.step, total, rate, time.monotonic() - began)
 
-    def noise_levels(self, seen: Sequence[Seen], draw: torch.Generator) -> Tensor:
+    def noise_levels(self, seen: Sequence[CachedExample], draw: torch.Generator) -> Tensor:
         """(B,) in (0, 1)"""
         if self.run.levels == "even":
             return torch.rand(len(seen), generator=draw) * 0.998 + 0.001
@@ -143,15 +143,20 @@ class Trainer:
         shift = shift_of(self.schedule, seen[0].clean.shape[1])
         return shift * middle / (1 + (shift - 1) * middle)
 
-    def error(self, seen: Sequence[Seen], levels: Tensor, draw: torch.Generator, quiet: Sequence[bool]) -> Tensor:
-        """The mean squared error of the velocity; 0-d, with a gradient where one is wanted."""
+    def error(
+        self, seen: Sequence[CachedExample], levels: Tensor, draw: torch.Generator, dropped: Sequence[bool]
+    ) -> Tensor:
+        """The mean squared error of the velocity; 0-d, with a gradient where one is wanted. `dropped`: whose captions
+        are hidden."""
         device = self.placed.device
         clean = torch.cat([one.clean for one in seen]).float()  # (B, N, C)
         noise = torch.randn(clean.shape, generator=draw)
         mixed = torch.lerp(clean, noise, levels[:, None, None])
         dtype = seen[0].clean.dtype
         latents = torch.cat([mixed.to(dtype), torch.cat([one.references for one in seen])], 1).to(device)
-        asked = together([one.silence if mute else one.words for one, mute in zip(seen, quiet, strict=True)], device)
+        asked = together(
+            [one.empty if hidden else one.words for one, hidden in zip(seen, dropped, strict=True)], device
+        )
         grids = (seen[0].grid, *seen[0].grids)
         more: dict[str, Any] = {"places": asked.places} if asked.places else {}
         tokens = clean.shape[1]
@@ -193,7 +198,7 @@ class Trainer:
 
     def save(self, path: Path) -> None:
         state = {
-            "lora": {path: (one.down.detach(), one.up.detach()) for path, one in self.net.learners.items()},
+            "lora": {path: (one.down.detach(), one.up.detach()) for path, one in self.net.loras.items()},
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "kind": self.kind(),
@@ -216,14 +221,14 @@ class Trainer:
             )
         with torch.no_grad():
             for place, (down, up) in state["lora"].items():
-                self.net.learners[place].down.copy_(down)
-                self.net.learners[place].up.copy_(up)
+                self.net.loras[place].down.copy_(down)
+                self.net.loras[place].up.copy_(up)
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
         return True
 
 
-def kind_of(seen: Seen) -> Any:
+def kind_of(seen: CachedExample) -> Any:
     """What examples of one batch must have in common."""
     return seen.grid, seen.grids, seen.words.places
 

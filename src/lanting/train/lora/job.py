@@ -22,7 +22,7 @@ from lanting.flow.loop import Canvas, denoise
 from lanting.specs import settle
 from lanting.tasks import TASKS
 from lanting.train.lora.cache import prepare
-from lanting.train.lora.examples import Example
+from lanting.train.lora.dataset import Example
 from lanting.train.lora.memory import Need, blocks_of, bytes_of, choose, free_on, stored, tokens_of
 from lanting.train.lora.run import LoraRun, Report, Trainer, export
 from lanting.train.precision import FULL, product_dtype
@@ -33,8 +33,8 @@ SPARE = 0.95  # of what is free may be planned with
 
 
 @dataclass(frozen=True)
-class Lesson:
-    """What to teach whom, and where the result goes.
+class LoraJob:
+    """What is trained on what, and where the result goes.
 
     quant     "auto", "none", "int8", "fp8" or "int4": what the frozen weights are packed as
     vram, ram budgets as "12G" or bytes; None: what is free
@@ -60,36 +60,36 @@ class Lesson:
 
 
 @dataclass
-class School:
-    """A lesson's models, opened; `need` says what training will take before anything is read.
+class LoraTraining:
+    """A job's models, opened; `need` says what training will take before anything is read.
 
     Raises LantingError where the model can't be opened or nothing fits.
     """
 
-    lesson: Lesson
+    job: LoraJob
     models: Models = field(init=False)
     need: Need = field(init=False)
 
     def __post_init__(self) -> None:
-        own, folder = self.lesson, self.lesson.folder
+        own, folder = self.job, self.job.folder
         if folder.spec.lora:
             raise RequestError(
                 "{name} is {base} with a LoRA for few steps: train on {base}, and draw with both",
                 **{"name": folder.spec.name, "base": folder.spec.repo},
             )
         small = folder.checkpoint("transformer").bytes() < SMALL
-        fit: Any = {"vram": own.vram, "ram": own.ram}
-        plan = None if small else planned(folder, fit, (), device=own.device, quant="auto")
-        place = own.device or (plan.device if plan is not None else None)
-        self.models = Models(folder, own.device, own.dtype or usual_dtype(place), plan=plan)
-        device = self.models.device
+        device = choose_device(own.device)
         given = in_bytes(own.vram if device.type == "cuda" else own.ram)
+        budget = given or int(SPARE * free_on(device))
+        fit: Any = {"vram": budget, "ram": own.ram} if device.type == "cuda" else {"ram": budget}
+        plan = None if small else planned(folder, fit, (), device=own.device, quant="auto")  # of those who see examples
+        self.models = Models(folder, own.device, own.dtype or usual_dtype(device), plan=plan)
         tokens = own.run.batch * max(tokens_of(one, self.models.spec.defaults) for one in own.examples)
-        self.need = choose(self.models, own.quant, given or int(SPARE * free_on(device)), tokens, own.run)
+        self.need = choose(self.models, own.quant, budget, tokens, own.run)
 
-    def teach(self, tell: Callable[[int, int], None]) -> Iterator[Report]:
+    def run(self, tell: Callable[[int, int], None]) -> Iterator[Report]:
         """The run; `tell(done, all)` while examples are prepared. What is there of an earlier run is used."""
-        own, models = self.lesson, self.models
+        own, models = self.job, self.models
         own.out.parent.mkdir(parents=True, exist_ok=True)
         files = prepare(models, own.examples, own.out.with_suffix(".cache"), tell)
         canvases = [self.canvas(prompt) for prompt in own.samples]
@@ -118,7 +118,7 @@ class School:
 
     def notes(self) -> dict[str, str]:
         """What the file says of itself."""
-        own = self.lesson
+        own = self.job
         told = {"base": own.folder.name, "trained_steps": own.run.steps, "examples": len(own.examples)}
         told |= {"trigger": own.trigger} if own.trigger else {}
         return {f"lanting.{name}": str(value) for name, value in told.items()}
@@ -126,10 +126,10 @@ class School:
     # ---------------------------------------------------------------- samples
     def canvas(self, prompt: str) -> Canvas:
         """A drawing that is ready to begin: of an edit, of the first example's references."""
-        first = self.lesson.examples[0]
+        first = self.job.examples[0]
         images = tuple(open_picture(path) for path in first.references)
         task = "edit" if images else "text_to_image"
-        request = Request(prompt, task=task, images=images, seed=self.lesson.run.seed, size=first.size)
+        request = Request(prompt, task=task, images=images, seed=self.job.run.seed, size=first.size)
         if images:
             self.models.see_pictures()
         settled = settle(request, self.models.spec)
@@ -137,7 +137,7 @@ class School:
 
     def draw(self, trainer: Trainer, canvases: Sequence[Canvas], step: int) -> None:
         """Into FOLDER/step-N-i.png; a disk that is full must not end a training that goes well."""
-        folder = self.lesson.out.with_suffix(".samples")
+        folder = self.job.out.with_suffix(".samples")
         for number, canvas in enumerate(canvases, 1):
             *_, last = denoise(trainer.net.net, canvas)
             with suppress(OSError):
@@ -146,6 +146,6 @@ class School:
                     save_picture(image, Place(folder / f"step-{step:05}-{number}.png", given=True, force=True))
 
 
-def usual_dtype(device: str | None) -> str | None:
+def usual_dtype(device: torch.device) -> str | None:
     """Of the transformer, where nobody said: float32 on a CPU that only imitates bfloat16. The rest as in drawing."""
-    return "transformer=float32" if product_dtype(choose_device(device)) == FULL else None
+    return "transformer=float32" if product_dtype(device) == FULL else None

@@ -17,10 +17,10 @@ from peft import LoraConfig
 
 from lanting.nn.mmdit import QwenImageTransformer
 from lanting.specs import get_spec
-from lanting.train.lora.examples import Wish, read_folder
+from lanting.train.lora.dataset import DatasetOptions, read_folder
+from lanting.train.lora.job import LoraJob, LoraTraining
 from lanting.train.lora.net import LoraNet
 from lanting.train.lora.run import LoraRun, export
-from lanting.train.lora.teach import Lesson, School
 from lanting.weights.find import locate
 
 RANK, ALPHA = 3, 6.0
@@ -33,7 +33,7 @@ def learning(theirs: Any) -> LoraNet:
     net: QwenImageTransformer = tiny.our_transformer(theirs)
     made = LoraNet(SimpleNamespace(net=net, device=torch.device("cpu"), streamer=None), RANK, ALPHA, "attention", 0)
     draw = torch.Generator().manual_seed(1)
-    for one in made.learners.values():
+    for one in made.loras.values():
         one.up.data = torch.randn(one.up.shape, generator=draw) * 0.2
     return made
 
@@ -55,9 +55,9 @@ def test_gradients_are_those_of_peft(release):
     ours.learn(loss)
 
     theirs.add_adapter(LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=[rf"attn.{name}" for name in LINEARS]))
-    halves = {path: theirs.get_submodule(path) for path in ours.learners}
+    halves = {path: theirs.get_submodule(path) for path in ours.loras}
     with torch.no_grad():
-        for path, one in ours.learners.items():
+        for path, one in ours.loras.items():
             halves[path].lora_A["default"].weight.copy_(one.down)
             halves[path].lora_B["default"].weight.copy_(one.up)
     found = theirs(
@@ -74,10 +74,10 @@ def test_gradients_are_those_of_peft(release):
     for name, theirs_name in (("down", "lora_A"), ("up", "lora_B")):
         pairs = [
             (getattr(one, name).grad, getattr(halves[path], theirs_name)["default"].weight.grad)
-            for path, one in ours.learners.items()
+            for path, one in ours.loras.items()
         ]
         pairs = [(a, b) for a, b in pairs if b is not None]
-        assert len(pairs) > 0.8 * len(ours.learners)
+        assert len(pairs) > 0.8 * len(ours.loras)
         largest = max(b.abs().max() for _, b in pairs)
         assert all((a - b).abs().max() <= 1e-5 * largest for a, b in pairs), name
 
@@ -115,8 +115,8 @@ def test_one_stream_learns_too(tmp_path):
         tiny.picture(64, 64, seed=i + 5).save(data / "references" / f"{i}.png")
     found = locate(str(model))
     assert found.spec.name == get_spec("qwen-image-2.1").name
-    examples = read_folder(data, Wish(caption="make it so"), found.spec.defaults)
+    examples = read_folder(data, DatasetOptions(caption="make it so"), found.spec.defaults)
     run = LoraRun(steps=6, rank=4, batch=2, lr=1e-2, warmup=1, probe_every=3, targets="all")
-    lesson = Lesson(found, examples, tmp_path / "one.safetensors", run, device="cpu", dtype="float32")
-    probes = [r.probe for r in School(lesson).teach(lambda done, count: None) if r.probe is not None]
+    job = LoraJob(found, examples, tmp_path / "one.safetensors", run, device="cpu", dtype="float32")
+    probes = [r.probe for r in LoraTraining(job).run(lambda done, count: None) if r.probe is not None]
     assert len(probes) == 3 and probes[-1] < 0.98 * probes[0]

@@ -42,7 +42,7 @@ class Example:
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
+class DatasetOptions:
     """What a person may say about all examples.
 
     trigger   a word that every caption begins with, unless it has it anywhere
@@ -55,7 +55,7 @@ class Wish:
     side: int | None = None
 
 
-def read_folder(folder: Path, wish: Wish, own: Defaults) -> list[Example]:
+def read_folder(folder: Path, options: DatasetOptions, own: Defaults) -> list[Example]:
     """All examples, by file name. Raises RequestError in one sentence for whatever can't be trained with."""
     if not folder.is_dir():
         raise RequestError("{folder} is no folder: give one with pictures and their captions", folder=folder)
@@ -65,7 +65,7 @@ def read_folder(folder: Path, wish: Wish, own: Defaults) -> list[Example]:
             "{folder} holds no pictures: put PNG, JPEG or WebP files there, each with its caption in a .txt beside it",
             folder=folder,
         )
-    examples = [example(picture, caption, references, wish, own) for picture, caption, references in rows]
+    examples = [example(picture, caption, references, options, own) for picture, caption, references in rows]
     counts = {len(one.references) for one in examples}
     if len(counts) > 1:
         odd = next(one for one in examples if not one.references) if 0 in counts else examples[0]
@@ -132,21 +132,23 @@ def read_caption(path: Path) -> str:
         raise RequestError("{path} can't be read: save it as UTF-8 text", path=path) from None
 
 
-def example(picture: Path, caption: str | None, references: tuple[Path, ...], wish: Wish, own: Defaults) -> Example:
+def example(
+    picture: Path, caption: str | None, references: tuple[Path, ...], options: DatasetOptions, own: Defaults
+) -> Example:
     """A row, its pictures opened once to see that they can be. Raises RequestError or PictureError."""
-    words = caption or wish.caption
-    if words is None and not wish.trigger:
+    words = caption or options.caption
+    if words is None and not options.trigger:
         raise RequestError(
             "{picture} has no caption: write one to {file}, or give one for all with --caption",
             **{"picture": picture.name, "file": picture.with_suffix(".txt").name},
         )
     words = words or ""
-    if wish.trigger and wish.trigger not in words:
-        words = f"{wish.trigger}, {words}" if words else wish.trigger
+    if options.trigger and options.trigger not in words:
+        words = f"{options.trigger}, {words}" if words else options.trigger
     seen = open_picture(picture)
     for reference in references:
         open_picture(reference)
-    return Example(picture, words, size_for(seen.size, wish.side, own), references)
+    return Example(picture, words, size_for(seen.size, options.side, own), references)
 
 
 def size_for(size: Size, side: int | None, own: Defaults) -> Size:

@@ -1,4 +1,4 @@
-"""The part `teach` of `benchmarks/gpu.py`: an update of a LoRA on the full geometry, weights in 16 bits and packed.
+"""The part `lora` of `benchmarks/gpu.py`: an update of a LoRA on the full geometry, weights in 16 bits and packed.
 
 Random weights, one picture of 1024 x 1024, 128 tokens of text, rank 16 in the blocks' attention and feed-forward,
 AdamW. Frozen weights have no gradients, so an update's products are those of three passes: forward, the same again, and
@@ -40,18 +40,18 @@ def packed(net: QwenImageTransformer, kind: str) -> QwenImageTransformer:
     return net
 
 
-def teach(bench: Bench, found: dict[str, Any]) -> None:
+def lora(bench: Bench, found: dict[str, Any]) -> None:
     """Milliseconds an update, percent of the limit, gigabytes, by kind of weights."""
     for kind in KINDS:
         try:
-            found["bf16" if kind == "none" else kind] = taught(bench, kind)
+            found["bf16" if kind == "none" else kind] = trained(bench, kind)
         except Exception as error:
             found[kind] = f"{type(error).__name__}: {str(error)[:300]}"
         if bench.device.type == "cuda":
             torch.cuda.empty_cache()
 
 
-def taught(bench: Bench, kind: str) -> dict[str, float]:
+def trained(bench: Bench, kind: str) -> dict[str, float]:
     """One kind."""
     net = packed(network(bench), kind)
     config, side = net.config, 4 if bench.asked.dry_run else 64
