@@ -239,6 +239,7 @@ def test_the_probe_falls_and_a_run_that_was_cut_ends_alike(folder, tmp_path):
     assert trained(cut) == [], "a run that is done has nothing to do"
     with pytest.raises(ModelError, match="another rank"):
         trained(job(folder, data, cut.out, replace(QUICK, rank=5)))
+    assert [report.step for report in trained(replace(cut, run=replace(QUICK, steps=9)))] == [9]
     cut.checkpoint.write_bytes(b"no checkpoint")
     with pytest.raises(ModelError, match="can't be read"):
         trained(cut)

@@ -118,6 +118,8 @@ class Trainer:
             draw = torch.Generator().manual_seed((run.seed << 32) + number)
             seen = [load(self.files[index]) for index in self.batch_at(number)]
             dropped = (torch.rand(len(seen), generator=draw) < run.caption_dropout).tolist()
+            if seen[0].words.places:  # all rows of a batch have their references behind as many words
+                dropped = [dropped[0]] * len(seen)
             error = self.error(seen, self.noise_levels(seen, draw), draw, dropped)
             self.net.learn(error / run.accumulate)
             total += error.item() / run.accumulate
@@ -193,7 +195,8 @@ class Trainer:
     def kind(self) -> dict[str, Any]:
         """What two runs must have in common."""
         own = asdict(self.run)
-        del own["save_every"], own["probe_every"]
+        for name in ("save_every", "probe_every", "steps"):  # more steps may be wanted than at first
+            del own[name]
         return {**own, **self.same, "examples": [path.stem for path in self.files]}
 
     def save(self, path: Path) -> None:
