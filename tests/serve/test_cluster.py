@@ -29,7 +29,9 @@ from lanting.cli.main import main
 from lanting.cluster import join as joining
 from lanting.cluster.hand import check_version, reason_of, refusal
 from lanting.cluster.join import cards, elsewhere, share
+from lanting.cluster.outpost import budgeted, part_of
 from lanting.cluster.parcels import fresh_folder, packed, reported, unpacked
+from lanting.plan import Machine
 from lanting.serve.errors import ClusterError
 from lanting.serve.files import OUTCOME, adopt
 from lanting.serve.settings import Served
@@ -38,13 +40,13 @@ NANO = {"opener": "lanting.serve.worker:open_engine", "options": {"device": "cpu
 RAY = {"RAY_AUTH_MODE": "token", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
 
-def outposts() -> set[int]:
-    """Processes of workers, of all servers."""
+def outposts(own: Server) -> set[int]:
+    """Processes of workers in the cluster that a server started, of all servers."""
     found = set()
-    for folder in Path("/proc").glob("[0-9]*"):
+    for process in family(own.process.pid):
         with suppress(OSError):
-            if (folder / "cmdline").read_bytes().startswith(b"ray::Outpost"):
-                found.add(int(folder.name))
+            if Path(f"/proc/{process}/cmdline").read_bytes().startswith(b"ray::Outpost"):
+                found.add(process)
     return found
 
 
@@ -83,7 +85,7 @@ def nano(tmp_path_factory) -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def first(nano) -> set[int]:
     """The process of nano's worker."""
-    return outposts()
+    return outposts(nano)
 
 
 @pytest.fixture(scope="module")
@@ -178,11 +180,11 @@ def test_errors_are_told_as_ever(three):
 
 
 # -------------------------------------------------------------------- deaths
-def test_the_jobs_of_killed_workers_go_on_from_their_checkpoints(first, three):
+def test_the_jobs_of_killed_workers_go_on_from_their_checkpoints(nano, first, three):
     jobs = [three.submit("slow", steps=30, seed=seed)["id"] for seed in range(2)]
     wait_for(lambda: all(begun(three, job, 5) for job in jobs))
-    assert len(outposts()) == 3
-    for one in outposts() - first:
+    assert len(outposts(nano)) == 3
+    for one in outposts(nano) - first:
         os.kill(one, signal.SIGKILL)
     for job in jobs:
         told = list(events(three, job))
@@ -209,7 +211,7 @@ def test_room_that_comes_is_used(other, three):
     assert {three.ended(job)["state"] for job in jobs} == {"done"}
 
 
-def test_stopping_puts_aside_and_gives_room_back(first, three):
+def test_stopping_puts_aside_and_gives_room_back(nano, first, three):
     """What is drawn comes home as a checkpoint. It is the second server's last test."""
     job = three.submit("slow", steps=100)["id"]
     wait_for(lambda: begun(three, job, 3))
@@ -220,7 +222,7 @@ def test_stopping_puts_aside_and_gives_room_back(first, three):
     assert states[job] == "waiting" and set(states.values()) <= {"waiting", "done", "failed", "cancelled"}
     assert set(ends_of(three.folder).values()) == {1}
     assert (three.folder / "data" / "checkpoints" / job).is_file()
-    wait_for(lambda: outposts() == first, 10)
+    wait_for(lambda: outposts(nano) == first, 10)
 
 
 # -------------------------------------------------------------------- who may come
@@ -272,6 +274,26 @@ def test_what_a_worker_takes():
     ]
     assert [cards({"device": d}, True) for d in (None, "cpu", "cuda", "cuda:3", "cuda:0,cuda:1")] == [1, 0, 1, 1, 2]
     assert cards({}, False) == 0
+
+
+def test_a_worker_plans_for_its_part_of_a_machine(monkeypatch):
+    has = {"CPU": 64.0, "GPU": 8.0}
+    assert [part_of(takes, has) for takes in ({"CPU": 16.0}, {"CPU": 1.0, "GPU": 2.0}, {"CPU": 64.0})] == [
+        0.25,
+        0.25,
+        1,
+    ]
+    assert part_of({"CPU": 4.0}, {}) == 1
+    monkeypatch.setattr("lanting.plan.detect", lambda: Machine(1000, 800, 4, ()))
+    assert budgeted("m", {"device": "cpu"}, 0.5) == {"device": "cpu", "ram": 450}
+    assert budgeted("m", {}, 0.95)["ram"] == 800  # no more than is free
+    for model, options, part in (
+        ("m", {}, 1),
+        ("nano", {}, 0.5),
+        ("m", {"ram": "9G"}, 0.5),
+        ("m", {"vram": "9G"}, 0.5),
+    ):
+        assert budgeted(model, options, part) == options
 
 
 def test_models_and_devices_as_other_machines_know_them(tmp_path, monkeypatch):

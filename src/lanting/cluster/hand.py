@@ -76,7 +76,8 @@ class RayHand(Hand):
         try:
             self.group = self.group or await asyncio.to_thread(reserve, self.needs)
             self.actor = await asyncio.to_thread(hire, self.group, self.needs)
-            first = await asyncio.to_thread(self.actor.open.remote, json.dumps(self.opening), self.needs.threads)
+            how = (json.dumps(self.opening), self.needs.bundle, self.needs.threads)
+            first = await asyncio.to_thread(self.actor.open.remote, *how)
             self.where = await self.placed(first)
             check_version(self.where)
         except Exception as error:  # Ray's own, of which there are many

@@ -14,11 +14,14 @@ import shutil
 import socket
 import threading
 import traceback
+from collections.abc import Mapping
 from typing import Any
 
 from lanting.cluster.parcels import Parcel, fresh_folder, reported, unpacked
 from lanting.serve.staff import THREADS
 from lanting.serve.worker import Bench, work
+
+USABLE = 0.9  # of a machine's memory; the rest is the system's
 
 
 class Outpost:
@@ -30,16 +33,19 @@ class Outpost:
         self.loop: asyncio.AbstractEventLoop | None = None
         self.bench = Bench(None, self.say, 0)
 
-    async def open(self, opening: str, threads: int) -> dict[str, str]:
-        """Begin to open the engine, with so many threads (0: this one's part of the machine); where that is."""
+    async def open(self, opening: str, takes: Mapping[str, float], threads: int) -> dict[str, str]:
+        """Begin to open the engine, which has so much of this machine, with so many threads (0: its part of them).
+        Where it is."""
         from lanting import __version__
 
         self.loop = asyncio.get_running_loop()
-        order, node = json.loads(opening), here()
-        os.environ[THREADS] = str(threads or node["threads"])  # Ray has set it to 1 where nobody did
+        order, (node, has) = json.loads(opening), here()
+        part = part_of(takes, has)
+        os.environ[THREADS] = str(threads or max(int(has.get("CPU", 1) * part), 1))  # Ray's own choice is 1
+        order["options"] = await asyncio.to_thread(budgeted, order["model"], order["options"], part)
         self.bench.every = order["every"]
         threading.Thread(target=self.run, args=(order,), daemon=True).start()
-        return {"host": socket.gethostname(), "node": node["id"], "version": __version__}
+        return {"host": socket.gethostname(), "node": node, "version": __version__}
 
     async def put(self, parcel: Parcel) -> None:
         """An order."""
@@ -75,10 +81,26 @@ class Outpost:
         self.loop.call_soon_threadsafe(self.words.put_nowait, reported(line, self.folder))
 
 
-def here() -> dict[str, Any]:
-    """This machine as the cluster knows it: its id, and the threads there are for each of its GPUs."""
+def here() -> tuple[str, Mapping[str, float]]:
+    """This machine's id in the cluster, and what it has."""
     import ray
 
     id_ = ray.get_runtime_context().get_node_id()
-    has = next((node["Resources"] for node in ray.nodes() if node["NodeID"] == id_), {})
-    return {"id": id_, "threads": max(int(has.get("CPU", 1) // max(has.get("GPU", 1), 1)), 1)}
+    return id_, next((node["Resources"] for node in ray.nodes() if node["NodeID"] == id_), {})
+
+
+def part_of(takes: Mapping[str, float], has: Mapping[str, float]) -> float:
+    """Which part of a machine a worker has, by its GPUs, without any by its CPUs."""
+    kind = "GPU" if takes.get("GPU") else "CPU"
+    return min(takes.get(kind, 1.0) / max(has.get(kind, 1.0), 1.0), 1.0)
+
+
+def budgeted(model: str, options: Mapping[str, Any], part: float) -> dict[str, Any]:
+    """With its part of the main memory, where others draw beside it and nobody gave budgets. nano fits everywhere."""
+    if part == 1 or model == "nano" or {"vram", "ram"} & set(options):
+        return dict(options)
+    from lanting.plan import detect
+
+    machine = detect()
+    budget = min(int(machine.ram * part * USABLE), machine.ram_free)
+    return {**options, **({"ram": budget} if budget else {})}
