@@ -5,6 +5,7 @@ Devices are threads here, each with a network of its own and real groups of Gloo
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,13 +14,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 import nets
 from lanting.attach.compute import attach_kernels
 from lanting.attach.modulation import ModulationTable
 from lanting.attach.parallel import Exchange, Seat, Shared, shares
-from lanting.attach.parallel_group import Group, GroupError
+from lanting.attach.parallel_group import ENDS, Group, GroupError
 from lanting.kernels.library import ready
 
 CPU = torch.device("cpu")
@@ -172,6 +174,36 @@ def test_an_exchange_moves_every_dtype(tmp_path, dtype):
         for other, part in enumerate(parts):
             assert part.dtype == dtype and part.shape == (other + 1, rank + 1)
             assert bool((part == 10 * other + rank).all())
+
+
+class Stand:
+    """NCCL's group as far as it is used here, made of Gloo's: how NCCL itself behaves is not told by it."""
+
+    class Options:
+        pass
+
+    def __init__(self, store: Any, rank: int, size: int, options: Any):
+        assert options.global_ranks_in_group == [0, 1]
+        self.group: Any = dist.ProcessGroupGloo(store, rank, size, options._timeout)
+
+    def alltoall_base(self, *given: Any) -> Any:
+        return self.group.alltoall_base(*given)
+
+
+def test_gpus_meet_by_nccl_whose_failures_end_no_process(tmp_path, monkeypatch):
+    monkeypatch.delenv(ENDS, raising=False)
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", Stand, raising=False)
+
+    def work(rank: int) -> list[float]:
+        group = Group(str(tmp_path / "meet"), rank, 2, torch.device("cuda", rank), 20)
+        assert group.nccl and isinstance(group.group, Stand)
+        group.abort()  # of what has none: nothing
+        return [float(part) for part in group([torch.tensor([rank + 0.5])] * 2, [(1,), (1,)])]
+
+    with ThreadPoolExecutor(2) as pool:
+        assert [one.result(60) for one in [pool.submit(work, rank) for rank in range(2)]] == [[0.5, 1.5]] * 2
+    assert os.environ[ENDS] == "2"
 
 
 def test_who_leaves_is_noticed_and_who_stays_away_is_not_waited_for(tmp_path):

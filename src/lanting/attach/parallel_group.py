@@ -51,9 +51,10 @@ class Group:
 
     def _nccl(self, store: Any, patience: timedelta) -> Any:
         os.environ.setdefault(ENDS, "2")
-        options = dist.ProcessGroupNCCL.Options()
-        options._timeout = patience
-        return dist.ProcessGroupNCCL(store, self.rank, self.size, options)
+        nccl: Any = dist.ProcessGroupNCCL
+        options = nccl.Options()
+        options._timeout, options.global_ranks_in_group = patience, list(range(self.size))
+        return nccl(store, self.rank, self.size, options)
 
     def __call__(self, parts: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> list[Tensor]:
         """See `attach.parallel.Swap`. As bytes, which every version of both libraries moves."""
