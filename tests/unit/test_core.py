@@ -286,9 +286,9 @@ def test_languages(monkeypatch):
 def sentences() -> set[str]:
     """Every constant sentence that a person may read."""
     found: set[str] = set()
-    errors = {e.__name__ for e in LantingError.__subclasses__()} | {"RefusalError"}
+    errors = {e.__name__ for e in LantingError.__subclasses__()} | {"RefusalError", "MissingJudgeError"}
     errors |= {error.__name__ for error in ServeError.__subclasses__()}
-    for room in ("core", "specs", "plan", "weights", "attach", "engine", "bench", "serve", "cluster", "train", "cli"):
+    for room in ("core", "specs", "plan", "weights", "attach", "engine", "bench", "serve", "cluster", "train", "evals", "cli"):
         for path in (Path(lanting.__file__).parent / room).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 if not (isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant)):

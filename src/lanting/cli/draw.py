@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from lanting.cli.fit import Limits, fit
 from lanting.cli.lora import tell_wishes
+from lanting.cli.read_back import as_json, check, places_of, read_back, tell
 from lanting.cli.screen import Screen
 from lanting.core.files import replace_file
 from lanting.core.quality import REUSED, computed
@@ -26,6 +27,7 @@ from lanting.specs import parse_size, settle
 
 if TYPE_CHECKING:
     from lanting.engine import Engine
+    from lanting.evals.tries import Reading
 
 STARTED = time.perf_counter()
 NO_LIMITS = Limits()
@@ -62,6 +64,7 @@ class Wish:
     loras: tuple[str, ...] = ()  # FILE[:STRENGTH]
     weights: Weights = Weights()
     limits: Limits = NO_LIMITS
+    tries: int = 1  # seeds that may be drawn with until the quoted words are read
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +74,7 @@ class Drawn:
     paths: tuple[Path, ...]
     result: Result
     request: Request
+    readings: tuple[Reading, ...] = ()  # what is read in each picture, where somebody wants to know
 
     @property
     def each(self) -> int:
@@ -108,22 +112,33 @@ def draw(request: Request, wish: Wish, screen: Screen) -> Drawn:
         settled = settle(replace(request, size=size), engine.spec)
         tell_wishes(engine.loras, settled, screen, engine.spec.lora)
         places = _places(settled, wish)
-        screen.begin(f"{engine.spec.name} · {_cross(settled.size)} · {_steps(settled)}")
-        preview = _previewer(places[0].path, screen) if wish.preview else None
-        done = False
-        try:
-            result = _follow(engine, settled, screen, preview)
-            done = True
-        finally:
-            screen.end(done)
-            if preview:
-                _preview_path(places[0].path).unlink(missing_ok=True)
+        check(settled, wish.tries)
+        result, readings = _drawn(engine, settled, wish, places[0].path, screen)
+        if readings:
+            places = places_of(result, wish.output, wish.title, wish.force)
         paths = save_all(result.images, places, result.recipes)
     finally:
         engine.close()
-    drawn = Drawn(paths, result, settled)
+    drawn = Drawn(paths, result, settled, readings)
     _report(drawn, screen)
     return drawn
+
+
+def _drawn(
+    engine: Engine, request: Request, wish: Wish, path: Path, screen: Screen
+) -> tuple[Result, tuple[Reading, ...]]:
+    """The engine's work under a bar, and what is read in the pictures."""
+    screen.begin(f"{engine.spec.name} · {_cross(request.size)} · {_steps(request)}")
+    preview = _previewer(path, screen) if wish.preview else None
+    done = False
+    try:
+        found = read_back(request, wish.tries, lambda one: _follow(engine, one, screen, preview))
+        done = True
+    finally:
+        screen.end(done)
+        if preview:
+            _preview_path(path).unlink(missing_ok=True)
+    return found
 
 
 def _follow(engine: Engine, request: Request, screen: Screen, preview: Callable[[Progress], None] | None) -> Result:
@@ -179,6 +194,7 @@ def _report(drawn: Drawn, screen: Screen) -> None:
         shown = f'   "{words[:57]}..."' if len(words) > 60 else f'   "{words}"' if words else ""
         screen.line("{path}{prompt}   seed {seed}", path=path, prompt=shown, seed=recipe.request["seed"])
     _tell_choices(drawn, screen)
+    tell(drawn.readings, drawn.paths, screen)
     phases = ", ".join(f"{name} {spent:.1f} s" for name, spent in seconds.items())
     screen.line("read, drawn and saved in {seconds:.1f} s ({phases})", seconds=total, phases=phases)
     screen.line("again: lanting replay {path}", path=_quoted(str(drawn.paths[0])))
@@ -210,6 +226,7 @@ def _as_json(drawn: Drawn, total: float) -> dict[str, Any]:
         | several
         for path, image, recipe in zip(drawn.paths, drawn.result.images[:: drawn.each], drawn.recipes, strict=True)
     ]
+    files = [one | as_json(each) for one, each in zip(files, drawn.readings, strict=True)] if drawn.readings else files
     seconds = {name: round(spent, 3) for name, spent in drawn.result.seconds.items()} | {"total": round(total, 3)}
     return {
         "files": files,

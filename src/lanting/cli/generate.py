@@ -26,6 +26,7 @@ def generate(
     negative: o.Negative = None,
     seed: o.Seed = None,
     count: o.Count = 1,
+    tries: o.Tries = 1,
     lora: o.Lora = None,
     controlnet: o.ControlNet = None,
     control: o.Control = None,
@@ -54,7 +55,7 @@ def generate(
     loras = tuple(lora or ())
     weights = Weights(quant, text_encoder, vae)
     wish = Wish(model, size, device, dtype, output, force, preview, controlnet=controlnet, loras=loras, weights=weights)
-    wish = replace(wish, limits=Limits(vram, ram))
+    wish = replace(wish, limits=Limits(vram, ram), tries=tries)
     screen = Screen(quiet, json)
     draw(request, wish, screen)
     if model == "nano":

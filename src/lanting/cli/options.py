@@ -78,6 +78,14 @@ Keep = Annotated[
     bool | None,
     typer.Option("--keep/--no-keep", help="Edits take what they leave alone from the picture. Default: nano's do."),
 ]
+Tries = Annotated[
+    int,
+    typer.Option(
+        "--tries",
+        help="Read the quoted words back, and draw with up to so many seeds until they are right (needs "
+        "lanting[eval]).",
+    ),
+]
 Strength = Annotated[
     float | None,
     typer.Option("--strength", help="How far from the picture, above 0 to 1 (variations and repainting)."),
