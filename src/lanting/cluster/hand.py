@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lanting.cluster.parcels import Blobs, packed
+from lanting.cluster.parcels import OVER, Blobs, packed
 from lanting.core.files import replace_file
 from lanting.core.lang import explain
 from lanting.serve.errors import ClusterError, words_of
@@ -32,7 +32,7 @@ from lanting.serve.settings import Settings
 from lanting.serve.staff import Post
 
 SOON = 1.0  # seconds within which a cluster that has room has reserved it
-LOOK = 0.3  # seconds between looks whether there is room
+LOOK, LONGEST_LOOK = 0.3, 3.0  # seconds between looks whether there is room
 TIDY = 0.5  # seconds that a worker has to drop its files
 FIND_OUT = 2.0  # seconds within which a cluster knows that a process died
 logger = logging.getLogger("lanting.serve")
@@ -93,10 +93,11 @@ class RayHand(Hand):
 
     async def placed(self, first: Any) -> Mapping[str, str]:
         """Wait until the cluster has room and the worker answers from there."""
-        began, answer = time.monotonic(), asyncio.wrap_future(first.future())
+        began, look, answer = time.monotonic(), LOOK, asyncio.wrap_future(first.future())
         answer.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may be left to hear it
         try:
-            while not (await asyncio.wait({answer}, timeout=LOOK))[0]:
+            while not (await asyncio.wait({answer}, timeout=look))[0]:
+                look = min(look * 2, LONGEST_LOOK)  # it is only to be told: the answer comes by itself
                 there = await asyncio.to_thread(reserved, self.group)
                 if not there and not self.waits and time.monotonic() - began > SOON:
                     self.refused = None
@@ -170,9 +171,12 @@ class RayHand(Hand):
 
     def take_in(self, said: Mapping[str, Any], blobs: Blobs) -> Mapping[str, Any] | None:
         """Write what came along; what is to be told then. In a thread."""
-        results, checkpoint = self.results.get(said.get("job", ""), (None, None))
+        job = said.get("job", "")
+        results, checkpoint = (self.results.pop if said["is"] in OVER else self.results.get)(job, (None, None))
         if said["is"] == "dead":  # its thread ended; the process is of no use
             logger.error("worker failed", extra={"model": self.post.served.name, "trace": said["trace"]})
+        elif said["is"] in (*OVER, "checkpoint") and (results is None or checkpoint is None):
+            return None  # of nobody's
         elif said["is"] == "checkpoint" and checkpoint is not None:
             try:
                 replace_file(checkpoint, lambda part: part.write_bytes(blobs["checkpoint"]))

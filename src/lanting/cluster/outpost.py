@@ -31,7 +31,7 @@ class Outpost:
         self.folder = fresh_folder("worker")
         self.words: asyncio.Queue[Parcel] = asyncio.Queue()
         self.loop: asyncio.AbstractEventLoop | None = None
-        self.bench = Bench(None, self.say, 0)
+        self.bench = Bench(None, self.say, 0, keeps=False)
 
     async def open(self, opening: str, takes: Mapping[str, float], threads: int) -> dict[str, str]:
         """Begin to open the engine, which has so much of this machine, with so many threads (0: its part of them).

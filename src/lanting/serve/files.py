@@ -134,15 +134,16 @@ class Files:
         return shutil.disk_usage(self.root).free
 
 
-def publish(result: Result, target: Path) -> dict[str, Any]:
-    """Write a result as the folder `target`, all of it or nothing; its outcome. One that is there stays."""
-    with whole(target) as part:
+def publish(result: Result, target: Path, wait: bool = True) -> dict[str, Any]:
+    """Write a result as the folder `target`, all of it or nothing; its outcome. One that is there stays.
+
+    wait  until it is on the disk, where it is to outlive the machine's power
+    """
+    with whole(target, wait) as part:
         for index, (image, recipe) in enumerate(zip(result.images, result.recipes, strict=True)):
-            sync(save_picture(image, part / f"{index}.png", recipe))
+            save_picture(image, part / f"{index}.png", recipe)
         outcome = describe(result)
-        path = part / OUTCOME
-        path.write_text(json.dumps(outcome, ensure_ascii=False), encoding="utf-8")
-        sync(path)
+        (part / OUTCOME).write_text(json.dumps(outcome, ensure_ascii=False), encoding="utf-8")
     return outcome
 
 
@@ -155,20 +156,21 @@ def adopt(files: Mapping[str, bytes], target: Path) -> None:
     with whole(target) as part:
         for name, data in files.items():
             (part / name).write_bytes(data)
-            sync(part / name)
 
 
 @contextmanager
-def whole(target: Path) -> Generator[Path]:
+def whole(target: Path, wait: bool = True) -> Generator[Path]:
     """A folder to fill beside `target`, which gets its name when the block ends well. One that is there stays."""
     part = target.with_name(f".{target.name}-{secrets.token_hex(4)}")
     part.mkdir(mode=0o700)
     try:
         yield part
-        sync(part)
+        for path in (*part.iterdir(), part) if wait else ():
+            sync(path)
         if not (target / OUTCOME).exists():
             os.rename(part, target)
-            sync(target.parent)
+            if wait:
+                sync(target.parent)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

@@ -65,6 +65,7 @@ class Bench:
     engine: Any
     say: Callable[[str], object]  # a line to the server
     every: int
+    keeps: bool = True  # results stay where they are written
     names: tuple[str, ...] = ()  # of the LoRAs that were asked for
     usual: tuple[float, ...] = ()  # their strengths where a request says nothing
     strengths: tuple[float, ...] = ()  # their strengths now
@@ -204,19 +205,19 @@ def draw(bench: Bench, order: Mapping[str, Any]) -> None:
 
 
 def finish(bench: Bench, order: Mapping[str, Any], result: Result, **more: Any) -> None:
-    outcome = published(result, Path(order["results"]))
+    outcome = published(result, Path(order["results"]), bench.keeps)
     Path(order["checkpoint"]).unlink(missing_ok=True)
     bench.send("done", job=order["job"], outcome=outcome, **more)
 
 
-def published(result: Result, target: Path) -> dict[str, Any]:
+def published(result: Result, target: Path, wait: bool) -> dict[str, Any]:
     """Write the result; recipes say which LoRAs there were, not where this machine keeps them. A disk that can't be
     written is not explained to clients, since the explanation names its folders."""
     recipes = tuple(
         replace(one, loras=tuple({**lora, "path": lora["name"]} for lora in one.loras)) for one in result.recipes
     )
     try:
-        return publish(replace(result, recipes=recipes), target)
+        return publish(replace(result, recipes=recipes), target, wait)
     except OutputError as error:
         raise OSError(str(error)) from error
 
