@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -64,7 +65,16 @@ def picture(server: Server, job: dict) -> Image.Image:
 
 
 @pytest.fixture(scope="module")
-def nano(tmp_path_factory) -> Iterator[Server]:
+def beside(tmp_path_factory) -> Iterator[Future[Server]]:
+    """nano with a worker on this machine, being started."""
+    with ThreadPoolExecutor() as pool:
+        found = pool.submit(start, tmp_path_factory.mktemp("beside"), **NANO)
+        yield found
+        found.result().kill()
+
+
+@pytest.fixture(scope="module")
+def nano(beside, tmp_path_factory) -> Iterator[Server]:
     """One CPU of four for nano, in a cluster of its own. It ends with the server, and nothing is left."""
     before = {name: os.environ.get(name) for name in (*RAY, "RAY_AUTH_TOKEN")}
     os.environ.update(RAY, RAY_AUTH_TOKEN=secrets.token_hex(32))
@@ -114,7 +124,7 @@ def three(other, address, first, tmp_path_factory) -> Iterator[Server]:
 
 
 # -------------------------------------------------------------------- what is drawn
-def test_pictures_are_those_of_a_worker_beside_the_server(nano, tmp_path):
+def test_pictures_are_those_of_a_worker_beside_the_server(nano, beside):
     """Words, and an edit whose picture and mask travel."""
     asked = [{"prompt": 'a red sign that says "STAY"', "seed": 3, "count": 2}]
     mask = Image.new("L", (224, 96), 0)
@@ -126,14 +136,14 @@ def test_pictures_are_those_of_a_worker_beside_the_server(nano, tmp_path):
         image.save(buffer, format="PNG")
         data.append(base64.b64encode(buffer.getvalue()).decode())
     asked.append({"prompt": "a yellow sign", "seed": 4, "images": data[:1], "mask": data[1]})
-    with running(tmp_path, **NANO) as beside:
-        for one in asked:
-            here, there = (server.ended(server.submit(**one)["id"], 60) for server in (beside, nano))
-            assert here["state"] == there["state"] == "done", there
-            assert here["recipes"] == there["recipes"]
-            for first, second in zip(here["images"], there["images"], strict=True):
-                bits = [np.asarray(picture(s, {"images": [i]})) for s, i in ((beside, first), (nano, second))]
-                assert np.array_equal(*bits)
+    servers = (beside.result(), nano)
+    for one in asked:
+        here, there = (server.ended(server.submit(**one)["id"], 60) for server in servers)
+        assert here["state"] == there["state"] == "done", there
+        assert here["recipes"] == there["recipes"]
+        for images in zip(here["images"], there["images"], strict=True):
+            bits = [np.asarray(picture(s, {"images": [one]})) for s, one in zip(servers, images, strict=True)]
+            assert np.array_equal(*bits)
     assert there["recipes"][0]["task"] == "edit_inpaint"
     assert not list((nano.folder / "data" / "checkpoints").iterdir())
 

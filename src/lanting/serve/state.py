@@ -72,8 +72,9 @@ class Model:
     @property
     def crew(self) -> dict[str, int]:
         """As whoever watches the server is told it."""
-        told = {"count": len(self.hands), "ready": self.workers}
-        return told | ({"waiting for the cluster": self.waits} if self.waits else {})
+        told = {"count": len(self.hands), "ready": self.workers, "waiting for the cluster": self.waits}
+        told["refused"] = sum(hand.refused is not None for hand in self.hands)
+        return {name: count for name, count in told.items() if count or name in ("count", "ready")}
 
     @property
     def refused(self) -> str | None:
