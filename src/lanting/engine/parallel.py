@@ -83,9 +83,9 @@ class Crew:
         self.began = 0.0
         self.failures = 0
         self.notices: list[Notice] = []  # of what went wrong before a drawing's steps, for that drawing to tell
-        self.folder = ""  # where groups meet
+        self.places: list[str] = []  # the folder where groups meet, once there is one
         self.groups: dict[tuple[int, ...], Group] = {}
-        self.end = weakref.finalize(self, end, self.peers)
+        self.end = weakref.finalize(self, end, self.peers, self.places)
 
     def start(self) -> None:
         """Have them load, beside whatever the leader does; those that run already go on."""
@@ -140,9 +140,10 @@ class Crew:
 
     def place(self, key: tuple[int, ...]) -> str:
         """The file where the devices of these numbers (0: the leader) meet."""
-        self.folder = self.folder or tempfile.mkdtemp(prefix="lanting-")
+        if not self.places:
+            self.places.append(tempfile.mkdtemp(prefix="lanting-"))
         marks = "-".join(str(self.peers[one - 1].process.pid) for one in key if one)
-        return os.path.join(self.folder, f"{key[0]}-{marks}")
+        return os.path.join(self.places[0], f"{key[0]}-{marks}")
 
     def group(self, key: tuple[int, ...]) -> Group:
         """The leader's part of such a group, once the others were told of it. Raises GroupError."""
@@ -178,14 +179,20 @@ class Crew:
         self.peers.clear()
         self.waiting.clear()
         self.groups.clear()
-        if self.folder:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self.folder = ""
+        remove(self.places)
 
 
-def end(peers: Sequence[Peer]) -> None:
+def end(peers: Sequence[Peer], places: list[str]) -> None:
+    """What an engine that nobody closed leaves behind."""
     for peer in peers:
         peer.process.kill()
+    remove(places)
+
+
+def remove(places: list[str]) -> None:
+    for place in places:
+        shutil.rmtree(place, ignore_errors=True)
+    places.clear()
 
 
 class Divided:
