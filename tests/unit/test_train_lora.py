@@ -31,7 +31,7 @@ from lanting.train.lora.cache import load, prepare
 from lanting.train.lora.dataset import DatasetOptions, batches, read_folder, size_for
 from lanting.train.lora.job import LoraJob, LoraTraining
 from lanting.train.lora.net import LoraNet
-from lanting.train.lora.run import LoraRun
+from lanting.train.lora.run import LoraRun, Trainer
 from lanting.weights.build import NoInit
 from lanting.weights.find import locate
 from live import Live
@@ -363,6 +363,23 @@ def test_the_command_teaches_nano_and_goes_on(tmp_path, capsys):
     assert steps[-1]["step"] == 2 and steps[-1]["probe"] > 0
     assert main(["lora", "show", str(out)]) == 0 and "zxq" in capsys.readouterr().out
     assert main([*told, "--steps", "2"]) == 0 and '"step"' not in capsys.readouterr().err
+
+
+def test_too_little_memory_is_a_sentence_and_nothing_is_lost(tmp_path, monkeypatch, capsys):
+    data, out = pictures(tmp_path / "set", 2), tmp_path / "mine.safetensors"
+    told = ["train", "lora", str(data), "-o", str(out), "--rank", "2", "--steps", "3", "--save-every", "1"]
+    learn = Trainer.learn
+
+    def greedy(trainer: Trainer) -> Any:
+        if trainer.step == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return learn(trainer)
+
+    monkeypatch.setattr(Trainer, "learn", greedy)
+    assert main(told) == 2
+    assert "too little memory" in capsys.readouterr().err and out.exists()
+    monkeypatch.setattr(Trainer, "learn", learn)
+    assert main(told) == 0 and '"step": 0' not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from lanting.core.errors import RequestError
 from lanting.core.pictures import open_picture
 from lanting.core.save import Place, save_picture
 from lanting.core.types import Request
-from lanting.engine.fit import in_bytes, planned
+from lanting.engine.fit import hold, in_bytes, planned
 from lanting.engine.models import Models, choose_device
 from lanting.engine.placement import Placed
 from lanting.engine.studio import EngineStudio
@@ -86,9 +86,23 @@ class LoraTraining:
         self.models = Models(folder, own.device, own.dtype or usual_dtype(device), plan=plan)
         tokens = own.run.batch * max(tokens_of(one, self.models.spec.defaults) for one in own.examples)
         self.need = choose(self.models, own.quant, budget, tokens, own.run)
+        hold(device, own.vram)
 
     def run(self, tell: Callable[[int, int], None]) -> Iterator[Report]:
-        """The run; `tell(done, all)` while examples are prepared. What is there of an earlier run is used."""
+        """The run; `tell(done, all)` while examples are prepared. What is there of an earlier run is used.
+
+        Raises LantingError; what was learnt until the last checkpoint is there then.
+        """
+        try:
+            yield from self._run(tell)
+        except torch.OutOfMemoryError:
+            raise RequestError(
+                "{device} has too little memory for this after all: allow less with --vram, or take a smaller "
+                "--resolution, --batch or --rank; what was learnt until the last checkpoint is kept",
+                device=self.models.device,
+            ) from None
+
+    def _run(self, tell: Callable[[int, int], None]) -> Iterator[Report]:
         own, models = self.job, self.models
         own.out.parent.mkdir(parents=True, exist_ok=True)
         files = prepare(models, own.examples, own.out.with_suffix(".cache"), tell)
