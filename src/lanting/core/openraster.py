@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lanting.core.pictures import MAX_PIXELS, decode_picture
 from lanting.core.recipe import LONGEST, to_json
-from lanting.core.stack import MOST_XML, Layer, Stack, merged
+from lanting.core.stack import MOST_LAYERS, MOST_XML, Layer, Stack, merged
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 MIMETYPE = "image/openraster"
 RECIPE = "lanting/recipe.json"
 THUMBNAIL = 256  # pixels of the longer side
-MOST_LAYERS = 64  # that are read
 MOST_BYTES = 200_000_000  # of a picture inside
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lanting.core.pictures import MAX_PIXELS
 from lanting.core.recipe import to_json
-from lanting.core.stack import NAMESPACE, Layer, Stack, as_xml, merged, on_white, word_in_xml
+from lanting.core.stack import MOST_LAYERS, NAMESPACE, Layer, Stack, as_xml, merged, on_white, word_in_xml
 from lanting.core.types import Recipe
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ XMP, VERSION = 1060, 1057  # image resources
 ALPHA = -1
 RAW, PACKED = 0, 1
 STRIPS, STRIP_BYTES = 273, 279  # TIFF's tags
-MOST_LAYERS = 64  # that are read
 SIGNED = b"8BIM"
 
 

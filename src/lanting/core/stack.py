@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 NAMESPACE = "urn:lanting:1.0/"  # of the recipe, in files that keep it as XML
+MOST_LAYERS = 64  # that are read of a file
 MOST_XML = 4_000_000  # bytes of XML that are read of a file
 
 

@@ -25,7 +25,7 @@ from lanting.core.errors import LantingError
 from lanting.engine.fit import hold
 from lanting.engine.models import Models
 from lanting.engine.parallel_peer import packed, read, write
-from lanting.flow.loop import Conditioning
+from lanting.flow.loop import Conditioning, stacked
 from lanting.nn.single_stream import QwenImage21Transformer, keep_prefix
 from lanting.weights.find import ModelFolder
 
@@ -134,10 +134,6 @@ class Follower:
 def placed(prompt: Conditioning, device: torch.device) -> Conditioning:
     mask = None if prompt.mask is None else prompt.mask.to(device)
     return Conditioning(prompt.embeds.to(device), mask, prompt.places)
-
-
-def stacked(x: Tensor, copies: int) -> Tensor:
-    return x if copies == 1 else torch.cat([x] * copies)
 
 
 def opened(device: str, opening: Opening, strengths: Sequence[float], patience: float, out: IO[bytes]) -> Follower:

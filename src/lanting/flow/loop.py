@@ -155,13 +155,13 @@ class Question:
         copies = len(prompt.embeds) // self.batch  # 2 when both sides of the guidance go in one call
         more: dict[str, Any] = {"places": prompt.places} if prompt.places else {}
         prediction = self.model(
-            _stacked(self.seen, copies),
-            _stacked(self.timestep, copies),
+            stacked(self.seen, copies),
+            stacked(self.timestep, copies),
             prompt.embeds,
             prompt.mask,
             self.grids,
             self.tokens,
-            control=[_stacked(r, copies) for r in self.residuals],
+            control=[stacked(r, copies) for r in self.residuals],
             branch=branch,
             **more,
         )
@@ -177,7 +177,8 @@ def velocity(model: Model, canvas: Canvas, latents: Tensor, sigma: Tensor) -> Te
     return guide(*sides, canvas.guidance_scale, canvas.renormalize)
 
 
-def _stacked(x: Tensor, copies: int) -> Tensor:
+def stacked(x: Tensor, copies: int) -> Tensor:
+    """(B, ...) -> (copies B, ...): the same rows for each side of the guidance."""
     return x if copies == 1 else torch.cat([x] * copies)
 
 

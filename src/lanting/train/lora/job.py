@@ -14,6 +14,7 @@ from lanting.core.errors import RequestError
 from lanting.core.pictures import open_picture
 from lanting.core.save import Place, save_picture
 from lanting.core.types import Request
+from lanting.engine.drawing import free_bytes
 from lanting.engine.fit import hold, in_bytes, planned
 from lanting.engine.models import Models, choose_device
 from lanting.engine.placement import Placed
@@ -23,7 +24,7 @@ from lanting.specs import settle
 from lanting.tasks import TASKS
 from lanting.train.lora.cache import prepare
 from lanting.train.lora.dataset import Example
-from lanting.train.lora.memory import Need, blocks_of, bytes_of, choose, free_on, stored, tokens_of
+from lanting.train.lora.memory import Need, blocks_of, bytes_of, choose, stored, tokens_of
 from lanting.train.lora.run import LoraRun, Report, Trainer, export
 from lanting.train.precision import FULL, product_dtype
 from lanting.weights.find import ModelFolder
@@ -80,7 +81,7 @@ class LoraTraining:
         small = folder.checkpoint("transformer").bytes() < SMALL
         device = choose_device(own.device)
         given = in_bytes(own.vram if device.type == "cuda" else own.ram)
-        budget = given or int(SPARE * free_on(device))
+        budget = given or int(SPARE * free_bytes(device))
         fit: Any = {"vram": budget, "ram": own.ram} if device.type == "cuda" else {"ram": budget}
         plan = None if small else planned(folder, fit, (), device=own.device, quant="auto")  # of those who see examples
         self.models = Models(folder, own.device, own.dtype or usual_dtype(device), plan=plan)
@@ -127,7 +128,7 @@ class LoraTraining:
         found = stored(models, self.need.kind)
         away = blocks_of(found)[resident:] if resident is not None else []
         waiting = sum(bytes_of(block, models.dtype.itemsize) for block in away)
-        home = "ram" if waiting < SPARE * free_on(torch.device("cpu")) else "disk"
+        home = "ram" if waiting < SPARE * free_bytes(torch.device("cpu")) else "disk"
         return Placed(found, "transformer_blocks", resident=resident, home=home)
 
     def notes(self) -> dict[str, str]:

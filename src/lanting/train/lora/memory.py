@@ -1,7 +1,7 @@
 """What training a LoRA takes of a device, before anything is read, and what to do where that is too much.
 
 Weights are counted from the files' headers, what learns from its shapes, the rest from the tokens of the largest
-example. The numbers of a block were counted on meta tensors (tests/unit/test_lora_memory.py counts them again).
+example. The numbers of a block were counted on meta tensors (tests/unit/test_train_lora.py counts them again).
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lanting.core.errors import RequestError
 from lanting.engine.models import Models
+from lanting.engine.placement import LIVE
 from lanting.nn.linears import LINEARS, PackedLinear
 from lanting.specs import Defaults
 from lanting.specs.sizes import reference_size
@@ -26,7 +26,6 @@ KINDS = ("none", "int8", "int4")  # what packs weights, the most exact first
 LEARNT = 16  # bytes of a number that learns: itself, its gradient, AdamW's two averages, all float32
 BLOCK, MODULATED = 28, 40  # numbers of a block's width that one of its tokens needs while its gradients are computed:
 # as usual, and where every token has a modulation of its own (references of zero_cond_t)
-LIVE = 2  # blocks in memory while they stream
 WORDS = 512  # tokens that a caption may have
 PER_WORD = 28 * 28  # square pixels of a picture that the reader makes a token of
 CUDA = 700 << 20  # bytes of a process on a GPU before it has done anything
@@ -68,42 +67,45 @@ def choose(models: Models, asked: str, budget: int, tokens: int, run: Any) -> Ne
     tokens  of one step: the largest example's, times the batch
     Raises RequestError where nothing fits.
     """
-    every = [need(models, kind, tokens, run) for kind in (KINDS if asked == "auto" else (asked,))]
-    for one in every:
+    every = [Needs(models, kind, tokens, run) for kind in (KINDS if asked == "auto" else (asked,))]
+    last = every[-1]
+    streamed = (last.with_resident(count) for count in range(len(last.blocks) - LIVE - 1, -1, -1))
+    for one in (*(needs.with_resident(None) for needs in every), *streamed):
         if one.total <= budget:
             return one
-    last, count = every[-1], len(blocks_of(stored(models, every[-1].kind)))
-    for resident in range(count - LIVE - 1, -1, -1):
-        one = need(models, last.kind, tokens, run, resident)
-        if one.total <= budget:
-            return one
-    least = need(models, last.kind, tokens, run, 0)
     raise RequestError(
         "training needs {need:.1f} GB of memory here and {free:.1f} are free: take a smaller --resolution, --batch 1, "
         "a lower --rank or --targets attention",
-        **{"need": least.total / 1e9, "free": budget / 1e9},
+        **{"need": last.with_resident(0).total / 1e9, "free": budget / 1e9},
     )
 
 
 def need(models: Models, kind: str, tokens: int, run: Any, resident: int | None = None) -> Need:
     """What training takes with Linears packed as `kind` and so many blocks resident."""
-    found = stored(models, kind)
-    blocks = blocks_of(found)
-    size = models.dtype.itemsize
-    whole, each = bytes_of(found.module, size), [bytes_of(block, size) for block in blocks]
-    if resident is not None:
-        whole -= sum(each[resident:])
-        whole += LIVE * max(each[resident:])
-    width = int(found.module.config.width)
-    learning = LEARNT * learnt(found.module, run.targets, run.rank)
-    kept = len(blocks) * tokens * width * size
-    each_token = MODULATED if getattr(found.module.config, "zero_cond_t", False) else BLOCK
-    expanded = (
-        2 * largest(found.module) * size if any(isinstance(m, PackedLinear) for m in found.module.modules()) else 0
-    )
-    working = each_token * tokens * width * size + expanded
-    total = whole + learning + kept + working + (CUDA if models.device.type == "cuda" else 0)
-    return Need(kind, resident, whole, learning, kept + working, total)
+    return Needs(models, kind, tokens, run).with_resident(resident)
+
+
+class Needs:
+    """What training takes with Linears packed as `kind`, for any number of resident blocks: the network is built (of
+    tensors without memory) and counted once."""
+
+    def __init__(self, models: Models, kind: str, tokens: int, run: Any):
+        found, size = stored(models, kind), models.dtype.itemsize
+        net, self.kind = found.module, kind
+        self.weights, self.blocks = bytes_of(net, size), [bytes_of(block, size) for block in blocks_of(found)]
+        self.learning = LEARNT * learnt(net, run.targets, run.rank)
+        width, zero_cond_t = int(net.config.width), getattr(net.config, "zero_cond_t", False)
+        packed = any(isinstance(module, PackedLinear) for module in net.modules())
+        numbers = (len(self.blocks) + (MODULATED if zero_cond_t else BLOCK)) * tokens * width  # kept, and worked with
+        self.activations = (numbers + (2 * largest(net) if packed else 0)) * size
+        self.process = CUDA if models.device.type == "cuda" else 0
+
+    def with_resident(self, count: int | None) -> Need:
+        """`count`: blocks that stay; None: all."""
+        away = [] if count is None else self.blocks[count:]
+        weights = self.weights - sum(away) + (LIVE * max(away) if away else 0)
+        total = weights + self.learning + self.activations + self.process
+        return Need(self.kind, count, weights, self.learning, self.activations, total)
 
 
 def stored(models: Models, kind: str) -> Stored[Any]:
@@ -142,10 +144,3 @@ def largest(module: nn.Module) -> int:
     """Numbers of the largest Linear's weight, which is expanded where it is packed."""
     linears = [m for m in module.modules() if isinstance(m, LINEARS)]
     return max((int(m.in_features) * int(m.out_features) for m in linears), default=0)  # type: ignore[call-overload]
-
-
-def free_on(device: torch.device) -> int:
-    """Bytes that may be taken."""
-    from lanting.engine.drawing import free_bytes
-
-    return free_bytes(device)
