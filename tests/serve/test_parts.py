@@ -84,7 +84,7 @@ def test_the_feed_forgets_what_has_ended():
     feed = Feed()
     with feed.reader("j"):
         feed.put(Event("j", 1, "step", {}, b"preview"))
-        assert feed.watched() == ["j"] and feed.said("j")[0].preview is None
+        assert feed.watched() == ["j"] and feed.said("j")[0].preview == b"preview"
         feed.put(Event("j", 2, "done"))
     assert feed.said("j") == feed.watched() == []
 
@@ -93,6 +93,13 @@ def result(count: int) -> Result:
     request = {"prompt": "x", "seed": 1, "size": [8, 8]}
     recipe = Recipe(request, "nano", "w", "text_to_image", {})
     return Result((Image.new("RGB", (8, 8)),) * count, (recipe,) * count, {"denoise": 1.0})
+
+
+def test_who_comes_late_sees_the_last_preview_and_no_older_one():
+    feed = Feed()
+    for step, preview in enumerate((b"1", b"2", None), 1):
+        feed.put(Event("a", step, "step", {"step": step}, preview))
+    assert [(event.seq, event.preview) for event in feed.said("a")] == [(1, None), (2, b"2"), (3, None)]
 
 
 def test_results_are_whole_or_not_there(tmp_path, monkeypatch):

@@ -227,7 +227,7 @@ class Desk:
         with self.feed.reader(id_) as reader:
             new = [event for event in self.feed.said(id_) if event.seq > after]  # before the ledger: it grows meanwhile
             old = await self.ledger.read(lambda db: events_after(db, id_, after))
-            known = {event.seq: event for event in (*new, *old)}
+            known = {event.seq: event for event in (*old, *new)}  # the ledger keeps no preview
             for _, event in sorted(known.items()):
                 after = event.seq
                 yield event

@@ -10,6 +10,7 @@ import asyncio
 from collections import defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 from lanting.serve.jobs import Event
 
@@ -61,9 +62,10 @@ class Feed:
     def put(self, event: Event, keep: bool = True) -> None:
         """To all who watch; `keep` for those who come later."""
         if keep and event.kind != "place":
-            self._said.setdefault(event.job, []).append(
-                Event(event.job, event.seq, event.kind, event.body)  # without the preview
-            )
+            said = self._said.setdefault(event.job, [])
+            if event.preview is not None:
+                _forget_preview(said)
+            said.append(event)
         for reader in self._readers.get(event.job, ()):
             reader.put(event)
         if event.last:
@@ -79,3 +81,11 @@ class Feed:
             self._readers[job].discard(reader)
             if not self._readers[job]:
                 del self._readers[job]
+
+
+def _forget_preview(said: list[Event]) -> None:
+    """Of all steps that were said, one keeps its preview: who comes late sees the picture so far, for a few KB a job."""
+    for index in range(len(said) - 1, -1, -1):
+        if said[index].preview is not None:
+            said[index] = replace(said[index], preview=None)
+            return
