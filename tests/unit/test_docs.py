@@ -26,13 +26,14 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "src" / "lanting"
 CARD = PACKAGE / "nano" / "CARD.md"
 PAGES = sorted(
-    [*ROOT.glob("README*.md"), ROOT / "CONTRIBUTING.md", CARD, *(ROOT / "docs").glob("*.md"), *ROOT.glob("docs/adr/*")]
+    [*ROOT.glob("README*.md"), *ROOT.glob("CONTRIBUTING*.md"), CARD, *(ROOT / "docs").glob("*.md"), *ROOT.glob("docs/adr/*")]
 )
-PAIRS = [
-    ("README.md", "README.zh.md"),
-    ("docs/how-it-works.md", "docs/how-it-works.zh.md"),
-    ("docs/devices.md", "docs/devices.zh.md"),
+PAIRS = [(name, str(Path(name).with_suffix(".zh.md"))) for name in ("README.md", "CONTRIBUTING.md")] + [
+    (path.relative_to(ROOT).as_posix(), path.with_suffix(".zh.md").relative_to(ROOT).as_posix())
+    for path in sorted((ROOT / "docs").glob("*.md"))
+    if path.name != "LOG.md" and not path.name.endswith(".zh.md")
 ]
+OWN_UNITS = ("docs/how-it-works.md",)  # its Chinese counts in 万 and 亿
 NOT_A_FILE = re.compile(r"[a-z]+:|#")  # https:, mailto:, a place on the same page
 
 
@@ -215,7 +216,7 @@ def anchor(heading: str) -> str:
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links_lead_somewhere(page):
     broken = []
-    for target in re.findall(r"!?\[[^\]]*\]\(([^)\s]+)\)", prose(page)):
+    for target in links(name_of(page)):
         if NOT_A_FILE.match(target):
             continue
         where, _, place = target.partition("#")
@@ -243,6 +244,35 @@ def test_translations_have_the_same_shape(english, chinese):
     rows = [len(re.findall(r"^\|", prose(page), re.MULTILINE)) for page in (english, chinese)]
     assert rows[0] == rows[1]
     assert re.search(r"[\u4e00-\u9fff]{4}", prose(chinese))
+
+
+@pytest.mark.parametrize(("english", "chinese"), PAIRS)
+def test_translations_have_the_same_links_and_figures(english, chinese):
+    """A translation leads to the same places, in its own language where that is written, and says the same numbers."""
+    sides = [[linked(page, target) for target in links(page)] for page in (english, chinese)]
+    assert set(sides[0]) == set(sides[1])
+    strangers = [target for target in links(chinese) if (chinese, target) != (chinese, Path(english).name)]
+    assert [t for t in strangers if linked(chinese, t) in dict(PAIRS) and ".zh.md" not in t] == []
+    if english not in OWN_UNITS:
+        assert figures(english) == figures(chinese)
+
+
+def links(page: str) -> list[str]:
+    return re.findall(r"!?\[[^\]]*\]\(([^)\s]+)\)", prose(page))
+
+
+def linked(page: str, target: str) -> str:
+    """What a link leads to, as the name of the English page: addresses as they are, places on a page aside."""
+    if re.match(r"[a-z]+:", target):
+        return target
+    where = target.partition("#")[0]
+    path = (ROOT / page).parent / where if where else ROOT / page
+    return path.resolve().relative_to(ROOT).as_posix().replace(".zh.md", ".md")
+
+
+def figures(page: str) -> set[str]:
+    """Numbers in digits, those in addresses aside."""
+    return set(re.findall(r"\d+(?:[.,]\d+)*", re.sub(r"\]\([^)]*\)", "]", prose(page))))
 
 
 def test_decisions_are_numbered_and_short():
