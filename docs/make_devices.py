@@ -16,6 +16,7 @@ TABLES = ((MODEL, (1328, 1328)), (MODEL, (768, 768)), (OTHER, (1024, 1024)))
 WORDS = {
     "en": {
         "title": "Which devices run this model",
+        "switch": "[中文](devices.zh.md)",
         "note": "Written by docs/make_devices.py from the planner; change that, then run it.",
         "lead": (
             "What `lanting plan {model}` answers for devices people have: 50 steps with guidance, as the release "
@@ -50,11 +51,12 @@ WORDS = {
     },
     "zh": {
         "title": "哪些设备能运行这个模型",
+        "switch": "[English](devices.md)",
         "note": "由 docs/make_devices.py 根据规划器写成；请修改脚本后重新运行。",
         "lead": (
-            "这是 `lanting plan {model}` 对常见设备的回答：50 步，带引导，即该发行版的推荐设置；"
+            "这是 `lanting plan {model}` 对常见设备的回答：50 步，带引导，即该版本的推荐设置；"
             "以及 `lanting plan {other}` 的：40 步，无引导。"
-            "`lanting plan MODEL --device 'RTX 4090'` 可以查询任何发行版、尺寸和参考图数量；"
+            "`lanting plan MODEL --device 'RTX 4090'` 可以查询任何版本、尺寸和参考图数量；"
             "`lanting plan MODEL` 查询你眼前的这台电脑。"
         ),
         "at": "{model}，{width}×{height}",
@@ -68,7 +70,7 @@ WORDS = {
             "标称 24 GB 的显卡有 25.8 个。Mac 的两者是同一块内存。",
             "**一张图片**的时间由厂商数据和同一个效率推算（稠密峰值的 45 %，Mac 为 60 %）：误差约在 1.5 倍以内，"
             "适合比较各行。厂商没有给出速率的写作 `?`。这张表的时间没有在 GPU 上实测。"
-            "8 步、无引导的 Lightning 发行版只需十二分之一。",
+            "8 步、无引导的 Lightning 版本只需十二分之一。",
             "**内存**是这类电脑常见的容量，减去其他程序的 3 GB；显卡为桌面保留 0.6 GB。"
             "占用的峰值由 `benchmarks/plan_grid.py` 在 CPU 上与实测比较。",
         ),
@@ -120,6 +122,7 @@ def page(language: str) -> str:
     try:
         parts = [
             f"# {words['title']}",
+            str(words["switch"]),
             f"<!-- {words['note']} -->",
             str(words["lead"]).format(model=MODEL, other=OTHER),
         ]
