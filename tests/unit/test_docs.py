@@ -251,7 +251,7 @@ def test_translations_have_the_same_links_and_figures(english, chinese):
     """A translation leads to the same places, in its own language where that is written, and says the same numbers."""
     sides = [[linked(page, target) for target in links(page)] for page in (english, chinese)]
     assert set(sides[0]) == set(sides[1])
-    strangers = [target for target in links(chinese) if (chinese, target) != (chinese, Path(english).name)]
+    strangers = [t for t in links(chinese) if t != Path(english).name and not t.startswith("#")]
     assert [t for t in strangers if linked(chinese, t) in dict(PAIRS) and ".zh.md" not in t] == []
     if english not in OWN_UNITS:
         assert figures(english) == figures(chinese)
