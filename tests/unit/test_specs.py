@@ -9,7 +9,17 @@ from PIL import Image
 
 from lanting.core.errors import ModelError, RequestError
 from lanting.core.types import TASK_NAMES, Request
-from lanting.specs import detect, fit_area, get_spec, parse_size, read_spec, settle, spec_names
+from lanting.specs import (
+    detect,
+    distilled_releases,
+    fit_area,
+    get_spec,
+    parse_size,
+    read_spec,
+    settle,
+    spec_names,
+    whole_release,
+)
 from lanting.specs.detect import SINGLE_STREAM
 from lanting.specs.sizes import largest_area, reference_size
 
@@ -45,6 +55,32 @@ def test_recommended_values():
     assert (fast.defaults.steps, fast.defaults.guidance_scale) == (8, 1.0)
     assert fast.schedule["shift_terminal"] is None
     assert fast.schedule["base_shift"] == pytest.approx(1.0986122886681098)
+
+
+FEW = [name for name in spec_names() if get_spec(name).lora]
+
+
+def test_every_release_of_the_first_build_has_its_distillations():
+    bases = ["qwen-image", "qwen-image-2512", "qwen-image-edit", "qwen-image-edit-2509", "qwen-image-edit-2511"]
+    assert sorted(FEW) == sorted(f"{base}-lightning-{steps}" for base in bases for steps in (4, 8))
+    for base in bases:
+        assert distilled_releases(base) == (f"{base}-lightning-4", f"{base}-lightning-8")
+        assert whole_release(base) == base
+    assert distilled_releases("nano") == distilled_releases("qwen-image-2.1") == ()
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_a_distilled_release_is_its_base_in_few_steps(name):
+    few, base = get_spec(name), get_spec(whole_release(name))
+    assert name.startswith(base.name) and few.repo == base.repo and few.shape == base.shape
+    assert (few.tasks, few.template, few.edit_template) == (base.tasks, base.template, base.edit_template)
+    assert replace(few.defaults, steps=base.defaults.steps, guidance_scale=base.defaults.guidance_scale) == base.defaults
+    assert (few.defaults.steps, few.defaults.guidance_scale) == (int(name[-1]), 1.0)
+    assert few.schedule == get_spec("qwen-image-lightning-4").schedule
+    file = few.lora.rpartition("/")[2]
+    assert few.lora.startswith("lightx2v/") and file.endswith(".safetensors") and f"-{name[-1]}steps-" in file
+    words = {"qwen-image-edit": "Qwen-Image-Edit-Lightning", "qwen-image": "Qwen-Image-Lightning"}
+    assert words.get(base.name, base.repo.rpartition("/")[2]) in file, "the LoRA of another release"
 
 
 def test_a_persons_own_release_may_extend_ours(tmp_path):

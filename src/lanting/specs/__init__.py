@@ -1,7 +1,16 @@
 """A release is a text file; `settle` fills a request from it; `detect` tells which release a folder holds."""
 
 from lanting.specs.detect import detect
-from lanting.specs.model_spec import Defaults, ModelSpec, get_spec, read_spec, spec_names
+from lanting.specs.model_spec import (
+    Defaults,
+    ModelSpec,
+    distilled_releases,
+    get_spec,
+    is_whole_of,
+    read_spec,
+    spec_names,
+    whole_release,
+)
 from lanting.specs.settle import settle
 from lanting.specs.sizes import fit_area, parse_size
 
@@ -9,10 +18,13 @@ __all__ = [
     "Defaults",
     "ModelSpec",
     "detect",
+    "distilled_releases",
     "fit_area",
     "get_spec",
+    "is_whole_of",
     "parse_size",
     "read_spec",
     "settle",
     "spec_names",
+    "whole_release",
 ]

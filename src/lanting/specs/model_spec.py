@@ -88,6 +88,24 @@ def get_spec(name: str) -> ModelSpec:
     raise ModelError("there is no release called {name}; did you mean {near}?", name=name, near=" or ".join(near))
 
 
+def whole_release(name: str) -> str:
+    """The release that `name` was distilled from, and whose weights it uses; a release that is none is its own."""
+    spec = get_spec(name)
+    return next((one for one in spec_names() if spec.lora and is_whole_of(one, spec.repo)), name)
+
+
+def distilled_releases(name: str) -> tuple[str, ...]:
+    """The releases that draw with the weights of `name` and a LoRA of their own, fewest steps first."""
+    repo = get_spec(name).repo
+    found = [one for one in spec_names() if repo and get_spec(one).lora and get_spec(one).repo == repo]
+    return tuple(sorted(found, key=lambda one: get_spec(one).defaults.steps))
+
+
+def is_whole_of(name: str, repo: str) -> bool:
+    """Whether a release is what a repository holds, without a LoRA on top."""
+    return get_spec(name).repo == repo and not get_spec(name).lora
+
+
 def read_spec(path: Path) -> ModelSpec:
     """One release from its file, `extends` followed."""
     table = _layer(path, seen=())

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lanting.core.errors import ModelError
-from lanting.specs import ModelSpec, detect, get_spec, spec_names
+from lanting.specs import ModelSpec, detect, get_spec, spec_names, whole_release
 from lanting.specs.detect import SINGLE_STREAM
 from lanting.weights.checkpoint import Checkpoint, read_json
 from lanting.weights.configs import SCHEDULER, config_of, own_notes
@@ -107,7 +107,7 @@ def open_single(path: Path, given: Mapping[str, Path]) -> ModelFolder:
     base = base_of(spec, parts)
     if base is None and (lacking := [part for part in PARTS if part not in parts]):
         options = " and ".join(f"--{part.replace('_', '-')}" for part in lacking)
-        pull = spec.name if not spec.name.startswith("qwen-image-lightning") else "qwen-image"
+        pull = whole_release(spec.name)
         raise ModelError(
             f"{path.name} holds {', '.join(found).replace('_', ' ')} of {spec.name} and nothing else: run "
             f"'lanting pull {pull}' for the rest, or give files with {options}."
