@@ -1,4 +1,4 @@
-"""Write docs/cli.md from the verbs themselves: `python docs/make_cli.py`. A test compares the file with the code.
+"""Write docs/cli.md and docs/cli.zh.md from the verbs: `python docs/make_cli.py`. A test compares them with the code.
 
 The words come from the same declarations that `--help` prints, and the test also looks each of them up in the real
 `--help`. Rejected: pasting help screens, whose line breaks and type names change with every version of typer.
@@ -16,11 +16,16 @@ from typing import Any
 
 from typer.models import ArgumentInfo, OptionInfo
 
+from lanting.cli.chinese import told
 from lanting.cli.main import command_line
 
-TARGET = Path(__file__).with_name("cli.md")
-HEAD = """\
+FOLDER = Path(__file__).parent
+PAGES = {"en": "cli.md", "zh": "cli.zh.md"}
+HEAD = {
+    "en": """\
 # The command line
+
+[中文](cli.zh.md)
 
 <!-- Written by docs/make_cli.py; change the verbs in src/lanting/cli, then run it. -->
 
@@ -37,13 +42,40 @@ the code, no half-written picture is left. A failure is one sentence; `--debug` 
 
 | variable | meaning |
 |---|---|
-| `LANTING_LANG` | `en` or `zh`; otherwise the locale decides. `--help` is English |
+| `LANTING_LANG` | `en` or `zh`; otherwise the locale decides |
 | `LANTING_HOME` | where `pull` keeps models; default `~/.cache/lanting` |
 | `HF_HOME`, `HF_HUB_CACHE` | the Hugging Face cache, whose models are found and used where they are |
 | `HF_ENDPOINT`, `MODELSCOPE_ENDPOINT` | another address of the hub |
 | `HF_TOKEN` | sent to the hub that is asked; a token saved by `hf auth login` goes to Hugging Face alone |
 | `HF_HUB_OFFLINE` | 1: ask nobody, as `--offline` |
-"""
+""",
+    "zh": """\
+# 命令行
+
+[English](cli.md)
+
+<!-- 由 docs/make_cli.py 写成；请修改 src/lanting/cli 里的动词和 core/zh_help.toml，然后运行它。 -->
+
+这里的内容就是 `lanting VERB --help` 显示的。`python -m lanting` 是同一个程序。`lanting --version` 显示版本号。
+
+**输出到哪里。** 结果写到标准输出，进度和提示写到标准错误。加 `--quiet`，动词只输出结果本身（路径、名字）；
+加 `--json`，只输出一个 JSON 对象，失败时也一样：`{"error": ..., "kind": ...}`。
+
+**退出码。** 0：完成；2：请求、文件或模型有问题；1：程序自己失败；130：按 Ctrl-C 取消。无论哪一种，
+都不会留下写了一半的图片。失败时只说一句话；加 `--debug` 则另外显示调用栈。
+
+**环境变量。**
+
+| 变量 | 含义 |
+|---|---|
+| `LANTING_LANG` | `en` 或 `zh`；不设就看系统的区域设置 |
+| `LANTING_HOME` | `pull` 把模型放在哪里；默认 `~/.cache/lanting` |
+| `HF_HOME`、`HF_HUB_CACHE` | Hugging Face 的缓存，里面的模型找得到，就地使用 |
+| `HF_ENDPOINT`、`MODELSCOPE_ENDPOINT` | 模型站的另一个地址 |
+| `HF_TOKEN` | 发给所访问的模型站；`hf auth login` 存下的令牌只发给 Hugging Face |
+| `HF_HUB_OFFLINE` | 1：不联网，与 `--offline` 相同 |
+""",
+}
 EXAMPLES = {
     "generate": (
         "lanting generate 'A blue sign that says \"HELLO\"' --seed 7 -o hello.png",
@@ -96,7 +128,13 @@ EXAMPLES = {
     "eval follow": ("lanting eval follow --concepts 1000 -n 400",),
     "eval edit": ("lanting eval edit --kinds rewrite,ground,add -n 60",),
 }
-WORDS = {int: "number", float: "number", str: "text", Path: "path"}
+WORDS = {
+    "en": {int: "number", float: "number", str: "text", Path: "path"},
+    "zh": {int: "数", float: "数", str: "文字", Path: "路径"},
+}
+BETWEEN = {"en": ", ", "zh": "、"}
+REPEATABLE = {"en": ", repeatable", "zh": "，可重复"}
+COLUMNS = {"en": "| | value | default | |", "zh": "| | 值 | 默认 | |"}
 
 
 def verbs(group: Any = None, path: str = "") -> Iterator[tuple[str, Callable[..., Any]]]:
@@ -123,12 +161,12 @@ def flags(info: OptionInfo) -> list[str]:
     return [name for each in (str(info.default), *(info.param_decls or ())) for name in each.split("/")]
 
 
-def kind(hint: Any) -> str:
+def kind(hint: Any, language: str = "en") -> str:
     if isinstance(hint, type) and issubclass(hint, StrEnum):
-        return ", ".join(f"`{choice.value}`" for choice in hint)
+        return BETWEEN[language].join(f"`{choice.value}`" for choice in hint)
     if typing.get_origin(hint) is list:
-        return f"{kind(typing.get_args(hint)[0])}, repeatable"
-    return "" if hint is bool else WORDS[hint]
+        return f"{kind(typing.get_args(hint)[0], language)}{REPEATABLE[language]}"
+    return "" if hint is bool else WORDS[language][hint]
 
 
 def default(parameter: inspect.Parameter) -> str:
@@ -139,30 +177,31 @@ def default(parameter: inspect.Parameter) -> str:
     return f"`{shown}`"
 
 
-def section(name: str, verb: Callable[..., Any]) -> str:
+def section(name: str, verb: Callable[..., Any], language: str = "en") -> str:
     """One verb: what it does, its usage, its arguments and flags, examples."""
+    in_words = told if language == "zh" else str
     words, rows = [], []
     for parameter, hint, info in parameters(verb):
+        value = kind(hint, language)
         if isinstance(info, ArgumentInfo):
             metavar = info.metavar or parameter.name.upper()
             words.append(metavar)
-            rows.append(f"| `{metavar}` | {kind(hint).removesuffix(', repeatable')} | | {info.help} |")
+            rows.append(f"| `{metavar}` | {value.removesuffix(REPEATABLE[language])} | | {in_words(info.help)} |")
         else:
-            shown = ", ".join(f"`{flag}`" for flag in flags(info))
-            rows.append(f"| {shown} | {kind(hint)} | {default(parameter)} | {info.help} |")
+            shown = BETWEEN[language].join(f"`{flag}`" for flag in flags(info))
+            rows.append(f"| {shown} | {value} | {default(parameter)} | {in_words(info.help)} |")
     usage = " ".join(["lanting", name, "[OPTIONS]", *words])
-    table = "\n".join(["| | value | default | |", "|---|---|---|---|", *rows])
-    examples = "\n".join(EXAMPLES[name])
-    return (
-        f"## `lanting {name}`\n\n{inspect.getdoc(verb)}\n\n```text\n{usage}\n```\n\n{table}\n\n```sh\n{examples}\n```\n"
-    )
+    table = "\n".join([COLUMNS[language], "|---|---|---|---|", *rows])
+    examples, doc = "\n".join(EXAMPLES[name]), in_words(inspect.getdoc(verb))
+    return f"## `lanting {name}`\n\n{doc}\n\n```text\n{usage}\n```\n\n{table}\n\n```sh\n{examples}\n```\n"
 
 
-def page() -> str:
-    """The whole of docs/cli.md."""
-    return "\n".join([HEAD, *(section(name, verb) for name, verb in verbs())])
+def page(language: str = "en") -> str:
+    """The whole of docs/cli.md, or of docs/cli.zh.md."""
+    return "\n".join([HEAD[language], *(section(name, verb, language) for name, verb in verbs())])
 
 
 if __name__ == "__main__":
-    TARGET.write_text(page(), encoding="utf-8")
-    print(f"wrote {TARGET}")
+    for language, name in PAGES.items():
+        (FOLDER / name).write_text(page(language), encoding="utf-8")
+        print(f"wrote {FOLDER / name}")

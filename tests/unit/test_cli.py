@@ -218,21 +218,23 @@ def test_list(engine, capsys, monkeypatch, tmp_path):
     assert json.loads(capsys.readouterr().out)[0]["name"] == "nano"
 
 
+@pytest.mark.parametrize("language", ["en", "zh"])
 @pytest.mark.parametrize("words", [["--help"], ["--version"], ["generate", "--help"], ["list", "--help"]])
-def test_help_needs_no_heavy_library(words):
+def test_help_needs_no_heavy_library(words, language):
     code = f"import sys; from lanting.cli.main import main; main({words!r}); print(sorted(sys.modules))"
-    done = python("-c", code)
+    done = python("-c", code, LANTING_LANG=language)
     assert done.returncode == 0, done.stderr
     loaded = set(eval(done.stdout.splitlines()[-1]))
     assert not loaded & {"torch", "numpy", "tokenizers", "safetensors", "lanting.engine"}
 
 
+@pytest.mark.parametrize("language", ["en", "zh"])
 @pytest.mark.parametrize("words", [["--help"], ["plan", "qwen-image-2512", "--vram", "12G"]])
-def test_the_first_words_come_quickly(words, tmp_path):
+def test_the_first_words_come_quickly(words, language, tmp_path):
     """Once is enough: a machine busy with other tests takes longer, and nothing makes it take less. Compiled modules
     are kept, as those of an installed package are. On a slow processor, three times what Python's own `import asyncio`
     takes there."""
-    env = {"PYTHONPYCACHEPREFIX": str(tmp_path), "PYTHONDONTWRITEBYTECODE": ""}
+    env = {"PYTHONPYCACHEPREFIX": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "", "LANTING_LANG": language}
     plain = took = 0.0
     for _ in range(8):
         plain = processor_seconds("-c", "import asyncio", **env)

@@ -18,6 +18,7 @@ from PIL import Image
 import lanting
 from fakes import FakeEngine
 from lanting import Engine, Progress, Recipe, Request, Result
+from lanting.cli.chinese import told
 from lanting.cli.main import command_line, main
 from lanting.core.types import TASK_NAMES
 from lanting.specs import get_spec, settle, spec_names
@@ -26,7 +27,13 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "src" / "lanting"
 CARD = PACKAGE / "nano" / "CARD.md"
 PAGES = sorted(
-    [*ROOT.glob("README*.md"), *ROOT.glob("CONTRIBUTING*.md"), CARD, *(ROOT / "docs").glob("*.md"), *ROOT.glob("docs/adr/*")]
+    [
+        *ROOT.glob("README*.md"),
+        *ROOT.glob("CONTRIBUTING*.md"),
+        CARD,
+        *(ROOT / "docs").glob("*.md"),
+        *ROOT.glob("docs/adr/*"),
+    ]
 )
 PAIRS = [(name, str(Path(name).with_suffix(".zh.md"))) for name in ("README.md", "CONTRIBUTING.md")] + [
     (path.relative_to(ROOT).as_posix(), path.with_suffix(".zh.md").relative_to(ROOT).as_posix())
@@ -76,8 +83,9 @@ def script(name: str) -> ModuleType:
     return module
 
 
-def test_the_command_reference_is_up_to_date(maker):
-    assert text("docs/cli.md") == maker.page(), "run: python docs/make_cli.py"
+@pytest.mark.parametrize(("language", "page"), [("en", "docs/cli.md"), ("zh", "docs/cli.zh.md")])
+def test_the_command_reference_is_up_to_date(maker, language, page):
+    assert text(page) == maker.page(language), "run: python docs/make_cli.py"
 
 
 @pytest.mark.parametrize(("language", "page"), [("en", "docs/devices.md"), ("zh", "docs/devices.zh.md")])
@@ -85,19 +93,24 @@ def test_the_page_of_devices_is_what_the_planner_says(language, page):
     assert text(page) == script("make_devices").page(language), "run: python docs/make_devices.py"
 
 
-def test_the_command_reference_agrees_with_help(maker, capsys):
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_the_command_reference_agrees_with_help(maker, capsys, monkeypatch, language):
     """Every flag and sentence of the page is in the real --help, and no flag of --help is missing on the page."""
+    monkeypatch.setenv("LANTING_LANG", language)
+    words = told if language == "zh" else str
     for name, verb in maker.verbs():
         assert main([*name.split(), "--help"]) == 0
         printed = capsys.readouterr().out
-        seen, section = squeezed(printed), maker.section(name, verb)
-        assert squeezed(str(inspect.getdoc(verb))) in seen
+        seen, section = squeezed(printed), maker.section(name, verb, language)
+        assert squeezed(words(str(inspect.getdoc(verb)))) in seen
         declared = {"--help", "-h"}
         for _, _, info in maker.parameters(verb):
-            assert squeezed(info.help) in seen
+            assert squeezed(words(info.help)) in seen
+            assert f"| {words(info.help)} |" in section
             declared |= set(maker.flags(info)) if hasattr(info, "prompt") else set()
-        options = printed.split("Options:")[1]
-        assert set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", re.sub(r"  [A-Z].*", "", options))) <= declared
+        options = re.split("Options:|选项：", printed)[1]
+        names = re.sub(r"  [A-Z\u4e00-\u9fff].*", "", options)  # what begins with a flag is no sentence
+        assert set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", names)) <= declared
         assert all(f"`{flag}`" in section for flag in declared - {"--help", "-h"})
 
 

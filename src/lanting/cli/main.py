@@ -18,7 +18,7 @@ from typing import Annotated
 import typer
 
 from lanting.core.errors import LantingError
-from lanting.core.lang import explain, say
+from lanting.core.lang import explain, language, say
 
 # verb: the function, or the group of verbs, that does it; in the order of --help
 VERBS = {
@@ -127,7 +127,12 @@ def main(arguments: list[str]) -> int:
     else:
         app = command_line() if set(flags) & set(VERBS) else overview()
     try:
-        code = app(arguments, prog_name="lanting", standalone_mode=False)
+        command = typer.main.get_command(app)
+        if language() == "zh":
+            from lanting.cli.chinese import in_chinese
+
+            in_chinese(command)
+        code = command(arguments, prog_name="lanting", standalone_mode=False)
         return _cancelled() if code == 130 else code if isinstance(code, int) else 0
     except LantingError as error:
         return _fail(explain(error), error.exit_code, error, debug, as_json)
@@ -174,7 +179,12 @@ def _usage(message: str, flags: list[str], app: typer.Typer) -> str:
         if here is None or verb not in {c.name for c in here.registered_commands} | set(groups):
             break
         path, here = f"{path} {verb}", groups.get(verb)
-    return f"{words[:1].lower()}{words[1:]}; see 'lanting{path} --help'"
+    told = f"{words[:1].lower()}{words[1:]}"
+    if language() == "zh":
+        from lanting.cli.chinese import complaint
+
+        told = complaint(words) or told
+    return say("{complaint}; see 'lanting{path} --help'", complaint=told, path=path)
 
 
 def _reason(error: Exception) -> str:

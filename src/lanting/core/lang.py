@@ -1,9 +1,9 @@
 """English and Chinese for what people read. The English sentence is the key, as in gettext.
 
 The table is `zh.toml` beside this file. A test compares it with every sentence of core, specs and cli, so none
-loses its translation silently; sentences of other rooms without an entry are shown in English, and so are
---help and complaints about unknown flags. Rejected: message ids, because code that says `say("size.multiple")`
-hides the very words its reader wants to judge.
+loses its translation silently; sentences of other rooms without an entry are shown in English. --help and complaints
+about a command line have a table of their own, `zh_help.toml`, which is read when they are asked for. Rejected:
+message ids, because code that says `say("size.multiple")` hides the very words its reader wants to judge.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import tomllib
 from collections.abc import Mapping
 from functools import cache
 from importlib import resources
+from typing import Any
 
 from lanting.core.errors import LantingError
 
@@ -29,8 +30,20 @@ def language(environ: Mapping[str, str] | None = None) -> str:
 @cache
 def chinese() -> dict[str, str]:
     """English template -> Chinese template."""
-    text = resources.files("lanting.core").joinpath("zh.toml").read_text(encoding="utf-8")
-    return {str(english): str(translated) for english, translated in tomllib.loads(text).items()}
+    return {str(english): str(translated) for english, translated in _table("zh.toml").items()}
+
+
+@cache
+def chinese_help() -> dict[str, dict[str, str]]:
+    """The same for --help: "words" are ours, "frame" and "complaints" those of typer."""
+    return {
+        part: {str(english): str(translated) for english, translated in table.items()}
+        for part, table in _table("zh_help.toml").items()
+    }
+
+
+def _table(name: str) -> dict[str, Any]:
+    return tomllib.loads(resources.files("lanting.core").joinpath(name).read_text(encoding="utf-8"))
 
 
 def say(sentence: str, **values: object) -> str:
