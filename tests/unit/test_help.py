@@ -118,6 +118,7 @@ def test_wrapping_loses_nothing_and_breaks_at_no_mark():
             assert not any(line[0] in CLOSING or line[-1] in "（“《" for line in lines)
             assert any("transformer=bfloat16。" in line for line in lines)
     assert wrap("", 20) == [""]
+    assert wrap("一二三四五六七八。", 16) == ["一二三四五", "六七八。"]  # no lone letter on the last line
 
 
 def test_the_overview_is_that_of_the_verbs(page, capsys):

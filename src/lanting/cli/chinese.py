@@ -18,11 +18,14 @@ from unicodedata import east_asian_width
 
 from lanting.core.lang import chinese_help
 
-# Unbroken: a bracket, or what has no space and no Chinese in it, or one Chinese character; with the marks that no line
-# begins or ends with.
-_PIECE = re.compile(r"(\s*)([“（《]*(?:\[[^\[\]]*\]|[^\s“”\u2e80-\uffef]+|\S)[”）》，。；：！？、]*)")
-_LETTER = re.compile(r".[”）》，。；：！？、]*", re.DOTALL)
-_EXTRA = re.compile(r"(.*?)\s*\[([^\[\]]*)\]", re.DOTALL)
+# Unbroken: the last three letters, a bracket, what has no space and no Chinese in it, or one Chinese letter; with the
+# marks that no line begins or ends with.
+_MARKS = "[”）》，。；：！？、]"
+_PIECE = re.compile(
+    rf"(\s*)([“（《]*(?:[\u4e00-\u9fff]{{3}}(?={_MARKS}+$)|\[[^\[\]]*\]|[^\s“”\u2e80-\uffef]+|\S){_MARKS}*)"
+)
+_LETTER = re.compile(rf".{_MARKS}*", re.DOTALL)
+_EXTRA = re.compile(r"(.*?)[\s\\]*\[([^\[\]]*)\]", re.DOTALL)
 
 
 def in_chinese(command: Any) -> None:
