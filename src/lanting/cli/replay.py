@@ -53,26 +53,38 @@ def replay(
     recipe = read_recipe(picture)
     screen = Screen(quiet, json)
     asked = recipe.request
-    opened = _inputs(asked.get("images") or [], images or [], Path(picture).parent, screen, masks=False)
-    masks = [asked["mask"]] if asked.get("mask") else []
-    masked = _inputs(masks, [mask] if mask else [], Path(picture).parent, screen, masks=True)
-    request = restore_request(asked, opened, masked[0] if masked else None)
+    request = restore_request(asked, *inputs_of(recipe, images or [], mask, Path(picture).parent, screen))
     request = replace(request, choices=request.choices or {})  # nothing was decided then, and nothing is now
     ending = kind_in(read_bytes(Path(picture))) or ".png"
     again = output or str(Path(picture).with_name(f"{Path(picture).stem}-replay{ending}"))
     number = dtype if dtype else recipe.versions.get("dtype") if device is None else None
-    if model is None and recipe.model not in spec_names():
-        raise ModelError(
-            "this picture was drawn with {model}, which is no release: give its folder with --model",
-            model=recipe.model,
-        )
-    name = model or recipe.model
-    loras = _loras(recipe, lora or [], name, Path(picture).parent, screen)
+    name = model or model_of(recipe)
+    loras = loras_of(recipe, lora or [], name, Path(picture).parent, screen)
     weights = Weights(quant or recipe.versions.get("quant", "auto"), text_encoder, vae)
     wish = Wish(name, None, device, number, again, force, preview, Path(picture).stem, loras=loras, weights=weights)
     wish = replace(wish, limits=Limits(vram, ram))
     drawn = draw(request, wish, screen)
     _compare(Path(picture), recipe, drawn, screen)
+
+
+def model_of(recipe: Recipe) -> str:
+    """The recipe's release. Raises ModelError where it names none."""
+    if recipe.model not in spec_names():
+        raise ModelError(
+            "this picture was drawn with {model}, which is no release: give its folder with --model",
+            model=recipe.model,
+        )
+    return recipe.model
+
+
+def inputs_of(
+    recipe: Recipe, images: list[str], mask: str | None, beside: Path, screen: Screen
+) -> tuple[list[Image.Image], Image.Image | None]:
+    """The recipe's input pictures and its mask: as given now, or where they were, or beside the picture."""
+    records, masks = recipe.request.get("images") or [], [recipe.request.get("mask")]
+    opened = _inputs(records, images, beside, screen, masks=False)
+    masked = _inputs([one for one in masks if one], [mask] if mask else [], beside, screen, masks=True)
+    return opened, masked[0] if masked else None
 
 
 def _inputs(
@@ -96,7 +108,7 @@ def _inputs(
     return found
 
 
-def _loras(recipe: Recipe, given: list[str], model: str, beside: Path, screen: Screen) -> tuple[str, ...]:
+def loras_of(recipe: Recipe, given: list[str], model: str, beside: Path, screen: Screen) -> tuple[str, ...]:
     """The recipe's LoRAs as FILE:STRENGTH: as given now, or where they were, or beside the picture; told when a file
     has changed. What is given beyond them is new."""
     if not recipe.loras:
