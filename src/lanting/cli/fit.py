@@ -53,7 +53,8 @@ def fit(request: Request, wish: Wish, screen: Screen) -> dict[str, Any]:
         return {}
     if wish.limits or not chosen.trivial:
         screen.note("{plan}", plan=chosen.sentence())
-        return {"plan": chosen} if wish.limits.vram is None else {"plan": chosen, "vram": wish.limits.vram}
+        writes = {"rewrite": True} if request.rewrite else {}
+        return {"plan": chosen, **writes} | ({} if wish.limits.vram is None else {"vram": wish.limits.vram})
     return {}
 
 
@@ -70,7 +71,7 @@ def planned(request: Request, wish: Wish, machine: Machine, budget: Budget) -> P
     folder = locate(wish.model, {"text_encoder": wish.weights.text_encoder, "vae": wish.weights.vae})
     model = replace(planned_model(folder), precision=precision(wish.dtype), extra=extras(wish))
     size = parse_size(wish.size, folder.spec) if wish.size else request.size
-    settled = settle(replace(request, size=size), folder.spec)
+    settled = settle(replace(request, size=size), model.spec)
     try:
         machine.device(wish.device)
     except LantingError as error:

@@ -15,6 +15,7 @@ from lanting.core.errors import RequestError
 from lanting.core.lang import say
 from lanting.specs import parse_size
 from lanting.specs.numbers import whole
+from lanting.specs.rewriting import check_writes
 
 if TYPE_CHECKING:
     from lanting.plan import Budget, Machine, Plan
@@ -34,6 +35,9 @@ def plan(
     device: Annotated[
         str | None, typer.Option("--device", help="cpu, cuda, cuda:1, mps, or a card such as 'RTX 4090' or 'M4 Max'.")
     ] = None,
+    rewrite: Annotated[
+        bool, typer.Option("--rewrite", help="With the text encoder's head, which rewrites prompts.")
+    ] = False,
     quant: Annotated[str | None, typer.Option("--quant", help="Consider this kind of weights only.")] = None,
     json: o.Json = False,
     quiet: o.Quiet = False,
@@ -53,6 +57,9 @@ def plan(
         raise RequestError("{model} can't do {task}; it does {able}", model=found.name, task=task, able=able)
     sides = parse_size(size, found.spec) if size else None
     job = usual_job(found, sides, references, task)
+    if rewrite:
+        check_writes(found.spec)
+        job = replace(job, writes=True)
     machine, name, budget = place(device, budget)
     chosen = choose(found, job, machine, budget, name, quant)
     rows = survey(found, job, machine, budget, name)

@@ -35,7 +35,8 @@ def read_back(request: Request, tries: int, draw: Callable[[Request], Result]) -
 
 def places_of(result: Result, output: str | None, title: str, force: bool) -> list[Place]:
     """Under the seeds that were kept."""
-    words = [(str(one.request["prompt"]), int(one.request["seed"])) for one in result.recipes]
+    asked = [one.request for one in result.recipes]
+    words = [(str(one.get("asked") or one["prompt"]), int(one["seed"])) for one in asked]
     return places_for(output, words, 1, title, force)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from lanting.core.errors import RequestError
 
 FORMAT = 1
-LONGEST_HEAD = 10_000  # bytes
+LONGEST_HEAD = 4 << 20  # bytes; 64 prompts that were rewritten are below
 MOST_BYTES = 1 << 30  # of latents: 64 pictures of 4096 x 4096 in float32 are below
 
 

@@ -44,6 +44,11 @@ def describe_request(request: Request) -> dict[str, Any]:
     table["mask"] = describe_picture(request.mask) if request.mask is not None else None
     if request.choices:
         table["choices"] = dict(request.choices)
+    if request.rewrite:
+        table["rewrite"] = True
+    for name in ("asked", "unwritten"):
+        if (words := getattr(request, name)) is not None:
+            table[name] = words if isinstance(words, str) else list(words)
     table["options"] = {k: [*v] if isinstance(v, tuple) else v for k, v in request.options.items()}
     return table
 
@@ -51,7 +56,12 @@ def describe_request(request: Request) -> dict[str, Any]:
 def request_of_picture(request: Request, index: int) -> Request:
     """The request that draws picture `index` of a settled batch alone: its own prompt, its own seed."""
     prompts = (request.prompt,) if isinstance(request.prompt, str) else request.prompt
-    return replace(request, prompt=prompts[index // request.count], seed=(request.seed or 0) + index, count=1)
+    alone = replace(request, prompt=prompts[index // request.count], seed=(request.seed or 0) + index, count=1)
+    if request.asked is None:
+        return alone
+    told = (request.asked, request.unwritten)
+    own = [words[index // request.count] or None if isinstance(words, tuple) else words for words in told]
+    return replace(alone, asked=own[0], unwritten=own[1])
 
 
 def restore_request(table: Mapping[str, Any], images: Sequence[Image] = (), mask: Image | None = None) -> Request:
@@ -59,7 +69,9 @@ def restore_request(table: Mapping[str, Any], images: Sequence[Image] = (), mask
     prompt, size = table.get("prompt", ""), table.get("size")
     options: dict[str, Any] = dict(table.get("options") or {})
     return Request(
-        prompt=prompt if isinstance(prompt, str) else tuple(str(words) for words in prompt),
+        prompt=_words(prompt),
+        rewrite=True if table.get("rewrite") else None,
+        **{name: _words(table[name]) for name in ("asked", "unwritten") if table.get(name) is not None},
         size=None if size is None else (int(size[0]), int(size[1])),
         images=tuple(images),
         mask=mask,
@@ -67,6 +79,10 @@ def restore_request(table: Mapping[str, Any], images: Sequence[Image] = (), mask
         choices=dict(table["choices"]) if table.get("choices") else None,
         **{name: table[name] for name in PLAIN if table.get(name) is not None},
     )
+
+
+def _words(given: Any) -> str | tuple[str, ...]:
+    return given if isinstance(given, str) else tuple(str(words) for words in given)
 
 
 def to_json(recipe: Recipe) -> str:
@@ -125,6 +141,7 @@ def infotext(recipe: Recipe) -> str:
         "LoRA": " ".join(f"{Path(one['name']).stem}:{one['strength']:g}" for one in recipe.loras) or None,
         "Quality": None if asked.get("quality") in (None, "exact") else asked["quality"],
         "Denoising strength": asked.get("strength") if asked.get("images") else None,
+        "Asked": json.dumps(asked["asked"], ensure_ascii=False) if asked.get("asked") else None,
         "Version": f"lanting {recipe.versions.get('lanting', '')}".strip(),
     }
     lines = [prompt if isinstance(prompt, str) else "\n".join(prompt)]

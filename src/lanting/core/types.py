@@ -45,6 +45,10 @@ class Request:
     strength         0 < strength <= 1: how far from the source picture (image_to_image, inpaint)
     quality          one of core.quality.NAMES: how much may be left out to be sooner; None: "exact", nothing
     choices          what was decided while the picture was first drawn, from its recipe: it is decided alike
+    rewrite          have the text encoder write the prompt out in detail first, and draw that; None: no, unless a
+                     server does so by default
+    asked            the prompt as it was asked, where another was drawn: recipes have it
+    unwritten        why the prompt was not rewritten, though that was wished: recipes have it
     options          words of a task's own: layers, resolution, control_scale, control_start, control_end,
                      padding_mask_crop, keep, sigmas, batched_guidance
     """
@@ -63,6 +67,9 @@ class Request:
     options: Mapping[str, Any] = field(default_factory=dict[str, Any])
     quality: str | None = None
     choices: Mapping[str, Any] | None = None
+    rewrite: bool | None = None
+    asked: str | tuple[str, ...] | None = None
+    unwritten: str | tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +100,7 @@ def note(sentence: str, **values: object) -> Notice:
 class Progress:
     """What every interface shows. `preview` is a small PIL picture when previews were asked for."""
 
-    phase: str  # "load", "encode", "denoise", "decode"
+    phase: str  # "load", "write", "encode", "denoise", "decode"
     step: int
     steps: int
     seconds: float  # since the phase began
@@ -119,5 +126,6 @@ class Result:
         from lanting.core.save import places_for, save_all
 
         layers = int(self.recipes[0].request.get("options", {}).get("layers", 1)) if self.recipes else 1
-        words = [(str(one.request["prompt"]), int(one.request["seed"])) for one in self.recipes[::layers]]
+        asked = [one.request for one in self.recipes[::layers]]
+        words = [(str(one.get("asked") or one["prompt"]), int(one["seed"])) for one in asked]
         return save_all(self.images, places_for(output, words, layers, force=force), self.recipes)

@@ -25,6 +25,7 @@ from lanting.attach.sentinel import Sentinel
 from lanting.core.checkpoint import Checkpoint
 from lanting.core.errors import LantingError
 from lanting.core.quality import LEVELS
+from lanting.core.rewriting import aside, taken_up
 from lanting.core.types import Notice, Request, note
 from lanting.engine.models import Models
 from lanting.engine.parallel_split import Split
@@ -56,6 +57,8 @@ class Drawing:
         self.reader: SafeReader | None = None
         self.split: Split | None = None
         self.shown: list[Notice] = []
+        self.written = taken_up(resume.choices) if resume else None  # prompts that were rewritten
+        self.remarks: list[Notice] = []  # about them
 
     def __enter__(self) -> Drawing:
         return self
@@ -145,7 +148,7 @@ class Drawing:
     def notices(self) -> tuple[Notice, ...]:
         """What was not told yet."""
         watches = (self.reader, self.vae, self.sentinel, self.split)
-        every = [one for watch in watches if watch is not None for one in watch.notices]
+        every = [*self.remarks, *(one for watch in watches if watch is not None for one in watch.notices)]
         new = tuple(one for one in every if not any(one is other for other in self.shown))
         self.shown += new
         return new
@@ -170,6 +173,11 @@ class Drawing:
         ]
         made += [[0, path, way] for watch in (self.reader, self.vae) if watch for path, way in watch.ways.items()]
         return steps | ({"safe": made} if made else {})
+
+    @property
+    def aside(self) -> dict[str, Any]:
+        """The same for a checkpoint, which also keeps what was written."""
+        return self.choices | aside(self.written)
 
     def told(self, request: Request) -> Request:
         """The request with what was decided."""

@@ -27,6 +27,7 @@ from lanting.engine.parallel import Crew
 from lanting.engine.phases import Phases, Previews, sentences
 from lanting.engine.remembered import Remembered
 from lanting.engine.resume import go_on, mark_of, put_aside
+from lanting.engine.rewriting import check_room, prepare, rewritten, words_for
 from lanting.engine.room import room
 from lanting.engine.studio import EngineStudio
 from lanting.engine.together import Together
@@ -55,6 +56,7 @@ class Engine:
         self.remembered: Remembered | None = None  # what has to run in a safer way here
         self.proved: dict[tuple[Hashable, ...], bool] = {}  # common steps: were they the bits of steps alone?
         self.budget: int | None = None  # bytes of the device, where somebody gave a budget
+        self.counted = False  # the plan has the head of the text encoder, which rewrites prompts
 
     @classmethod
     def open(
@@ -82,6 +84,7 @@ class Engine:
         quant       "int8", "fp8" or "int4": pack Linears that are stored in 16 or 32 bits while they are loaded;
                     "none": never; "auto": as the plan says
         vram, ram   budgets in bytes or as "12G": plan within them (the release's usual pictures), and keep to them
+        rewrite     plan for prompts that are rewritten, too: the text encoder's head takes its room (1.1 GB)
         plan        what stays in memory and what passes through, as `lanting.plan` decided; None: everything stays
         Raises ModelError or RequestError in one sentence.
         """
@@ -93,6 +96,7 @@ class Engine:
         if len(devices) > 1:
             models.crew = Crew(models, devices, fit.get("vram"))
         engine = cls(models)
+        engine.counted = bool(fit.get("rewrite"))
         engine.budget = in_bytes(fit.get("vram" if models.device.type == "cuda" else "ram"))
         return engine
 
@@ -125,6 +129,13 @@ class Engine:
         """Where the model folder's own configs disagree with the release; the folder wins."""
         return self.folder.notes
 
+    def settled(self, request: Request) -> Request:
+        """The request without gaps. Raises RequestError, before anything is loaded."""
+        settled = settle(request, self.spec)
+        if settled.rewrite:
+            check_room(self.models, self.counted, self.budget)
+        return settled
+
     def run(self, request: Request) -> Result:
         """Draw and return; see `stream`."""
         for event in self.stream(request):
@@ -136,7 +147,7 @@ class Engine:
         """Progress after every phase and step, then one Result. `previews`: with a small picture at every step, or at
         those at which it says so. Values are checked before this returns, so a
         wrong request raises here and not at the first `next`. Close the iterator to cancel."""
-        return cast("Iterator[Progress | Result]", self._draw(settle(request, self.spec), previews))
+        return cast("Iterator[Progress | Result]", self._draw(self.settled(request), previews))
 
     def stream_resumable(
         self, request: Request, previews: Previews = False, *, every: int = 4, resume: Checkpoint | None = None
@@ -148,7 +159,7 @@ class Engine:
 
         A checkpoint of another drawing raises RequestError at the first `next`.
         """
-        return self._draw(settle(request, self.spec), previews, every, resume)
+        return self._draw(self.settled(request), previews, every, resume)
 
     def room(self, request: Request, most: int | None = None) -> int:
         """How many drawings like this one may share their steps (`together`), itself counted; 1: none.
@@ -156,7 +167,7 @@ class Engine:
         most  as many as fit, up to so many; None: as many as gain something and stay the same to the last bit
         Raises RequestError for wrong values.
         """
-        settled, known = settle(request, self.spec), self.known()
+        settled, known = self.settled(request), self.known()
         if self.models.crew is not None:  # a picture has all devices, so that it is done sooner
             return 1
         shared = most is not None or all(same for (key, *_), same in self.proved.items() if key == known.key)
@@ -166,6 +177,16 @@ class Engine:
         """Drawings that share their steps, for whoever iterates; the engine is theirs until `close`. `forced`: also
         where sharing changes last bits."""
         return Together(self, forced)
+
+    def rewrite(self, prompt: str, images: Sequence[Image] = ()) -> str:
+        """The words that a request with `rewrite` would draw, and no picture; with `images` of an edit of them.
+
+        The prompt itself where what the text encoder writes can't be used. Raises RequestError where it can't write.
+        """
+        task = "edit" if images else "text_to_image"
+        request = self.settled(Request(prompt, task, images=tuple(images), rewrite=True))
+        with self.turn, resting(self.models), sentences(self.models.device):
+            return words_for(self.models, request)
 
     def close(self) -> None:
         """Let the weights go."""
@@ -192,6 +213,8 @@ class Engine:
         """The path of one settled request, for whoever has the engine's turn; None where its steps wait for others."""
         phases = Phases()
         with sentences(self.models.device), drawing:
+            self._load(request, phases, drawing)
+            request = yield from rewritten(self.models, request, drawing, phases)
             request, canvas = self._prepare(request, phases, drawing)
             drawing.mark = mark_of(request, self.models) if every or resume else ""
             canvas = go_on(canvas, resume, drawing.mark) if resume else canvas
@@ -208,7 +231,7 @@ class Engine:
                 event = phases.tick("denoise", step.index + drawing.done, step.total + drawing.done, picture)
                 yield replace(event, choice=drawing.choice, notices=drawing.notices())
                 if every and step.index % every == 0 and step.index < step.total:
-                    yield put_aside(step, drawing.done, drawing.mark, drawing.choices)
+                    yield put_aside(step, drawing.done, drawing.mark, drawing.aside)
             drawing.rest()
             phases.end("denoise")
             images = self._finish(canvas, last)
@@ -226,14 +249,14 @@ class Engine:
         return self.remembered
 
     @torch.no_grad()
-    def _prepare(self, request: Request, phases: Phases, drawing: Drawing) -> tuple[Request, Canvas]:
-        """Load what is missing and let the task fill its canvas. The request comes back with a caption as its
-        prompt where a picture is to be layered and nobody described it."""
+    def _load(self, request: Request, phases: Phases, drawing: Drawing) -> None:
+        """What is missing; all of it, but where networks take turns."""
         models = self.models
         if models.crew is not None:
             models.crew.start()
         if (request.task or "").startswith("edit"):
             models.see_pictures()
+        prepare(models, request, drawing)
         _ = models.codec, models.controlnet  # built once, kept
         if not models.take_turns:
             models.look_ahead()
@@ -242,6 +265,12 @@ class Engine:
         models.codec.tile = tiles or width * height > TILE_ABOVE
         drawing.watch_vae(models.codec.vae)
         phases.end("load")
+
+    @torch.no_grad()
+    def _prepare(self, request: Request, phases: Phases, drawing: Drawing) -> tuple[Request, Canvas]:
+        """Let the task fill its canvas. The request comes back with a caption as its prompt where a picture is to be
+        layered and nobody described it."""
+        models = self.models
         if request.task == "layered" and not str(request.prompt).strip():
             request = replace(request, prompt=models.reader().caption(request.images[0]) or " ")
         canvas = TASKS[request.task or "text_to_image"](EngineStudio(models, drawing.read), request)

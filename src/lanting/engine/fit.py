@@ -25,6 +25,7 @@ class Fit(TypedDict, total=False):
     plan: Plan | None
     vram: str | int | None
     ram: str | int | None
+    rewrite: bool
 
 
 def planned(folder: ModelFolder, fit: Fit, files: tuple[str | None, ...], **wish: Any) -> Plan | None:
@@ -46,7 +47,8 @@ def planned(folder: ModelFolder, fit: Fit, files: tuple[str | None, ...], **wish
     machine = detect()
     if free and not machine.ram_free:  # not known here
         return None
-    chosen = plan(model, usual_job(model, None), machine, budget, **wish)
+    job = replace(usual_job(model, None), writes=bool(fit.get("rewrite")) and folder.spec.writes)
+    chosen = plan(model, job, machine, budget, **wish)
     return None if free and chosen.trivial else chosen
 
 

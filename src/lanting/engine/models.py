@@ -20,6 +20,7 @@ from torch import Tensor
 from lanting.attach.graphs import forget_graphs
 from lanting.attach.quant import KINDS, chooser
 from lanting.core.errors import ModelError, RequestError
+from lanting.core.rewriting import Written
 from lanting.engine.ahead import Ahead
 from lanting.engine.allocator import return_memory, tidy
 from lanting.engine.choose import choose_device, choose_dtypes
@@ -48,7 +49,7 @@ from lanting.weights.build import (
 )
 from lanting.weights.checkpoint import open_component, read_json
 from lanting.weights.find import ModelFolder
-from lanting.weights.fits import check_fits
+from lanting.weights.fits import can_write, check_fits
 from lanting.weights.forms import read_forms
 from lanting.weights.home import lora_path
 from lanting.weights.lora import attach_loras
@@ -83,6 +84,9 @@ class Models:
         if plan is not None:
             device, dtype = device or plan.device, dtype or plan.dtype
         check_fits(folder.configs)
+        reader = folder.checkpoint("text_encoder")
+        writes = folder.spec.writes and can_write(folder.configs["text_encoder"], reader)
+        folder = replace(folder, spec=replace(folder.spec, writes=writes))
         self.folder, self.release_loras = folder, release_loras(folder)
         self.quant = (
             quant  # what plain Linears are packed as while they are loaded, one of attach.quant.KINDS, "none" or "auto"
@@ -90,13 +94,14 @@ class Models:
         chooser("transformer", quant)  # raises for a kind we don't know, before anything is read
         self.loras = find_loras(folder, loras)  # what a person asked for, on top of the release's own
         self.spec = with_wishes(folder.spec, self.loras)
-        self.checkpoints = {name: folder.checkpoint(name) for name in ("transformer", "vae", "text_encoder")}
+        self.checkpoints = {name: folder.checkpoint(name) for name in ("transformer", "vae")} | {"text_encoder": reader}
         self.device = choose_device(device)
         self.dtypes = choose_dtypes(dtype, self.device, self.checkpoints["transformer"].bytes())
         self.dtype = self.dtypes["transformer"]  # also of latents and of what the tasks hand to it
         self.prompts: dict[Any, Conditioning] = {}  # the last ones that were read; `EngineStudio` keeps them
-        self.captions = "layered" in self.spec.tasks  # a picture to be layered is described when nobody does
-        self.sees = self.captions or takes_pictures(load_template(self.spec.template))
+        self.writes = "layered" in self.spec.tasks  # a picture to be layered is described when nobody does
+        self.sees = self.writes or takes_pictures(load_template(self.spec.template))
+        self.written: dict[Any, Written] = {}  # the last prompts that were rewritten; `engine.rewriting` keeps them
         self.schedule = self._schedule()
         self.ahead = Ahead()
         self.crew: Crew | None = None  # processes on other devices that draw along
@@ -191,7 +196,7 @@ class Models:
     def placed_encoder(self) -> Placed[TextEncoder]:
         config, placing = self.folder.configs["text_encoder"], self.placing("text_encoder")
         files = self.checkpoints["text_encoder"]
-        stored = store_text_encoder(files, config, placing, vision=self.sees, head=self.captions)
+        stored = store_text_encoder(files, config, placing, vision=self.sees, head=self.writes)
         placed = place_encoder(stored, self.plan)
         speed_up(placed.net, placing.device)
         tidy()
@@ -210,8 +215,17 @@ class Models:
         first edit; the encoder is then read again, and never held twice."""
         if not self.sees:
             self.sees = True
-            self.__dict__.pop("encoder", None)
-            self._close("placed_encoder")
+            self._read_again()
+
+    def write_words(self) -> None:
+        """Give the encoder its head, which all other work does without, in the same way."""
+        if not self.writes:
+            self.writes = True
+            self._read_again()
+
+    def _read_again(self) -> None:
+        self.__dict__.pop("encoder", None)
+        self._close("placed_encoder")
 
     @property
     def take_turns(self) -> bool:
@@ -267,6 +281,7 @@ class Models:
         for name in ("codec", "encoder", "preview"):
             self.__dict__.pop(name, None)
         self.prompts.clear()
+        self.written.clear()
 
     def _leave(self, name: str) -> None:
         if name in self.__dict__ and self.plan is not None:

@@ -37,6 +37,8 @@ def may_share(models: Models, request: Request) -> bool:
     """Whether a settled request could share steps at all: exact, in a wide dtype, with networks that stay."""
     if models.single_stream:  # what is kept of words and references belongs to one drawing
         return False
+    if request.rewrite:  # it takes as long as many steps, for which all others would wait
+        return False
     exact = request.quality in (None, "exact") and request.choices is None
     usual = request.task in TASKS and isinstance(request.prompt, str) and not request.options
     return exact and usual and models.dtype != torch.float16 and not models.take_turns

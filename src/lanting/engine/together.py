@@ -29,7 +29,6 @@ from lanting.engine.resume import put_aside
 from lanting.engine.room import rows_of
 from lanting.flow.loop import Canvas, Step, denoise, velocity
 from lanting.flow.together import Asked, joinable, velocities
-from lanting.specs import settle
 
 if TYPE_CHECKING:
     from lanting.engine.engine import Engine
@@ -103,7 +102,7 @@ class Together:
     def join(self, request: Request, previews: Any = False, every: int = 4, resume: Checkpoint | None = None) -> Seat:
         """From the next step on; as `Engine.stream_resumable`. Raises RequestError for wrong values."""
         engine = self.engine
-        settled = settle(request, engine.spec)
+        settled = engine.settled(request)
         drawing = Joined(engine.models, settled, engine.known(), resume)
         seat = Seat(drawing, engine.drawn(drawing, settled, previews, every, resume), resume)
         self.seats.append(seat)
@@ -136,7 +135,7 @@ class Together:
         drawing = seat.drawing
         if drawing.last is None:
             return seat.resume
-        return put_aside(drawing.last, drawing.done, drawing.mark, drawing.choices)
+        return put_aside(drawing.last, drawing.done, drawing.mark, drawing.aside)
 
     def close(self) -> None:
         """Stop all drawings and give the engine back."""

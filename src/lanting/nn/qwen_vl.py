@@ -181,12 +181,14 @@ class QwenVL(nn.Module):
 
 
 def choose(logits: Tensor, said: Tensor, sampling: Sampling, generator: torch.Generator | None) -> Tensor:
-    """Pick the next token (1, 1) from logits (1, V); `said` (1, T) are the tokens present so far."""
+    """Pick the next token (1, 1) from logits (1, V); `said` (1, T) are the tokens present so far. Nothing is drawn
+    from logits that are not finite, by which a GPU would come to a stop.
+    """
     if sampling.repetition_penalty != 1.0:
         old = logits.gather(1, said)
         penalty = sampling.repetition_penalty
         logits = logits.scatter(1, said, torch.where(old < 0, old * penalty, old / penalty))
-    if sampling.temperature <= 0.0:
+    if sampling.temperature <= 0.0 or not bool(logits.isfinite().all()):
         return logits.argmax(-1, keepdim=True)
     chances, order = (logits / sampling.temperature).softmax(-1).sort(-1, descending=True)
     chances = chances.masked_fill(chances.cumsum(-1) - chances >= sampling.top_p, 0.0)  # the first always stays

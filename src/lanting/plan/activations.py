@@ -90,7 +90,7 @@ def encoding_peak(net: Coder, sizes: Sequence[Size], dtype: str, tile: int) -> i
 def reader_peak(geometry: Geometry, job: Job, kind: Kind, dtype: str, on_cpu: bool) -> int:
     """The text encoder: a layer's feed-forward, keys and values of all layers, or the eye's."""
     language, eye, width = geometry.language, geometry.vision, BYTES[dtype]
-    rows = job.prompts * job.read_tokens
+    rows = max(job.prompts * job.read_tokens, job.written_tokens)
     layer = rows * (5 * language.hidden_size + 3 * language.intermediate_size) * width
     layer += 8 * language.head_dim * job.read_tokens
     expanded = expanding(language.hidden_size * language.intermediate_size, kind, width, on_cpu)

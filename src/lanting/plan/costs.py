@@ -28,6 +28,8 @@ CUDA_PROGRAM = 1_400 * 10**6  # the same with CUDA's libraries; not measured her
 DRIVER = 550 * 10**6  # bytes of a card that its driver takes per process; not measured here
 FAULT = 1 << 16  # bytes of a file that a system maps around one that is asked for
 DESKTOP_CPU = 2e11  # operations a second while it reads a prompt; an assumption
+DESKTOP_RAM = 4e10  # bytes a second while it writes; an assumption
+ANSWER = 250  # tokens of a rewritten prompt: it is asked to have 150 words
 SLACK = 0.02  # of weights and activations: what the allocator holds beside them
 CUDA_SLACK = 0.05  # the same of CUDA's caching allocator; not measured here
 
@@ -76,10 +78,10 @@ class Bill:
         """Bytes of the text encoder's weights. Where it is read anew each time and memory is so short that the
         transformer streams from disk, its layers pass through one by one too."""
         kind, seen = way.reader, bool(self.job.seen)
-        held = self.once(("reader", kind.name), lambda: self.model.reader(kind, self.dtype, seen))
+        held = self.once(("reader", kind.name), lambda: self.model.reader(kind, self.dtype, seen, self.job.writes))
         every = held.every
         if (self.on_cpu or way.encoder == "cpu") and self.model.looked_up(self.dtype):
-            rows = self.job.prompts * self.job.read_tokens
+            rows = max(self.job.prompts * self.job.read_tokens, self.job.written_tokens)
             every += min(rows * FAULT, held.words) - held.words
         if (way.encoder, way.parked, way.streamed) != ("unload", "disk", "disk"):
             return every
@@ -186,9 +188,18 @@ class Bill:
         once = job.branches * a.first_work(self.net, self.jobs[way.kept])
         once += a.decoding_work(self.model.geometry.vae, job)
         seconds += step * job.steps + once / card.operations
+        if job.writes:
+            seconds += job.prompts * ANSWER * self.said(way)
         if way.encoder == "unload":
             seconds += (self.reader(way) + self.transformer(way)[0]) / self.rate(way.parked)
         return seconds
+
+    def said(self, way: Way) -> float:
+        """Seconds for each word that the text encoder writes: all its weights are read for it."""
+        passing = (way.encoder, way.parked, way.streamed) == ("unload", "disk", "disk")
+        held = self.model.reader(way.reader, self.dtype, bool(self.job.seen), True)
+        bandwidth = DESKTOP_RAM if way.encoder == "cpu" or self.card is None else self.card.bandwidth * 1e9
+        return held.every / bandwidth + (held.layers / self.rate("disk") if passing else 0.0)
 
 
 def price(bill: Bill, way: Way) -> Plan:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 TOKEN = 16  # pixels per side of a token
 CELL, CELL21 = 28, 32  # pixels per side of what the text encoder makes one token of: Qwen2.5-VL, Qwen3-VL
+ASKED = 330  # tokens of the longest template that asks for a rewritten prompt
 Size = tuple[int, int]  # width, height in pixels
 
 
@@ -22,6 +23,7 @@ class Job:
     guided      two predictions per step; joined: both at once
     cell        pixels per side of a token of the text encoder's
     cut         the transformer sees no such tokens: references stand in their places (Qwen-Image-2.1)
+    writes      prompts are rewritten by the text encoder before it reads them
     kept        what does not change from step to step is computed once, where the transformer can do so
     """
 
@@ -40,6 +42,7 @@ class Job:
     cell: int = CELL
     cut: bool = False
     kept: bool = True
+    writes: bool = False
 
     @property
     def target_tokens(self) -> int:
@@ -64,6 +67,11 @@ class Job:
     def read_tokens(self) -> int:
         """What the text encoder reads: template, prompt and pictures."""
         return self.opening + self.text + self.seen_tokens
+
+    @property
+    def written_tokens(self) -> int:
+        """Of the longest prompt that is rewritten: what is asked of the text encoder, and its answer; one at a time."""
+        return ASKED + 2 * self.text + self.seen_tokens if self.writes else 0
 
     @property
     def prefix_tokens(self) -> int:

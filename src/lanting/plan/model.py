@@ -85,11 +85,12 @@ class Model:
             return sum_up(self.held, self.geometry.transformer)
         return transformer_sizes(self.geometry.transformer, kind, plain(dtype))
 
-    def reader(self, kind: Kind, dtype: str, sees: bool) -> Reader:
+    def reader(self, kind: Kind, dtype: str, sees: bool, writes: bool = False) -> Reader:
         """Bytes in memory of the text encoder."""
+        parts = sees or self.writes, writes or self.writes
         if self.reader_held and self.reader_kind not in PLAIN:
-            return sum_reader(self.reader_held, sees or self.writes, self.writes)
-        return reader_bytes(self.geometry, kind, plain(dtype), sees or self.writes, self.writes)
+            return sum_reader(self.reader_held, *parts)
+        return reader_bytes(self.geometry, kind, plain(dtype), *parts)
 
     def looked_up(self, dtype: str) -> bool:
         """On a CPU the table of words stays in its file, and memory holds the rows of the words that are read. Where
@@ -130,7 +131,8 @@ def job_of(request: Request, model: Model, text: int | None = None) -> Job:
         batch=len(prompts) * request.count,
         frames=request.options.get("layers", own.layers) + 1 if task == "layered" else 1,
         prompts=len(prompts),
-        text=text or min(LETTERS, count + CLOSING),
+        text=text or (LETTERS if request.rewrite else min(LETTERS, count + CLOSING)),
+        writes=bool(request.rewrite),
         opening=64 if editing and spec.edit_template != "text-to-image" else 34,
         steps=request.steps or own.steps,
         guided=(own.guidance_scale if request.guidance_scale is None else request.guidance_scale) > 1,

@@ -57,6 +57,7 @@ class ModelSpec:
     schedule       scheduler config entries that replace the checkpoint's own
     renormalize    guided predictions keep the length of the unguided one (Qwen-Image's guidance)
     lora           file of the distillation this release adds to `repo` ("" for none)
+    writes         the text encoder can also write (Qwen2.5-VL with its head), so that prompts can be rewritten
     licence        what a person should know of it before using the weights ("": Apache-2.0)
     """
 
@@ -70,6 +71,7 @@ class ModelSpec:
     schedule: Mapping[str, Any] = field(default_factory=dict[str, Any])
     renormalize: bool = True
     lora: str = ""
+    writes: bool = False
     licence: str = ""
 
 

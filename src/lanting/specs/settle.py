@@ -11,13 +11,15 @@ from dataclasses import replace
 from typing import Any, cast
 
 from lanting.core.errors import RequestError
+from lanting.core.rewriting import LONGEST
 from lanting.core.types import TASK_NAMES, Request
 from lanting.specs.model_spec import ModelSpec
 from lanting.specs.numbers import number, whole
 from lanting.specs.options import settle_choices, settle_options, settle_quality
+from lanting.specs.rewriting import settle_rewrite
 from lanting.specs.sizes import WIDEST, check_size, fit_area, reference_size, size_of_picture
 
-LONGEST_PROMPT, LONGEST_NEGATIVE = 10_000, 4_000  # characters; the reader sees 1,024 tokens at most
+LONGEST_PROMPT, LONGEST_NEGATIVE = LONGEST, 4_000  # characters; the reader sees 1,024 tokens at most
 LARGEST_SEED = 2**63 - 1
 MOST_CONTROLS = 4  # control pictures whose residuals are added up
 FROM_NOISE = {"text_to_image", "edit", "layered", "controlnet", "controlnet_inpaint"}  # no strength here
@@ -29,6 +31,7 @@ def settle(request: Request, spec: ModelSpec) -> Request:
     """Every None filled from the release, every value checked. Raises RequestError."""
     task = _task(request, spec)
     _check_words(request, task)
+    rewrite = settle_rewrite(request, task, spec)
     _check_pictures(request, task, spec)
     own = spec.defaults
     negative = own.negative_prompt if request.negative_prompt is None else request.negative_prompt
@@ -52,6 +55,7 @@ def settle(request: Request, spec: ModelSpec) -> Request:
         options=options,
         quality=settle_quality(request),
         choices=choices,
+        rewrite=rewrite,
     )
 
 

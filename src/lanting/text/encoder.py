@@ -8,7 +8,7 @@ is returned only when rows differ in length, so that a single prompt takes the u
 Source: Qwen-Image technical report; equal to the encode_prompt functions of diffusers 0.42.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from PIL import Image
@@ -21,6 +21,7 @@ from lanting.nn.qwen_vl import QwenVL, Sampling
 from lanting.text.pictures import PictureConfig, picture_patches
 from lanting.text.templates import IMAGE_PAD, fill, load_template, opening, takes_pictures
 
+ENDS = ("<|im_end|>", "<|endoftext|>")
 LONGEST = 1024
 """Most tokens a prompt may be allowed; the reference refuses more."""
 
@@ -109,7 +110,29 @@ class PromptEncoder:
 
         The layered task uses this when it is given no prompt. The wording of the request is ours.
         """
-        patches, grids = self.see([image])
-        ids = torch.tensor([self.tokens(fill(load_template(f"caption-{language}"), "", self.counts(grids)))])
-        words = self.model.generate(ids.to(self.model.device), patches, grids, sampling)
-        return self.tokenizer.decode(list(words), skip_special_tokens=True).strip()
+        return self.words_of(list(self.write(f"caption-{language}", "", [image], sampling)))
+
+    def write(
+        self,
+        template: str,
+        prompt: str = "",
+        images: Sequence[Image.Image] = (),
+        sampling: Sampling | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[int]:
+        """What the model says to a template filled with a prompt and pictures, token by token as it comes.
+
+        `generator` is on the model's device. The model must have its head.
+        """
+        patches, grids = self.see(images)
+        ids = torch.tensor([self.tokens(fill(load_template(template), prompt, self.counts(grids)))])
+        return self.model.generate(ids.to(self.model.device), patches, grids, sampling, generator)
+
+    def words_of(self, tokens: Sequence[int]) -> str:
+        """What it has said."""
+        return self.tokenizer.decode(list(tokens), skip_special_tokens=True).strip()
+
+    def ends(self) -> tuple[int, ...]:
+        """The tokens with which it ends what it says."""
+        found = (self.tokenizer.token_to_id(word) for word in ENDS)
+        return tuple(token for token in found if token is not None)

@@ -10,7 +10,9 @@ from typing import Any
 
 from lanting.core.errors import ModelError
 from lanting.specs.detect import SINGLE_STREAM
+from lanting.weights.checkpoint import Checkpoint
 
+HEAD = "lm_head.weight"  # with which a language model writes
 Configs = Mapping[str, Mapping[str, Any]]
 WIDTH, CHANNELS, LATENTS = (3584, 4096), (64, 64), (16, 64)  # of the releases, where a config leaves them out
 
@@ -45,3 +47,10 @@ def check_fits(configs: Configs) -> None:
             latents=latents,
             wanted=channels // side**2,
         )
+
+
+def can_write(config: Mapping[str, Any], files: Checkpoint) -> bool:
+    """Whether a text encoder (its config.json and its files) is a Qwen2.5-VL with its head: repacked ones may lack it.
+    A table of words in its place (`tie_word_embeddings`) belongs to smaller models than any that a release reads with.
+    """
+    return config.get("model_type") != "qwen3_vl" and HEAD in files.infos
