@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lanting.cli import rewritten
 from lanting.cli.fit import Limits, fit
 from lanting.cli.lora import tell_wishes
 from lanting.cli.read_back import as_json, check, places_of, read_back, tell
@@ -193,6 +194,7 @@ def _report(drawn: Drawn, screen: Screen) -> None:
         words = " ".join(str(recipe.request["prompt"]).split())
         shown = f'   "{words[:57]}..."' if len(words) > 60 else f'   "{words}"' if words else ""
         screen.line("{path}{prompt}   seed {seed}", path=path, prompt=shown, seed=recipe.request["seed"])
+    rewritten.tell(drawn.recipes, screen)
     _tell_choices(drawn, screen)
     tell(drawn.readings, drawn.paths, screen)
     phases = ", ".join(f"{name} {spent:.1f} s" for name, spent in seconds.items())
@@ -230,6 +232,7 @@ def _as_json(drawn: Drawn, total: float) -> dict[str, Any]:
     seconds = {name: round(spent, 3) for name, spent in drawn.result.seconds.items()} | {"total": round(total, 3)}
     return {
         "files": files,
+        **rewritten.as_json(first),
         "model": first.model,
         "task": first.task,
         "request": describe_request(drawn.request),

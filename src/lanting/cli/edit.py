@@ -32,6 +32,7 @@ def edit(
     negative: o.Negative = None,
     seed: o.Seed = None,
     count: o.Count = 1,
+    rewrite: o.Rewrite = False,
     lora: o.Lora = None,
     device: o.Device = None,
     dtype: o.DtypeFlag = None,
@@ -67,6 +68,7 @@ def edit(
         seed=seed,
         count=count,
         quality=quality,
+        rewrite=rewrite,
     )
     title = Path(paths[0]).stem
     weights, loras = Weights(quant, text_encoder, vae), tuple(lora or ())

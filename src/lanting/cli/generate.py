@@ -27,6 +27,7 @@ def generate(
     seed: o.Seed = None,
     count: o.Count = 1,
     tries: o.Tries = 1,
+    rewrite: o.Rewrite = False,
     lora: o.Lora = None,
     controlnet: o.ControlNet = None,
     control: o.Control = None,
@@ -49,7 +50,7 @@ def generate(
     """Draw pictures from words. Without --model, the small nano model that ships with lanting draws signs."""
     words = sys.stdin.read().strip() if prompt == "-" else prompt
     request = Request(words, negative_prompt=negative, steps=steps, guidance_scale=guidance, seed=seed, count=count)
-    request = replace(request, quality=quality)
+    request = replace(request, quality=quality, rewrite=rewrite)
     if control or controlnet or mask:
         request = controlled(request, control or [], mask, control_scale)
     loras = tuple(lora or ())

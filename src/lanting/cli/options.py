@@ -78,6 +78,12 @@ Keep = Annotated[
     bool | None,
     typer.Option("--keep/--no-keep", help="Edits take what they leave alone from the picture. Default: nano's do."),
 ]
+Rewrite = Annotated[
+    bool,
+    typer.Option(
+        "--rewrite", help="Have the model's own text encoder write the prompt out in detail first, and draw that."
+    ),
+]
 Tries = Annotated[
     int,
     typer.Option(

@@ -16,7 +16,7 @@ from lanting.core.types import Progress
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
-PHASES = {"load": "loading", "encode": "reading", "denoise": "drawing", "decode": "developing"}
+PHASES = {"load": "loading", "write": "writing", "encode": "reading", "denoise": "drawing", "decode": "developing"}
 
 
 @dataclass
