@@ -43,6 +43,8 @@ the code, no half-written picture is left. A failure is one sentence; `--debug` 
 | variable | meaning |
 |---|---|
 | `LANTING_LANG` | `en` or `zh`; otherwise the locale decides |
+| `LANTING_MODEL` | the model where no `--model` is given, for verbs whose task it can do |
+| `LANTING_CONFIG` | the file of your own defaults; default `~/.config/lanting/config.toml` ([more](guide.md#defaults-of-your-own)) |
 | `LANTING_HOME` | where `pull` keeps models; default `~/.cache/lanting` |
 | `HF_HOME`, `HF_HUB_CACHE` | the Hugging Face cache, whose models are found and used where they are |
 | `HF_ENDPOINT`, `MODELSCOPE_ENDPOINT` | another address of the hub |
@@ -69,6 +71,8 @@ the code, no half-written picture is left. A failure is one sentence; `--debug` 
 | 变量 | 含义 |
 |---|---|
 | `LANTING_LANG` | `en` 或 `zh`；不设就看系统的区域设置 |
+| `LANTING_MODEL` | 不给 `--model` 时用的模型，只用于它能做的动词 |
+| `LANTING_CONFIG` | 自己的默认值放在哪个文件；默认 `~/.config/lanting/config.toml`（[详见](guide.zh.md#自己的默认值)） |
 | `LANTING_HOME` | `pull` 把模型放在哪里；默认 `~/.cache/lanting` |
 | `HF_HOME`、`HF_HUB_CACHE` | Hugging Face 的缓存，里面的模型找得到，就地使用 |
 | `HF_ENDPOINT`、`MODELSCOPE_ENDPOINT` | 模型站的另一个地址 |
@@ -94,6 +98,10 @@ EXAMPLES = {
         "lanting quantize qwen-image --component text_encoder --to int8 -o reader-int8.safetensors",
     ),
     "layers": ("lanting layers poster.png --layers 3 -o layers/", "lanting layers poster.png -o poster.psd"),
+    "finish": (
+        "lanting generate 'a tea house in the mist' --model qwen-image-2512 --draft --count 4",
+        "lanting finish a-tea-house-in-the-mist-7.png",
+    ),
     "replay": ("lanting replay hello.png",),
     "list": ("lanting list",),
     "plan": (
@@ -106,6 +114,13 @@ EXAMPLES = {
     "lora show": ("lanting lora show ink.safetensors", "lanting lora show ink.safetensors --model qwen-image --json"),
     "remove": ("lanting remove qwen-image-2512",),
     "bench": ("lanting bench --quick", "lanting bench --only layer,vae --threads 1 --json bench.json"),
+    "doctor": ("lanting doctor", "lanting doctor --json"),
+    "config": (
+        "lanting config",
+        "lanting config model qwen-image-2512",
+        "lanting config edit.model qwen-image-edit-2511",
+        "lanting config --unset edit.model",
+    ),
     "serve": (
         "lanting serve",
         "lanting serve --model qwen-image-2512 --lora ink.safetensors --port 8353",

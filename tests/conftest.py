@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from collections.abc import Generator
 from pathlib import Path
 
 import pytest
 
+os.environ["LANTING_CONFIG"] = os.devnull  # nobody's own defaults, here and in child processes
+os.environ.pop("LANTING_MODEL", None)
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent / "parity"))  # tiny: whole checkpoints with random weights
 

@@ -33,7 +33,10 @@ MAY: dict[str, set[str]] = {
     "bench": {"core", "specs", "plan", "nn", "kernels", "attach", "engine"},
     "serve": {"core", "specs", "plan", "kernels", "engine"},  # kernels: how many threads there are
     "cluster": {"core", "specs", "plan", "serve"},
-    "cli": {"core", "specs", "plan", "kernels", "weights", "engine", "train", "evals", "bench", "serve", "cluster"},
+    "defaults": {"core", "specs", "plan", "weights"},  # weights: whether a model that is a folder can do a verb's task
+    "doctor": {"core", "specs", "plan", "kernels", "weights", "defaults"},
+    "cli": {"core", "specs", "plan", "kernels", "weights", "engine", "train", "evals", "bench", "serve", "cluster"}
+    | {"defaults", "doctor"},
 }
 # heavy library -> rooms that may import it when they are imported themselves; everyone else inside functions
 TORCH_ROOMS = {"nn", "kernels", "weights", "attach", "flow", "text", "tasks", "engine", "train", "evals", "bench"}
@@ -57,7 +60,8 @@ HEAVY = {
 }
 JIT = "kernels/gpu/jit/"  # kernels in Triton; others import them inside functions, where Triton is
 NEVER = {"transformers", "diffusers", "torchvision", "accelerate", "peft"}  # oracles of the tests, nothing more
-LIGHT = {"core", "specs", "plan", "cli"}  # importing these must not import torch, so other rooms only inside functions
+# importing these must not import torch, so other rooms only inside functions
+LIGHT = {"core", "specs", "plan", "defaults", "doctor", "cli"}
 NO_TORCH = LIGHT | {"serve"}  # the same, but this room brings web libraries, so light ones import it inside functions
 # files of other rooms that light rooms ask about this machine: no heavy library, and nothing heavy of their own room
 LIGHT_FILES = {"kernels/__init__.py", "kernels/build.py", "kernels/library.py", "kernels/limits.py"}
@@ -66,7 +70,7 @@ MAX_FILE, MAX_FUNCTION, MAX_PARAMETERS = 400, 60, 7
 CROWDED = {"nn/mmdit.py forward", "nn/single_stream.py forward", "flow/loop.py __call__"}
 # a verb's parameters are its flags
 VERBS = {"generate", "edit", "plan", "layers", "replay", "quantize", "nano", "pull", "text", "follow", "lightning"}
-VERBS |= {"bench", "serve", "lora"}
+VERBS |= {"bench", "finish", "serve", "lora"}
 
 
 def room_of(path: Path) -> str:

@@ -283,19 +283,22 @@ def test_languages(monkeypatch):
     assert explain(LantingError("plain {words}")) == "plain {words}"
 
 
+SAYING = ("say", "line", "note", "fine", "remark", "problem", "advice")  # their first argument is read by people
+
+
 def sentences() -> set[str]:
     """Every constant sentence that a person may read."""
     found: set[str] = set()
     errors = {e.__name__ for e in LantingError.__subclasses__()} | {"RefusalError", "MissingJudgeError"}
     errors |= {error.__name__ for error in ServeError.__subclasses__()}
-    rooms = "core specs plan weights attach engine bench serve cluster train evals cli"
+    rooms = "core specs plan weights attach engine bench serve cluster train evals defaults doctor cli"
     for room in rooms.split():
         for path in (Path(lanting.__file__).parent / room).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 if not (isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant)):
                     continue
                 name = getattr(node.func, "attr", None) or getattr(node.func, "id", "")
-                if name in ("say", "line", "note") or name in errors:
+                if name in SAYING or name in errors:
                     found.add(node.args[0].value)
     return found | {get_spec(name).licence for name in spec_names()} - {""}
 

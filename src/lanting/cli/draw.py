@@ -7,6 +7,7 @@ The engine's events are drawn as a bar on a terminal and one plain line in a pip
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -15,11 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lanting.cli import rewritten
+from lanting.cli.drafts import drafting
 from lanting.cli.fit import Limits, fit
 from lanting.cli.lora import tell_wishes
+from lanting.cli.options import Defaulted
 from lanting.cli.read_back import as_json, check, places_of, read_back, tell
 from lanting.cli.screen import Screen
 from lanting.core.files import replace_file
+from lanting.core.lang import say
 from lanting.core.quality import REUSED, computed
 from lanting.core.recipe import describe_request, request_of_picture
 from lanting.core.save import Place, places_for, save_all
@@ -65,6 +69,7 @@ class Wish:
     loras: tuple[str, ...] = ()  # FILE[:STRENGTH]
     weights: Weights = Weights()
     limits: Limits = NO_LIMITS
+    draft: bool = False  # in few steps, to be finished later
     tries: int = 1  # seeds that may be drawn with until the quoted words are read
 
 
@@ -81,6 +86,11 @@ class Drawn:
     def each(self) -> int:
         """Pictures in each file: more than one where a file takes all layers."""
         return len(self.result.images) // len(self.paths)
+
+    @property
+    def quoted(self) -> str:
+        """The first file, as a shell would take it."""
+        return shlex.quote(str(self.paths[0]))
 
     @property
     def recipes(self) -> tuple[Recipe, ...]:
@@ -104,6 +114,7 @@ def open_engine(
 
 def draw(request: Request, wish: Wish, screen: Screen) -> Drawn:
     """Draws, saves, and says where. Raises LantingError before anything is written, or leaves nothing half-done."""
+    wish = _as_draft(_tell_default(wish, screen))
     options = wish.weights.options() | fit(request, wish, screen)
     engine = open_engine(wish.model, wish.device, wish.dtype, wish.controlnet, wish.loras, **options)
     try:
@@ -121,8 +132,24 @@ def draw(request: Request, wish: Wish, screen: Screen) -> Drawn:
     finally:
         engine.close()
     drawn = Drawn(paths, result, settled, readings)
-    _report(drawn, screen)
+    _report(drawn, wish, screen)
     return drawn
+
+
+def _as_draft(wish: Wish) -> Wish:
+    """The wish with the model and the LoRAs that draft, where a draft is wanted."""
+    if not wish.draft:
+        return wish
+    model, loras = drafting(wish.model, wish.loras)
+    return replace(wish, model=model, loras=loras)
+
+
+def _tell_default(wish: Wish, screen: Screen) -> Wish:
+    """Says which model, where no flag did but a person's own default; the rest then sees its plain name."""
+    if isinstance(wish.model, Defaulted):
+        screen.aside(say("model: {model} ({source})", model=str(wish.model), source=wish.model.source))
+        return replace(wish, model=str(wish.model))
+    return wish
 
 
 def _drawn(
@@ -181,7 +208,7 @@ def _previewer(path: Path, screen: Screen) -> Callable[[Progress], None]:
     return show
 
 
-def _report(drawn: Drawn, screen: Screen) -> None:
+def _report(drawn: Drawn, wish: Wish, screen: Screen) -> None:
     seconds, total = drawn.result.seconds, time.perf_counter() - STARTED
     if screen.json:
         screen.raw(json.dumps(_as_json(drawn, total), ensure_ascii=False))
@@ -199,7 +226,9 @@ def _report(drawn: Drawn, screen: Screen) -> None:
     tell(drawn.readings, drawn.paths, screen)
     phases = ", ".join(f"{name} {spent:.1f} s" for name, spent in seconds.items())
     screen.line("read, drawn and saved in {seconds:.1f} s ({phases})", seconds=total, phases=phases)
-    screen.line("again: lanting replay {path}", path=_quoted(str(drawn.paths[0])))
+    screen.line("again: lanting replay {path}", path=drawn.quoted)
+    if wish.draft:
+        screen.line("the whole model: lanting finish {path}", path=drawn.quoted)
 
 
 def _tell_choices(drawn: Drawn, screen: Screen) -> None:
@@ -248,10 +277,3 @@ def _cross(size: tuple[int, int] | None) -> str:
 
 def _steps(request: Request) -> str:
     return f"{request.steps} steps" if request.steps != 1 else "1 step"
-
-
-def _quoted(path: str) -> str:
-    """As a shell would take it."""
-    import shlex
-
-    return shlex.quote(path)

@@ -33,6 +33,7 @@ def edit(
     seed: o.Seed = None,
     count: o.Count = 1,
     rewrite: o.Rewrite = False,
+    draft: o.Draft = False,
     lora: o.Lora = None,
     device: o.Device = None,
     dtype: o.DtypeFlag = None,
@@ -73,4 +74,4 @@ def edit(
     title = Path(paths[0]).stem
     weights, loras = Weights(quant, text_encoder, vae), tuple(lora or ())
     wish = Wish(model, size, device, dtype, output, force, preview, title, loras=loras, weights=weights)
-    draw(request, replace(wish, limits=Limits(vram, ram)), Screen(quiet, json))
+    draw(request, replace(wish, limits=Limits(vram, ram), draft=draft), Screen(quiet, json))

@@ -28,6 +28,7 @@ def generate(
     count: o.Count = 1,
     tries: o.Tries = 1,
     rewrite: o.Rewrite = False,
+    draft: o.Draft = False,
     lora: o.Lora = None,
     controlnet: o.ControlNet = None,
     control: o.Control = None,
@@ -56,7 +57,7 @@ def generate(
     loras = tuple(lora or ())
     weights = Weights(quant, text_encoder, vae)
     wish = Wish(model, size, device, dtype, output, force, preview, controlnet=controlnet, loras=loras, weights=weights)
-    wish = replace(wish, limits=Limits(vram, ram), tries=tries)
+    wish = replace(wish, limits=Limits(vram, ram), tries=tries, draft=draft)
     screen = Screen(quiet, json)
     draw(request, wish, screen)
     if model == "nano":

@@ -12,8 +12,9 @@ import os
 import sys
 import traceback
 from collections.abc import Iterable
+from contextlib import ExitStack
 from importlib import import_module
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -25,6 +26,7 @@ VERBS = {
     "generate": "generate:generate",
     "edit": "edit:edit",
     "layers": "layers:layers",
+    "finish": "finish:finish",
     "replay": "replay:replay",
     "list": "list:list_models",
     "plan": "plan:plan",
@@ -33,6 +35,8 @@ VERBS = {
     "quantize": "quantize:quantize",
     "remove": "remove:remove",
     "bench": "bench:bench",
+    "doctor": "doctor:doctor",
+    "config": "config:config",
     "serve": "serve:serve",
     "keys": "keys:keys",
     "lora": "lora:lora",
@@ -46,6 +50,7 @@ TOLD = {
     "generate": "Draw pictures from words.",
     "edit": "Change pictures by words.",
     "layers": "Take a picture apart into transparent layers, the lowest first.",
+    "finish": "Draw a draft again with the whole model, every step.",
     "replay": "Draw a picture again from the recipe inside it: the same bits on the same machine.",
     "list": "List the releases, and every model that is on this machine.",
     "plan": "Say which ways of running a model fit, what each costs in memory, time and quality.",
@@ -54,12 +59,15 @@ TOLD = {
     "quantize": "Write a model's transformer or text encoder in fewer bits.",
     "remove": "Delete a downloaded model, finished or not.",
     "bench": "Measure what this machine can do, and how much of it the networks get.",
+    "doctor": "Look over this machine and say what to change, with the commands to type.",
+    "config": "Defaults of your own: show them, set one, take one back.",
     "serve": "Serve a team: OpenAI, Ollama, A1111 and MCP clients, and Lanting's own API.",
     "keys": "API keys: who may use a server others can reach.",
     "lora": "LoRA files: what they are and what they fit.",
     "train": "Train models.",
     "eval": "Measure models.",
 }
+REPAIRS = ("config", "doctor")  # verbs that must run whatever the file of defaults says
 
 
 def overview() -> typer.Typer:
@@ -120,6 +128,11 @@ def run() -> None:
 
 def main(arguments: list[str]) -> int:
     """Runs one command and returns its exit code."""
+    with ExitStack() as speaking:
+        return _main(arguments, speaking)
+
+
+def _main(arguments: list[str], speaking: ExitStack) -> int:
     flags = arguments[: arguments.index("--")] if "--" in arguments else arguments
     debug, as_json = "--debug" in flags, "--json" in flags
     if flags and flags[0] in VERBS:
@@ -127,12 +140,13 @@ def main(arguments: list[str]) -> int:
     else:
         app = command_line() if set(flags) & set(VERBS) else overview()
     try:
+        own = _defaults(flags, speaking)
         command = typer.main.get_command(app)
         if language() == "zh":
             from lanting.cli.chinese import in_chinese
 
             in_chinese(command)
-        code = command(arguments, prog_name="lanting", standalone_mode=False)
+        code = command(arguments, prog_name="lanting", standalone_mode=False, **own)
         return _cancelled() if code == 130 else code if isinstance(code, int) else 0
     except LantingError as error:
         return _fail(explain(error), error.exit_code, error, debug, as_json)
@@ -150,6 +164,22 @@ def main(arguments: list[str]) -> int:
             return _fail(_usage(str(message()), flags, app), 2, error, debug, as_json)
         words = say("something went wrong inside ({reason}); run again with --debug", reason=_reason(error))
         return _fail(words, 1, error, debug, as_json)
+
+
+def _defaults(flags: list[str], speaking: ExitStack) -> dict[str, Any]:
+    """What the parser of flags is to know of a person's own defaults: nothing where there are none, nor for --help."""
+    verb = next((word for word in flags if word in VERBS), None)
+    if verb is None or set(flags) & {"-h", "--help"}:
+        return {}
+    from lanting.defaults.choose import defaults, language_of, said, speak
+
+    if (content := said()) is None:
+        return {}
+    speaking.enter_context(speak(language_of(content)))
+    if verb in REPAIRS:
+        return {}
+    own = defaults(content)
+    return {"default_map": {verb: own.of(verb)}, "obj": own}
 
 
 def _cancelled() -> int:

@@ -6,8 +6,33 @@ from typing import Annotated
 
 import typer
 
+
+class Defaulted(str):
+    """A model that no flag named, and where it was: "LANTING_MODEL" or "lanting config"."""
+
+    source: str
+
+    def __new__(cls, name: str, source: str) -> Defaulted:
+        found = super().__new__(cls, name)
+        found.source = source
+        return found
+
+
+def _remember(context: typer.Context, parameter: typer.CallbackParam, value: str) -> str:
+    """Where a person's own default decided, that goes along."""
+    source = context.get_parameter_source(str(parameter.name))
+    choice = context.obj.choice(context.info_name, "model") if source and source.name == "DEFAULT_MAP" else None
+    return value if choice is None else Defaulted(value, choice.source)
+
+
 Model = Annotated[
-    str, typer.Option("--model", "-m", help="A release (see 'lanting list'), a model folder, or a weights file.")
+    str,
+    typer.Option(
+        "--model",
+        "-m",
+        callback=_remember,
+        help="A release (see 'lanting list'), a model folder, or a weights file.",
+    ),
 ]
 TextEncoder = Annotated[
     str | None,
@@ -77,6 +102,13 @@ Preview = Annotated[bool, typer.Option("--preview", help="Show the growing pictu
 Keep = Annotated[
     bool | None,
     typer.Option("--keep/--no-keep", help="Edits take what they leave alone from the picture. Default: nano's do."),
+]
+Draft = Annotated[
+    bool,
+    typer.Option(
+        "--draft",
+        help="In few steps by the release's Lightning, to see more sooner; then lanting finish what you like.",
+    ),
 ]
 Rewrite = Annotated[
     bool,

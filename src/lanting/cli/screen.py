@@ -5,6 +5,7 @@ Progress goes to stderr and results to stdout, so `lanting generate ... | xargs 
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from dataclasses import dataclass, field
@@ -39,6 +40,12 @@ class Screen:
         """A remark beside the result: stderr, so a pipe stays clean."""
         if not (self.quiet or self.json):
             print("  " + say(sentence, **values), file=sys.stderr, flush=True)
+
+    def aside(self, text: str) -> None:
+        """A remark of less weight: dim on a terminal."""
+        if not (self.quiet or self.json):
+            dim = sys.stderr.isatty() and os.name != "nt" and os.environ.get("TERM") != "dumb"
+            print(f"  \x1b[2m{text}\x1b[0m" if dim and "NO_COLOR" not in os.environ else f"  {text}", file=sys.stderr)
 
     def raw(self, text: str) -> None:
         """For programs: printed whatever the flags."""
