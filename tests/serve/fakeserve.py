@@ -205,6 +205,18 @@ class Server:
         self.process.wait()
 
 
+SOON = 4  # steps that may still be told: the one that is drawn, and those on their way when the answer was
+
+
+def steps_after_cancelling(server: Server, job: str) -> int:
+    """Cancel a job that is drawn: how many steps it was told to have done after that was answered. Steps are counted,
+    since seconds say how busy the machine is; an event's number is the time it was told at."""
+    server.post(f"/api/jobs/{job}/cancel")
+    answered = time.time() * 1000
+    assert server.ended(job)["state"] == "cancelled"
+    return sum(kind == "step" and number > answered for kind, number, _ in events(server, job))
+
+
 def over(job: dict[str, Any]) -> dict[str, Any] | None:
     return job if job["state"] in ("done", "failed", "cancelled") else None
 

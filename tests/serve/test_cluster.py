@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fakeserve import Server, events, running, start, wait_for
+from fakeserve import SOON, Server, events, running, start, steps_after_cancelling, wait_for
 from PIL import Image
 from test_batch import begun
 from test_faults import ends_of, jobs_in
@@ -173,9 +173,7 @@ def test_what_finds_no_room_waits_and_holds_nobody_up(three):
 def test_cancelling_reaches_the_worker_within_a_step(three):
     jobs = [three.submit("slow", steps=60)["id"] for _ in range(2)]
     wait_for(lambda: all(begun(three, job) for job in jobs))
-    began = time.monotonic()
-    three.post(f"/api/jobs/{jobs[0]}/cancel")
-    assert three.ended(jobs[0])["state"] == "cancelled" and time.monotonic() - began < 1.5
+    assert steps_after_cancelling(three, jobs[0]) <= SOON
     assert three.get(f"/api/jobs/{jobs[1]}").json()["state"] == "running"
     three.post(f"/api/jobs/{jobs[1]}/cancel")
     assert three.ended(jobs[1])["state"] == "cancelled"
@@ -227,7 +225,7 @@ def test_stopping_puts_aside_and_gives_room_back(nano, first, three):
     wait_for(lambda: begun(three, job, 3))
     began = time.monotonic()
     three.process.send_signal(signal.SIGTERM)
-    assert three.process.wait(20) == 0 and time.monotonic() - began < 8
+    assert three.process.wait(30) == 0 and time.monotonic() - began < 15
     states = jobs_in(three.folder)
     assert states[job] == "waiting" and set(states.values()) <= {"waiting", "done", "failed", "cancelled"}
     assert set(ends_of(three.folder).values()) == {1}
