@@ -76,6 +76,8 @@ def test_python(found, state, said):
         (Torch("2.8.0", "cpu"), RTX, PROBLEM, "https://download.pytorch.org/whl/cu128"),
         (Torch("2.8.0", "cpu"), Cards(("T4",), "525.1", "12.0", (7, 5)), PROBLEM, "whl/cu126"),
         (Torch("2.8.0", "cpu"), Cards(("T4",), "580.1", "13.0", (7, 5)), PROBLEM, "whl/cu130"),
+        (Torch("2.8.0", "cpu"), Cards(("GTX 1080",), "580.1", "13.0", (6, 1)), PROBLEM, "whl/cu126"),
+        (Torch("2.8.0", "cpu"), Cards(("?",), "580.1", "13.0"), PROBLEM, "whl/cu130"),
         (Torch("2.8.0", "cpu"), Cards(("T4",), "470.1", "11.4", (7, 5)), PROBLEM, "newest driver"),
         (Torch("2.9.0", "cu130"), RTX, PROBLEM, "built for CUDA 13.0, and driver 570.86 speaks 12.8 at most"),
         (Torch("2.8.0", "cu128"), Cards(("T4",), "470.1", "11.4", (7, 5)), PROBLEM, "newest driver"),
@@ -230,6 +232,8 @@ def test_the_build_of_torch_is_read_from_its_file(text, build, tmp_path, monkeyp
     [
         (Kernels("avx2", ("avx2", "plain")), OK, "avx2, of avx2, plain"),
         (Kernels("avx2", ("avx2",), fresh=False), NOTE, "python -m lanting.kernels.build"),
+        (Kernels("avx2", ("avx2", "plain"), asked="avx2"), OK, "avx2, of avx2, plain"),
+        (Kernels("avx2", ("avx2", "plain"), asked="avx512"), NOTE, "there are avx2, plain"),
         (Kernels(off=True, compiler="g++"), NOTE, "unset LANTING_KERNELS"),
         (Kernels(compiler="clang++"), NOTE, "clang++ is here) | build them: python -m lanting.kernels.build"),
         (Kernels(), NOTE, "sudo apt install g++"),
@@ -426,6 +430,23 @@ def test_the_verb_says_all_and_the_exit_code_says_whether(healthy, monkeypatch, 
     told = json.loads(capsys.readouterr().out)
     assert told["problems"] == 2 and told["findings"][0]["name"] == "python"
     assert all(set(each) == {"name", "state", "found", "advice", "values"} for each in told["findings"])
+
+
+def test_default_models_that_are_none(healthy, monkeypatch, capsys, tmp_path):
+    (tmp_path / "config.toml").write_text('model = "qwen-image"\nedit.model = "/gone"\nserve.model = "nano"\n')
+    monkeypatch.setenv("LANTING_MODEL", "qwen-imaje")
+    assert main(["doctor"]) == 1
+    shown = capsys.readouterr().out
+    assert "edit.model names /gone" in shown and "LANTING_MODEL names qwen-imaje" in shown
+    assert shown.splitlines()[-1].startswith("  problems: 2; ")
+
+
+def test_kernels_that_were_asked_for(monkeypatch, recwarn):
+    monkeypatch.setenv("LANTING_KERNELS", "none-such")
+    found = gather.kernels()
+    assert found.asked == "none-such" and not found.off and not recwarn
+    monkeypatch.setenv("LANTING_KERNELS", "off")
+    assert gather.kernels().off
 
 
 def test_it_speaks_chinese(healthy, monkeypatch, capsys):

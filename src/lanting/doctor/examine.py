@@ -60,9 +60,12 @@ def memory() -> Iterator[Finding]:
 
 
 def config() -> Iterator[Finding]:
-    from lanting.defaults.choose import problems, sound
+    from lanting.defaults.choose import MODEL, problems, sound, tasks_of
     from lanting.defaults.file import config_path, load
 
     content = load(config_path())
-    wrong = list(problems(content))
-    return settings.config(content.path, os.path.exists(content.path), wrong, len(sound(content).values))
+    wrong, own = list(problems(content)), sound(content)
+    yield from settings.config(content.path, os.path.exists(content.path), wrong, len(own.values))
+    models = {key: str(value) for key, value in own.values.items() if key.rpartition(".")[2] == "model"}
+    models |= {MODEL: own.model} if own.model else {}
+    yield from settings.named({where: name for where, name in models.items() if tasks_of(name) is None})

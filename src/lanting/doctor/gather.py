@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -78,7 +79,7 @@ def cards() -> Cards:
     if not found:
         failed = (rows.splitlines() or ["?"])[0] if code is not None and shutil.which("nvidia-smi") else ""
         return Cards(failed=failed, silent=not failed and code is None and in_slots(), amd=amd, apple=apple)
-    speaks = re.search(r"CUDA Version: (\d+\.\d+)", ask("nvidia-smi")[1])
+    speaks = re.search(r"CUDA (?:\w+ )?Version: (\d+\.\d+)", ask("nvidia-smi")[1])
     abilities = [tuple(map(int, row[-1].split("."))) for row in found if re.fullmatch(r"\d+\.\d+", row[-1].strip())]
     lowest = min(abilities, default=(0, 0))
     return Cards(
@@ -123,9 +124,12 @@ def kernels() -> Kernels:
     from lanting.kernels import build
     from lanting.kernels.library import OFF, instruction_set, known_sets
 
-    off = os.environ.get("LANTING_KERNELS", "").lower() in OFF
-    compiler = build.compiler() or []
-    return Kernels(instruction_set(), known_sets(), off, " ".join(compiler), build.fresh(), sys.platform)
+    asked = os.environ.get("LANTING_KERNELS", "").lower()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a set that does not run here: there is a finding for that
+        used, known = instruction_set(), known_sets()
+    compiler = " ".join(build.compiler() or [])
+    return Kernels(used, known, asked in OFF, compiler, build.fresh(), sys.platform, asked)
 
 
 def missing() -> dict[str, list[str]]:

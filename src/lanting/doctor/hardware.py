@@ -28,12 +28,19 @@ class Kernels:
     compiler: str = ""
     fresh: bool = True
     system: str = "linux"  # sys.platform
+    asked: str = ""  # by LANTING_KERNELS
 
 
 def kernels(found: Kernels) -> Iterator[Finding]:
     if found.off:
         back = advice("to have them back: unset LANTING_KERNELS")
         yield remark("kernels for the processor are switched off by LANTING_KERNELS", "kernels", back)
+    elif found.used and found.asked not in ("", found.used):
+        known = advice("there are {known}; or leave the choice: unset LANTING_KERNELS", known=", ".join(found.known))
+        yield remark(
+            "LANTING_KERNELS names {name}, which does not run here: {used} does", "kernels", known,
+            name=found.asked, used=found.used,
+        )  # fmt: skip
     elif found.used and not found.fresh:
         anew = advice("build them anew: {command}", command=BUILD)
         yield remark(

@@ -118,6 +118,13 @@ def clock(year: int) -> Iterator[Finding]:
         )  # fmt: skip
 
 
+def named(models: Mapping[str, str]) -> Iterator[Finding]:
+    """Default models that are none: where each is named, and its name."""
+    for where, name in models.items():
+        see = advice("see what there is: lanting list; and where a default is set: lanting config")
+        yield problem("{where} names {name}, and there is no such model here", "config", see, where=where, name=name)
+
+
 def config(path: Path, there: bool, wrong: Sequence[LantingError], count: int) -> Iterator[Finding]:
     """The file of defaults: what is wrong with it, and how many it sets."""
     for error in wrong:

@@ -12,6 +12,7 @@ from lanting.doctor.finding import Advice, Finding, advice, fine, problem, remar
 PYTHON = (3, 11)
 TORCH = ((2, 8), (2, 14))  # from, and below what: a test compares them with pyproject.toml
 WANTED = "'torch>=2.8,<2.14'"
+TURING = (7, 5)
 OLDEST = (8, 0)  # compute capability that Triton's kernels need
 EXTRAS = {  # the distributions whose absence is told; a test compares them with pyproject.toml
     "serve": ("fastapi", "uvicorn", "python-multipart", "prometheus-client", "mcp", "gradio"),
@@ -123,13 +124,15 @@ def nvidia(found: Torch, shown: str, cards: Cards) -> Iterator[Finding]:
 
 
 def right_torch(cards: Cards) -> Advice:
-    """For a driver: wheels for CUDA 12.6 run wherever CUDA 12 does, and no newer wheels are for older ones."""
+    """For a driver and a card: wheels for CUDA 12.6 run wherever CUDA 12 does, and newer ones have no code for cards
+    before Turing."""
     number = float(cards.cuda or 0)
     if cards.cuda and number < 12:
         return advice(
             "install NVIDIA's newest driver from https://www.nvidia.com/drivers, then look again: lanting doctor"
         )
-    build = "cu126" if not number or number < 12.8 else "cu128" if number < 13 else "cu130"
+    old = (0, 0) < cards.capability < TURING
+    build = "cu126" if old or number < 12.8 else "cu128" if number < 13 else "cu130"
     command = f"pip install --force-reinstall {WANTED} --index-url https://download.pytorch.org/whl/{build}"
     return advice("run {command}", command=command)
 
