@@ -17,6 +17,7 @@ from lanting.core.lang import chinese
 from lanting.core.quality import Quality
 from lanting.flow.frugal import Frugal, Kept
 from lanting.flow.loop import denoise
+from lanting.nn.linears import Fp8Linear
 from lanting.nn.lora import Factors, attach, detach, set_strengths
 
 GRID = (1, 3, 4)
@@ -360,3 +361,22 @@ def test_a_cpu_is_not_recorded():
     assert not graphs.tapes.kept and not graphs.tapes.met
     detach_graphs(net)
     assert "forward" not in net.__dict__ and not isinstance(net.forward, Graphs)
+
+
+@pytest.mark.parametrize("how", ["packed", "lora"])
+def test_what_pictures_enter_through_may_be_packed_or_have_a_lora(how):
+    """Files cast to 8-bit floats as a whole hold `img_in` so, too: timesteps are told in the network's own dtype."""
+
+    def change(net):
+        if how == "packed":
+            net.img_in = Fp8Linear.from_dense(net.img_in.weight, net.img_in.bias, scale=None)
+        else:
+            attach(net, {"img_in": [Factors(torch.full((2, 16), 0.1), torch.full((64, 2), 0.1))]})
+
+    net, plain, graphs, recorder = pair(tabled=True)
+    for each, table in ((net, graphs.table), (plain, graphs.other)):
+        change(each)
+        table.prepare(torch.tensor([0.9, 0.6, 0.3]))
+    for i, time in enumerate((0.9, 0.6, 0.3, 0.9)):
+        assert torch.equal(ask(net, time, seed=i), ask(plain, time, seed=i)), time
+    assert recorder.recorded == 1 and recorder.played == 2

@@ -134,7 +134,7 @@ class Graphs:
             return None
         if self.last is not None and self.last[0] is timestep and self.last[1] == self.state(timestep):
             return self.last[2]
-        dtype = self.net.img_in.weight.dtype
+        dtype = self.net.txt_norm.weight.dtype  # a norm's: `img_in` may be packed, or a LoRA around it
         found = self.table.look_up(self.net.times(timestep.to(dtype)))  # may compute the table anew
         self.last = None if timestep.is_inference() else (timestep, self.state(timestep), found)
         return found
