@@ -177,6 +177,20 @@ def test_sizes_follow_the_picture():
     assert settle(Request("x", images=(picture(4000, 3000),)), QWEN).size == (1536, 1152)
 
 
+def test_long_pictures_get_a_size_that_can_be_drawn_and_drawn_again():
+    """Of a picture of 16:1 the largest named area would be longer than what is drawn, and a recipe that says so refused."""
+    single = get_spec("qwen-image-2.1")
+    for spec, task in ((QWEN, "image_to_image"), (QWEN, "controlnet"), (single, "image_to_image"), (NANO, None)):
+        for size in ((5296, 331), (331, 5296), (8000, 500), (8000, 1600), (4096, 256), (4000, 300)):
+            settled = settle(Request("a", task, images=(picture(*size),)), spec)
+            assert settled.size is not None and max(settled.size) <= 4096
+            assert settle(settled, spec) == settled
+    assert settle(Request("a", "image_to_image", images=(picture(8000, 500),)), QWEN).size == (4096, 256)
+    assert settle(Request("a", "image_to_image", images=(picture(4000, 300),)), QWEN).size == (4000, 304)
+    assert parse_size("16:1", QWEN) == (4096, 256)
+    assert parse_size("1:12", single) == (288, 3552)
+
+
 def test_a_release_without_a_vae_area_takes_references_as_they_are():
     most = largest_area(NANO.defaults)
     assert NANO.defaults.vae_area == 0 and most == max(w * h for w, h in NANO.defaults.sizes.values())

@@ -31,7 +31,7 @@ def parse_size(text: str, spec: ModelSpec) -> tuple[int, int]:
                 "the ratio {ratio} is too extreme: at most {widest}:1 can be drawn", ratio=text, widest=WIDEST
             )
         width, height = spec.defaults.size
-        return fit_area(width * height, ratio, step=spec.defaults.multiple)
+        return fit_area(drawable(width * height, ratio), ratio, step=spec.defaults.multiple)
     names = ", ".join(spec.defaults.sizes)
     raise RequestError(
         "the size {size} is not understood: write WIDTHxHEIGHT, or one of {names}",
@@ -73,12 +73,17 @@ def fit_area(area: int, ratio: float, step: int = 32) -> tuple[int, int]:
     return max(round(width / step) * step, step), max(round(height / step) * step, step)
 
 
+def drawable(area: int, ratio: float) -> int:
+    """As much of `area` as a picture of that width/height ratio can have before a side is longer than LARGEST."""
+    return min(area, int(LARGEST**2 / max(ratio, 1 / ratio)))
+
+
 def size_of_picture(width: int, height: int, own: Defaults) -> tuple[int, int]:
     """The drawable size nearest to a picture: its own, or its ratio at the largest area the release names where it is
-    larger than that."""
+    larger than that, or longer than what can be drawn."""
     area = largest_area(own)
-    if width * height > area:
-        return fit_area(area, width / height, step=own.multiple)
+    if width * height > area or max(width, height) > LARGEST:
+        return fit_area(drawable(area, width / height), width / height, step=own.multiple)
     return _nearest(width, height, own.multiple)
 
 
