@@ -178,7 +178,7 @@ def test_sizes_follow_the_picture():
 
 
 def test_long_pictures_get_a_size_that_can_be_drawn_and_drawn_again():
-    """Of a picture of 16:1 the largest named area would be longer than what is drawn, and a recipe that says so refused."""
+    """At 16:1 the largest area that a release names is longer than what is drawn: its recipe would be refused."""
     single = get_spec("qwen-image-2.1")
     for spec, task in ((QWEN, "image_to_image"), (QWEN, "controlnet"), (single, "image_to_image"), (NANO, None)):
         for size in ((5296, 331), (331, 5296), (8000, 500), (8000, 1600), (4096, 256), (4000, 300)):
