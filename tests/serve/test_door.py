@@ -146,6 +146,7 @@ def test_pages_of_other_sites_are_refused_and_get_no_cors(tmp_path):
     for headers in (
         {"Origin": "http://evil.com"},
         {"Origin": "null"},
+        {"Origin": "http://["},
         {"Origin": "http://127.0.0.1:9999"},
         {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"},
     ):

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
 import ipaddress
 import logging
 import socket
@@ -144,7 +143,7 @@ def key_in(headers: Headers) -> str:
     if kind.lower() == "basic":
         try:
             name, _, password = base64.b64decode(rest, validate=True).decode().partition(":")
-        except (binascii.Error, UnicodeError):
+        except ValueError:  # no base64, no UTF-8, or letters that are neither
             return ""
         return password or name
     return headers.get("x-api-key", "").strip() or cookie_parser(headers.get("cookie", "")).get(COOKIE, "")
@@ -184,11 +183,19 @@ def check_origin(settings: Settings, headers: Headers) -> None:
     origin, host = headers.get("origin"), headers.get("host", "")
     if origin in settings.origins:
         return
-    if origin is not None and urlsplit(origin).netloc.lower() != host.strip().lower():
+    if origin is not None and site_of(origin) != host.strip().lower():
         raise DeniedError("pages of other sites may not call this server: allow one with --allow-origin")
     going = headers.get("sec-fetch-mode") == "navigate"  # a link somebody followed; nothing is changed by a GET
     if headers.get("sec-fetch-site") == "cross-site" and not going:
         raise DeniedError("pages of other sites may not call this server: allow one with --allow-origin")
+
+
+def site_of(origin: str) -> str | None:
+    """Host and port of a page's address; None where it is no address."""
+    try:
+        return urlsplit(origin).netloc.lower()
+    except ValueError:
+        return None
 
 
 class Arriving:
