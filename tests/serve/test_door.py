@@ -166,6 +166,21 @@ def test_an_origin_that_is_allowed(tmp_path):
     assert answer.status_code == 200 and answer.headers["access-control-allow-origin"] == "https://ui.example.com"
 
 
+def test_a_page_of_an_allowed_origin_can_send_its_key_and_read_why_not(tmp_path):
+    """Browsers ask first, without a key, whether a request with one may be sent."""
+    key = create(tmp_path, "Anna")
+    client = client_for(tmp_path, keys=True, origins=("https://ui.example.com",))
+    page = {"Origin": "https://ui.example.com"}
+    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
+    answer = client.options("/v1/images/generations", headers=page | asked)
+    assert answer.status_code == 200 and "authorization" in answer.headers["access-control-allow-headers"]
+    refused = client.get("/api/jobs", headers=page)
+    assert refused.status_code == 401 and refused.headers["access-control-allow-origin"] == "https://ui.example.com"
+    assert client.get("/api/jobs", headers=page | {"Authorization": f"Bearer {key}"}).status_code == 200
+    other = client.options("/v1/images/generations", headers={"Origin": "https://evil.com"} | asked)
+    assert other.status_code >= 400 and "access-control-allow-origin" not in other.headers
+
+
 def test_a_form_of_another_site_changes_nothing(tmp_path):
     """What a page can send without asking first: text/plain and forms."""
     client = client_for(tmp_path)

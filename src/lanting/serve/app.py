@@ -47,14 +47,14 @@ def build_app(house: House, studio: Studio | None = None) -> FastAPI:
 
     app = FastAPI(title="Lanting", version=version(), lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.house = house
-    if house.settings.origins:
-        app.add_middleware(
-            CORSMiddleware, allow_origins=house.settings.origins, allow_methods=["*"], allow_headers=["*"]
-        )
     app.state.login = lambda scope: None  # the studio has a page for it
     login = lambda scope: app.state.login(scope)  # noqa: E731
     door = Door(house.settings, house.keyring, house.signer, house.meters, shaped, login)
     app.add_middleware(Guard, door=lambda: door)
+    if house.settings.origins:  # before the guard: browsers ask without a key whether they may, and read refusals too
+        app.add_middleware(
+            CORSMiddleware, allow_origins=house.settings.origins, allow_methods=["*"], allow_headers=["*"]
+        )
     for kind, handler in handlers().items():
         app.add_exception_handler(kind, handler)
     for dialect in (own, openai, ollama, a1111):
