@@ -26,9 +26,11 @@ from lanting.core.types import Request
 from lanting.engine import Engine
 from lanting.engine.quantize import Target, quantize_model
 from lanting.nn.mmdit import QwenImageTransformer, TransformerConfig
-from lanting.weights.checkpoint import open_component
+from lanting.weights.build import Placing, build_text_encoder
+from lanting.weights.checkpoint import open_component, read_json
 from lanting.weights.configs import config_of
 from lanting.weights.find import locate, release_of
+from lanting.weights.forms import shapes
 from lanting.weights.headers import read_file
 from lanting.weights.home import embedded_nano, model_folder
 from lanting.weights.inspect import describe
@@ -202,6 +204,18 @@ def test_an_all_in_one_file(picture, tmp_path):
     for part in prefixes:
         assert set(found[part].names()) == set(tensors(part)), part
     assert describe(str(path)).parts[0].kind.name == "all-in-one"
+
+
+def test_a_number_that_comfyui_saves_beside_a_text_encoder_is_no_part_of_it(tmp_path):
+    """Checkpoints that ComfyUI saves have CLIP's `logit_scale` there, whatever the encoder is."""
+    part, prefix = tensors("text_encoder"), "text_encoders.qwen25_7b."
+    state = {f"{prefix}transformer.{name}": t for name, t in part.items()} | {f"{prefix}logit_scale": torch.tensor(4.6)}
+    save_file(state, tmp_path / "all.safetensors")
+    found = open_file(tmp_path / "all.safetensors")["text_encoder"]
+    config = read_json(NANO / "text_encoder" / "config.json")
+    net = build_text_encoder(found, config, Placing(torch.float32, torch.device("cpu")), vision=True)
+    assert set(net.state_dict()) == set(part)
+    assert set(shapes(found)) == set(part)
 
 
 def test_a_text_encoder_in_either_naming():

@@ -26,6 +26,7 @@ SCALE_NAMES = ("weight_scale", "scale_weight")
 UNUSED = ("scale_input", "input_scale", "comfy_quant")  # beside a weight, and of no use for its value
 UNKNOWN = ("weight_scale_2", "pre_quant_scale", "weight_s_rel", "weight_s_channel", "weight_codebook")
 FLAGS = ("scaled_fp8", "__index_timestep_zero__")  # tensors that only say something by being there
+STRAYS = ("logit_scale",)  # a number of CLIP's that ComfyUI saves beside every text encoder, and none reads
 FP8 = {"F8_E4M3": "fp8 e4m3", "F8_E5M2": "fp8 e5m2"}
 FORMATS = {  # what ComfyUI calls them, and what we do
     "float8_e4m3fn": "fp8 e4m3",
@@ -83,9 +84,9 @@ def read_forms(checkpoint: Checkpoint) -> dict[str, Form]:
 
 
 def side_tensors(infos: Mapping[str, TensorInfo]) -> set[str]:
-    """The names that are no part of the network itself: scales, notes and flags."""
+    """The names that are no part of the network itself: scales, notes, flags and strays."""
     endings = tuple(f".{part}" for part in (*SCALE_NAMES, *UNUSED))
-    return {name for name in infos if name.endswith(endings) or name in FLAGS}
+    return {name for name in infos if name.endswith(endings) or name in (*FLAGS, *STRAYS)}
 
 
 def shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
