@@ -74,7 +74,9 @@ def test_a_distilled_release_is_its_base_in_few_steps(name):
     few, base = get_spec(name), get_spec(whole_release(name))
     assert name.startswith(base.name) and few.repo == base.repo and few.shape == base.shape
     assert (few.tasks, few.template, few.edit_template) == (base.tasks, base.template, base.edit_template)
-    assert replace(few.defaults, steps=base.defaults.steps, guidance_scale=base.defaults.guidance_scale) == base.defaults
+    assert (
+        replace(few.defaults, steps=base.defaults.steps, guidance_scale=base.defaults.guidance_scale) == base.defaults
+    )
     assert (few.defaults.steps, few.defaults.guidance_scale) == (int(name[-1]), 1.0)
     assert few.schedule == get_spec("qwen-image-lightning-4").schedule
     file = few.lora.rpartition("/")[2]
