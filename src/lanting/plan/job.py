@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 TOKEN = 16  # pixels per side of a token
 CELL, CELL21 = 28, 32  # pixels per side of what the text encoder makes one token of: Qwen2.5-VL, Qwen3-VL
-ASKED = 330  # tokens of the longest template that asks for a rewritten prompt
+ASKED = 250  # tokens of the longest template that asks for a rewritten prompt
 Size = tuple[int, int]  # width, height in pixels
 
 
