@@ -164,7 +164,8 @@ def test_loras_in_words():
     assert lora_in("ink:0.8, fox") == {"ink": 0.8, "fox": 1.0} == lora_in('{"ink": 0.8, "fox": 1}')
     assert tags_in("a cat <lora:ink:0.8> asleep<lora:fox>") == ("a cat  asleep", {"ink": 0.8, "fox": 1.0})
     assert tags_in("a < b") == ("a < b", None)
-    for wrong in ("ink:x", "{", "{1", '{"a": "b"}'):
+    deep, half = '{"a":' * 100_000, '{"\\ud800": 1}'
+    for wrong in ("ink:x", "{", "{1", '{"a": "b"}', deep, half, 5, ["ink"], {"\ud800": 1}):
         with pytest.raises(Exception, match="write"):
             lora_in(wrong)
 
@@ -279,6 +280,23 @@ def test_pictures_of_chance(refusing, cut, flips):
     files = {"image": ("x.png", bytes(data[:cut]), "image/png")}
     answer = refusing.post("/v1/images/edits", data={"prompt": "x"}, files=files)
     assert answer.status_code < 500, answer.text
+
+
+HALVES = (  # JSON can hold half a letter, which no UTF-8 has
+    ("/api/jobs", '{"prompt": "x", "options": {"batched_guidance": "\\ud800"}}'),
+    ("/api/jobs", '{"prompt": "x", "options": {"\\ud800": 1}}'),
+    ("/v1/images/generations", '{"prompt": "x", "lora": "{\\"\\\\ud800\\": 1}"}'),
+    ("/v1/images/edits", '{"prompt": "x", "image": "\\ud800"}'),
+    ("/api/generate", '{"prompt": "x", "options": {"seed": "\\ud800"}}'),
+    ("/api/generate", '{"prompt": "x", "options": {"lora": {"\\ud800": 1}}}'),
+    ("/sdapi/v1/txt2img", '{"prompt": "x", "override_settings": {"sd_model_checkpoint": "\\ud800"}}'),
+)
+
+
+@pytest.mark.parametrize(("path", "body"), HALVES)
+def test_half_a_letter_is_refused_in_words(refusing, path, body):
+    answer = refusing.post(path, content=body, headers={"Content-Type": "application/json"})
+    assert 400 <= answer.status_code < 429, answer.text
 
 
 def test_time_is_told_in_events():

@@ -105,7 +105,7 @@ class Answer:
 
 def answer_to(error: LantingError) -> Answer:
     """The status and words of an error we can explain."""
-    sentence = explain(error)
+    sentence = explain(error).encode("utf-8", "backslashreplace").decode()  # it may quote half a letter
     if isinstance(error, ServeError):
         return Answer(error.status, error.code, sentence, error.retry_after)
     return Answer(400 if error.exit_code == 2 else 500, "invalid_request", sentence)

@@ -15,14 +15,18 @@ def lora_in(value: Mapping[str, float] | str | None) -> dict[str, float] | None:
     """{"name": strength} from an object, its JSON, or "name:0.8, other". None: nothing was said."""
     if value is None or value == "":
         return None
-    if not isinstance(value, str):
-        return dict(value)
-    if value.lstrip().startswith("{"):
-        try:
-            return {str(name): float(strength) for name, strength in json.loads(value).items()}
-        except (ValueError, TypeError, AttributeError):
-            raise RequestError('lora is no JSON object of names and strengths: write {"name": 0.8}') from None
-    return {name: strength for name, strength in map(_pair, value.split(",")) if name}
+    if isinstance(value, str) and not value.lstrip().startswith("{"):
+        return {name: strength for name, strength in map(_pair, value.split(",")) if name}
+    try:
+        table = {**value} if not isinstance(value, str) else _floats(json.loads(value))
+        "".join(table).encode()  # half a letter is no name
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        raise RequestError('lora is no JSON object of names and strengths: write {"name": 0.8}') from None
+    return table
+
+
+def _floats(table: Mapping[str, float]) -> dict[str, float]:
+    return {str(name): float(strength) for name, strength in table.items()}
 
 
 def _pair(text: str) -> tuple[str, float]:
