@@ -1,8 +1,8 @@
 """An engine for workers that draws nothing, quickly, and misbehaves where the prompt says so; and servers over it.
 
 Words in a prompt: `boom` raises an error nobody foresaw, `sorry` one that explains itself, `die` ends the process,
-`hang` sleeps in a step, `slow` takes 50 ms a step, `apart` is a drawing that can't share its third step. Everything it
-finishes is written to a journal.
+`hang` sleeps in a step, `slow` takes 50 ms a step, `apart` is a drawing that can't share its third step, `shy` words
+are not rewritten. Everything it finishes is written to a journal.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +25,7 @@ from PIL import Image
 from lanting.core.checkpoint import Checkpoint
 from lanting.core.errors import RequestError
 from lanting.core.recipe import describe_request, request_of_picture
-from lanting.core.types import Progress, Recipe, Request, Result
+from lanting.core.types import Notice, Progress, Recipe, Request, Result, note
 from lanting.specs import get_spec, settle
 
 HERE = Path(__file__).parent
@@ -65,7 +65,8 @@ class FakeEngine:
         if resume is not None and resume.mark != mark:
             raise RequestError("the checkpoint belongs to another drawing: start this one anew")
         done = resume.step if resume else 0
-        yield Progress("encode", 1, 1, 0.001)
+        request, notices = self._rewritten(request)
+        yield replace(Progress("encode", 1, 1, 0.001), notices=notices)
         for step in range(done + 1, steps + 1):
             time.sleep(0.05 if "slow" in words else 30 if "hang" in words and step == 2 else self.pace)
             self._misbehave(words, step)
@@ -73,6 +74,15 @@ class FakeEngine:
             if every and (step - done) % every == 0 and step < steps:
                 yield Checkpoint(step, steps, mark, "float32", (1, 1, 1), b"0000")
         yield self._result(request)
+
+    def _rewritten(self, request: Request) -> tuple[Request, tuple[Notice, ...]]:
+        words = str(request.prompt)
+        if not request.rewrite:
+            return request, ()
+        if "shy" in words:
+            stays = replace(request, rewrite=False, asked=words, unwritten="it is shy")
+            return stays, (note("{prompt} stays: {reason}", prompt=words, reason="it is shy"),)
+        return replace(request, rewrite=False, asked=words, prompt=f"{words}, in detail"), ()
 
     def _misbehave(self, words: str, step: int) -> None:
         if "boom" in words:
@@ -167,7 +177,7 @@ def open_engine(model: str, **options: Any) -> FakeEngine:
     )
     journal = Path(options["journal"]) if options.get("journal") else None
     how = {"pace": options.get("pace", 0.002), "places": options.get("places", 1)}
-    return FakeEngine(get_spec("nano"), loras, journal=journal, **how)
+    return FakeEngine(get_spec(options.get("release", "nano")), loras, journal=journal, **how)
 
 
 @dataclass

@@ -261,3 +261,15 @@ def test_without_gradio_there_is_a_sentence_and_the_server(monkeypatch, capsys):
     monkeypatch.setattr(verb.importlib.util, "find_spec", lambda name: None)
     verb.start(Settings(Path("x")), mcp=False, page=True)
     assert asked == [studio, None, None] and "pip install 'lanting[serve]'" in capsys.readouterr().out
+
+
+def test_the_box_for_rewriting_is_shown_where_a_model_can_write():
+    from lanting.serve.studio.page import hiding
+
+    assert ".writes" in hiding(("draw",)) and ".writes" not in hiding(("draw",), writes=True)
+    assert ".writes" in hiding(("layers",), writes=True)
+    assert request_of("a cat", More(rewrite=True)).rewrite is True
+    assert values_of(job(rewrite=True))[2].rewrite is True and values_of(job())[2].rewrite is False
+    for told, shown in (({"asked": "a cat"}, True), ({}, False), ({"asked": "a tabby <cat>"}, False)):
+        outcome = {"recipes": [{"request": {"prompt": "a tabby <cat>", **told}}]}
+        assert ("a tabby &lt;cat&gt;" in show.written(replace(job(), outcome=outcome), EN)) == shown

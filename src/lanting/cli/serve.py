@@ -62,6 +62,9 @@ def serve(
     batch: Batch = None,
     workers: Workers = "1",
     ray: Ray = None,
+    rewrite: Annotated[
+        bool, typer.Option("--rewrite", help="Rewrite prompts unless a request says no, where the model can.")
+    ] = False,
     max_side: Annotated[int, typer.Option("--max-side", help="Pictures up to this many pixels squared.")] = 2048,
     timeout: Annotated[float, typer.Option("--timeout", help="Seconds a job may be drawn.")] = 3600.0,
     drain: Annotated[float, typer.Option("--drain", help="Seconds a running job gets when told to stop.")] = 30.0,
@@ -84,6 +87,7 @@ def serve(
 
     how: dict[str, Any] = {"device": device, "dtype": dtype, "quant": quant, "vram": vram, "ram": ram}
     how |= {"controlnet": controlnet, "parts": {"text_encoder": text_encoder, "vae": vae}, "loras": list(lora or ())}
+    how["rewrite"] = rewrite or None
     options = {name: value for name, value in how.items() if value is not None}
     settings = Settings(
         data=folder_for(data),
@@ -98,6 +102,7 @@ def serve(
         drain=drain,
         keep_days=keep,
         batch=batch,
+        rewrite=rewrite,
         workers=how_many(workers),
         caps=Caps(pixels=max_side * max_side, waiting=queue),
     )

@@ -23,6 +23,7 @@ from lanting.serve.jobs import LEVELS, WAITING, Caller, Job
 from lanting.serve.pace import units
 from lanting.serve.settings import Caps
 from lanting.specs import ModelSpec, settle
+from lanting.specs.rewriting import may_rewrite
 
 LONGEST_WORD = 255  # characters of an idempotency key
 
@@ -75,13 +76,19 @@ def prepare(order: Order, spec: ModelSpec, model: str, caller: Caller, caps: Cap
     return Prepared(job, digest)
 
 
+def by_default(request: Request, spec: ModelSpec, rewrite: bool) -> Request:
+    """The request with the server's default where it says nothing and the model can."""
+    wanted = rewrite and request.rewrite is None and may_rewrite(request, spec)
+    return replace(request, rewrite=True) if wanted else request
+
+
 def alike(settled: Request, lora: Mapping[str, float] | None) -> str:
     """The same for jobs whose steps may be taken together: everything but words, seed, strength of guidance and what is
     in pictures. Whether such steps are shared at all, the engine decides."""
     prompts = 1 if isinstance(settled.prompt, str) else len(settled.prompt)
     guided = settled.guidance_scale is not None and settled.guidance_scale > 1
     shape = [settled.task, settled.size, settled.steps, settled.strength, guided, settled.count, prompts]
-    how = [settled.quality, settled.options, len(settled.images), lora]
+    how = [settled.quality, settled.options, len(settled.images), lora, *(["rewrite"] if settled.rewrite else [])]
     return hashlib.sha256(json.dumps([shape, how], sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -64,7 +64,7 @@ class Job:
 class Event:
     """One line of a job's log. `seq` rises, also over restarts: milliseconds since 1970, or one more than the last.
 
-    kinds: accepted, place, started, resumed, phase, step, checkpoint, interrupted, done, failed, cancelled
+    kinds: accepted, place, started, resumed, phase, step, notice, checkpoint, interrupted, done, failed, cancelled
     """
 
     job: str

@@ -47,7 +47,9 @@ class Ask(BaseModel):
     height: int | None = None
     steps: int | None = None
     stream: bool | None = None
-    options: dict[str, Any] | None = Field(None, description="seed, negative_prompt, guidance_scale, strength, lora.")
+    options: dict[str, Any] | None = Field(
+        None, description="seed, negative_prompt, guidance_scale, strength, rewrite, lora."
+    )
 
 
 class Named(BaseModel):
@@ -81,6 +83,7 @@ async def order_of(house: House, ask: Ask, request: HttpRequest) -> Order:
         seed=own.get("seed") if own.get("seed") not in (0, -1) else None,
         images=await house.eyes.pictures(list(ask.images or []), house.settings.caps.pictures),
         strength=own.get("strength"),
+        rewrite=own.get("rewrite"),
     )
     return Order(wish, bare(ask.model), "ollama", lora_in(own.get("lora")), once=once_of(request))
 

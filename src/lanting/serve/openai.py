@@ -68,6 +68,7 @@ class Ask(BaseModel):
     negative_prompt: str | None = None
     guidance_scale: float | None = None
     strength: float | None = None
+    rewrite: bool | None = Field(None, description="Write the prompt out first: `revised_prompt` has what was drawn.")
     lora: dict[str, float] | str | None = Field(None, description='{"name": strength}, or "name:0.8, other".')
 
     @property
@@ -118,6 +119,7 @@ def request_of(house: House, ask: Ask, **more: Any) -> Request:
         count=ask.n or 1,
         strength=ask.strength,
         quality=quality_of(ask.quality),
+        rewrite=ask.rewrite,
         **more,
     )
 
@@ -185,7 +187,10 @@ async def draw(house: House, request: HttpRequest, ask: Ask, wish: Request, even
 async def picture(house: House, request: HttpRequest, ask: Ask, job: Job, index: int) -> dict[str, Any]:
     """from_result: one picture."""
     assert job.outcome is not None
-    seed = {"seed": job.outcome["recipes"][index]["request"]["seed"]}
+    drawn = job.outcome["recipes"][index]["request"]
+    seed = {"seed": drawn["seed"]}
+    if drawn.get("asked") is not None and drawn.get("unwritten") is None:
+        seed |= {"revised_prompt": drawn["prompt"]}
     if ask.response_format == "url":
         signed = house.signer.sign(f"/api/jobs/{job.id}/images/{index}", job.owner)
         return {"url": f"{str(request.base_url).rstrip('/')}{signed}&format={ask.output_format or 'png'}"} | seed

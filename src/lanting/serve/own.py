@@ -45,6 +45,7 @@ class Ask(BaseModel):
     mask: str | None = Field(None, description="As large as the first picture; white is drawn anew.")
     strength: float | None = None
     quality: str | None = Field(None, description="exact, high, balanced, fast: how much may be left out.")
+    rewrite: bool | None = Field(None, description="The model's text encoder writes the prompt out first; as served.")
     options: dict[str, Any] = {}
     lora: dict[str, float] | None = Field(None, description="Strengths by name; these LoRAs and no others.")
     priority: Literal["low", "normal", "high"] = "normal"
@@ -111,6 +112,7 @@ async def order_of(house: House, ask: Ask, request: HttpRequest) -> Order:
         mask=None if ask.mask is None else await house.eyes.mask(ask.mask),
         strength=ask.strength,
         quality=ask.quality,
+        rewrite=ask.rewrite,
         options=ask.options,
     )
     return Order(wish, ask.model, "lanting", ask.lora, ask.priority, ask.timeout, once_of(request))
@@ -172,8 +174,8 @@ def following(house: House, routes: APIRouter) -> None:
         after: Annotated[int, Query(ge=0)] = 0,
         last_event_id: Annotated[str | None, Header()] = None,
     ) -> StreamingResponse:
-        """Kinds: accepted, place, started, resumed, phase, step (with a preview), checkpoint, interrupted, then one
-        of done, failed, cancelled. A reader that comes back says with `Last-Event-ID` what it has seen."""
+        """Kinds: accepted, place, started, resumed, phase, step (with a preview), notice, checkpoint, interrupted, then
+        one of done, failed, cancelled. A reader that comes back says with `Last-Event-ID` what it has seen."""
         await desk.job(id_, caller_of(request))
         seen = int(last_event_id) if last_event_id and last_event_id.isdigit() else after
 
@@ -222,5 +224,6 @@ def model_view(house: House, name: str) -> dict[str, Any]:
         own = model.spec.defaults
         told |= {"release": model.spec.name, "tasks": list(model.spec.tasks), "size": list(own.size)}
         told |= {"sizes": {key: list(size) for key, size in own.sizes.items()}, "steps": own.steps}
+        told |= {"rewrites": model.spec.writes and model.spec.tasks != ("layered",)}
         told |= {"guidance_scale": own.guidance_scale, "max_pictures": own.max_pictures}
     return told

@@ -63,6 +63,7 @@ class Settings:
     workers: int | None = 1  # of each model; None: one for each GPU there is, at least one
     batch: int | None = None  # jobs drawn together at most; 1: none; None: as many as gain by it and stay the same
     caps: Caps = Caps()
+    rewrite: bool = False  # prompts are rewritten where a request says nothing and the model can
     opener: str = "lanting.serve.worker:open_engine"  # what makes an engine; tests name a fake one
 
     @property

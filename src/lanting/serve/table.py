@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from lanting.core.lang import say
 from lanting.serve.desk import Desk
 from lanting.serve.endings import conclude
 from lanting.serve.errors import StoreError
@@ -180,6 +181,8 @@ def note(desk: Desk, run: Run, said: Mapping[str, Any]) -> None:
         run.resumed = run.resumed or said["is"] == "resumed"
         desk.tell(job, said["is"], step=said["step"], steps=said["steps"])
         return
+    for sentence, values in said.get("notices", ()):
+        desk.tell(job, "notice", message=say(sentence, **values))
     if said["phase"] != "denoise":
         desk.tell(job, "phase", phase=said["phase"], seconds=said["seconds"])
         return

@@ -275,7 +275,14 @@ def dismiss(bench: Bench) -> None:
 
 
 def tell(bench: Bench, job: str, event: Progress) -> None:
-    told = {"phase": event.phase, "step": event.step, "steps": event.steps, "seconds": round(event.seconds, 4)}
+    told: dict[str, Any] = {
+        "phase": event.phase,
+        "step": event.step,
+        "steps": event.steps,
+        "seconds": round(event.seconds, 4),
+    }
+    if event.notices:
+        told["notices"] = [words_of(LantingError(one.sentence, **one.values)) for one in event.notices]
     bench.send("progress", job=job, **told, preview=None if event.preview is None else small(event.preview))
 
 

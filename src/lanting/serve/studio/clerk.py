@@ -40,6 +40,7 @@ from lanting.serve.studio.forms import (
 )
 from lanting.serve.studio.plans import panel, planned
 from lanting.serve.studio.words import Say, explained, speaker
+from lanting.specs.rewriting import may_rewrite
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -102,9 +103,13 @@ class Clerk:
         asked, files = job.asked["request"], self.house.desk.files
         images = [open_picture(files.picture(one["sha256"])) for one in asked["images"]]
         mask = None if asked["mask"] is None else open_mask(files.picture(asked["mask"]["sha256"]))
-        return restore_request(asked, images, mask)
+        request = restore_request(asked, images, mask)
+        return replace(request, rewrite=bool(request.rewrite))  # as then, whatever is the default now
 
     async def submit(self, who: Caller, order: Order) -> Job:
+        spec = self.model(order.model).spec
+        if spec is None or not may_rewrite(order.request, spec):  # the box is there for other models
+            order = replace(order, request=replace(order.request, rewrite=None))
         return await self.house.desk.submit(order, who)
 
     async def cancel(self, who: Caller, id_: str) -> None:

@@ -87,8 +87,9 @@ def number(label: str, hint: str, visible: bool = True) -> Any:
     return gr.Textbox(label=label, placeholder=hint, lines=1, max_lines=1, min_width=90, visible=visible)
 
 
-def fold(say: Say, strength: bool, many: bool, most: int) -> tuple[list[Any], Any, list[Any]]:
-    """The fields below the fold, in the order of `forms.NAMES`; the LoRAs; a strength for each of up to `most`."""
+def fold(say: Say, strength: bool, many: bool, most: int, rewrite: bool = False) -> tuple[list[Any], Any, list[Any]]:
+    """The fields below the fold, in the order of `forms.NAMES`; the LoRAs; a strength for each of up to `most`.
+    `rewrite`: the box is ticked at first."""
     import gradio as gr
 
     free = say("As usual")
@@ -104,9 +105,10 @@ def fold(say: Say, strength: bool, many: bool, most: int) -> tuple[list[Any], An
         names = (say("Exact"), say("High"), say("Balanced"), say("Fast"))
         levels = list(zip(names, QUALITIES, strict=True))
         quality = gr.Dropdown(levels, value="exact", label=say("Quality against time"))
+        writes = gr.Checkbox(rewrite, label=say("Write the prompt out first"), elem_classes="writes")
         loras = gr.Dropdown([], multiselect=True, label=say("LoRAs"), visible=False, info=say("None: as served."))
         pulls = [gr.Slider(0, 2, 1, step=0.05, label="-", visible=False, elem_classes="pull") for _ in range(most)]
-    return [seed, count, steps, guidance, change, negative, quality], loras, pulls
+    return [seed, count, steps, guidance, change, negative, quality, writes], loras, pulls
 
 
 def plan_panel(say: Say) -> Mapping[str, Any]:

@@ -35,6 +35,7 @@ class More:
     negative: str = ""
     quality: str | None = None
     lora: Mapping[str, float] | None = None  # None: as the server was started
+    rewrite: bool | None = None
 
 
 NAMES = tuple(one.name for one in fields(More) if one.name != "lora")
@@ -74,6 +75,7 @@ def request_of(prompt: str, more: More, **rest: Any) -> Request:
         steps=whole(more.steps),
         guidance_scale=number(more.guidance),
         quality=None if more.quality in (None, "", "exact") else more.quality,
+        rewrite=more.rewrite,
         **rest,
     )
 
@@ -180,6 +182,7 @@ def values_of(job: Job) -> tuple[str, str | None, More]:
         strength=request["strength"],
         negative=(request["negative_prompt"] or "").strip(),
         quality=request.get("quality") or "exact",
+        rewrite=bool(request.get("rewrite")),
         lora=job.asked["lora"],
     )
     size = "{}x{}".format(*request["size"]) if request["size"] else None

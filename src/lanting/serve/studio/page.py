@@ -105,7 +105,9 @@ def laid_out(clerk: Clerk) -> Page:
             visible=len(models) > 1, min_width=160, scale=0,
         )  # fmt: skip
     able = tabs_of(first.spec)
-    hidden = gr.HTML(hiding(able), apply_default_css=False, elem_id="hidden")
+    hidden = gr.HTML(
+        hiding(able, writes=first.spec is not None and first.spec.writes), apply_default_css=False, elem_id="hidden"
+    )
     with gr.Row(elem_id="room"):
         with gr.Column(scale=5, elem_id="work"), gr.Tabs(selected=able[0], elem_id="tabs") as tabs:
             each = {DRAW: draw_tab(clerk), EDIT: edit_tab(clerk)}
@@ -120,11 +122,13 @@ def laid_out(clerk: Clerk) -> Page:
     return Page(clerk, model, hidden, tabs, each, search, gallery, gr.Timer(NEWS), *states)
 
 
-def hiding(able: Sequence[str], pictures: int = 2) -> str:
-    """A rule that hides the tabs a model has no use for, and further pictures where it looks at one. Gradio's own
+def hiding(able: Sequence[str], pictures: int = 2, writes: bool = False) -> str:
+    """A rule that hides the tabs a model has no use for, further pictures where it looks at one, and the box for
+    rewriting prompts where it can't write. Gradio's own
     `visible` does not hide a tab that was shown."""
     gone = [f"#{name}-tab-button" for name in (DRAW, EDIT, LAYERS) if name not in able]
     gone += ["#others"] if pictures < 2 else []
+    gone += [] if writes and able != (LAYERS,) else [".writes"]
     return f"<style>{','.join(gone)}{{display:none}}</style>" if gone else "<style></style>"
 
 
@@ -185,7 +189,7 @@ def draw_tab(clerk: Clerk) -> Tab:
             prompt = prompt_of(say, DRAW)
             sizes = sizes_of(clerk.model(None).spec, say)
             size = gr.Radio(sizes, value=sizes[0][1] if sizes else None, label=say("Shape"), elem_id="sizes")
-            button, more = go(say, DRAW), fold(say, False, True, lora_count(clerk))
+            button, more = go(say, DRAW), fold(say, False, True, lora_count(clerk), clerk.house.settings.rewrite)
             plan = plan_panel(say)
         with gr.Column(scale=5, min_width=300, elem_classes="seen"):
             shown = stage(clerk, DRAW)
@@ -203,7 +207,7 @@ def edit_tab(clerk: Clerk) -> Tab:
                 label=say("Further pictures to look at"), type="filepath", file_types=["image"], columns=3, height=110,
                 interactive=True, object_fit="contain", elem_id="others", buttons=[],
             )  # fmt: skip
-            more, plan = fold(say, True, True, lora_count(clerk)), plan_panel(say)
+            more, plan = fold(say, True, True, lora_count(clerk), clerk.house.settings.rewrite), plan_panel(say)
         with gr.Column(scale=5, min_width=300, elem_classes="seen"):
             hint = say("Paint over what may change, or paint nothing.")
             gr.HTML(f'<p class="hint">{escape(hint)}</p>', apply_default_css=False, elem_classes="view")

@@ -160,7 +160,7 @@ def finished(job: Job, say: Say, before: str | None, language: str = "en") -> st
     return (
         f'<div class="stage done{clear}" data-job="{job.id}" data-index="0" style="--w:{width};--h:{height}">'
         f'<div class="paper">{paper}</div>{thumbs}<div class="below">{facts(job, say)}{acts}</div>'
-        "</div>"
+        f"{written(job, say)}</div>"
     )
 
 
@@ -191,6 +191,14 @@ def facts(job: Job, say: Say) -> str:
     spent = sum(value for name, value in outcome["seconds"].items() if name != "load")
     words = say("{size} · seed {seed} · {spent} s", size=f"{width}×{height}", seed=seed, spent=f"{spent:.1f}")
     return f'<span class="told">{escape(words)}</span>'
+
+
+def written(job: Job, say: Say) -> str:
+    """The words that were drawn, where they are others than what was asked."""
+    drawn = (job.outcome or {})["recipes"][0]["request"]
+    if drawn.get("asked") in (None, drawn.get("prompt")):
+        return ""
+    return f'<p class="hint">{escape(say("prompt: {prompt}", prompt=drawn["prompt"]))}</p>'
 
 
 def actions(job: Job, tab: str, say: Say, further: str = "") -> str:
