@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -82,8 +83,8 @@ def room_of(path: Path) -> str:
 def imports(node: ast.AST, top: bool = True) -> Iterator[tuple[int, str, bool]]:
     """(line, dotted name, runs when the file is imported); type-only imports are left out."""
     for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
-            continue
+        if isinstance(child, ast.expr) or (isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)):
+            continue  # nothing is imported inside an expression
         if isinstance(child, ast.Import):
             yield from ((child.lineno, alias.name, top) for alias in child.names)
         elif isinstance(child, ast.ImportFrom):
@@ -92,16 +93,15 @@ def imports(node: ast.AST, top: bool = True) -> Iterator[tuple[int, str, bool]]:
             yield from imports(child, top and not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef))
 
 
-def trees() -> Iterator[tuple[Path, ast.Module]]:
-    for path in FILES:
-        yield path, ast.parse(path.read_text(encoding="utf-8"))
+@cache
+def trees() -> tuple[tuple[Path, ast.Module], ...]:
+    return tuple((path, ast.parse(path.read_text(encoding="utf-8"))) for path in FILES)
 
 
-def functions() -> Iterator[tuple[Path, ast.FunctionDef | ast.AsyncFunctionDef]]:
-    for path, tree in trees():
-        for node in ast.walk(tree):
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                yield path, node
+@cache
+def functions() -> tuple[tuple[Path, ast.FunctionDef | ast.AsyncFunctionDef], ...]:
+    kinds = ast.FunctionDef | ast.AsyncFunctionDef
+    return tuple((path, node) for path, tree in trees() for node in ast.walk(tree) if isinstance(node, kinds))
 
 
 def light(module: str) -> bool:
@@ -188,12 +188,9 @@ def test_rooms_form_no_cycle():
 
 
 def test_files_form_no_cycle():
-    modules = {".".join(path.relative_to(ROOT.parent).with_suffix("").parts): path for path in FILES}
-    modules = {name.removesuffix(".__init__"): path for name, path in modules.items()}
-    arrows = {
-        name: {other for _, other, top in imports(ast.parse(path.read_text(encoding="utf-8"))) if top} & set(modules)
-        for name, path in modules.items()
-    }
+    modules = {".".join(path.relative_to(ROOT.parent).with_suffix("").parts): tree for path, tree in trees()}
+    modules = {name.removesuffix(".__init__"): tree for name, tree in modules.items()}
+    arrows = {name: {other for _, other, top in imports(tree) if top} & set(modules) for name, tree in modules.items()}
     done: set[str] = set()
     while ready := {name for name, others in arrows.items() if name not in done and others - {name} <= done}:
         done |= ready

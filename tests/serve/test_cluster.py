@@ -38,6 +38,7 @@ from lanting.serve.files import OUTCOME, adopt
 from lanting.serve.settings import Served
 
 NANO = {"opener": "lanting.serve.worker:open_engine", "options": {"device": "cpu"}, "every": 1}
+STARTING = 180  # seconds that Ray may take: ten, or a minute and more beside other work
 RAY = {"RAY_AUTH_MODE": "token", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
 
@@ -80,7 +81,7 @@ def nano(beside, tmp_path_factory) -> Iterator[Server]:
     os.environ.update(RAY, RAY_AUTH_TOKEN=secrets.token_hex(32))
     server = start(tmp_path_factory.mktemp("nano"), ray="local", cpus=4, workers=1, **NANO)
     try:
-        wait_for(lambda: crew(server)["ready"] == 1, 40)
+        wait_for(lambda: crew(server)["ready"] == 1, STARTING)
         yield server
     finally:
         everyone = family(server.process.pid)
@@ -119,7 +120,7 @@ def three(other, address, first, tmp_path_factory) -> Iterator[Server]:
     """Three workers that draw nothing, where there is room for two."""
     assert other.stdout is not None and other.stdout.readline()
     with running(tmp_path_factory.mktemp("three"), ray=address, workers=3, every=1, drain=0.2) as server:
-        wait_for(lambda: crew(server)["ready"] == 2, 40)
+        wait_for(lambda: crew(server)["ready"] == 2, STARTING)
         yield server
 
 
