@@ -7,10 +7,13 @@ import io
 import json
 import os
 import re
+import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 import lanting
 from fakes import FakeEngine, bare_png
@@ -74,6 +77,27 @@ def test_turned_photos_stand_upright():
     exif = Image.Exif()
     exif[0x0112] = 6  # rotate by 90 degrees
     assert open_picture(encoded(Image.new("RGB", (20, 10)), "JPEG", exif=exif)).size == (10, 20)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+def test_photos_stand_upright_whatever_else_their_camera_wrote(format):
+    """A text where a number belongs, which Pillow reads and can't write."""
+    exif = Image.Exif()
+    exif[0x0112], exif[0x011A] = 6, 72.0
+    data = exif.tobytes()
+    at = data.index(bytes.fromhex("011a0005"))  # pixels per inch, a fraction
+    odd = data[: at + 2] + bytes.fromhex("0002") + data[at + 4 :]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert open_picture(encoded(Image.new("RGB", (20, 10)), format, exif=odd)).size == (10, 20)
+
+
+@pytest.mark.parametrize("key", ["exif", "xmp", "transparency", "Raw profile type exif"])
+def test_comments_named_like_metadata_are_no_crash(key):
+    info = PngInfo()
+    info.add_text(key, "x")
+    with suppress(PictureError):
+        assert open_picture(encoded(Image.new("L", (8, 8)), "PNG", pnginfo=info)).size == (8, 8)
 
 
 def test_animations_give_their_first_frame():

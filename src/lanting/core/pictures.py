@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 MAX_PIXELS = 25_000_000
 MAX_BYTES = 200_000_000
 FORMATS = ("PNG", "JPEG", "WEBP")
+METADATA = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")
 
 
 def open_picture(source: str | Path | bytes, name: str = "the picture") -> Image.Image:
@@ -29,17 +30,29 @@ def open_picture(source: str | Path | bytes, name: str = "the picture") -> Image
 
     Raises PictureError: missing, unreadable, not PNG/JPEG/WebP, damaged, or above MAX_PIXELS.
     """
-    from PIL import ImageOps  # here and below: help and plans need no Pillow
-
     shown = name if isinstance(source, bytes) else str(source)
     image = decode_picture(source if isinstance(source, bytes) else read_bytes(Path(source)), shown)
-    if image.mode.startswith("I"):  # 16 bits a pixel; converting would cut them off at 255
-        image = image.convert("I").point(lambda level: level * (1 / 257)).convert("L")
-    upright = ImageOps.exif_transpose(image)
-    see_through = "A" in upright.getbands() or "transparency" in upright.info
-    plain = upright.convert("RGBA" if see_through else "RGB")
+    try:
+        plain = _upright(image)
+    except Exception as error:  # of metadata that is damaged, or none
+        raise PictureError("{name} is damaged: {reason}", name=shown, reason=_first_line(error)) from None
     plain.info = {} if isinstance(source, bytes) else {"path": str(source)}
     return plain
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """RGB or RGBA. Of metadata the orientation is read and the rest dropped first: Pillow would write it anew, and
+    that of many cameras can't be written."""
+    from PIL import ImageOps  # here and below: help and plans need no Pillow
+
+    if image.mode.startswith("I"):  # 16 bits a pixel; converting would cut them off at 255
+        image = image.convert("I").point(lambda level: level * (1 / 257)).convert("L")
+    image.getexif()  # which keeps it
+    for name in METADATA:
+        image.info.pop(name, None)
+    upright = ImageOps.exif_transpose(image)
+    see_through = "A" in upright.getbands() or "transparency" in upright.info
+    return upright.convert("RGBA" if see_through else "RGB")
 
 
 def open_mask(source: str | Path | bytes, name: str = "the mask") -> Image.Image:
