@@ -43,6 +43,14 @@ def test_a_live_watcher_gets_previews_and_a_late_one_continues(server):
     assert [k for k, _, _ in events(server, job["id"])].count("step") == 40
 
 
+def test_a_reader_may_say_anything_of_what_it_has_seen(server):
+    """Numbers that SQLite has not are no numbers: the whole log comes, and an end."""
+    job = server.ended(server.submit("a sign")["id"])["id"]
+    for seen in (b"\xb2", b"9" * 30, b"9" * 5000, b"-1"):
+        assert [kind for kind, _, _ in events(server, job, headers={"Last-Event-ID": seen})][-1] == "done"
+    assert server.get(f"/api/jobs/{job}/events", params={"after": 10**30}).status_code == 422
+
+
 @pytest.mark.parametrize("format", ["png", "webp", "jpeg"])
 def test_pictures_keep_their_recipe_in_every_format(server, tmp_path, format):
     from lanting.core.recipe import read_recipe

@@ -282,6 +282,21 @@ def test_pictures_of_chance(refusing, cut, flips):
     assert answer.status_code < 500, answer.text
 
 
+ODD = (
+    ("/v1/images/edits", "application/json", b"[" * 200_000),
+    ("/v1/images/edits", "multipart/form-data; boundary=x; charset=undefined", b""),
+    ("/api/jobs", "application/json", b'{"prompt": "x", "images": ["job:%s/\xc2\xb2"]}' % (b"0" * 24)),
+    ("/api/jobs", "application/json", b'{"prompt": "x", "images": ["job:%s/%s"]}' % (b"0" * 24, b"9" * 5000)),
+)
+
+
+@pytest.mark.parametrize(("path", "kind", "data"), ODD)
+def test_odd_bodies_are_refused_in_words(refusing, path, kind, data):
+    data = data or b'--x\r\nContent-Disposition: form-data; name="prompt"\r\n\r\nx\r\n--x--\r\n'
+    answer = refusing.post(path, content=data, headers={"Content-Type": kind})
+    assert 400 <= answer.status_code < 429, answer.text
+
+
 HALVES = (  # JSON can hold half a letter, which no UTF-8 has
     ("/api/jobs", '{"prompt": "x", "options": {"batched_guidance": "\\ud800"}}'),
     ("/api/jobs", '{"prompt": "x", "options": {"\\ud800": 1}}'),

@@ -134,13 +134,16 @@ async def form_of(request: HttpRequest, model: type[EditAsk]) -> tuple[EditAsk, 
         return ask, list[str | bytes](pictures), mask
     fields: dict[str, Any] = {}
     files: dict[str, list[str | bytes]] = {"image": [], "mask": []}
-    async with request.form(max_files=20, max_fields=100, max_part_size=32 << 20) as form:
-        for name, value in form.multi_items():
-            name, content = name.removesuffix("[]"), await value.read() if isinstance(value, UploadFile) else value
-            if name in files:
-                files[name].append(content)
-            else:
-                fields[name] = content if isinstance(content, str) else "file"
+    try:
+        async with request.form(max_files=20, max_fields=100, max_part_size=32 << 20) as form:
+            for name, value in form.multi_items():
+                name, content = name.removesuffix("[]"), await value.read() if isinstance(value, UploadFile) else value
+                if name in files:
+                    files[name].append(content)
+                else:
+                    fields[name] = content if isinstance(content, str) else "file"
+    except UnicodeError:  # of a charset that the form names
+        raise RequestError("the prompt holds bytes that are not UTF-8: retype it") from None
     return model.model_validate(fields), files["image"], files["mask"][0] if files["mask"] else None
 
 
@@ -148,7 +151,7 @@ async def body_of(request: HttpRequest) -> dict[str, Any]:
     """A JSON object. Raises RequestError."""
     try:
         body = await request.json()
-    except ValueError:
+    except (ValueError, RecursionError):
         raise RequestError("the request is no JSON: send an object with Content-Type application/json") from None
     if not isinstance(body, dict):
         raise RequestError("the request is no JSON object: send {...}")

@@ -6,6 +6,7 @@ Its addresses never meet Ollama's, which owns /api/generate, /api/tags, /api/sho
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
 
@@ -26,6 +27,8 @@ from lanting.serve.jobs import Caller, Event, Job, Search
 from lanting.serve.layered import layered
 from lanting.serve.pictures import TYPES, encoded, kind_of, to_base64
 from lanting.specs import parse_size
+
+NUMBER = re.compile(r"[0-9]{1,18}")  # of an event or a picture: SQLite's are hardly longer
 
 
 class Ask(BaseModel):
@@ -123,7 +126,7 @@ async def source(house: House, text: str, caller: Caller) -> str | bytes:
     if not text.startswith("job:"):
         return text
     id_, _, index = text.removeprefix("job:").partition("/")
-    if not ID.fullmatch(id_) or not index.isdigit():
+    if not ID.fullmatch(id_) or not NUMBER.fullmatch(index):
         raise RequestError("an earlier result is named job:ID/INDEX, not {text}", text=repr(text[:60]))
     job = await house.desk.job(id_, caller)
     return await asyncio.to_thread(result_path(house, job, int(index)).read_bytes)
@@ -171,13 +174,13 @@ def following(house: House, routes: APIRouter) -> None:
         id_: str,
         request: HttpRequest,
         previews: bool = True,
-        after: Annotated[int, Query(ge=0)] = 0,
+        after: Annotated[int, Query(ge=0, lt=10**18)] = 0,
         last_event_id: Annotated[str | None, Header()] = None,
     ) -> StreamingResponse:
         """Kinds: accepted, place, started, resumed, phase, step (with a preview), notice, checkpoint, interrupted, then
         one of done, failed, cancelled. A reader that comes back says with `Last-Event-ID` what it has seen."""
         await desk.job(id_, caller_of(request))
-        seen = int(last_event_id) if last_event_id and last_event_id.isdigit() else after
+        seen = int(last_event_id) if last_event_id and NUMBER.fullmatch(last_event_id) else after
 
         async def lines() -> AsyncIterator[str]:
             async for event in desk.watch(id_, caller_of(request), seen):
