@@ -20,7 +20,7 @@ from lanting.core.errors import LantingError, ModelError
 from lanting.nn.linears import Fp8Linear, Int8Linear, PackedLinear
 from lanting.nn.mmdit import QwenImageTransformer, TransformerConfig
 from lanting.nn.rotate import rotate_blocks
-from lanting.weights.build import Placing, build_transformer
+from lanting.weights.build import Placing, build_transformer, store_transformer
 from lanting.weights.checkpoint import open_component
 from lanting.weights.configs import config_of
 from lanting.weights.forms import read_forms, shapes
@@ -200,6 +200,26 @@ def test_a_plain_fp8_file_takes_a_byte_a_weight(plain, tmp_path):
     assert block.weight.dtype == torch.float8_e4m3fn
     assert block.weight_scale is None
     assert block.bias.dtype == torch.float32
+
+
+@pytest.mark.parametrize("source", ["file", "packed while loading"])
+def test_what_waits_in_ram_for_a_gpu_without_8_bit_floats_waits_as_bytes(source, plain, tmp_path):
+    """Apple's GPUs can't be given such floats: blocks that stream, the modulation's table and networks that take turns
+    are read to the CPU first."""
+    from lanting.attach.quant import chooser
+
+    state = old_scaled_fp8(plain)[0] if source == "file" else plain
+    checkpoint = open_file(write(tmp_path / "file.safetensors", state))["transformer"]
+    choose = None if source == "file" else chooser("transformer", "fp8")
+    found = {}
+    for kind in ("mps", "cpu"):
+        stored = store_transformer(checkpoint, CONFIG, Placing(torch.float32, torch.device(kind), choose))
+        found[kind] = stored.read([name for name in stored.shapes if name.startswith(f"{ONE}.")])
+    assert all(tensor.dtype in (torch.uint8, torch.float32) for tensor in found["mps"].values())
+    assert found["cpu"][f"{ONE}.weight"].dtype == torch.float8_e4m3fn
+    for name, tensor in found["cpu"].items():
+        same = tensor.view(torch.uint8) if name == f"{ONE}.weight" else tensor
+        assert torch.equal(same, found["mps"][name]), name
 
 
 def test_shapes_are_those_of_values(folder, plain, tmp_path):

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from lanting.core.errors import ModelError
 from lanting.nn.blocks import TYPES
 from lanting.nn.controlnet import ControlNetConfig, QwenImageControlNet
-from lanting.nn.linears import Fp8Linear, GgufLinear, Int4Linear, Int8Linear, PackedEmbedding, PackedLinear
+from lanting.nn.linears import FP8, Fp8Linear, GgufLinear, Int4Linear, Int8Linear, PackedEmbedding, PackedLinear
 from lanting.nn.mmdit import QwenImageTransformer, TransformerConfig
 from lanting.nn.qwen3_vl import Qwen3VL, Qwen3VLConfig
 from lanting.nn.qwen_vl import QwenVL, QwenVLConfig
@@ -147,7 +147,8 @@ class Stored(Generic[M]):
     def _read(self, name: str, device: torch.device) -> dict[str, Tensor]:
         path = self.paths.get(name)
         if path in self.kept:
-            return _packed(self.kept[path], self._place(path), self.forms[path], self.checkpoint, device)
+            parts = _packed(self.kept[path], self._place(path), self.forms[path], self.checkpoint, self.placing.device)
+            return {part: each.to(device) for part, each in parts.items()}
         if path in self.forms:
             return {name: expand(self.forms[path], self.checkpoint, replace(self.placing, device=device))}
         tensor = self.checkpoint.read([name if path is None else f"{path}.weight"]).popitem()[1]
@@ -156,8 +157,9 @@ class Stored(Generic[M]):
             raise ModelError(f"The {label} holds {name} as {tensor.dtype}, which is no weight type we know.")
         if path is None:
             return {name: tensor.to(device=device, dtype=self.placing.dtype)}
-        packed = pack(self.chosen[path][1], tensor.to(self.placing.device))
-        return {f"{path}.{part}": each.to(device) for part, each in packed.state_dict().items()}
+        form, home = self.chosen[path][1], self.placing.device
+        packed = pack(form, tensor if has_no_floats(form, home) else tensor.to(home))
+        return {f"{path}.{part}": kept_for(each, home).to(device) for part, each in packed.state_dict().items()}
 
     def fill(self, later: tuple[str, ...] = ()) -> M:
         """Read everything but names that start with one of `later`, which stay empty; one tensor at a time is cast,
@@ -198,7 +200,8 @@ def expand(form: Form, checkpoint: Checkpoint, placing: Placing) -> Tensor:
     """A packed weight of the file as plain floats (out, in)."""
     with torch.device("meta"):
         linear = make_linear(form, bias=False)
-    linear.load_state_dict(_packed(linear, "", form, checkpoint, placing.device), assign=True)
+    parts = _packed(linear, "", form, checkpoint, placing.device)
+    linear.load_state_dict({part: each.to(placing.device) for part, each in parts.items()}, assign=True)
     return linear.dense(placing.dtype)
 
 
@@ -234,17 +237,28 @@ def _swap_in(module: nn.Module, forms: Mapping[str, Form], label: str, dtype: to
 
 
 def _packed(
-    linear: PackedLinear, path: str, form: Form, checkpoint: Checkpoint, device: torch.device
+    linear: PackedLinear, path: str, form: Form, checkpoint: Checkpoint, home: torch.device
 ) -> dict[str, Tensor]:
-    """The stored parts of one Linear, by the names they have in the module; nothing is cast."""
+    """The stored parts of one Linear, by the names they have in the module, for the device `home`; nothing is cast."""
     parts = checkpoint.read(form.names.values())
     state: dict[str, Tensor] = {}
     for part, name in form.names.items():
         tensor = parts[name]
         if part == "weight" and isinstance(linear, Fp8Linear):  # a file may call the bytes of 8-bit floats uint8
-            tensor = tensor.view(torch.uint8 if device.type == "mps" else linear.stored)
-        state[f"{path}.{part}".lstrip(".")] = tensor.to(device)
+            tensor = tensor.view(linear.stored)
+        state[f"{path}.{part}".lstrip(".")] = kept_for(tensor, home)
     return state
+
+
+def has_no_floats(form: Form, device: torch.device) -> bool:
+    """Whether a device knows no 8-bit floats, which a form is of: Apple's GPUs."""
+    return device.type == "mps" and form.kind.startswith("fp8 ")
+
+
+def kept_for(tensor: Tensor, home: torch.device) -> Tensor:
+    """A part as it is kept for the device where it computes in the end, even while it waits in RAM or streams: 8-bit
+    floats as bytes where that has no such type."""
+    return tensor.view(torch.uint8) if home.type == "mps" and tensor.dtype in FP8.values() else tensor
 
 
 def _swap_chosen(
