@@ -304,6 +304,7 @@ HALVES = (  # JSON can hold half a letter, which no UTF-8 has
     ("/v1/images/edits", '{"prompt": "x", "image": "\\ud800"}'),
     ("/api/generate", '{"prompt": "x", "options": {"seed": "\\ud800"}}'),
     ("/api/generate", '{"prompt": "x", "options": {"lora": {"\\ud800": 1}}}'),
+    ("/sdapi/v1/txt2img", '{"prompt": "x", "override_settings": {"x": ["\\ud800"]}}'),
     ("/sdapi/v1/txt2img", '{"prompt": "x", "override_settings": {"sd_model_checkpoint": "\\ud800"}}'),
 )
 

@@ -137,6 +137,8 @@ async def mask_of(house: House, ask: Ask, size: tuple[int, int]) -> Pillow.Image
 async def draw(house: House, ask: Ask, request: HttpRequest, chosen: Mapping[str, str]) -> dict[str, Any]:
     """Submit, wait, answer."""
     caller = caller_of(request)
+    if any(0xD800 <= ord(letter) <= 0xDFFF for letter in json.dumps(ask.override_settings, ensure_ascii=False)):
+        raise RequestError("the prompt holds bytes that are not UTF-8: retype it")  # they are echoed
     named = (ask.override_settings or {}).get("sd_model_checkpoint") or chosen.get(caller.id)
     model = None if named is None else str(named)
     wish, lora = await request_of(house, ask, model)
