@@ -116,6 +116,7 @@ def main() -> None:
     """Serve one pipe. The first line says what to open."""
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever a library prints must not end up between our lines
+    sys.stdin.reconfigure(encoding="utf-8")  # type: ignore[attr-defined]  # whatever this machine's locale is
     opening = json.loads(sys.stdin.readline())
     bench = Bench(None, lambda line: print(line, file=out, flush=True), opening["every"])
     threading.Thread(target=bench.listen, daemon=True).start()
