@@ -8,6 +8,7 @@ import weakref
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import nets
 from lanting.attach.modulation import MODULATIONS, ModulationTable
@@ -234,3 +235,28 @@ def test_the_next_block_is_read_while_one_computes(how, tmp_path):
     nets.run(net)
     assert waited == [True]
     streamer.close()
+
+
+class Copies(TorchDispatchMode):
+    """Whether each copy may come back before it is done."""
+
+    def __init__(self):
+        super().__init__()
+        self.early = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.copy_.default:
+            self.early.append(bool(args[2]) if len(args) > 2 else bool((kwargs or {}).get("non_blocking")))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("home", ["ram", "disk"])
+def test_where_no_event_tells_that_a_copy_is_done_it_is_waited_for(home, tmp_path):
+    """As on Apple's GPUs, which would find the next block's bytes in the buffer."""
+    net = nets.transformer()
+    parts = [Part(block, f"transformer_blocks.{i}") for i, block in enumerate(net.transformer_blocks)]
+    slots = Slots(parts, nets.saved(net, tmp_path).read, CPU, home)
+    with Copies() as seen:
+        load = slots.fetch(0)
+    assert load.arrived is None and seen.early and not any(seen.early)
+    slots.close()

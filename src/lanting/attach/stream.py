@@ -209,7 +209,8 @@ class Slots:
             if self.stream is not None:  # whoever had this memory before may still be computing
                 self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream) if self.cuda else nullcontext():
-            slot.room[: flat.nbytes].copy_(flat, non_blocking=True)
+            # Apple's GPUs would read the buffer later, too, and there is no event to wait for before it is filled again
+            slot.room[: flat.nbytes].copy_(flat, non_blocking=self.cuda)
             slot.arrived = self.stream.record_event() if self.stream is not None else None
         return Load(slot, {name: like(view, flat, slot.room) for name, view in views.items()}, slot.arrived)
 
