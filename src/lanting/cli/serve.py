@@ -36,6 +36,9 @@ Batch = Annotated[
 Workers = Annotated[
     str, typer.Option("--workers", metavar="N|auto", help="Processes that draw, of each model; auto: one per GPU.")
 ]
+Rewrite = Annotated[
+    bool, typer.Option("--rewrite", help="Rewrite prompts unless a request says no, where the model can.")
+]
 Ray = Annotated[
     str | None,
     typer.Option(
@@ -62,9 +65,7 @@ def serve(
     batch: Batch = None,
     workers: Workers = "1",
     ray: Ray = None,
-    rewrite: Annotated[
-        bool, typer.Option("--rewrite", help="Rewrite prompts unless a request says no, where the model can.")
-    ] = False,
+    rewrite: Rewrite = False,
     max_side: Annotated[int, typer.Option("--max-side", help="Pictures up to this many pixels squared.")] = 2048,
     timeout: Annotated[float, typer.Option("--timeout", help="Seconds a job may be drawn.")] = 3600.0,
     drain: Annotated[float, typer.Option("--drain", help="Seconds a running job gets when told to stop.")] = 30.0,
