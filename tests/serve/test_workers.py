@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import time
@@ -11,14 +12,17 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from fakeserve import SOON, Server, events, running, start, steps_after_cancelling, wait_for
+from fakeserve import HERE, ROOT, SOON, Server, events, running, start, steps_after_cancelling, wait_for
 from test_batch import begun
 from test_faults import ends_of, jobs_in
 
-from lanting import RequestError
+from lanting import Request, RequestError
 from lanting.cli.serve import how_many
 from lanting.plan import Device, Machine
 from lanting.serve.hand import ProcessHand
+from lanting.serve.house import open_house
+from lanting.serve.intake import Order
+from lanting.serve.jobs import LOCAL
 from lanting.serve.pace import Pace
 from lanting.serve.settings import Served, Settings, check
 from lanting.serve.staff import Post, posts
@@ -170,6 +174,27 @@ def test_a_server_that_is_told_to_stop_does_not_wait_for_a_worker_that_begins(tm
     server.process.send_signal(signal.SIGTERM)
     began = time.monotonic()
     assert server.process.wait(10) == 0 and time.monotonic() - began < 5
+
+
+def test_a_process_that_cannot_be_made_is_tried_again(tmp_path, monkeypatch):
+    """No memory, too many processes or open files: for a moment, and a server has no second chance but its own."""
+    make, tries = asyncio.create_subprocess_exec, []
+
+    async def scarce(*words, **how):
+        tries.append(words)
+        if len(tries) == 1:
+            raise OSError(24, "Too many open files")
+        return await make(*words, **how)
+
+    async def use() -> str:
+        house = open_house(Settings(tmp_path, opener="fakeserve:open_engine"))
+        async with house.living():
+            job = await house.desk.submit(Order(Request("a sign")), LOCAL)
+            return (await asyncio.wait_for(house.desk.wait(job.id, LOCAL), 20)).state
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", scarce)
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT / 'src'}:{HERE}")
+    assert asyncio.run(use()) == "done"
 
 
 # -------------------------------------------------------------------- arithmetic

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import sys
 from abc import ABC, abstractmethod
@@ -20,6 +21,7 @@ from lanting.serve.staff import Post, posts
 
 LONGEST_LINE = 64 << 20  # bytes: a preview is far below
 DEAD: Mapping[str, Any] = {"is": "dead"}
+logger = logging.getLogger("lanting.serve")
 
 
 class Hand(ABC):
@@ -83,14 +85,18 @@ class ProcessHand(Hand):
 
     async def start(self) -> Mapping[str, Any]:
         self.told = {}
-        self.process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "lanting.serve.worker"),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            limit=LONGEST_LINE,
-            start_new_session=True,  # Ctrl-C is the server's to handle
-            env=os.environ | dict(self.post.environ),
-        )
+        try:
+            self.process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "lanting.serve.worker"),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                limit=LONGEST_LINE,
+                start_new_session=True,  # Ctrl-C is the server's to handle
+                env=os.environ | dict(self.post.environ),
+            )
+        except OSError as error:  # of memory, processes or open files there are too few just now
+            logger.error("no process for a worker", extra={"model": self.post.served.name, "reason": str(error)})
+            return DEAD
         await self.send(self.opening)
         said = await self.hear()
         self.told = said if said["is"] == "ready" else {}
