@@ -224,6 +224,8 @@ def test_the_language_is_spoken_and_given_back(config, capsys, monkeypatch):
     assert main(["plan", "qwen-imaje"]) == 2
     assert "您是指" in capsys.readouterr().err
     assert "LANTING_LANG" not in os.environ
+    assert main(["config", "lang", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["source"] == "lanting config"  # though the variable is set meanwhile
     monkeypatch.setenv("LANTING_LANG", "en")
     assert main(["plan", "qwen-imaje"]) == 2
     assert "did you mean" in capsys.readouterr().err
@@ -284,6 +286,14 @@ def test_a_folder_and_a_huge_file_are_refused(config, capsys):
     put(config, "#" * (2 << 20))
     assert main(["list"]) == 2
     assert "more than a megabyte" in capsys.readouterr().err
+
+
+def test_a_mark_in_front_is_no_error(config, capsys):
+    """Notepad writes one."""
+    put(config, "")
+    config.write_bytes(b'\xef\xbb\xbfmodel = "nano"\r\n')
+    assert main(["config", "model"]) == 0
+    assert capsys.readouterr().out == "nano\n"
 
 
 def test_a_broken_file_is_repaired_line_by_line(config, capsys):

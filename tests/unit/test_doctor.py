@@ -311,9 +311,8 @@ def pulled(name: str, source: Path) -> Path:
     """A download that was finished."""
     folder = model_folder(name)
     shutil.copytree(source, folder)
-    files = {
-        path.relative_to(folder).as_posix(): {"size": path.stat().st_size} for path in folder.rglob("*.safetensors")
-    }
+    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*.*") if path.is_file()}
+    files = {name: {"size": size} for name, size in sizes.items()}
     write_marker(folder, Marker(name, "main", "c" * 40, "https://hub", files))
     return folder
 
@@ -325,14 +324,17 @@ def test_models_and_what_is_wrong_with_them(tmp_path):
     next((short / "transformer").glob("*.safetensors")).unlink()
     shard = next((torn / "vae").glob("*.safetensors"))
     shard.write_bytes(b"\xff" * shard.stat().st_size)
+    tokens = next((pulled("me/mute", tmp_path / "sound") / "tokenizer").iterdir())
+    tokens.write_bytes(tokens.read_bytes() + b" ")  # which no header tells
     found = {held.name: held.broken for held in gather.held()}
-    assert set(found) == {"nano", "me/sound", "me/short", "me/torn"}
+    assert set(found) == {"nano", "me/sound", "me/short", "me/torn", "me/mute"}
+    assert found["me/mute"] == f"tokenizer/{tokens.name}"
     assert found["nano"] == found["me/sound"] == ""
     assert "transformer" in found["me/short"] and found["me/torn"]
     told = list(storage.models(list(gather.held())))
-    assert [each.state for each in told] == [OK, PROBLEM, PROBLEM]
+    assert [each.state for each in told] == [OK, PROBLEM, PROBLEM, PROBLEM]
     assert told[0].told() == "models here: nano, me/sound"
-    assert told[1].advice is not None and "lanting pull me/short --check" in told[1].advice.told()
+    assert told[1].advice is not None and "lanting pull me/mute --check" in told[1].advice.told()
     held = Held("qwen-image", Path("/hub/x"), "its header is cut off", pulled=False)
     assert "lanting show /hub/x" in one(storage.models([held]))[1]
 
