@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 import signal
@@ -19,6 +20,11 @@ from fakeserve import HERE, events, over, running, start, wait_for
 from PIL import Image
 
 from lanting import Engine, Request
+from lanting.serve.errors import StoreError
+from lanting.serve.house import House, open_house
+from lanting.serve.intake import Order
+from lanting.serve.jobs import LOCAL
+from lanting.serve.settings import Settings
 
 
 def jobs_in(folder: Path) -> dict[str, str]:
@@ -212,6 +218,32 @@ def test_a_database_that_cannot_be_written_accepts_nothing_and_loses_nothing(tmp
         second = server.submit("a sign")["id"]
         assert server.ended(second)["state"] == "done"
         assert set(jobs_in(tmp_path)) == {first, second}
+
+
+def test_a_server_stops_though_an_end_cannot_be_written(tmp_path, monkeypatch):
+    """The disk is full when a picture is done, and stays so: the end is found in its folder by the next server."""
+
+    async def full(act) -> None:
+        raise StoreError("nothing can be written")
+
+    async def drain(house: House, seconds: float) -> None:
+        house.desk.accepting = False
+
+    async def stop() -> str:
+        house = open_house(Settings(tmp_path, opener="fakeserve:open_engine"))
+        async with house.living():
+            job = await house.desk.submit(Order(Request("a sign")), LOCAL)
+            monkeypatch.setattr(house.desk.ledger, "write", full)
+            while house.desk.files.outcome(job.id) is None:
+                await asyncio.sleep(0.05)
+            await asyncio.sleep(0.3)
+        return job.id
+
+    monkeypatch.setenv("PYTHONPATH", f"{HERE.parents[1] / 'src'}:{HERE}")
+    monkeypatch.setattr(House, "drain", drain)
+    monkeypatch.setattr("lanting.serve.house.LAST", 0.5)
+    job = asyncio.run(asyncio.wait_for(stop(), 30))
+    assert open_house(Settings(tmp_path)).desk.files.outcome(job)
 
 
 @pytest.mark.parametrize("model", ["broken"])

@@ -35,6 +35,7 @@ from lanting.serve.signing import Signer, secret_of
 Hire = Callable[[Settings], Sequence[Hand]]  # who draws: the hands of all workers
 PULSE = 0.5  # seconds between news of places
 SWEEP = 3600.0  # seconds between sweepings
+LAST = 5.0  # seconds that ends may take to be written when the server stops
 logger = logging.getLogger("lanting.serve")
 
 
@@ -75,10 +76,12 @@ class House:
             for model in self.desk.models.values():
                 model.call()
             await asyncio.wait(self.tasks, timeout=15)
-            await asyncio.gather(*self.desk.endings, return_exceptions=True)
-            for task in (*self.tasks, *self.helpers):
+            if self.desk.endings:  # they wait for ever where the disk is full; the next server finds those ends
+                await asyncio.wait(self.desk.endings, timeout=LAST)
+            rest = [*self.tasks, *self.helpers, *self.desk.endings]
+            for task in rest:
                 task.cancel()
-            await asyncio.gather(*self.tasks, *self.helpers, return_exceptions=True)
+            await asyncio.gather(*rest, return_exceptions=True)
             for model in self.desk.models.values():
                 for hand in model.hands:
                     hand.kill()
