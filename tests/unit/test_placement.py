@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 import nets
 import plans
 from lanting import Engine, ModelError, Request, RequestError
+from lanting.core.checkpoint import Checkpoint
 from lanting.engine.fit import bytes_at
 from lanting.engine.placement import Placed
 from lanting.weights.build import Placing, store_transformer
@@ -133,6 +134,24 @@ def test_the_plan_says_kinds_and_tiles(folder):
         assert nets.packed_linears(engine.models.transformer) == 4 * 14
         assert nets.packed_linears(engine.models.placed_encoder.net.model) == 2 * 7
         assert engine.models.codec.tile is True
+
+
+def test_a_checkpoint_is_not_gone_on_with_where_weights_are_packed_otherwise_or_another_net_steers(folder, tmp_path):
+    """Half the steps of one picture, and half of another."""
+    controls = [str(tiny.save_controlnet(tmp_path / str(layers), layers=layers)) for layers in (1, 2)]
+    steered = {"task": "controlnet", "images": (tiny.picture(64, 48),)}
+    cases = (({"quant": "int8"}, {}, {}), ({"controlnet": controls[0]}, {"controlnet": controls[1]}, steered))
+    for one, two, more in cases:
+        request = Request(**{**ASKED, **more})
+        opened = [Engine.open(str(folder), device="cpu", dtype="float32", **options) for options in (one, two)]
+        events = opened[0].stream_resumable(request, every=1)
+        kept = next(event for event in events if isinstance(event, Checkpoint))
+        events.close()
+        with pytest.raises(RequestError, match="another drawing"):
+            list(opened[1].stream_resumable(request, resume=kept))
+        assert list(opened[0].stream_resumable(request, resume=kept))
+        for engine in opened:
+            engine.close()
 
 
 def test_controlnet_with_the_table(folder, tmp_path):

@@ -19,16 +19,21 @@ from lanting.core.errors import RequestError
 from lanting.core.recipe import describe_request
 from lanting.core.types import Request
 from lanting.flow.loop import Canvas, Step
+from lanting.weights.checkpoint import open_component
 
 if TYPE_CHECKING:
     from lanting.engine.models import Models
 
 
 def mark_of(request: Request, models: Models) -> str:
-    """A hash of everything that decides the pixels: the settled request, weights, LoRAs, device and dtypes."""
+    """A hash of everything that decides the pixels: the settled request, weights, what they are packed as while they
+    are loaded, LoRAs, the ControlNet where it draws along, device and dtypes."""
     loras = [lora.describe() for lora in models.loras]
     dtypes = {name: str(dtype) for name, dtype in models.dtypes.items()}
-    what = [describe_request(request), models.fingerprint, loras, dtypes, models.device.type]
+    what: list[Any] = [describe_request(request), models.fingerprint, loras, dtypes, models.device.type]
+    what += [[name, kind] for name in ("text_encoder", "transformer") if (kind := models.kind(name)) != "none"]
+    if models.controlnet_folder is not None and (request.task or "").startswith("controlnet"):
+        what += [open_component(models.controlnet_folder).fingerprint(), models.kind("controlnet")]
     return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
