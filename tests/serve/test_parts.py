@@ -19,6 +19,7 @@ from test_openai import png
 
 from lanting.core.types import Recipe, Request, Result
 from lanting.serve.app import build_app
+from lanting.serve.endings import conclude
 from lanting.serve.errors import BusyError, StoreError
 from lanting.serve.feed import UNREAD, Feed, Reader
 from lanting.serve.files import Files, publish
@@ -30,6 +31,7 @@ from lanting.serve.ledger import Ledger
 from lanting.serve.logs import JsonLines
 from lanting.serve.loras import lora_in, tags_in
 from lanting.serve.settings import Settings
+from lanting.serve.state import Run
 from lanting.serve.worker import now_and_then
 
 
@@ -197,6 +199,30 @@ def test_a_client_that_leaves_while_its_job_is_written_leaves_no_half_of_it(tmp_
         leaving.cancel()
         ended = await asyncio.wait_for(watching, 5)
         assert ended.state == "cancelled" and job not in desk.line.waiting
+
+    asyncio.run(use())
+
+
+def test_cancelling_a_job_that_is_being_put_back_cancels_it(tmp_path):
+    """Its worker died, and its client leaves in the moment in which that is written."""
+
+    async def use() -> None:
+        desk = open_house(Settings(tmp_path)).desk
+        job, write = await desk.submit(Order(Request("a sign")), LOCAL), desk.ledger.write
+        entry = desk.line.take("nano", time.time())
+        assert entry is not None
+        run = desk.runs[job.id] = Run(job)
+
+        async def slow(act):
+            desk.ledger.write = write  # type: ignore[method-assign]
+            told = await write(act)
+            await desk.cancel(job.id, LOCAL)
+            return told
+
+        desk.ledger.write = slow  # type: ignore[method-assign]
+        await conclude(desk, desk.models["nano"], run, {"is": "dead"}, entry)
+        assert (await desk.job(job.id, LOCAL)).state == "cancelled"
+        assert not desk.runs and not desk.line.waiting and not desk.line.drawing
 
     asyncio.run(use())
 

@@ -90,6 +90,9 @@ async def interrupted(desk: Desk, model: Model, run: Run, entry: Entry, lost: bo
         await desk.ledger.write(lambda db: put_back(db, event, crashed))
     except StoreError:
         desk.well = False  # its row says "running": it is found again when the server starts, or by the line now
+    if run.why == "cancelled":  # while that was written
+        await desk.close_job(job, CANCELLED, on_record("cancelled", DrawingError("cancelled")))
+        return
     desk.feed.put(event)
     desk.line.returned(replace(entry, alike="") if crashed else entry)  # alone, then: it may be what the worker died of
 
