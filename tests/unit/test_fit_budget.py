@@ -7,7 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from lanting.core.errors import RequestError
 from lanting.engine.fit import hold
+from lanting.engine.phases import sentences
 from lanting.plan.costs import DRIVER
 
 
@@ -28,3 +30,18 @@ def test_a_budget_is_a_share_of_one_numbered_device(monkeypatch, name, number):
     hold(torch.device(name), None)
     hold(torch.device("cpu"), "12G")
     assert len(told) == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 17.02 GB, max allowed: 18.13 GB)."),
+    ],
+)
+def test_too_little_memory_is_a_sentence_on_every_device(error):
+    with pytest.raises(RequestError, match="mps has too little memory"), sentences(torch.device("mps")):
+        raise error
+    with pytest.raises(RuntimeError, match="something else"), sentences(torch.device("mps")):
+        raise RuntimeError("something else")

@@ -49,7 +49,9 @@ class sentences:
         return None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, torch.cuda.OutOfMemoryError):
+        if isinstance(error, torch.cuda.OutOfMemoryError) or (  # Apple's GPUs and some libraries have no type for it
+            isinstance(error, RuntimeError) and "out of memory" in str(error)
+        ):
             raise RequestError(
                 f"{self.device} has too little memory for this picture; use a smaller size or --device cpu."
             ) from error
