@@ -24,6 +24,7 @@ from lanting.serve.errors import BusyError, StoreError
 from lanting.serve.feed import UNREAD, Feed, Reader
 from lanting.serve.files import Files, publish
 from lanting.serve.guard import key_in
+from lanting.serve.hand import ProcessHand
 from lanting.serve.house import open_house
 from lanting.serve.intake import Order
 from lanting.serve.jobs import LOCAL, Event, unfinished
@@ -31,6 +32,8 @@ from lanting.serve.ledger import Ledger
 from lanting.serve.logs import JsonLines
 from lanting.serve.loras import lora_in, tags_in
 from lanting.serve.settings import Settings
+from lanting.serve.shift import following
+from lanting.serve.staff import Post
 from lanting.serve.state import Run
 from lanting.serve.worker import now_and_then
 
@@ -154,6 +157,26 @@ def test_a_picture_that_finds_no_room_is_drawn_again_when_there_is(tmp_path):
             folder.unlink()
             folder.mkdir()
         assert server.ended(job)["state"] == "done"
+
+
+def test_a_disk_that_is_well_again_is_noticed_while_jobs_keep_coming(tmp_path):
+    async def use() -> None:
+        desk = open_house(Settings(tmp_path)).desk
+        model, desk.well = desk.models["nano"], False
+        hand = ProcessHand(desk.settings, Post(model.served))
+        model.hands.append(hand)
+        coming = asyncio.create_task(come(desk))
+        async with asyncio.timeout(5):
+            while await following(desk, model, hand) is None:
+                pass
+        coming.cancel()
+
+    async def come(desk) -> None:
+        while True:
+            await desk.submit(Order(Request("a sign")), LOCAL)
+            await asyncio.sleep(0.05)
+
+    asyncio.run(use())
 
 
 def test_recipes_do_not_say_where_loras_are(server):

@@ -90,14 +90,16 @@ def spec_of(table: Mapping[str, Any]) -> ModelSpec:
 async def following(desk: Desk, model: Model, hand: Hand) -> Entry | None:
     """The next job; None now and then while there is none, and when no more are to be begun."""
     hand.idle = False
-    if desk.accepting and desk.well and (entry := desk.line.take(model.served.name, time.time())) is not None:
+    if not desk.well:  # whatever comes meanwhile
+        await asyncio.sleep(TICK)
+        desk.well = await healthy(desk)
+        return None
+    if desk.accepting and (entry := desk.line.take(model.served.name, time.time())) is not None:
         return entry
     hand.come.clear()
     hand.idle = True
-    try:
+    with suppress(TimeoutError):
         await asyncio.wait_for(hand.come.wait(), TICK)
-    except TimeoutError:
-        desk.well = desk.well or await healthy(desk)
     return None
 
 
