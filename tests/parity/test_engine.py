@@ -180,10 +180,12 @@ def test_layers_without_a_prompt_are_captioned(folders, monkeypatch):
     small = lambda area, ratio: fit_area(96 * 64, ratio)  # noqa: E731
     monkeypatch.setattr(sys.modules["lanting.specs.settle"], "fit_area", small)
     engine = open_engine(folders["qwen-image-layered"])
-    monkeypatch.setattr(engine.models.encoder, "caption", lambda image: "a caption")
-    asked = {"images": (tiny.picture(96, 64, mode="RGBA"),), "options": {"layers": 1}}
+    described = []
+    monkeypatch.setattr(engine.models.encoder, "caption", lambda image: described.append(image.size) or "a caption")
+    asked = {"images": (tiny.picture(960, 640, mode="RGBA"),), "options": {"layers": 1}}
     silent, told = (engine.run(request(prompt=words, **asked)) for words in ("", "a caption"))
     assert silent.recipes[0].request["prompt"] == "a caption"
+    assert described == [(96, 64)], "as it is drawn, however large it is"
     assert silent.images[0].tobytes() == told.images[0].tobytes()
 
 

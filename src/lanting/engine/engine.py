@@ -36,7 +36,8 @@ from lanting.kernels.library import instruction_set
 from lanting.plan import Plan
 from lanting.specs import ModelSpec, settle
 from lanting.tasks import TASKS
-from lanting.tasks.pictures import pictures_from
+from lanting.tasks.pictures import pictures_from, resize, to_mode
+from lanting.tasks.studio import size_of
 from lanting.weights.find import ModelFolder, locate
 from lanting.weights.lora_file import Lora
 
@@ -272,7 +273,9 @@ class Engine:
         layered and nobody described it."""
         models = self.models
         if request.task == "layered" and not str(request.prompt).strip():
-            request = replace(request, prompt=models.reader().caption(request.images[0]) or " ")
+            # at the size that is drawn, as the reference does: of a photograph it would read many thousands of tokens
+            seen = resize(to_mode(request.images[0], models.codec.pixel_channels), size_of(request))
+            request = replace(request, prompt=models.reader().caption(seen) or " ")
         canvas = TASKS[request.task or "text_to_image"](EngineStudio(models, drawing.read), request)
         phases.end("encode")
         models.painter(canvas.sigmas)
