@@ -32,7 +32,7 @@ from lanting.serve.ledger import Ledger
 from lanting.serve.logs import JsonLines
 from lanting.serve.loras import lora_in, tags_in
 from lanting.serve.settings import Settings
-from lanting.serve.shift import following
+from lanting.serve.shift import following, mend
 from lanting.serve.staff import Post
 from lanting.serve.state import Run
 from lanting.serve.worker import now_and_then
@@ -148,15 +148,33 @@ def test_a_picture_that_finds_no_room_is_drawn_again_when_there_is(tmp_path):
             folder.rmdir()
             folder.touch()
         job = server.submit("a sign")["id"]
+        wait_for(lambda: "no room for a picture" in server.log.read_text())
         body = {"prompt": "x", "images": [base64.b64encode(png()).decode()]}
         answer = server.post("/api/jobs", body)
         assert answer.status_code == 503 and answer.headers["retry-after"] and str(tmp_path) not in answer.text
-        wait_for(lambda: "no room for a picture" in server.log.read_text())
         assert server.get("/readyz").status_code == 503 and server.get(f"/api/jobs/{job}").json()["state"] == "waiting"
         for folder in folders:
             folder.unlink()
             folder.mkdir()
         assert server.ended(job)["state"] == "done"
+
+
+def test_a_server_that_cannot_take_jobs_is_not_ready(tmp_path):
+    with running(tmp_path) as server:
+        wait_for(lambda: server.get("/readyz").status_code == 200)
+        folders = [tmp_path / "data" / name for name in ("checkpoints", "pictures")]
+        for folder in folders:
+            folder.rmdir()
+            folder.touch()
+        body = {"prompt": "x", "images": [base64.b64encode(png()).decode()]}
+        assert server.post("/api/jobs", body).status_code == 503
+        for _ in range(2):
+            assert server.get("/readyz").status_code == 503
+            time.sleep(1)
+        for folder in folders:
+            folder.unlink()
+            folder.mkdir()
+        wait_for(lambda: server.get("/readyz").status_code == 200)
 
 
 def test_a_disk_that_is_well_again_is_noticed_while_jobs_keep_coming(tmp_path):
@@ -165,11 +183,12 @@ def test_a_disk_that_is_well_again_is_noticed_while_jobs_keep_coming(tmp_path):
         model, desk.well = desk.models["nano"], False
         hand = ProcessHand(desk.settings, Post(model.served))
         model.hands.append(hand)
-        coming = asyncio.create_task(come(desk))
+        beside = [asyncio.create_task(come(desk)), asyncio.create_task(mend(desk))]
         async with asyncio.timeout(5):
             while await following(desk, model, hand) is None:
                 pass
-        coming.cancel()
+        for task in beside:
+            task.cancel()
 
     async def come(desk) -> None:
         while True:

@@ -140,6 +140,9 @@ class Desk:
             self.coming[caller.id] += 1
             try:
                 yield
+            except StoreError:
+                self.well = False
+                raise
             finally:
                 self.coming[caller.id] -= 1
             return

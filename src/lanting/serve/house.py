@@ -29,7 +29,7 @@ from lanting.serve.meters import Meters
 from lanting.serve.pace import Pace
 from lanting.serve.pictures import Eyes
 from lanting.serve.settings import Settings, check
-from lanting.serve.shift import work
+from lanting.serve.shift import mend, work
 from lanting.serve.signing import Signer, secret_of
 
 Hire = Callable[[Settings], Sequence[Hand]]  # who draws: the hands of all workers
@@ -67,7 +67,7 @@ class House:
             model = self.desk.models[hand.post.served.name]
             model.hands.append(hand)
             self.tasks.append(asyncio.create_task(work(self.desk, model, hand)))
-        self.helpers += [asyncio.create_task(tell_places(self.desk)), asyncio.create_task(sweep(self.desk))]
+        self.helpers += [asyncio.create_task(help_(self.desk)) for help_ in (tell_places, sweep, mend)]
         try:
             yield self
         finally:

@@ -90,17 +90,21 @@ def spec_of(table: Mapping[str, Any]) -> ModelSpec:
 async def following(desk: Desk, model: Model, hand: Hand) -> Entry | None:
     """The next job; None now and then while there is none, and when no more are to be begun."""
     hand.idle = False
-    if not desk.well:  # whatever comes meanwhile
-        await asyncio.sleep(TICK)
-        desk.well = await healthy(desk)
-        return None
-    if desk.accepting and (entry := desk.line.take(model.served.name, time.time())) is not None:
+    if desk.accepting and desk.well and (entry := desk.line.take(model.served.name, time.time())) is not None:
         return entry
     hand.come.clear()
     hand.idle = True
     with suppress(TimeoutError):
         await asyncio.wait_for(hand.come.wait(), TICK)
     return None
+
+
+async def mend(desk: Desk) -> None:
+    """Where something could not be written: look whether it can be again."""
+    while True:
+        await asyncio.sleep(TICK)
+        if not desk.well:
+            desk.well = await healthy(desk)
 
 
 async def healthy(desk: Desk) -> bool:
