@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from PIL import Image
+from tokenizers import Tokenizer
 
 from lanting.core.errors import ModelError, RequestError
 from lanting.nn.qwen_language import LanguageConfig, initialize
@@ -78,6 +79,16 @@ def test_tokenizer_from_one_file_and_from_parts(tokenizer, tmp_path):
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     text = "<|im_start|>user\n读 <tool_call>3.14 don't<|im_end|>"
     assert load_tokenizer(tmp_path).encode(text).ids == tokenizer.encode(text).ids
+
+
+def test_a_saved_tokenizer_that_was_last_called_to_cut_and_pad_does_neither(tokenizer, tmp_path):
+    """transformers keeps both in tokenizer.json; the tokens of a picture alone may be more than it would leave."""
+    saved = Tokenizer.from_str(tokenizer.to_str())
+    saved.enable_truncation(8)
+    saved.enable_padding(pad_id=151643, pad_token="<|endoftext|>", length=64)
+    saved.save(str(tmp_path / "tokenizer.json"))
+    for text in ("a", "a cat and a dog " * 20):
+        assert load_tokenizer(tmp_path).encode(text).ids == tokenizer.encode(text).ids
 
 
 def write_small(folder, added):

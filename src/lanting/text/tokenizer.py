@@ -24,7 +24,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     """Read tokenizer.json, or vocab.json + merges.txt + tokenizer_config.json. Raises ModelError."""
     try:
         if (folder / "tokenizer.json").is_file():
-            return Tokenizer.from_file(str(folder / "tokenizer.json"))
+            return whole(Tokenizer.from_file(str(folder / "tokenizer.json")))
         bpe = BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
     except Exception as error:  # the library raises bare Exception for missing and for damaged files
         raise ModelError(
@@ -51,6 +51,13 @@ def load_tokenizer(folder: Path) -> Tokenizer:
                 token=token.content,
                 number=number,
             )
+    return tokenizer
+
+
+def whole(tokenizer: Tokenizer) -> Tokenizer:
+    """One that neither cuts nor pads: transformers saves with a tokenizer how it was called last."""
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     return tokenizer
 
 
