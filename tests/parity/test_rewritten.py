@@ -22,10 +22,12 @@ from lanting.core.errors import ModelError, RequestError
 from lanting.core.recipe import restore_request
 from lanting.core.rewriting import QUOTES
 from lanting.engine import rewriting
-from lanting.nn.qwen_vl import Sampling
+from lanting.nn.linears import GgufLinear
+from lanting.nn.qwen_vl import Sampling, official_name
 from lanting.text.encoder import PromptEncoder
 from lanting.text.rewrite import AGAIN, rewrite
 from lanting.text.templates import fill, load_template
+from lanting.weights.gguf_encoder import write_text_encoder
 from plans import plan
 
 ASKED = 'a sign that says "HI"'
@@ -135,7 +137,6 @@ def test_numbers_that_are_not_finite_end_in_the_prompt_itself(folders):
     with torch.no_grad():
         engine.models.encoder.model.lm_head.weight.fill_(float("nan"))
     assert drained(rewrite(engine.models.encoder, "a cat", most=40)).reason
-    engine.run(wish())
 
 
 # ---------------------------------------------------------------- what is drawn
@@ -361,3 +362,28 @@ def test_the_command_line(folders, tmp_path, monkeypatch, capsys):
     assert main(["generate", ASKED, "--model", "nano", "--rewrite"]) == 2
     assert "nano can't rewrite prompts" in capsys.readouterr().err
     assert main(["plan", "qwen-image-2.1", "--rewrite"]) == 2
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_packed_file_writes_if_it_has_the_head(folders, tmp_path, whole):
+    """A GGUF file with its `output` packed, and one that was repacked without it."""
+    net = tiny.text_encoder()
+    state = {official_name(name): tensor for name, tensor in net.state_dict().items()}
+    if not whole:
+        del state["lm_head.weight"]
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    about = {"config": net.config.to_dict(), "tokenizer": folders["qwen-image"] / "tokenizer"}
+    write_text_encoder(tmp_path / "qwen.gguf", shapes, state.__getitem__, "q8_0", about)
+    engine = open_engine(folders["qwen-image"], parts={"text_encoder": str(tmp_path / "qwen.gguf")})
+    if not whole:
+        with pytest.raises(RequestError, match=r"no lm_head\.weight"):
+            engine.stream(wish())
+        assert isinstance(engine.run(wish(rewrite=None)), Result)
+        return
+    engine.models.write_words()
+    encoder = engine.models.encoder
+    assert isinstance(encoder.model.lm_head, GgufLinear)
+    found = list(encoder.write("rewrite-en", ASKED, sampling=Sampling(8, stop=())))
+    dense = open_engine(folders["qwen-image"])
+    dense.models.write_words()
+    assert found[0] == next(iter(dense.models.encoder.write("rewrite-en", ASKED, sampling=Sampling(8, stop=()))))
