@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
 import signal
 import sqlite3
@@ -21,7 +22,8 @@ from PIL import Image
 
 from lanting import Engine, Request
 from lanting.serve.errors import StoreError
-from lanting.serve.house import House, open_house
+from lanting.serve.files import Files
+from lanting.serve.house import House, open_house, sweep
 from lanting.serve.intake import Order
 from lanting.serve.jobs import LOCAL
 from lanting.serve.settings import Settings
@@ -266,3 +268,42 @@ def test_what_is_old_is_forgotten(tmp_path):
         wait_for(lambda: again.get(f"/api/jobs/{job}").status_code == 404)
         wait_for(lambda: not list((tmp_path / "data" / "results").iterdir()))
         assert over({"state": "done"})
+
+
+def test_pictures_that_are_old_are_forgotten_though_jobs_wait(tmp_path):
+    """A busy server always has some; theirs stay."""
+
+    async def use() -> None:
+        house = open_house(Settings(tmp_path))
+        files = house.desk.files
+        await house.desk.submit(Order(Request("x", images=(Image.new("RGB", (64, 64)),))), LOCAL)
+        files.keep_picture(Image.new("RGB", (8, 8)), "old")
+        files.keep_picture(Image.new("RGB", (8, 8)), "new")
+        for path in files.pictures.iterdir():
+            if path.stem != "new":
+                os.utime(path, (1, 1))
+        sweeping = asyncio.create_task(sweep(house.desk))
+        async with asyncio.timeout(5):
+            while files.picture("old").exists():
+                await asyncio.sleep(0.02)
+        sweeping.cancel()
+        assert len(list(files.pictures.iterdir())) == 2
+
+    asyncio.run(use())
+
+
+def test_a_picture_that_is_sent_again_is_whole(tmp_path, monkeypatch):
+    """Also where it is forgotten in that moment; and a disk that can't be written is told as ever."""
+    files = Files(tmp_path)
+    files.prepare()
+    exists = Path.exists
+    monkeypatch.setattr(Path, "exists", lambda path: path.suffix == ".png" or exists(path))
+    files.keep_picture(Image.new("RGB", (8, 8)), "some")
+    assert files.picture("some").stat().st_size > 0
+
+    def fixed(*_: object, **__: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(os, "utime", fixed)
+    with pytest.raises(StoreError):
+        files.keep_picture(Image.new("RGB", (8, 8)), "some")

@@ -82,10 +82,10 @@ class Files:
     def keep_picture(self, image: Image, sha256: str) -> None:
         """Write an input picture, unless it is there. Raises StoreError."""
         path = self.picture(sha256)
-        if path.exists():
-            path.touch()  # it is wanted again: not to be forgotten with what is old
-            return
         try:
+            with suppress(FileNotFoundError):
+                os.utime(path)  # it is wanted again: not to be forgotten with what is old
+                return
             replace_file(path, lambda part: image.save(part, format="PNG", compress_level=1), wait=True)
             sync(self.pictures)
         except OSError as error:
@@ -122,11 +122,11 @@ class Files:
             shutil.rmtree(self.results / job, ignore_errors=True)
             self.checkpoint(job).unlink(missing_ok=True)
 
-    def forget_pictures(self, older: float) -> None:
-        """Input pictures that nobody sent since `older` (seconds since 1970)."""
+    def forget_pictures(self, older: float, but: Collection[str] = ()) -> None:
+        """Input pictures that nobody sent since `older` (seconds since 1970), `but` those of these hashes."""
         for path in self.pictures.glob("*.png"):
             with suppress(OSError):
-                if path.stat().st_mtime < older:
+                if path.stat().st_mtime < older and path.stem not in but:
                     path.unlink()
 
     def free(self) -> int:

@@ -196,9 +196,14 @@ async def sweep(desk: Desk) -> None:
             before = day(desk.settings.keep_days)
             while jobs := await desk.ledger.write(lambda db, before=before: forget(db, before)):
                 await asyncio.to_thread(desk.files.forget, jobs)
-            used = await desk.ledger.read(unfinished)
-            if not used:  # pictures of waiting jobs may be older than any limit
-                await asyncio.to_thread(desk.files.forget_pictures, before)
+            used = pictures_of(await desk.ledger.read(unfinished))  # may be older than any limit
+            await asyncio.to_thread(desk.files.forget_pictures, before, used)
         except StoreError:
             logger.warning("sweeping failed: nothing can be written")
         await asyncio.sleep(SWEEP)
+
+
+def pictures_of(jobs: Sequence[Job]) -> set[str]:
+    """The hashes of what they were sent with."""
+    asked = [job.asked["request"] for job in jobs]
+    return {one["sha256"] for request in asked for one in (*request["images"], request["mask"]) if one is not None}
