@@ -344,7 +344,7 @@ def test_signed_addresses_open_a_picture_without_a_key(tmp_path):
             "224.0.0.1",
         ),
         *("::1", "fe80::1", "fc00::1", "::ffff:127.0.0.1", "::ffff:10.0.0.1", "64:ff9b::7f00:1", "2002:7f00:1::"),
-        *("::", "ff02::1"),
+        *("::", "ff02::1", "::7f00:1", "::a00:1", "::ffff:0:7f00:1", "64:ff9b:1::a00:1", "fec0::1"),
     ),
 )
 def test_private_addresses_are_known(address):
@@ -378,8 +378,14 @@ class Web(BaseHTTPRequestHandler):
             self.end_headers()
             return
         self.send_response(200)
-        self.end_headers()
+        if self.path != "/headers":
+            self.end_headers()
+        self.flush_headers()
         try:
+            if self.path == "/headers":  # a byte now and then
+                for _ in range(60):
+                    self.wfile.write(b"x")
+                    time.sleep(0.1)
             if self.path == "/slow":
                 for _ in range(100):
                     self.wfile.write(b"x")
@@ -404,9 +410,11 @@ def test_fetching_has_limits(web):
     limits = Limits(most=100_000, seconds=1.0, private=True)
     picture = asyncio.run(Eyes(limits).picture(f"{web}/picture.png"))
     assert picture.size == (64, 32)
-    for path in ("/redirect", "/large", "/slow"):
+    for path in ("/redirect", "/large", "/slow", "/headers"):
+        began = time.monotonic()
         with pytest.raises(PictureError, match="can't be fetched"):
-            asyncio.run(fetch(f"{web}{path}", limits))
+            asyncio.run(fetch(f"{web}{path}", limits))  # which waits for its thread
+        assert time.monotonic() - began < 3, path
 
 
 def test_a_name_is_resolved_once_and_pinned(monkeypatch, web):

@@ -12,7 +12,9 @@ import http.client
 import ipaddress
 import socket
 import ssl
+import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from urllib.parse import SplitResult, urlsplit
 
@@ -20,6 +22,9 @@ from lanting.core.errors import PictureError
 
 PORTS = {"http": 80, "https": 443}
 CHUNK = 1 << 16
+# IPv6 that ends in an IPv4 address: translated, translated by a host, compatible; and what one network translates
+WITH_IPV4 = tuple(map(ipaddress.IPv6Network, ("64:ff9b::/96", "::ffff:0:0:0/96", "::/96")))
+OWN = ipaddress.IPv6Network("64:ff9b:1::/48")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +52,10 @@ def _fetch(url: str, limits: Limits) -> bytes:
     until = time.monotonic() + limits.seconds
     address = public_address(host, port, limits)
     raw = socket.create_connection((address, port), timeout=limits.seconds)
+    line = raw.dup()  # the same connection, also below TLS
+    clock = threading.Timer(max(until - time.monotonic(), 0), hang_up, (line,))  # for who sends a byte now and then
+    clock.daemon = True
+    clock.start()
     try:
         sock = ssl.create_default_context().wrap_socket(raw, server_hostname=host) if parts.scheme == "https" else raw
         connection = http.client.HTTPConnection(host, port)
@@ -58,7 +67,16 @@ def _fetch(url: str, limits: Limits) -> bytes:
             raise ValueError(f"status {response.status}")
         return read(response, sock, limits.most, until)
     finally:
+        clock.cancel()
+        hang_up(line)
+        line.close()
         raw.close()
+
+
+def hang_up(line: socket.socket) -> None:
+    """Whoever waits for the other side waits no longer."""
+    with suppress(OSError):
+        line.shutdown(socket.SHUT_RDWR)
 
 
 def target(parts: SplitResult, limits: Limits) -> tuple[str, int]:
@@ -86,9 +104,10 @@ def is_public(address: str) -> bool:
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
         ip = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None) or ip
-        if isinstance(ip, ipaddress.IPv6Address) and ip in ipaddress.ip_network("64:ff9b::/96"):
+        if isinstance(ip, ipaddress.IPv6Address) and any(ip in network for network in WITH_IPV4):
             ip = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
-    return ip.is_global and not ip.is_multicast
+    inside = ip.is_multicast or (isinstance(ip, ipaddress.IPv6Address) and (ip.is_site_local or ip in OWN))
+    return ip.is_global and not inside
 
 
 def read(response: http.client.HTTPResponse, sock: socket.socket, most: int, until: float) -> bytes:
@@ -102,7 +121,7 @@ def read(response: http.client.HTTPResponse, sock: socket.socket, most: int, unt
             raise TimeoutError
         sock.settimeout(left)
         part = response.read1(CHUNK)
-        if not part:
+        if not part and time.monotonic() < until:  # else we have hung up
             return b"".join(parts)
         size += len(part)
         if size > most:
