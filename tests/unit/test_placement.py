@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 import nets
 import plans
 from lanting import Engine, ModelError, Request, RequestError
+from lanting.attach.vae_graphs import attach_vae_graphs
 from lanting.core.checkpoint import Checkpoint
 from lanting.engine.fit import bytes_at
 from lanting.engine.placement import Placed
@@ -134,6 +136,24 @@ def test_the_plan_says_kinds_and_tiles(folder):
         assert nets.packed_linears(engine.models.transformer) == 4 * 14
         assert nets.packed_linears(engine.models.placed_encoder.net.model) == 2 * 7
         assert engine.models.codec.tile is True
+
+
+def test_what_is_closed_is_let_go_at_once(folder):
+    """Whatever hangs on a module knows it, so weights and recordings would stay until Python looks for circles."""
+    engine = Engine.open(str(folder), device="cpu", dtype="float32")
+    pixels(engine)
+    models = engine.models
+    attach_vae_graphs(models.codec.vae)
+    seen = [models.codec.vae.decoder.conv_in.weight, models.placed_encoder.net.model.layers[0].self_attn.q_proj.weight]
+    kept = [weakref.ref(weight) for weight in [*seen, models.transformer.proj_out.weight]]
+    del seen, models
+    gc.collect()
+    gc.disable()
+    try:
+        engine.close()
+        assert [weight() for weight in kept] == [None] * 3
+    finally:
+        gc.enable()
 
 
 def test_a_checkpoint_is_not_gone_on_with_where_weights_are_packed_otherwise_or_another_net_steers(folder, tmp_path):

@@ -7,6 +7,7 @@ Networks are loaded one by one on first use, so a text-to-image run never reads 
 
 from __future__ import annotations
 
+import gc
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,7 +26,7 @@ from lanting.engine.ahead import Ahead
 from lanting.engine.allocator import return_memory, tidy
 from lanting.engine.choose import choose_device, choose_dtypes
 from lanting.engine.compute import record_steps, speed_up, speed_up_vae
-from lanting.engine.placement import Placed, place_controlnet, place_encoder, place_transformer
+from lanting.engine.placement import Placed, empty_cache, place_controlnet, place_encoder, place_transformer
 from lanting.flow.latents import LatentCodec, Preview, fit_preview
 from lanting.flow.loop import Conditioning
 from lanting.flow.schedule import Schedule, model_timestep
@@ -226,6 +227,7 @@ class Models:
     def _read_again(self) -> None:
         self.__dict__.pop("encoder", None)
         self._close("placed_encoder")
+        gc.collect()  # as in `close`
 
     @property
     def take_turns(self) -> bool:
@@ -282,6 +284,8 @@ class Models:
             self.__dict__.pop(name, None)
         self.prompts.clear()
         self.written.clear()
+        gc.collect()  # kernels and recordings hang on modules that they know: only this lets go of both
+        empty_cache(self.device)
 
     def _leave(self, name: str) -> None:
         if name in self.__dict__ and self.plan is not None:
