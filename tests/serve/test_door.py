@@ -15,6 +15,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+import uvicorn
 from fakeserve import running
 from PIL import Image
 from starlette.routing import BaseRoute
@@ -27,6 +28,7 @@ from lanting.core.errors import LantingError, PictureError, RequestError
 from lanting.serve.app import build_app
 from lanting.serve.fetch import Limits, fetch, is_public
 from lanting.serve.guard import OPEN, bare
+from lanting.serve.heads import Heads
 from lanting.serve.house import open_house
 from lanting.serve.keys import create, revoke
 from lanting.serve.pictures import Eyes
@@ -327,6 +329,53 @@ def test_signed_addresses_open_a_picture_without_a_key(tmp_path):
         assert httpx.get(url.replace("images/0", "images/1")).status_code == 401
         assert httpx.get(url.partition("?")[0]).status_code == 401
         assert httpx.post(url).status_code == 401
+
+
+# ---------------------------------------------------------------- connections
+def test_a_head_that_does_not_end_is_cut(tmp_path):
+    """Nobody has shown a key yet."""
+    with running(tmp_path) as server:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as sock:
+            sock.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nX: ")
+            with pytest.raises(OSError):
+                for _ in range(50):
+                    sock.sendall(b"a" * (1 << 20))
+                    time.sleep(0.01)
+        long = {"X-Long": "a" * 60_000}
+        assert all(server.get("/healthz", headers=long).status_code == 200 for _ in range(3))
+        body = {"prompt": "x", "images": [base64.b64encode(png((900, 900))).decode()] * 2}
+        assert server.post("/api/jobs", body).status_code in (202, 400)
+
+
+def test_who_says_nothing_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr("lanting.serve.heads.SECONDS", 0.3)
+
+    async def answer(scope, receive, send) -> None:
+        await asyncio.sleep(0.6)  # an answer may take as long as it likes
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.body"})
+
+    async def use() -> None:
+        server = uvicorn.Server(uvicorn.Config(answer, port=0, http=Heads, log_config=None, lifespan="off"))
+        serving = asyncio.create_task(server.serve())
+        while not server.started:
+            await asyncio.sleep(0.01)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        async with asyncio.timeout(5):
+            for said in (b"", b"GET / HTTP/1.1\r\nHost"):
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                writer.write(said)
+                assert await reader.read() == b""
+                writer.close()
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            for _ in range(2):
+                writer.write(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                assert b" 200 " in await reader.readuntil(b"\r\n\r\n")
+            writer.close()
+        server.should_exit = True
+        await serving
+
+    asyncio.run(use())
 
 
 # ---------------------------------------------------------------- addresses

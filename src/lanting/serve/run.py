@@ -8,6 +8,7 @@ import socket
 from collections.abc import Callable
 from dataclasses import replace
 from types import FrameType
+from typing import Any
 
 import uvicorn
 
@@ -57,6 +58,15 @@ def listen(settings: Settings) -> socket.socket:
     return sock
 
 
+def spoken() -> Any:
+    """How HTTP is read: by httptools where it is installed, else by h11, which bounds heads itself."""
+    try:
+        from lanting.serve.heads import Heads
+    except ImportError:
+        return "auto"
+    return Heads
+
+
 def serve(
     settings: Settings, opened: Callable[[House], None], studio: Studio | None = None, hire: Hire = processes
 ) -> None:
@@ -69,6 +79,7 @@ def serve(
         app = build_app(house, studio)
         config = uvicorn.Config(
             app,
+            http=spoken(),
             log_config=None,
             access_log=False,
             server_header=False,
