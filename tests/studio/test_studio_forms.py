@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 from dataclasses import replace
@@ -20,6 +21,7 @@ from lanting.serve.keys import create
 from lanting.serve.settings import Served, Settings
 from lanting.serve.state import Place
 from lanting.serve.studio import show
+from lanting.serve.studio.clerk import Clerk
 from lanting.serve.studio.door import NEEDED, studio
 from lanting.serve.studio.forms import (
     DRAW,
@@ -273,3 +275,28 @@ def test_the_box_for_rewriting_is_shown_where_a_model_can_write():
     for told, shown in (({"asked": "a cat"}, True), ({}, False), ({"asked": "a tabby <cat>"}, False)):
         outcome = {"recipes": [{"request": {"prompt": "a tabby <cat>", **told}}]}
         assert ("a tabby &lt;cat&gt;" in show.written(replace(job(), outcome=outcome), EN)) == shown
+
+
+def test_one_plan_is_made_at_a_time_and_none_for_who_has_left(tmp_path, monkeypatch):
+    """Each is a process with torch in it."""
+    made = []
+    make = asyncio.create_subprocess_exec
+
+    async def slow(*_, **how):
+        made.append(await make(sys.executable, "-c", "import time; time.sleep(60)", **how))
+        return made[-1]
+
+    async def use() -> None:
+        clerk = Clerk(open_house(Settings(tmp_path)), "en")
+        asking = [asyncio.create_task(clerk.plan(None, None, DRAW)) for _ in range(3)]
+        while not made:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.3)
+        assert len(made) == 1
+        for task in reversed(asking):
+            task.cancel()
+        await asyncio.wait(asking)
+        assert await asyncio.wait_for(made[0].wait(), 5) < 0 and len(made) == 1
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", slow)
+    asyncio.run(use())

@@ -56,6 +56,7 @@ class Clerk:
     house: House
     language: str
     latest: dict[str, str] = field(default_factory=dict[str, str])
+    planning: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))  # each takes torch's room
 
     @property
     def say(self) -> Say:
@@ -183,7 +184,8 @@ class Clerk:
     async def plan(self, model: str | None, size: str | None, tab: str) -> str:
         """Will it fit?"""
         served = self.model(model)
-        told = await planned(served.served, size, self.language, 1 if tab == EDIT else 0)
+        async with self.planning:
+            told = await planned(served.served, size, self.language, 1 if tab == EDIT else 0)
         return panel(told, self.say, self.pace(served, size) if tab == DRAW else None)
 
     def pace(self, model: Model, size: str | None) -> float | None:

@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from html import escape
 from typing import Any
 
@@ -44,8 +45,11 @@ async def planned(served: Served, shape: str | None, language: str, references: 
     try:
         out, _ = await asyncio.wait_for(process.communicate(), PATIENCE)
     except TimeoutError:
-        process.kill()
         return ""
+    finally:  # also where nobody waits for it any more
+        if process.returncode is None:
+            with suppress(ProcessLookupError):
+                process.kill()
     try:
         told = json.loads(out)
     except ValueError:
