@@ -27,9 +27,11 @@ import torch
 
 from lanting.nn.vae import AutoencoderKLQwenImage
 from lanting.train import precision
-from lanting.train.loop import Course, Trainer
+from lanting.train.course import Course
+from lanting.train.loop import Trainer
 from lanting.train.model import NanoNet, start
-from lanting.train.nano import NanoRun, courses
+from lanting.train.nano import courses
+from lanting.train.nano_run import NanoRun
 from lanting.train.presets import preset
 from lanting.train.vae import VAERecipe, VAETrainer, initialise, nano_config
 from lanting.train.vocabulary import make_tokenizer

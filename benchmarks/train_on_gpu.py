@@ -34,7 +34,7 @@ from lanting.train import graphs, nano, vae_speed
 from lanting.train.journal import NAME as LOG
 from lanting.train.journal import entries
 from lanting.train.loop import train
-from lanting.train.nano import NanoRun
+from lanting.train.nano_run import CLOSING, NanoRun
 from lanting.train.portable import STATE, pack
 from lanting.train.stopwatch import FILE as PROFILE
 from lanting.train.stopwatch import profiled
@@ -308,7 +308,7 @@ def main() -> None:
     if find_spec("triton") is None and not asked.dry_run:
         print("no triton here: the blocks run uncompiled", flush=True)
     prepare(asked)
-    run = replace(the_run(asked), until=began + 60 * asked.slice_minutes - nano.CLOSING)
+    run = replace(the_run(asked), until=began + 60 * asked.slice_minutes - CLOSING)
     before = len(entries(asked.resume_from / LOG)) if goes_on(asked.resume_from) else len(entries(run.folder / LOG))
     if asked.no_graphs:
         graphs.MOST = 0

@@ -44,7 +44,7 @@ the code, no half-written picture is left. A failure is one sentence; `--debug` 
 |---|---|
 | `LANTING_LANG` | `en` or `zh`; otherwise the locale decides |
 | `LANTING_MODEL` | the model where no `--model` is given, for verbs whose task it can do |
-| `LANTING_CONFIG` | the file of your own defaults; default `~/.config/lanting/config.toml` ([more](guide.md#defaults-of-your-own)) |
+| `LANTING_CONFIG` | the file of [your own defaults](guide.md#defaults-of-your-own); default `~/.config/lanting/config.toml` |
 | `LANTING_HOME` | where `pull` keeps models; default `~/.cache/lanting` |
 | `HF_HOME`, `HF_HUB_CACHE` | the Hugging Face cache, whose models are found and used where they are |
 | `HF_ENDPOINT`, `MODELSCOPE_ENDPOINT` | another address of the hub |
@@ -72,7 +72,7 @@ the code, no half-written picture is left. A failure is one sentence; `--debug` 
 |---|---|
 | `LANTING_LANG` | `en` 或 `zh`；不设就看系统的区域设置 |
 | `LANTING_MODEL` | 不给 `--model` 时用的模型，只用于它能做的动词 |
-| `LANTING_CONFIG` | 自己的默认值放在哪个文件；默认 `~/.config/lanting/config.toml`（[详见](guide.zh.md#自己的默认值)） |
+| `LANTING_CONFIG` | [自己的默认值](guide.zh.md#自己的默认值)放在哪个文件；默认 `~/.config/lanting/config.toml` |
 | `LANTING_HOME` | `pull` 把模型放在哪里；默认 `~/.cache/lanting` |
 | `HF_HOME`、`HF_HUB_CACHE` | Hugging Face 的缓存，里面的模型找得到，就地使用 |
 | `HF_ENDPOINT`、`MODELSCOPE_ENDPOINT` | 模型站的另一个地址 |

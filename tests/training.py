@@ -13,10 +13,11 @@ from tokenizers import Tokenizer
 
 from lanting.nn.vae import AutoencoderKLQwenImage
 from lanting.train import nano, presets
+from lanting.train.course import Budget
 from lanting.train.labels import SHAPE, WHAT
-from lanting.train.loop import Budget, Trainer, mean_gradients
+from lanting.train.loop import Trainer, mean_gradients
 from lanting.train.model import NanoConfig, NanoNet, language_config, start, transformer_config
-from lanting.train.nano import NanoRun
+from lanting.train.nano_run import NanoRun
 from lanting.train.replay import Batch
 from lanting.train.vae import CONFIG, FROZEN, WEIGHTS, initialise, nano_config, save_config, save_vae
 from lanting.train.vocabulary import VOCAB_SIZE, build_tokenizer, make_tokenizer

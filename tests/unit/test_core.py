@@ -334,6 +334,6 @@ def test_every_sentence_is_translated_with_its_fields():
     for english, translated in table.items():
         fields = [sorted(re.findall(r"{[^}]*}", text)) for text in (english, translated)]
         assert set(fields[0]) == set(fields[1]), english
-    values = {"a", "an", "something", "loading", "reading", "drawing", "developing", "writing"}  # words put into sentences
+    values = {"a", "an", "something", "loading", "reading", "drawing", "developing", "writing"}  # put into sentences
     orphans = [key for key in table if key not in used and key.split(" ")[0] not in values]
     assert orphans == []

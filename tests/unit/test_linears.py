@@ -16,9 +16,9 @@ from lanting.nn.linears import (
     Int8Linear,
     PackedEmbedding,
     PackedLinear,
-    fitting_group,
 )
 from lanting.nn.rotate import hadamard, largest_block, rotate_blocks
+from lanting.nn.rounding import fitting_group
 from lanting.nn.swap import swap
 
 KINDS = {  # kind: (how it is made, largest relative error on normal weights with one outlier)

@@ -18,16 +18,18 @@ from lanting import Engine, Request
 from lanting.core.errors import ModelError, RequestError
 from lanting.nn.mmdit import Attend
 from lanting.nn.qwen_language import Attend as CausalAttend
+from lanting.train.course import Budget
 from lanting.train.design import WIDE
 from lanting.train.designs import DesignMaker
 from lanting.train.draw import INK
 from lanting.train.export import export_nano
 from lanting.train.journal import Journal, Meter, clock, entries, in_words
 from lanting.train.labels import SCENE, SHAPE, WHAT, WHERE
-from lanting.train.loop import Budget, Trainer, make_smaller
+from lanting.train.loop import Trainer, make_smaller
 from lanting.train.losses import judged
 from lanting.train.model import NanoConfig, NanoNet, PlainAttend, PlainCausalAttend, matrices, start
-from lanting.train.nano import NanoRun, cost, courses, curriculum, main, settled, train_transformer
+from lanting.train.nano import courses, curriculum, main, train_transformer
+from lanting.train.nano_run import NanoRun, cost, settled
 from lanting.train.optim import Muon, orthogonalize
 from lanting.train.progress import Watch
 from lanting.train.replay import Reader, Replay

@@ -16,10 +16,11 @@ from lanting.core.errors import ModelError, RequestError
 from lanting.nn.qwen_language import initialize
 from lanting.nn.qwen_vision import QwenVision
 from lanting.train.atlas import default_atlas
+from lanting.train.course import Budget
 from lanting.train.design import SQUARE, STRIP, WIDE
 from lanting.train.draw import paint
 from lanting.train.feed import ROUND, FeedOrder, lengthened
-from lanting.train.loop import Budget, Trainer
+from lanting.train.loop import Trainer
 from lanting.train.model import PlainAttend, PlainCausalAttend, matrices, vision_config
 from lanting.train.optim import Muon
 from lanting.train.pieces import PaintedScraps, ScrapOrder, cut

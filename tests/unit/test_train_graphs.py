@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from lanting.train.atlas import default_atlas
+from lanting.train.course import Budget, Course
 from lanting.train.feed import FeedOrder
 from lanting.train.graphs import Playback, Recorded, Recorder, passes_for
-from lanting.train.loop import Budget, Course, Trainer, make_smaller
+from lanting.train.loop import Trainer, make_smaller
 from lanting.train.presets import Kind
 from lanting.train.replay import Reader
 from lanting.train.ring import Ring

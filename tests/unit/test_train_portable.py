@@ -12,11 +12,13 @@ import torch
 from safetensors.torch import load_file
 
 from lanting.core.errors import ModelError
+from lanting.train.course import Budget
 from lanting.train.export import export_nano
 from lanting.train.journal import entries
-from lanting.train.loop import Budget, Trainer
+from lanting.train.loop import Trainer
 from lanting.train.model import NanoConfig, NanoNet
-from lanting.train.nano import main, settled, vae_recipe
+from lanting.train.nano import main, vae_recipe
+from lanting.train.nano_run import settled
 from lanting.train.portable import EMA, STATE, pack, read_parts, slim, unpack, write_parts
 from lanting.train.presets import on_gpu
 from lanting.train.vae import CHECKPOINT, FROZEN, VAERecipe, load_vae, train_vae
@@ -173,7 +175,7 @@ def test_a_slice_may_end_in_the_autoencoder(tmp_path, capsys, monkeypatch):
 
 
 def test_the_autoencoder_takes_large_batches_on_a_gpu(tmp_path, monkeypatch):
-    monkeypatch.setattr("lanting.train.nano.preset", lambda *_: on_gpu(79, 16))
+    monkeypatch.setattr("lanting.train.nano_run.preset", lambda *_: on_gpu(79, 16))
     small, large = (vae_recipe(replace(settled(small_run(tmp_path)), device=device)) for device in ("cpu", "cuda"))
     assert (small.processes, small.feeders, small.batch) == (2, 0, VAERecipe().batch)
     assert (large.processes, large.feeders, large.device) == (1, 14, "cuda") and large.batch > 40 * small.batch

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from lanting.train import precision
-from lanting.train.loop import Budget, Trainer
+from lanting.train.course import Budget
+from lanting.train.loop import Trainer
 from lanting.train.nano import prepared
 from lanting.train.optim import orthogonalize
 from lanting.train.precision import native_on_cpu, product_dtype

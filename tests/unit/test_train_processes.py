@@ -13,8 +13,9 @@ import torch
 import torch.multiprocessing as mp
 
 from lanting.core.errors import ModelError
+from lanting.train.course import Budget
 from lanting.train.journal import entries
-from lanting.train.loop import Budget, Trainer
+from lanting.train.loop import Trainer
 from lanting.train.nano import train_transformer
 from lanting.train.workers import Workers
 from training import begun, flat, gradients, lighten, one_of_two, small_net, small_run

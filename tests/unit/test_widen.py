@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lanting.train.loop import Budget, Trainer
+from lanting.train.course import Budget
+from lanting.train.loop import Trainer
 from lanting.train.model import NanoConfig, NanoNet, language_config, transformer_config
 from lanting.train.nano import main
 from lanting.train.portable import pack

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from lanting.core.errors import RequestError
-from lanting.nn.linears import fitting_group
 from lanting.nn.rotate import largest_block
+from lanting.nn.rounding import fitting_group
 from lanting.weights.forms import Form
 
 KINDS = ("int8", "fp8", "int4")

@@ -107,7 +107,7 @@ Draft = Annotated[
     bool,
     typer.Option(
         "--draft",
-        help="In few steps by the release's Lightning, to see more sooner; then lanting finish what you like.",
+        help="In few steps by the release's Lightning, to see more sooner; 'lanting finish' draws one in full.",
     ),
 ]
 Rewrite = Annotated[

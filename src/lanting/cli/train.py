@@ -17,7 +17,7 @@ from lanting.cli.train_lora import lora
 if TYPE_CHECKING:
     import numpy as np
 
-    from lanting.train.nano import NanoRun
+    from lanting.train.nano_run import NanoRun
 
 train = typer.Typer(
     no_args_is_help=True,
@@ -72,7 +72,8 @@ def nano(
     With --slice-minutes a run ends early and leaves FOLDER/portable, files below 16 MB that --resume-from takes up on
     another machine. Samples go to FOLDER/sheets, figures to FOLDER/log.jsonl, the model to FOLDER/nano.
     """
-    from lanting.train.nano import NanoRun, main
+    from lanting.train.nano import main
+    from lanting.train.nano_run import NanoRun
 
     values = {"vae_minutes": vae_minutes, "decoder_minutes": decoder_minutes, "minutes": minutes, "lr": lr}
     shape = {"width": width, "layers": layers, "large": large, "concepts": concepts, "batch_times": batch_times}
@@ -93,8 +94,7 @@ def nano(
         scorer=share_read if read else None,
         quiet=quiet,
     )
-    screen = Screen(quiet)
-    tell_cost(screen, run)
+    tell_cost(screen := Screen(quiet), run)
     screen.raw(str(main(run)))
 
 
@@ -108,7 +108,7 @@ def _choice(word: str) -> bool | None:
 
 def tell_cost(screen: Screen, run: NanoRun) -> None:
     """Say what a run takes before it starts."""
-    from lanting.train.nano import cost
+    from lanting.train.nano_run import cost
 
     told = cost(run)
     values = {"minutes": told.minutes, "count": told.processes, "memory": told.memory, "disk": told.disk}

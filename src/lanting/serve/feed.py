@@ -84,7 +84,7 @@ class Feed:
 
 
 def _forget_preview(said: list[Event]) -> None:
-    """Of all steps that were said, one keeps its preview: who comes late sees the picture so far, for a few KB a job."""
+    """Of all steps that were said, one keeps its preview: who comes late sees the picture so far."""
     for index in range(len(said) - 1, -1, -1):
         if said[index].preview is not None:
             said[index] = replace(said[index], preview=None)

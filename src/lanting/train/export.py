@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lanting.core.errors import ModelError
+from lanting.nn.qwen_language import LanguageConfig
 from lanting.nn.qwen_vl import QwenVL, QwenVLConfig
 from lanting.nn.vae import to_video_weights
 from lanting.train.model import NanoConfig
@@ -50,12 +51,26 @@ INDEX = {
 
 def text_config(config: NanoConfig, ids: Mapping[str, int]) -> dict[str, Any]:
     """transformers' config.json of the text encoder."""
-    language = config.language
-    width = language.hidden_size
-    text = {
+    return {
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "model_type": "qwen2_5_vl",
+        "tie_word_embeddings": config.language.tie_word_embeddings,
+        "image_token_id": ids["<|image_pad|>"],
+        "video_token_id": ids["<|video_pad|>"],
+        "vision_start_token_id": ids["<|vision_start|>"],
+        "vision_end_token_id": ids["<|vision_end|>"],
+        "text_config": language_table(config.language, ids),
+        "vision_config": vision_table(config),
+        "dtype": "bfloat16",
+    }
+
+
+def language_table(language: LanguageConfig, ids: Mapping[str, int]) -> dict[str, Any]:
+    """The part about the language model."""
+    return {
         "model_type": "qwen2_5_vl_text",
         "vocab_size": language.vocab_size,
-        "hidden_size": width,
+        "hidden_size": language.hidden_size,
         "intermediate_size": language.intermediate_size,
         "num_hidden_layers": language.num_hidden_layers,
         "num_attention_heads": language.num_attention_heads,
@@ -72,30 +87,22 @@ def text_config(config: NanoConfig, ids: Mapping[str, int]) -> dict[str, Any]:
         "eos_token_id": ids["<|im_end|>"],
         "pad_token_id": ids["<|endoftext|>"],
     }
-    vision = {
+
+
+def vision_table(config: NanoConfig) -> dict[str, Any]:
+    """The part about the vision tower."""
+    return {
         "model_type": "qwen2_5_vl",
         "depth": config.vision.depth,
         "hidden_size": config.vision.hidden_size,
         "intermediate_size": config.vision.intermediate_size,
         "num_heads": config.vision.num_heads,
-        "out_hidden_size": width,
+        "out_hidden_size": config.language.hidden_size,
         "fullatt_block_indexes": list(config.vision.fullatt_block_indexes),
         "window_size": config.vision.window_size,
         "patch_size": config.vision.patch_size,
         "temporal_patch_size": config.vision.temporal_patch_size,
         "spatial_merge_size": config.vision.spatial_merge_size,
-    }
-    return {
-        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
-        "model_type": "qwen2_5_vl",
-        "tie_word_embeddings": language.tie_word_embeddings,
-        "image_token_id": ids["<|image_pad|>"],
-        "video_token_id": ids["<|video_pad|>"],
-        "vision_start_token_id": ids["<|vision_start|>"],
-        "vision_end_token_id": ids["<|vision_end|>"],
-        "text_config": text,
-        "vision_config": vision,
-        "dtype": "bfloat16",
     }
 
 

@@ -17,12 +17,12 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from lanting.nn.vae import AutoencoderKLQwenImage
+from lanting.train.course import STOCK, Course
 from lanting.train.design import place
 from lanting.train.designs import DesignMaker, Mix
 from lanting.train.draw import plan
 from lanting.train.edits import EditMaker
 from lanting.train.labels import label_example, label_grid
-from lanting.train.loop import STOCK, Course
 from lanting.train.presets import Kind, Preset, room
 from lanting.train.replay import Reader
 from lanting.train.ring import Chunk, Ring, picture_tokens

@@ -25,7 +25,7 @@ PLACED_IN_EDITS = 2.0  # times as much: places of words follow from the prompt, 
 
 
 class Weights(Protocol):
-    """Of the helper heads, see `loop.Budget`."""
+    """Of the helper heads, see `course.Budget`."""
 
     @property
     def what(self) -> float: ...

@@ -9,11 +9,10 @@ each), on one GPU and on several.
 from __future__ import annotations
 
 import os
-import sys
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,20 +20,21 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from tokenizers import Tokenizer
 
-from lanting.core.errors import RequestError
 from lanting.nn.vae import AutoencoderKLQwenImage
+from lanting.train.course import Budget, Course
 from lanting.train.designs import DesignMaker, Mix
 from lanting.train.edits import EditMaker
 from lanting.train.export import export_nano
 from lanting.train.feed import Feed, FeedOrder, edit_mix
 from lanting.train.journal import Journal
 from lanting.train.labels import concept_pictures, glyph_shapes
-from lanting.train.loop import Budget, Course, Trainer, train
-from lanting.train.model import NanoConfig, NanoNet, compile_blocks, language_config, start, transformer_config
+from lanting.train.loop import Trainer, train
+from lanting.train.model import NanoNet, compile_blocks, start
+from lanting.train.nano_run import NanoRun, settled
 from lanting.train.portable import pack, unpack
 from lanting.train.precision import product_dtype
-from lanting.train.presets import GIB_PER_TIMES, Preset, kinds, pick_device, preset, processes, room
-from lanting.train.progress import Scorer, Watch
+from lanting.train.presets import Preset, kinds, processes, room
+from lanting.train.progress import Watch
 from lanting.train.replay import EditReplay, Reader, Replay
 from lanting.train.speed import compile_for_gpu, prepare_for_gpu
 from lanting.train.twin import twin_of
@@ -43,118 +43,10 @@ from lanting.train.vocabulary import VOCAB_SIZE, build_tokenizer
 from lanting.train.warm import continue_from, seed_embeddings, seed_names
 from lanting.train.workers import kept_atlas
 
-CLOSING = 25.0  # seconds of a slice kept for its checkpoint, sheets and export
-
-
-@dataclass(frozen=True)
-class NanoRun:
-    """One run: where, how long, how wide. Minutes are wall-clock time of training."""
-
-    folder: Path
-    vae_minutes: float = 17.0
-    decoder_minutes: float = 0.0  # sharpens further; the shipped checkpoint did without
-    minutes: float = 94.0
-    workers: int = 0  # processes for stage 2; 0: one per core or GPU
-    seed: int = 0
-    capacity: int = 0  # encoded designs kept per course and process; 0: what suits the device
-    warm: str = ""  # model folder whose weights are continued
-    compiled: bool | None = None  # compile the blocks; None: on a GPU only
-    concepts: int = 256
-    device: str = "auto"  # auto, cpu or cuda
-    watch_minutes: float = 8.0  # between two sheets of samples; 0: none
-    width: int = 128  # of the transformer, a multiple of 32
-    layers: int = 6
-    large: bool = False  # canvases of 256 x 256 too
-    slice_minutes: float = 0.0  # end cleanly after so much time in all; 0: when the budget is spent
-    resume_from: str = ""  # folder a slice wrote, for a machine that has nothing yet
-    anew: bool = False  # what was brought begins a new schedule instead of going on with its own
-    vae_anew: bool = False  # its autoencoder is trained on first
-    recode: bool = False  # names of pictograms get their codes again before what was brought is trained on
-    feeders: int = -1  # processes per trainer that make up designs; -1: what suits the device
-    batch_times: int = 0  # batches as multiples of a core's; 0: what suits the device
-    lr: float = 0.0  # highest learning rate; 0: what suits the device
-    scorer: Scorer | None = None  # share of lines that an optical reader finds in pictures
-    until: float = float("inf")  # time.monotonic() at which the slice ends; set by `settled`
-    quiet: bool = False
-
-    @property
-    def vae(self) -> Path:
-        return self.folder / "vae"
-
-    @property
-    def tokenizer(self) -> Path:
-        return self.folder / "tokenizer"
-
-    @property
-    def portable(self) -> Path:
-        return self.folder / "portable"
-
-    def preset(self, world: int) -> Preset:
-        """How each of `world` processes uses its device, with what was asked for instead."""
-        chosen = preset(self.device, world, self.width, self.layers)
-        if self.batch_times:
-            chosen = replace(chosen, times=self.batch_times)
-        if self.lr:
-            chosen = replace(chosen, lr=self.lr)
-        if self.feeders >= 0:
-            chosen = replace(chosen, feeders=self.feeders)
-        if self.anew:  # what is known already needs no small canvases and no long plateau
-            chosen = replace(chosen, turn=(0.0, 0.1), decay_share=0.8)
-        return replace(chosen, capacity=self.capacity) if self.capacity else chosen
-
-    def say(self, words: str) -> None:
-        """Progress goes to stderr, as everywhere."""
-        if not self.quiet:
-            print(words, file=sys.stderr, flush=True)
-
-    def config(self) -> NanoConfig:
-        shape = transformer_config(self.width, self.layers)
-        return NanoConfig(transformer=shape, language=language_config(VOCAB_SIZE))
-
-
 # of a thousand pictograms each must be met as often as a character is, though a design shows one of them only
 MIX = Mix(kinds=(0.32, 0.32, 0.05, 0.31), pictogram=0.3)
 # progress at which a stage of the curriculum begins, and how many Chinese characters it draws from
 HANZI = ((0.0, 1200), (0.04, 3500))
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a run will take. Memory and disk in GB; memory is that of the GPU where one trains."""
-
-    minutes: float
-    processes: int
-    memory: float
-    disk: float
-    device: str
-
-
-def settled(run: NanoRun) -> NanoRun:
-    """The run on a device that is there. Raises RequestError for values that can't be trained with."""
-    if min(run.minutes, run.vae_minutes, run.decoder_minutes, run.slice_minutes, run.lr) < 0:
-        raise RequestError(
-            "Minutes and rates of training can't be negative; give 0 minutes to only continue to the next stage."
-        )
-    if run.width < 64 or run.width % 32 or not 1 <= run.layers <= 48:
-        raise RequestError("The transformer's --width is a multiple of 32 from 64 on, its --layers are 1 to 48.")
-    until = run.until
-    if run.slice_minutes and until == float("inf"):
-        until = time.monotonic() + max(1.0, 60 * run.slice_minutes - CLOSING)
-    return replace(run, device=pick_device(run.device), until=until)
-
-
-def cost(run: NanoRun) -> Cost:
-    """What the run will take, to be said before it starts."""
-    run = settled(run)
-    world = processes(run.device, run.workers)
-    total = run.vae_minutes + run.decoder_minutes + run.minutes
-    size = run.width * run.layers / 768
-    chosen = run.preset(world)
-    if run.device == "cuda":
-        memory = 4 + chosen.capacity * 5e-5 + GIB_PER_TIMES * chosen.times * size
-    else:
-        memory = world * (1.3 + 0.4 * size + chosen.capacity * 1.5e-4)
-    return Cost(min(total, run.slice_minutes or total), world, memory, 0.1 + 0.2 * size, run.device)
 
 
 def main(run: NanoRun) -> Path:

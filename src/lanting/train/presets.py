@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from lanting.core.errors import RequestError
+from lanting.train.course import Budget
 from lanting.train.design import LARGE, SQUARE, STRIP, WIDE
-from lanting.train.loop import Budget
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Preset:
     warmup_steps: int = 100
     ema: float = 0.998
     picks: int = 2  # batches a step and process
-    turn: tuple[float, float] = (0.2, 0.5)  # see `loop.Budget`
+    turn: tuple[float, float] = (0.2, 0.5)  # see `course.Budget`
     decay_share: float = 0.35
     feeders: int = 0  # processes that make up designs; 0: the trainer does it itself
 

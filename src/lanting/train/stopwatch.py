@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lanting.train.course import Course
 from lanting.train.graphs import Figures, Passes, Recorded
-from lanting.train.loop import Course, Trainer
+from lanting.train.loop import Trainer
 from lanting.train.replay import Batch
 
 FILE = "profile.txt"

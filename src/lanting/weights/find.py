@@ -74,7 +74,10 @@ def _locate_folder(model: str) -> ModelFolder:
             return open_folder(path, name=model)
         raise ModelError(f"{model} is neither a folder here nor a model we have: run 'lanting pull {model}' to get it.")
     if "/" in model or "\\" in model or path.suffix in (".safetensors", ".gguf"):
-        raise ModelError(f"{model} does not exist; give a model folder, a file, or one of: {', '.join(spec_names())}.")
+        known = ", ".join(name for name in spec_names() if not get_spec(name).lora)
+        raise ModelError(
+            f"{model} does not exist; give a model folder, a file, or one of: {known} ('lanting list' knows more)."
+        )
     get_spec(model)  # an unknown name: raises, naming the closest ones
     raise ModelError(f"{model} is neither a known release nor a folder.")
 
