@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import logging
+import shutil
 import sqlite3
 import time
 
@@ -175,6 +176,14 @@ def test_a_server_that_cannot_take_jobs_is_not_ready(tmp_path):
             folder.unlink()
             folder.mkdir()
         wait_for(lambda: server.get("/readyz").status_code == 200)
+
+
+def test_meters_are_read_though_the_disk_is_gone(tmp_path):
+    house = open_house(Settings(tmp_path / "data"))
+    client = TestClient(build_app(house), base_url=LOCALHOST, raise_server_exceptions=False)
+    shutil.rmtree(tmp_path / "data")
+    answer = client.get("/metrics")
+    assert answer.status_code == 200 and "lanting_disk_free_bytes 0.0" in answer.text
 
 
 def test_a_disk_that_is_well_again_is_noticed_while_jobs_keep_coming(tmp_path):

@@ -130,8 +130,11 @@ class Files:
                     path.unlink()
 
     def free(self) -> int:
-        """Bytes left on the disk."""
-        return shutil.disk_usage(self.root).free
+        """Bytes left on the disk; 0 where it can't be asked."""
+        try:
+            return shutil.disk_usage(self.root).free
+        except OSError:
+            return 0
 
 
 def publish(result: Result, target: Path, wait: bool = True) -> dict[str, Any]:
