@@ -270,6 +270,30 @@ def test_what_is_old_is_forgotten(tmp_path):
         assert over({"state": "done"})
 
 
+def test_a_server_killed_while_it_forgets_leaves_nothing_for_ever(tmp_path, monkeypatch):
+    """Neither row nor folder is left alone: the next one forgets the rest."""
+    with running(tmp_path) as server:
+        server.ended(server.submit("a sign")["id"])
+
+    def killed(*_: object) -> None:
+        raise OSError("as good as killed")
+
+    async def forget() -> None:
+        house = open_house(Settings(tmp_path / "data", keep_days=0.0))
+        sweeping = asyncio.create_task(sweep(house.desk))
+        await asyncio.wait({sweeping}, timeout=1)
+        sweeping.cancel()
+        await asyncio.gather(sweeping, return_exceptions=True)
+        await house.desk.ledger.close()
+        house.lock.release()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Files, "forget", killed)
+        asyncio.run(forget())
+    asyncio.run(forget())
+    assert jobs_in(tmp_path) == {} and list((tmp_path / "data" / "results").iterdir()) == []
+
+
 def test_pictures_that_are_old_are_forgotten_though_jobs_wait(tmp_path):
     """A busy server always has some; theirs stay."""
 

@@ -22,7 +22,19 @@ from lanting.serve.errors import StoreError
 from lanting.serve.fetch import Limits
 from lanting.serve.files import Files, day
 from lanting.serve.hand import Hand, processes
-from lanting.serve.jobs import DONE, RUNNING, Event, Job, dumps, end, forget, last_seq, put_back, unfinished
+from lanting.serve.jobs import (
+    DONE,
+    RUNNING,
+    Event,
+    Job,
+    dumps,
+    end,
+    ended_before,
+    last_seq,
+    put_back,
+    remove,
+    unfinished,
+)
 from lanting.serve.keys import Keyring
 from lanting.serve.ledger import Ledger
 from lanting.serve.meters import Meters
@@ -194,8 +206,9 @@ async def sweep(desk: Desk) -> None:
     while True:
         try:
             before = day(desk.settings.keep_days)
-            while jobs := await desk.ledger.write(lambda db, before=before: forget(db, before)):
-                await asyncio.to_thread(desk.files.forget, jobs)
+            while jobs := await desk.ledger.read(lambda db, before=before: ended_before(db, before)):
+                await asyncio.to_thread(desk.files.forget, jobs)  # first: a server killed here finds the rest again
+                await desk.ledger.write(lambda db, jobs=jobs: remove(db, jobs))
             used = pictures_of(await desk.ledger.read(unfinished))  # may be older than any limit
             await asyncio.to_thread(desk.files.forget_pictures, before, used)
         except StoreError:

@@ -204,12 +204,10 @@ def history(db: sqlite3.Connection, search: Search) -> list[Job]:
     return [job_of(row) for row in rows]
 
 
-def forget(db: sqlite3.Connection, before: float, most: int = 200) -> list[str]:
-    """Drop up to `most` jobs that ended before; their ids."""
+def ended_before(db: sqlite3.Connection, before: float, most: int = 200) -> list[str]:
+    """The ids of up to `most` jobs that ended before."""
     rows = db.execute("SELECT id FROM jobs WHERE ended < ? LIMIT ?", (before, most)).fetchall()
-    ids = [str(row["id"]) for row in rows]
-    remove(db, ids)
-    return ids
+    return [str(row["id"]) for row in rows]
 
 
 def remove(db: sqlite3.Connection, ids: Sequence[str]) -> None:
