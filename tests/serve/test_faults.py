@@ -294,6 +294,27 @@ def test_a_server_killed_while_it_forgets_leaves_nothing_for_ever(tmp_path, monk
     assert jobs_in(tmp_path) == {} and list((tmp_path / "data" / "results").iterdir()) == []
 
 
+def test_a_part_that_ends_is_in_the_log_and_sweeping_goes_on(tmp_path, monkeypatch, caplog):
+    """Without a word nobody would know why nothing is drawn."""
+
+    async def broken(*_: object) -> None:
+        raise ValueError("nobody foresaw this")
+
+    def fixed(*_: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    async def use() -> None:
+        house = open_house(Settings(tmp_path))
+        async with house.living():
+            await asyncio.sleep(0.3)
+            assert [task.done() for task in (*house.tasks, *house.helpers)] == [True, False, False, False]
+
+    monkeypatch.setattr("lanting.serve.house.work", broken)
+    monkeypatch.setattr(Files, "forget_pictures", fixed)
+    asyncio.run(use())
+    assert "nobody foresaw this" in caplog.text and "sweeping failed" in caplog.text
+
+
 def test_pictures_that_are_old_are_forgotten_though_jobs_wait(tmp_path):
     """A busy server always has some; theirs stay."""
 

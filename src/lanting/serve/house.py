@@ -80,6 +80,8 @@ class House:
             model.hands.append(hand)
             self.tasks.append(asyncio.create_task(work(self.desk, model, hand)))
         self.helpers += [asyncio.create_task(help_(self.desk)) for help_ in (tell_places, sweep, mend)]
+        for task in (*self.tasks, *self.helpers):
+            task.add_done_callback(noted)
         try:
             yield self
         finally:
@@ -195,6 +197,12 @@ async def remember(desk: Desk) -> None:
         await desk.ledger.write(lambda db: db.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?)", paces))
 
 
+def noted(task: asyncio.Task[None]) -> None:
+    """What goes on as long as the server should not end before, and not without a word."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        logger.error("a part of the server has ended: start it anew", exc_info=error)
+
+
 async def tell_places(desk: Desk) -> None:
     while True:
         await asyncio.sleep(PULSE)
@@ -211,7 +219,7 @@ async def sweep(desk: Desk) -> None:
                 await desk.ledger.write(lambda db, jobs=jobs: remove(db, jobs))
             used = pictures_of(await desk.ledger.read(unfinished))  # may be older than any limit
             await asyncio.to_thread(desk.files.forget_pictures, before, used)
-        except StoreError:
+        except (StoreError, OSError):
             logger.warning("sweeping failed: nothing can be written")
         await asyncio.sleep(SWEEP)
 
