@@ -278,6 +278,9 @@ WRONG = {
     "mask without picture": (QWEN, Request("x", mask=picture(mode="L")), "picture"),
     "mask of another size": (QWEN, Request("x", images=ONE, mask=picture(8, 8, "L")), "same size"),
     "black mask": (QWEN, Request("x", images=ONE, mask=Image.new("L", (64, 48))), "black"),
+    "dark mask of 16 bits": (QWEN, Request("x", images=ONE, mask=Image.new("I;16", (64, 48), 32_000)), "black"),
+    "no prompt": (QWEN, Request(None), "must be text"),
+    "a number as prompt": (QWEN, Request(7), "must be text"),
     "inpaint without mask": (QWEN, Request("x", task="inpaint", images=ONE), "mask"),
     "unknown option": (QWEN, Request("x", options={"layers": 3}), "layers"),
     "layers zero": (LAYERED, Request(images=ONE, options={"layers": 0}), "layers"),
@@ -300,6 +303,12 @@ def test_wrong_requests_are_one_sentence(case):
         settle(request_, spec)
     assert word in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I;16B", "I", "L", "1"])
+def test_a_mask_that_draws_anything_is_taken(mode):
+    level = {"1": 1, "L": 128}.get(mode, 32_768)
+    assert settle(Request("x", images=ONE, mask=Image.new(mode, (64, 48), level)), QWEN).task == "inpaint"
 
 
 def test_sigmas_set_the_steps():

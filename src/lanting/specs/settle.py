@@ -7,8 +7,9 @@ Settling a settled request changes nothing.
 from __future__ import annotations
 
 import secrets
+from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from lanting.core.errors import RequestError
 from lanting.core.rewriting import LONGEST
@@ -18,6 +19,9 @@ from lanting.specs.numbers import number, whole
 from lanting.specs.options import settle_choices, settle_options, settle_quality
 from lanting.specs.rewriting import settle_rewrite
 from lanting.specs.sizes import WIDEST, check_size, fit_area, reference_size, size_of_picture
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 LONGEST_PROMPT, LONGEST_NEGATIVE = LONGEST, 4_000  # characters; the reader sees 1,024 tokens at most
 LARGEST_SEED = 2**63 - 1
@@ -61,7 +65,9 @@ def settle(request: Request, spec: ModelSpec) -> Request:
 
 def words_of(request: Request) -> tuple[str, ...]:
     """The prompts as a tuple, one or several."""
-    return (request.prompt,) if isinstance(request.prompt, str) else tuple(request.prompt)
+    words: Any = request.prompt  # None, say, is refused as one prompt
+    several = isinstance(words, Iterable) and not isinstance(words, str)
+    return tuple(cast("Iterable[str]", words)) if several else (words,)
 
 
 def _task(request: Request, spec: ModelSpec) -> str:
@@ -152,8 +158,15 @@ def _check_mask(request: Request, task: str) -> None:
         raise RequestError(
             "the mask is {mask} and the picture {picture}: make them the same size", mask=ours, picture=theirs
         )
-    if cast("int", mask.convert("L").getextrema()[1]) < 128:  # the mask is cut at half
+    if _brightest(mask) < 128:  # the mask is cut at half
         raise RequestError("the mask is black everywhere, so nothing would change: paint white what to draw anew")
+
+
+def _brightest(mask: Image) -> int:
+    """Of 255, rounded; 16 bits a pixel are scaled, as for drawing, where converting would cut them off at 255."""
+    if mask.mode.startswith("I"):
+        return round(cast("int", mask.convert("I").getextrema()[1]) / 257)
+    return cast("int", mask.convert("L").getextrema()[1])
 
 
 def _size(request: Request, task: str, spec: ModelSpec, options: dict[str, Any]) -> tuple[int, int]:
