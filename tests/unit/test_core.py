@@ -209,6 +209,7 @@ def test_picture_hash_sees_one_changed_pixel():
         '{"lanting":99,"request":{}}',
         '{"lanting":1,"request":{"prompt":7},"model":"m","weights":"w","task":"t","versions":{}}',
         '{"lanting":1,"request":{"size":"ab"},"model":"m","weights":"w","task":"t","versions":{}}',
+        '{"lanting":1,"request":{"size":[Infinity,8]},"model":"m","weights":"w","task":"t","versions":{}}',
         '{"lanting":1,"request":{"images":[{}]},"model":"m","weights":"w","task":"t","versions":{}}',
         '{"lanting":1,"request":' + "[" * 100_000,
         '{"lanting":1}' + " " * 300_000,

@@ -114,7 +114,7 @@ def from_json(text: str, name: str = "the picture") -> Recipe:
         versions = {str(k): str(v) for k, v in table["versions"].items()}
         loras = tuple(_lora(entry) for entry in table.get("loras", []))
         return Recipe(request, str(table["model"]), str(table["weights"]), str(table["task"]), versions, loras)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError) as error:
         reason = (str(error).strip() or type(error).__name__)[:120]
         raise PictureError("the recipe in {name} can't be read: {reason}", name=name, reason=reason) from None
 
