@@ -67,7 +67,7 @@ def words_of(request: Request) -> tuple[str, ...]:
     """The prompts as a tuple, one or several."""
     words: Any = request.prompt  # None, say, is refused as one prompt
     several = isinstance(words, Iterable) and not isinstance(words, str)
-    return tuple(cast("Iterable[str]", words)) if several else (words,)
+    return tuple(cast("Iterable[str]", words)) if several else (cast("str", words),)
 
 
 def _task(request: Request, spec: ModelSpec) -> str:
