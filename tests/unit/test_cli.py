@@ -84,6 +84,12 @@ def test_prompt_from_stdin(engine, monkeypatch):
     assert engine.requests[0].prompt == "two\nlines"
 
 
+def test_an_edit_in_more_words_than_a_file_name_takes(engine, cat):
+    words = "把天空换成晚霞，其余不变。" * 100
+    assert main(["edit", "cat.png", words, "--model", "qwen-image-edit", "-o", "a.png"]) == 0
+    assert engine.requests[0].prompt == words
+
+
 def test_edit_and_mask(engine, cat, tmp_path):
     Image.new("L", (64, 48), 255).save(tmp_path / "mask.png")
     assert main(["edit", "cat.png", "make it blue", "--model", "qwen-image-edit", "-o", "a.png"]) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from os.path import isfile
 from pathlib import Path
 from typing import Annotated
 
@@ -55,7 +56,7 @@ def edit(
     white part is drawn anew.
     """
     *paths, prompt = pictures
-    if not paths or Path(prompt).is_file():
+    if not paths or isfile(prompt):  # pathlib raises for words that are too long to be a name
         raise RequestError("say what to do after the pictures: lanting edit PICTURE... PROMPT")
     request = Request(
         prompt,
