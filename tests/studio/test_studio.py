@@ -107,6 +107,9 @@ def test_a_job_is_cancelled_and_one_that_was_left_is_found_again(server, visit, 
     shot(page, "draw-busy")
     page.reload()
     page.wait_for_selector("#draw-stage img.growing")  # the queue kept it, and the page finds it
+    page.click("#draw-stage [data-do=cancel]", button="right")  # a menu, and nothing else
+    page.wait_for_timeout(500)
+    assert newest(ask, server)["state"] == "running"
     page.click("#draw-stage [data-do=cancel]")
     page.wait_for_selector("#draw-stage .stage.empty:has-text('Cancelled')")
     assert newest(ask, server)["state"] == "cancelled"

@@ -11,7 +11,7 @@ const whenShown = (place, then, tries = 100) => {
 // goes by the press. A click without one comes from the keyboard, or is of what stays.
 element.addEventListener('pointerdown', (press) => {
   const pressed = press.target.closest('[data-do=cancel]');
-  if (!pressed || pressed.disabled) return;
+  if (!pressed || pressed.disabled || press.button) return; // 0: not for a menu
   pressed.disabled = true;
   trigger('cancel', { ...pressed.dataset });
 });
