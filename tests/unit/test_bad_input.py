@@ -122,6 +122,8 @@ CASES: dict[str, tuple[list[str], str]] = {
     "output with no ending": ([*DRAW, "-o", "picture"], ".png, .jpg or .webp"),
     "output is a GIF": ([*DRAW, "-o", "x.gif"], ".png, .jpg or .webp"),
     "output read-only": ([*DRAW, "-o", "/proc/x.png"], "nothing can be written"),
+    "output of a long name": ([*DRAW, "-o", "x" * 300 + ".png"], "too long to be the name of a file"),
+    "model of a long name": (["generate", "x", "--model", "x" * 300], "too long to be the name of a file"),
     "output inside a file": ([*DRAW, "-o", "cat.png/x.png"], "not a folder"),
     "text file named .png": (["edit", "text.png", "x", "--model", "editor"], "like a text file"),
     "empty picture": (["edit", "empty.png", "x", "--model", "editor"], "is empty"),

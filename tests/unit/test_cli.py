@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 from PIL import Image
@@ -291,3 +294,36 @@ def test_where_a_folder_disagrees_with_its_release_is_said(engine, capsys):
     engine.notes = ("nano has zero_cond_t = True, but this folder's config says False; the folder wins.",)
     assert main(["generate", "x"]) == 0
     assert "the folder wins" in capsys.readouterr().err
+
+
+def script(*words, out=subprocess.PIPE, **environment):
+    """`lanting` as people run it, in a process of its own."""
+    line = [sys.executable, "-m", "lanting", *words]
+    surroundings = {**os.environ, "LANTING_LANG": "en", **environment}
+    return subprocess.run(line, stdout=out, stderr=subprocess.PIPE, env=surroundings, timeout=120, check=False)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "ascii:surrogateescape", "utf-8"])
+def test_a_pipe_that_has_not_all_letters_takes_the_rest_escaped(encoding):
+    done = script("show", "兰亭é😀", "--json", PYTHONIOENCODING=encoding)
+    assert done.returncode == 2
+    assert "兰亭é😀" in json.loads(done.stdout.decode(encoding.partition(":")[0]))["error"]
+    done = script("plan", PYTHONIOENCODING=encoding)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_a_name_that_is_no_unicode_is_told_in_json():
+    done = script("show", os.fsdecode(b"a\xff"), "--json", PYTHONIOENCODING="utf-8")
+    assert json.loads(done.stdout)["kind"] == "ModelError"
+
+
+def test_a_failure_that_nobody_reads_is_no_traceback():
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        done = script("show", "no-such-model", "--json", out=write)
+    finally:
+        os.close(write)
+    assert done.returncode == 2
+    assert done.stderr.decode().startswith("lanting: there is no release")
+    assert done.stderr.count(b"\n") == 1

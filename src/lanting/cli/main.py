@@ -7,6 +7,8 @@ before they are parsed.
 
 from __future__ import annotations
 
+import codecs
+import errno
 import json
 import os
 import sys
@@ -123,7 +125,24 @@ def _options(
 
 def run() -> None:
     """The console script."""
+    _write_anything()
     sys.exit(main(sys.argv[1:]))
+
+
+def _write_anything() -> None:
+    """Letters that the encoding of a pipe or terminal has not got (in names of files, "×") become JSON's escapes."""
+    if sys.stdout is None:  # pyright: ignore[reportUnnecessaryComparison]  # the caller closed it
+        return
+    before = codecs.lookup_error(sys.stdout.errors or "strict")
+
+    def escaped(error: UnicodeError) -> tuple[str | bytes, int]:
+        try:
+            return before(error)
+        except UnicodeEncodeError as cause:
+            return json.dumps(cause.object[cause.start : cause.end])[1:-1], cause.end
+
+    codecs.register_error("lanting", escaped)
+    sys.stdout.reconfigure(errors="lanting")  # type: ignore[attr-defined]
 
 
 def main(arguments: list[str]) -> int:
@@ -153,7 +172,7 @@ def _main(arguments: list[str], speaking: ExitStack) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return _cancelled()
     except BrokenPipeError:  # the reader of our output left (head, less): not a failure worth words
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _write_nowhere()
         return 0
     except Exception as error:
         message = getattr(error, "format_message", None)  # what a wrong command line raises in typer
@@ -162,6 +181,9 @@ def _main(arguments: list[str], speaking: ExitStack) -> int:
             return 2
         if message is not None:
             return _fail(_usage(str(message()), flags, app), 2, error, debug, as_json)
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            name = f"{str(error.filename)[:40]}…"
+            return _fail(say("{name} is too long to be the name of a file", name=name), 2, error, debug, as_json)
         words = say("something went wrong inside ({reason}); run again with --debug", reason=_reason(error))
         return _fail(words, 1, error, debug, as_json)
 
@@ -194,9 +216,16 @@ def _fail(sentence: str, code: int, error: Exception, debug: bool, as_json: bool
     if debug:
         traceback.print_exception(error)
     if as_json:
-        print(json.dumps({"error": sentence, "kind": type(error).__name__}, ensure_ascii=False))
+        try:
+            print(json.dumps({"error": sentence, "kind": type(error).__name__}, ensure_ascii=False), flush=True)
+        except OSError:  # nobody reads it any more
+            _write_nowhere()
     print(f"lanting: {sentence}", file=sys.stderr)
     return code
+
+
+def _write_nowhere() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _usage(message: str, flags: list[str], app: typer.Typer) -> str:
