@@ -30,6 +30,7 @@ from lanting.train.lora.cache import CachedExample, load
 from lanting.train.lora.dataset import batches
 from lanting.train.lora.net import LoraNet, padded
 
+SPREAD = 0x9E3779B1  # between the batches' seeds of two runs, 2^32 over the golden ratio: so soon none meet
 PROBES, LEVELS = 8, (0.15, 0.4, 0.65, 0.9)  # examples asked again and again, and at which noise levels
 
 
@@ -65,6 +66,10 @@ class LoraRun:
         share = step / max(1, self.steps)
         fall = 1.0 if share < 0.5 else 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (2 * share - 1)))
         return self.lr * min(1.0, (step + 1) / max(1, self.warmup)) * fall
+
+    def seed_of(self, number: int) -> int:
+        """Of all that is drawn for batch `number`, in 32 bits: torch's generator on CPUs leaves out any above."""
+        return (self.seed * SPREAD + number) % 2**32
 
 
 @dataclass(frozen=True)
@@ -115,7 +120,7 @@ class Trainer:
         run, began, total = self.run, time.monotonic(), 0.0
         for part in range(run.accumulate):
             number = self.step * run.accumulate + part
-            draw = torch.Generator().manual_seed((run.seed << 32) + number)
+            draw = torch.Generator().manual_seed(run.seed_of(number))
             seen = [load(self.files[index]) for index in self.batch_at(number)]
             dropped = (torch.rand(len(seen), generator=draw) < run.caption_dropout).tolist()
             if seen[0].words.places:  # all rows of a batch have their references behind as many words
