@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
-import torch
+import json
+from pathlib import Path
 
+import pytest
+import torch
+from PIL import Image
+
+from lanting import RequestError
+from lanting.specs import get_spec
+from lanting.train.lora.dataset import DatasetOptions, read_folder
 from lanting.train.lora.run import LoraRun
+
+OWN = get_spec("qwen-image").defaults
+
+
+def picture(path: Path, mode: str = "RGB", size: tuple[int, int] = (64, 48)) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size).save(path)
+    return path
 
 
 def test_another_seed_is_another_noise():
@@ -13,3 +29,18 @@ def test_another_seed_is_another_noise():
     assert len(seen) == 27
     assert [LoraRun().seed_of(number) for number in range(3)] == [0, 1, 2]
     assert 0 <= LoraRun(seed=-(10**15)).seed_of(7) < 2**32
+
+
+@pytest.mark.parametrize("words", ["one\u2028two", "one\x85two", "one two"])
+def test_a_caption_in_a_list_may_hold_any_mark(tmp_path, words):
+    rows = [{"file_name": picture(tmp_path / name).name, "text": words} for name in ("a.png", "b.png")]
+    text = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "metadata.jsonl").write_bytes(text.encode("utf-8-sig"))
+    assert [one.caption for one in read_folder(tmp_path, DatasetOptions(), OWN)] == [words] * 2
+
+
+def test_a_list_that_is_not_utf8_is_a_sentence(tmp_path):
+    picture(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_bytes('{"file_name": "a.png", "text": "画"}'.encode("gb18030"))
+    with pytest.raises(RequestError, match="UTF-8"):
+        read_folder(tmp_path, DatasetOptions(), OWN)

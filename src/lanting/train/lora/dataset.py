@@ -100,7 +100,7 @@ def by_stem(folder: Path) -> Mapping[str, tuple[Path, ...]]:
 
 def from_metadata(folder: Path) -> Iterator[Row]:
     """Pictures as a list names them. Raises RequestError with the line that can't be read."""
-    for number, line in enumerate((folder / METADATA).read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(folder / METADATA).split("\n"), 1):  # a caption may hold U+2028
         if not line.strip():
             continue
         try:
@@ -126,8 +126,13 @@ def inside(folder: Path, name: str) -> Path:
 
 def read_caption(path: Path) -> str:
     """A text file's words on one line. Raises RequestError."""
+    return " ".join(read_text(path).split())
+
+
+def read_text(path: Path) -> str:
+    """A file of people's, with or without a mark in front. Raises RequestError."""
     try:
-        return " ".join(path.read_text(encoding="utf-8-sig").split())
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError):
         raise RequestError("{path} can't be read: save it as UTF-8 text", path=path) from None
 
