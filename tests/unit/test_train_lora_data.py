@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from lanting import RequestError
 from lanting.specs import get_spec
-from lanting.train.lora.dataset import DatasetOptions, read_folder
+from lanting.train.lora import cache
+from lanting.train.lora.dataset import DatasetOptions, Example, read_folder
 from lanting.train.lora.run import LoraRun
 
 OWN = get_spec("qwen-image").defaults
@@ -44,3 +48,18 @@ def test_a_list_that_is_not_utf8_is_a_sentence(tmp_path):
     (tmp_path / "metadata.jsonl").write_bytes('{"file_name": "a.png", "text": "画"}'.encode("gb18030"))
     with pytest.raises(RequestError, match="UTF-8"):
         read_folder(tmp_path, DatasetOptions(), OWN)
+
+
+def test_what_is_transparent_is_learnt_white(tmp_path, monkeypatch):
+    seen: list[Image.Image] = []
+
+    def look_at(studio: Any, image: Image.Image, size: tuple[int, int]) -> Any:
+        seen.append(image)
+        return SimpleNamespace(data=torch.zeros(1, 12, 4), grid=(1, 3, 4))
+
+    monkeypatch.setattr(cache, "look_at", look_at)
+    monkeypatch.setattr(cache, "references", lambda studio, images: ())
+    studio: Any = SimpleNamespace(encode_prompt=lambda texts, shown: None)
+    for mode, level in (("RGBA", 255), ("RGB", 0)):
+        cache.encode(studio, Example(picture(tmp_path / f"{mode}.png", mode), "words", (64, 48)))
+        assert seen[-1].mode == "RGB" and (np.asarray(seen[-1]) == level).all()

@@ -24,7 +24,7 @@ from lanting.engine.models import Models
 from lanting.engine.studio import EngineStudio
 from lanting.flow.loop import Conditioning, Grid
 from lanting.tasks.edit import for_reader, references
-from lanting.tasks.pictures import cover
+from lanting.tasks.pictures import cover, to_mode
 from lanting.tasks.studio import look_at
 from lanting.train.lora.dataset import Example
 
@@ -70,8 +70,9 @@ def prepare(models: Models, examples: Sequence[Example], folder: Path, tell: Cal
 
 @torch.no_grad()
 def encode(studio: EngineStudio, example: Example) -> CachedExample:
-    """One example through the autoencoder and the reader. The picture fills its size, what sticks out is cut."""
-    picture = cover(open_picture(example.picture).convert("RGB"), example.size)
+    """One example through the autoencoder and the reader. The picture fills its size, what sticks out is cut; what is
+    transparent shows white, as it does in references."""
+    picture = cover(to_mode(open_picture(example.picture)), example.size)
     images = tuple(open_picture(path) for path in example.references)
     clean = look_at(studio, picture, example.size)
     beside = references(studio, images)
