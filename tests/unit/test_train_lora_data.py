@@ -12,10 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
+import nets
 from lanting import RequestError
+from lanting.cli.main import main
 from lanting.specs import get_spec
 from lanting.train.lora import cache
 from lanting.train.lora.dataset import DatasetOptions, Example, read_folder
+from lanting.train.lora.net import LoraNet
 from lanting.train.lora.run import LoraRun
 
 OWN = get_spec("qwen-image").defaults
@@ -63,3 +66,40 @@ def test_what_is_transparent_is_learnt_white(tmp_path, monkeypatch):
     for mode, level in (("RGBA", 255), ("RGB", 0)):
         cache.encode(studio, Example(picture(tmp_path / f"{mode}.png", mode), "words", (64, 48)))
         assert seen[-1].mode == "RGB" and (np.asarray(seen[-1]) == level).all()
+
+
+def inputs(net: Any) -> tuple:
+    draw = torch.Generator().manual_seed(5)
+    latents = torch.randn(2, 12 + 6, net.config.in_channels, generator=draw)
+    words = torch.randn(2, 5, net.config.joint_attention_dim, generator=draw)
+    return latents, torch.tensor([0.3, 0.8]), words, None, ((1, 3, 4), (1, 2, 3)), 12
+
+
+def gradients(zero_cond_t: bool, plain: bool) -> dict[str, torch.Tensor]:
+    net = nets.transformer(zero_cond_t=zero_cond_t)
+    placed: Any = SimpleNamespace(net=net, device=torch.device("cpu"), streamer=None)
+    made = LoraNet(placed, 3, 6.0, ".*", 1)
+    draw = torch.Generator().manual_seed(2)
+    for learner in made.loras.values():
+        learner.up.data = torch.randn(learner.up.shape, generator=draw) * 0.1
+    if plain:
+        for module in net.modules():
+            module.__dict__.pop("forward", None)
+    made.learn(made(*inputs(net)).square().mean())
+    return {path: one.up.grad for path, one in made.loras.items() if one.up.grad is not None}
+
+
+@pytest.mark.parametrize("zero_cond_t", [False, True])
+def test_what_makes_the_modulations_may_learn_too(zero_cond_t):
+    exact, found = gradients(zero_cond_t, plain=True), gradients(zero_cond_t, plain=False)
+    assert any("time_text_embed" in path and grad.any() for path, grad in exact.items())
+    for path, grad in exact.items():
+        assert torch.allclose(found[path], grad, rtol=1e-5, atol=1e-6 * float(grad.abs().max())), path
+
+
+def test_every_linear_of_nano_may_be_named(tmp_path, capsys):
+    picture(tmp_path / "set" / "a.png").with_suffix(".txt").write_text("words")
+    out = str(tmp_path / "all.safetensors")
+    assert main(["train", "lora", str(tmp_path / "set"), "-o", out, "--steps", "2", "--targets", ".*"]) == 0
+    drawn = str(tmp_path / "drawn.png")
+    assert main(["generate", "a", "--steps", "1", "--size", "64x64", "--lora", out, "-o", drawn]) == 0

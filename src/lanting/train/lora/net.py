@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
@@ -71,22 +72,22 @@ def frozen(linear: PackedLinear, x: Tensor) -> Tensor:
 
 
 class Recomputed(torch.autograd.Function):
-    """A block that forgets what it computed. `again(img, txt)` computes it, then and later."""
+    """A block that forgets what it computed. `again(img, txt, ...)` computes it, then and later."""
 
     @staticmethod
-    def forward(ctx: Any, again: Callable[..., Any], img: Tensor, txt: Tensor) -> Any:
+    def forward(ctx: Any, again: Callable[..., Any], *inputs: Tensor) -> Any:
         ctx.again = again
-        ctx.save_for_backward(img, txt)
-        return again(img, txt)
+        ctx.save_for_backward(*inputs)
+        return again(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor | None, Tensor | None]:
-        img, txt = (x.detach().requires_grad_() for x in ctx.saved_tensors)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        inputs = [x.detach().requires_grad_() for x in ctx.saved_tensors]
         with torch.enable_grad():
-            results = ctx.again(img, txt)
+            results = ctx.again(*inputs)
         pairs = [(one, grad) for one, grad in zip(results, grads, strict=True) if one.requires_grad]
         torch.autograd.backward([one for one, _ in pairs], [grad for _, grad in pairs])
-        return None, img.grad, txt.grad
+        return None, *(x.grad for x in inputs)
 
 
 class LoraNet:
@@ -132,11 +133,15 @@ class LoraNet:
         if not torch.is_grad_enabled():
             return forward(block, img, txt, ctx)
 
-        def again(img: Tensor, txt: Tensor) -> Any:
-            self._arrive(index)
-            return forward(block, img, txt, ctx)
+        # modulations, where what makes them learns too: all blocks share them, so they go in as the streams do
+        shared = [one.name for one in fields(ctx) if getattr(getattr(ctx, one.name), "requires_grad", False)]
 
-        return Recomputed.apply(again, img if img.requires_grad else img.detach().requires_grad_(), txt)
+        def again(img: Tensor, txt: Tensor, *moved: Tensor) -> Any:
+            self._arrive(index)
+            return forward(block, img, txt, replace(ctx, **dict(zip(shared, moved, strict=True))) if shared else ctx)
+
+        heard = img if img.requires_grad else img.detach().requires_grad_()
+        return Recomputed.apply(again, heard, txt, *(getattr(ctx, name) for name in shared))
 
     def _arrive(self, index: int) -> None:
         """Have a block that streams here; the hook in front of it did on the way there, nobody does on the way back."""
