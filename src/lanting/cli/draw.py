@@ -267,6 +267,7 @@ def _as_json(drawn: Drawn, total: float) -> dict[str, Any]:
         "request": describe_request(drawn.request),
         "versions": dict(first.versions),
         "loras": [dict(lora) for lora in first.loras],
+        **({"controlnet": dict(first.controlnet)} if first.controlnet else {}),
         "seconds": seconds,
     }
 

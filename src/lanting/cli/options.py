@@ -132,6 +132,7 @@ Mask = Annotated[str | None, typer.Option("--mask", help="A picture as large as 
 ControlNet = Annotated[
     str | None, typer.Option("--controlnet", help="A ControlNet folder; draws along the --control pictures.")
 ]
+MovedControlNet = Annotated[str | None, typer.Option("--controlnet", help="The ControlNet, where it has moved.")]
 Control = Annotated[
     list[str] | None,
     typer.Option("--control", help="A control picture (edges, depth, pose); with --mask, the picture to repaint."),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +35,7 @@ def replay(
     lora: Annotated[
         list[str] | None, typer.Option("--lora", help="A LoRA that has moved, in the recipe's order; more are added.")
     ] = None,
+    controlnet: o.MovedControlNet = None,
     model: Annotated[str | None, typer.Option("--model", "-m", help="Default: the recipe's.")] = None,
     device: o.Device = None,
     dtype: o.DtypeFlag = None,
@@ -62,7 +64,8 @@ def replay(
     loras = loras_of(recipe, lora or [], name, Path(picture).parent, screen)
     weights = Weights(quant or recipe.versions.get("quant", "auto"), text_encoder, vae)
     wish = Wish(name, None, device, number, again, force, preview, Path(picture).stem, loras=loras, weights=weights)
-    wish = replace(wish, limits=Limits(vram, ram))
+    net = controlnet_of(recipe, controlnet, Path(picture).parent, screen)
+    wish = replace(wish, limits=Limits(vram, ram), controlnet=net)
     drawn = draw(request, wish, screen)
     _compare(Path(picture), recipe, drawn, screen)
 
@@ -126,6 +129,25 @@ def loras_of(recipe: Recipe, given: list[str], model: str, beside: Path, screen:
             screen.note("{path} is not the LoRA the recipe was made with; the result will differ", path=file)
         found.append(f"{file}:{strength if moved and name != given[index] else record['strength']}")
     return (*found, *given[len(found) :])
+
+
+def controlnet_of(recipe: Recipe, given: str | None, beside: Path, screen: Screen) -> str | None:
+    """The recipe's ControlNet: as given now, or where it was, or beside the picture; told when its weights have
+    changed. Recipes of before it was recorded know of none. Raises ModelError when it is nowhere."""
+    record = recipe.controlnet
+    if record is None:
+        return given
+    from lanting.weights.checkpoint import open_component
+
+    places = [given] if given else [str(record["path"]), str(beside / str(record["name"]))]
+    here = [place for place in places if os.path.isdir(Path(place).expanduser())]
+    if not here:
+        raise ModelError("the ControlNet {name} is not here any more: give it with --controlnet", name=places[0])
+    prints = {place: open_component(Path(place).expanduser()).fingerprint() for place in here}
+    same = [place for place in here if prints[place] == record["weights"]]
+    if not same:
+        screen.note("{path} is not the ControlNet the recipe was made with; the result will differ", path=here[0])
+    return (same or here)[0]
 
 
 def _compare(picture: Path, before: Recipe, drawn: Drawn, screen: Screen) -> None:

@@ -95,6 +95,7 @@ def to_json(recipe: Recipe) -> str:
         "task": recipe.task,
         "versions": dict(recipe.versions),
     } | ({"loras": [dict(lora) for lora in recipe.loras]} if recipe.loras else {})
+    table |= {"controlnet": dict(recipe.controlnet)} if recipe.controlnet else {}
     return json.dumps(table, ensure_ascii=False, separators=(",", ":"))
 
 
@@ -113,7 +114,8 @@ def from_json(text: str, name: str = "the picture") -> Recipe:
                 raise ValueError("an input picture without hash or size")
         versions = {str(k): str(v) for k, v in table["versions"].items()}
         loras = tuple(_lora(entry) for entry in table.get("loras", []))
-        return Recipe(request, str(table["model"]), str(table["weights"]), str(table["task"]), versions, loras)
+        net = _controlnet(table["controlnet"]) if table.get("controlnet") else None
+        return Recipe(request, str(table["model"]), str(table["weights"]), str(table["task"]), versions, loras, net)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError) as error:
         reason = (str(error).strip() or type(error).__name__)[:120]
         raise PictureError("the recipe in {name} can't be read: {reason}", name=name, reason=reason) from None
@@ -123,6 +125,10 @@ def _lora(entry: Mapping[str, Any]) -> dict[str, Any]:
     """One LoRA of a recipe; wrong types fail here."""
     words = {"name": Path(entry["name"]).name, "sha256": str(entry["sha256"]), "path": str(entry["path"])}
     return words | {"strength": float(entry["strength"])}
+
+
+def _controlnet(entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {"name": Path(entry["name"]).name, "weights": str(entry["weights"]), "path": str(entry["path"])}
 
 
 def infotext(recipe: Recipe) -> str:

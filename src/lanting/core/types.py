@@ -82,6 +82,7 @@ class Recipe:
     task: str
     versions: Mapping[str, str]  # lanting, torch, python, device, dtype
     loras: tuple[Mapping[str, Any], ...] = ()  # {"name", "sha256", "strength", "path"} of each, as it was given
+    controlnet: Mapping[str, Any] | None = None  # {"name", "weights", "path"} of the one that drew along
 
 
 @dataclass(frozen=True, slots=True)

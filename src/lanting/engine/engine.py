@@ -26,7 +26,7 @@ from lanting.engine.models import Models
 from lanting.engine.parallel import Crew
 from lanting.engine.phases import Phases, Previews, sentences
 from lanting.engine.remembered import Remembered
-from lanting.engine.resume import go_on, mark_of, put_aside
+from lanting.engine.resume import controlnet_of, go_on, mark_of, put_aside
 from lanting.engine.rewriting import check_room, prepare, rewritten, words_for
 from lanting.engine.room import room
 from lanting.engine.studio import EngineStudio
@@ -299,7 +299,7 @@ class Engine:
         prompts = 1 if isinstance(request.prompt, str) else len(request.prompt)
         batch = prompts * request.count
         each = images // batch
-        versions = versions_of(self.models) | dict(more)
+        versions, net = versions_of(self.models) | dict(more), controlnet_of(request, self.models)
         loras = tuple(lora.describe() for lora in self.models.loras)
         return tuple(
             Recipe(
@@ -309,6 +309,7 @@ class Engine:
                 task=request.task or "text_to_image",
                 versions=versions,
                 loras=loras,
+                controlnet=net,
             )
             for i in range(images)
         )

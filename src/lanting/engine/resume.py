@@ -29,12 +29,20 @@ def mark_of(request: Request, models: Models) -> str:
     """A hash of everything that decides the pixels: the settled request, weights, what they are packed as while they
     are loaded, LoRAs, the ControlNet where it draws along, device and dtypes."""
     loras = [lora.describe() for lora in models.loras]
+    net = controlnet_of(request, models)
     dtypes = {name: str(dtype) for name, dtype in models.dtypes.items()}
     what: list[Any] = [describe_request(request), models.fingerprint, loras, dtypes, models.device.type]
     what += [[name, kind] for name in ("text_encoder", "transformer") if (kind := models.kind(name)) != "none"]
-    if models.controlnet_folder is not None and (request.task or "").startswith("controlnet"):
-        what += [open_component(models.controlnet_folder).fingerprint(), models.kind("controlnet")]
+    what += [net["weights"], models.kind("controlnet")] if net else []
     return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def controlnet_of(request: Request, models: Models) -> dict[str, str] | None:
+    """The ControlNet for a recipe, where it draws along; `weights` is a hash as the model's own."""
+    folder = models.controlnet_folder
+    if folder is None or not (request.task or "").startswith("controlnet"):
+        return None
+    return {"name": folder.name, "weights": open_component(folder).fingerprint(), "path": str(folder)}
 
 
 def put_aside(step: Step, done: int, mark: str, choices: Mapping[str, Any] | None = None) -> Checkpoint:

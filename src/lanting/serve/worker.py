@@ -212,10 +212,15 @@ def finish(bench: Bench, order: Mapping[str, Any], result: Result, **more: Any) 
 
 
 def published(result: Result, target: Path, wait: bool) -> dict[str, Any]:
-    """Write the result; recipes say which LoRAs there were, not where this machine keeps them. A disk that can't be
-    written is not explained to clients, since the explanation names its folders."""
+    """Write the result; recipes say which LoRAs and ControlNet there were, not where this machine keeps them. A disk
+    that can't be written is not explained to clients, since the explanation names its folders."""
     recipes = tuple(
-        replace(one, loras=tuple({**lora, "path": lora["name"]} for lora in one.loras)) for one in result.recipes
+        replace(
+            one,
+            loras=tuple({**lora, "path": lora["name"]} for lora in one.loras),
+            controlnet=one.controlnet and {**one.controlnet, "path": one.controlnet["name"]},
+        )
+        for one in result.recipes
     )
     try:
         return publish(replace(result, recipes=recipes), target, wait)
