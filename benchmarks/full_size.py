@@ -46,11 +46,11 @@ from lanting import Engine, Request
 from lanting.attach.quant import chooser
 from lanting.core.types import Progress
 from lanting.plan import Plan
-from lanting.weights.build import pack
 from lanting.weights.checkpoint import LAYER_NOTES
 from lanting.weights.gguf_mix import tensor_bytes, tensor_types
 from lanting.weights.gguf_write import encode, write_transformer
 from lanting.weights.quantize import FORMATS, Source, write_safetensors
+from lanting.weights.stored import pack
 
 LAYERS, READER_LAYERS = RELEASES["qwen-image"].layers, RELEASES["qwen-image"].reader_layers
 LIMITS = {"resident": 11e9, "streamed": 4e9}  # bytes of peak memory, int4

@@ -18,7 +18,7 @@ from lanting.nn.vae import AutoencoderKLQwenImage, VAEConfig
 from lanting.nn.vae21 import AutoencoderKLQwenImage21, VAE21Config
 from lanting.specs.detect import SINGLE_STREAM
 from lanting.train.vocabulary import make_tokenizer
-from lanting.weights.build import construct
+from lanting.weights.stored import construct
 
 Shapes = dict[str, tuple[int, ...]]
 

@@ -7,6 +7,7 @@ back. Peak memory is the allocator's, beside what `lanting train lora` would hav
 
 from __future__ import annotations
 
+import gc
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +21,7 @@ from lanting.nn.swap import swap
 from lanting.train.lora import memory
 from lanting.train.lora.net import LoraNet
 from lanting.train.lora.run import LoraRun
-from lanting.weights.build import pack
+from lanting.weights.stored import pack
 
 RUN = LoraRun(rank=16)
 KINDS = ("none", "int8", "int4")
@@ -47,6 +48,7 @@ def lora(bench: Bench, found: dict[str, Any]) -> None:
             found["bf16" if kind == "none" else kind] = trained(bench, kind)
         except Exception as error:
             found[kind] = f"{type(error).__name__}: {str(error)[:300]}"
+        gc.collect()  # blocks know their network, and Python counts no circles
         if bench.device.type == "cuda":
             torch.cuda.empty_cache()
 

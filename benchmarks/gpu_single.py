@@ -111,8 +111,8 @@ def single(bench: Bench, found: dict[str, Any]) -> None:
     net = network(bench)
     try:
         theirs = diffusers_network(bench, net)
-    except ImportError as error:
-        theirs, found["diffusers"] = None, str(error)
+    except Exception as error:  # diffusers says RuntimeError where a package of its own can't be imported
+        theirs, found["diffusers"] = None, f"{type(error).__name__}: {str(error)[:300]}"
     for name, reference in (("1024", False), ("1024, a reference", True)):
         compared(bench, Step(bench, net, reference), net, theirs, found.setdefault(name, {}))
 

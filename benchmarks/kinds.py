@@ -41,10 +41,11 @@ from lanting.evals.ocr import judges
 from lanting.evals.scores import Share, add_up, compare
 from lanting.evals.sets import text_cases
 from lanting.nn.mmdit import Context, QwenImageTransformer, TransformerConfig
-from lanting.weights.build import Placing, build_transformer
+from lanting.weights.build import build_transformer
 from lanting.weights.configs import config_of
 from lanting.weights.gguf_mix import MIXES
 from lanting.weights.single import open_file
+from lanting.weights.stored import Placing
 
 OWN = ("fp8", "int8", "int4", "int4 rotated", "int4 32", "int4 128")  # a number: inputs that share a scale
 TOKENS, TEXT = 256, 64

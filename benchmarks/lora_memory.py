@@ -19,7 +19,7 @@ from lanting.nn.mmdit import QwenImageTransformer, TransformerConfig
 from lanting.nn.swap import swap
 from lanting.train.lora import memory
 from lanting.train.lora.run import LoraRun
-from lanting.weights.build import NoInit, make_linear
+from lanting.weights.stored import NoInit, make_linear
 
 CARDS, USABLE = (24, 16, 12, 8), 0.97  # GiB; the driver's own share is not ours
 

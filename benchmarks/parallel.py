@@ -36,8 +36,8 @@ from safetensors.torch import save_file
 from lanting import Engine, Progress, Request, Result
 from lanting.engine import parallel_split
 from lanting.nn.mmdit import QwenImageTransformer, TransformerConfig
-from lanting.weights.build import construct
 from lanting.weights.home import embedded_nano
+from lanting.weights.stored import construct
 
 RESULTS = Path(__file__).parent / "results"
 sys.path.insert(0, str(Path(__file__).parent))

@@ -44,7 +44,7 @@ the code, no half-written picture is left. A failure is one sentence; `--debug` 
 |---|---|
 | `LANTING_LANG` | `en` or `zh`; otherwise the locale decides |
 | `LANTING_MODEL` | the model where no `--model` is given, for verbs whose task it can do |
-| `LANTING_CONFIG` | the file of [your own defaults](guide.md#defaults-of-your-own); default `~/.config/lanting/config.toml` |
+| `LANTING_CONFIG` | file of [your defaults](guide.md#defaults-of-your-own); default `~/.config/lanting/config.toml` |
 | `LANTING_HOME` | where `pull` keeps models; default `~/.cache/lanting` |
 | `HF_HOME`, `HF_HUB_CACHE` | the Hugging Face cache, whose models are found and used where they are |
 | `HF_ENDPOINT`, `MODELSCOPE_ENDPOINT` | another address of the hub |

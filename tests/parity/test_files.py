@@ -12,10 +12,11 @@ from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from safetensors.torch import load_file, save_file
 
 from lanting.nn.mmdit import TransformerConfig
-from lanting.weights.build import Placing, build_transformer, build_vae
+from lanting.weights.build import build_transformer, build_vae
 from lanting.weights.checkpoint import read_json
 from lanting.weights.configs import config_of
 from lanting.weights.single import open_file, wan_names
+from lanting.weights.stored import Placing
 
 CPU = torch.device("cpu")
 

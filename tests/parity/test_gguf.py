@@ -21,13 +21,14 @@ from lanting.nn.dequant import dequantize
 from lanting.nn.mmdit import QwenImageTransformer, TransformerConfig
 from lanting.nn.qwen_vl import QwenVLConfig
 from lanting.train.vocabulary import build_tokenizer, make_tokenizer
-from lanting.weights.build import Placing, build_text_encoder, build_transformer
+from lanting.weights.build import build_text_encoder, build_transformer
 from lanting.weights.gguf import read_gguf
 from lanting.weights.gguf_encoder import write_text_encoder
 from lanting.weights.gguf_mix import MIXES, tensor_types
 from lanting.weights.gguf_names import text_config, vision_config
 from lanting.weights.gguf_view import open_gguf, open_text_encoder_gguf
 from lanting.weights.gguf_write import write_transformer
+from lanting.weights.stored import Placing
 
 CONFIG: dict[str, Any] = {  # wide enough for blocks of 256
     "patch_size": 2,

@@ -20,11 +20,12 @@ from lanting.core.errors import LantingError, ModelError
 from lanting.nn.linears import Fp8Linear, Int8Linear, PackedLinear
 from lanting.nn.mmdit import QwenImageTransformer, TransformerConfig
 from lanting.nn.rotate import rotate_blocks
-from lanting.weights.build import Placing, build_transformer, store_transformer
+from lanting.weights.build import build_transformer, store_transformer
 from lanting.weights.checkpoint import open_component
 from lanting.weights.configs import config_of
 from lanting.weights.forms import read_forms, shapes
 from lanting.weights.single import open_file
+from lanting.weights.stored import Placing
 
 FLOAT = Placing(torch.float32, torch.device("cpu"))
 SHAPE = TransformerConfig(6, 4, 32, 128, axes_dims_rope=(4, 14, 14))

@@ -13,7 +13,7 @@ from lanting.cli.main import main
 from lanting.core.errors import ModelError, RequestError
 from lanting.engine.quantize import Target, quantize_model
 from lanting.nn.lora import merge
-from lanting.weights.build import Placing, build_transformer
+from lanting.weights.build import build_transformer
 from lanting.weights.checkpoint import Checkpoint
 from lanting.weights.find import locate
 from lanting.weights.linear_names import transformer_linears
@@ -22,6 +22,7 @@ from lanting.weights.lora_file import open_lora
 from lanting.weights.merge import merge_loras
 from lanting.weights.quantize import dense_reader
 from lanting.weights.single import open_file
+from lanting.weights.stored import Placing
 from loras import make
 
 CPU = torch.device("cpu")

@@ -20,8 +20,9 @@ from lanting.attach.vae_graphs import attach_vae_graphs
 from lanting.core.checkpoint import Checkpoint
 from lanting.engine.fit import bytes_at
 from lanting.engine.placement import Placed
-from lanting.weights.build import Placing, store_transformer
+from lanting.weights.build import store_transformer
 from lanting.weights.checkpoint import open_component, read_json
+from lanting.weights.stored import Placing
 
 ASKED = {"prompt": "a sign", "size": (64, 48), "seed": 5, "steps": 3, "guidance_scale": 3.0, "negative_prompt": "x"}
 STREAMED = {"streamed": "disk", "resident_blocks": 0}

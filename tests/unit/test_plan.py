@@ -108,8 +108,9 @@ def test_packed_bytes_are_those_of_the_real_linears(kind):
     """The transformer of nano, packed by our own Linears, weighs what the plan says."""
     from lanting.attach.quant import chooser
     from lanting.engine.choose import DTYPES
-    from lanting.weights.build import Placing, store_transformer
+    from lanting.weights.build import store_transformer
     from lanting.weights.find import locate
+    from lanting.weights.stored import Placing
     from nets import bytes_of
 
     folder = locate("nano")

@@ -26,7 +26,7 @@ from lanting.core.types import Request
 from lanting.engine import Engine
 from lanting.engine.quantize import Target, quantize_model
 from lanting.nn.mmdit import QwenImageTransformer, TransformerConfig
-from lanting.weights.build import Placing, build_text_encoder
+from lanting.weights.build import build_text_encoder
 from lanting.weights.checkpoint import open_component, read_json
 from lanting.weights.configs import config_of
 from lanting.weights.find import locate, release_of
@@ -35,6 +35,7 @@ from lanting.weights.headers import read_file
 from lanting.weights.home import embedded_nano, model_folder
 from lanting.weights.inspect import describe
 from lanting.weights.single import open_file, sniff, split_names, wan_names
+from lanting.weights.stored import Placing
 
 NANO = embedded_nano()
 REQUEST = Request('a red sign with white text "HELLO"', steps=2, seed=3)

@@ -32,8 +32,8 @@ from lanting.train.lora.dataset import DatasetOptions, batches, read_folder, siz
 from lanting.train.lora.job import LoraJob, LoraTraining
 from lanting.train.lora.net import LoraNet
 from lanting.train.lora.run import LoraRun, Trainer
-from lanting.weights.build import NoInit
 from lanting.weights.find import locate
+from lanting.weights.stored import NoInit
 from live import Live
 
 OWN = get_spec("qwen-image").defaults

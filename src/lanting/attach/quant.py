@@ -59,7 +59,7 @@ def packed_reason(component: str, path: str) -> tuple[bool, str]:
 def chooser(
     component: str, kind: str, group: int = GROUP, rotate: bool = False
 ) -> Callable[[str, tuple[int, int]], Form | None] | None:
-    """What `weights.build` asks for every plain Linear, for one of KINDS; None for "none" and "auto".
+    """What `weights.stored` asks for every plain Linear, for one of KINDS; None for "none" and "auto".
 
     A row that no group divides is packed as int8. Raises RequestError for a kind that is none of ours.
     """

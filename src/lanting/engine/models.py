@@ -40,7 +40,6 @@ from lanting.text.pictures import PictureConfig
 from lanting.text.templates import load_template, takes_pictures
 from lanting.text.tokenizer import load_tokenizer
 from lanting.weights.build import (
-    Placing,
     TextEncoder,
     Transformer,
     build_vae,
@@ -56,6 +55,7 @@ from lanting.weights.home import lora_path
 from lanting.weights.lora import attach_loras
 from lanting.weights.lora_file import Lora, check_strength, find_loras
 from lanting.weights.lora_wishes import with_wishes
+from lanting.weights.stored import Placing
 
 if TYPE_CHECKING:
     from lanting.engine.parallel import Crew

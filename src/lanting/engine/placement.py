@@ -18,7 +18,7 @@ from lanting.attach.parts import Part
 from lanting.attach.stream import Mapped, Slots, Streamer
 from lanting.engine.compute import has_kernels
 from lanting.plan import Plan
-from lanting.weights.build import Stored
+from lanting.weights.stored import Stored
 
 M = TypeVar("M", bound=nn.Module)
 LIVE = 2  # blocks in memory while they stream: one computes, one arrives

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from lanting.core.errors import ModelError
 from lanting.core.files import writing
-from lanting.weights.build import Choose, Placing, expand, pack
 from lanting.weights.checkpoint import LAYER_NOTES, Checkpoint
 from lanting.weights.forms import FLAGS, Form, read_forms, shapes
 from lanting.weights.headers import BITS, read_header
 from lanting.weights.single import OWN_NOTES
+from lanting.weights.stored import Choose, Placing, expand, pack
 
 FORMATS = {"int8": "int8_tensorwise", "int4": "lanting_int4", "fp8 e4m3": "float8_e4m3fn", "fp8 e5m2": "float8_e5m2"}
 STORED = {"int8": "I8", "int4": "U8", "fp8 e4m3": "F8_E4M3", "fp8 e5m2": "F8_E5M2"}

@@ -20,7 +20,8 @@ from lanting.specs import Defaults
 from lanting.specs.sizes import reference_size
 from lanting.train.lora.dataset import Example
 from lanting.train.lora.net import pattern_of
-from lanting.weights.build import Stored, store_transformer
+from lanting.weights.build import store_transformer
+from lanting.weights.stored import Stored
 
 KINDS = ("none", "int8", "int4")  # what packs weights, the most exact first
 LEARNT = 16  # bytes of a number that learns: itself, its gradient, AdamW's two averages, all float32
