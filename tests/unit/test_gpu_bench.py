@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import gpu
+import gpu_lora
+import gpu_single
 from gpu_bench import Bench
 from gpu_plot import plot
 from lanting.core.quality import check_words
@@ -63,3 +67,43 @@ def test_what_was_found_is_drawn(tmp_path):
     plot(found, tmp_path / "steps.png")
     plot({}, tmp_path / "none.png")
     assert (tmp_path / "steps.png").stat().st_size > 1000
+
+
+def test_without_diffusers_or_with_another_ours_is_measured(bench, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("Failed to import diffusers.models because of the following error")
+
+    monkeypatch.setattr(gpu, "diffusers_network", broken)
+    monkeypatch.setattr(gpu_single, "diffusers_network", broken)
+    bench.asked.parts = ["512", "single"]
+    gpu.run(bench)
+    assert "Failed to import" in bench.found["diffusers"] and bench.found["512"]["bf16"]["ms"] > 0
+    assert "Failed to import" in bench.found["single"]["diffusers"] and bench.found["single"]["1024"]["bf16"]["ms"] > 0
+
+    monkeypatch.setattr(gpu, "diffusers_network", lambda *_: broken)  # takes other arguments
+    bench.asked.parts = ["512"]
+    gpu.run(bench)
+    assert "TypeError" in bench.found["512"]["diffusers"] and bench.found["512"]["bf16"]["ms"] > 0
+
+
+def test_networks_are_gone_before_the_next_is_made(bench, monkeypatch):
+    """Of 41 GB each, two are more than a GPU has."""
+    made, alive = [], []
+
+    def watched(make):
+        def network(*given):
+            alive.append(sum(one() is not None for one in made))
+            made.append(weakref.ref(found := make(*given)))
+            return found
+
+        return network
+
+    monkeypatch.setattr(gpu, "network", watched(gpu.network))
+    monkeypatch.setattr(gpu_lora, "network", watched(gpu_lora.network))
+    bench.asked.parts = ["512", "lora"]
+    gc.disable()
+    try:
+        gpu.run(bench)
+    finally:
+        gc.enable()
+    assert alive == [0] * 4 and {"bf16", "int8", "int4"} <= set(bench.found["lora"])
