@@ -10,6 +10,21 @@ from pathlib import Path
 
 import pytest
 
+# what takes a quarter of a minute and more in one test, or holds a server or a browser that does
+SLOW = (
+    "kernel_sanitized",
+    "train_bench",
+    "studio",
+    "cluster",
+    "faults",
+    "batch",
+    "train",
+    "bars",
+    "steady",
+    "vae_fast",
+)
+SLOW += ("gpu_rehearsal", "bench", "train_processes", "train_lora", "from_the_shell", "workers")
+
 os.environ["LANTING_CONFIG"] = os.devnull  # nobody's own defaults, here and in child processes
 os.environ.pop("LANTING_MODEL", None)
 sys.path.insert(0, str(Path(__file__).parent))
@@ -35,6 +50,12 @@ def pytest_collection() -> Generator[None, object, object]:
     finally:
         gc.freeze()
         gc.enable()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow files begin, so that processes end together: at the end there are only short tests left to share."""
+    order = {f"test_{name}.py": index for index, name in enumerate(SLOW)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 def pytest_unconfigure() -> None:
