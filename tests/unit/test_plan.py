@@ -36,7 +36,7 @@ from lanting.plan.activations import Job
 from lanting.plan.costs import Bill, Way
 from lanting.plan.geometry import Geometry, Language, Transformer, Vae, Vision
 from lanting.plan.kinds import KINDS
-from lanting.plan.machine import cgroup_memory, parse_meminfo, parse_nvidia
+from lanting.plan.machine import cgroup_memory, gpus, parse_meminfo, parse_nvidia
 from lanting.plan.planner import SPARE, rank
 from lanting.plan.sizes import (
     Reader,
@@ -315,6 +315,25 @@ def test_meminfo():
 def test_nvidia_smi():
     found = parse_nvidia("0, NVIDIA GeForce RTX 3060, 12288, 11872\n1, Odd, [N/A], 5\n")
     assert found == [Device("cuda", "NVIDIA GeForce RTX 3060", 12288 * 2**20, 11872 * 2**20)]
+
+
+def test_cards_are_shown_by_number_or_by_uuid(monkeypatch):
+    told = "0, A, 12288, 11872, GPU-1a-b\n1, B, 24576, 24000, GPU-2c-d\n"
+    monkeypatch.setattr("lanting.plan.machine._run", lambda *command: told if command[0] == "nvidia-smi" else "")
+    for said, titles in (
+        (None, ["A", "B"]),
+        ("1", ["B"]),
+        ("1,0", ["B", "A"]),
+        ("GPU-2c-d", ["B"]),
+        ("GPU-2c, GPU-1a", ["B", "A"]),
+        ("", []),
+        ("-1", []),
+        ("7", []),
+        ("GPU-3", []),
+    ):
+        found = gpus({} if said is None else {"CUDA_VISIBLE_DEVICES": said})
+        assert [card.title for card in found] == titles, said
+        assert [card.name for card in found] == ["cuda", "cuda:1"][: len(titles)]
 
 
 def test_a_containers_limit_is_the_machine(tmp_path):

@@ -44,13 +44,14 @@ def facts() -> dict[str, Any]:
 
 def capabilities() -> Iterator[tuple[int, int]]:
     """Compute capabilities of NVIDIA's cards, in the order of `gpus`; (0, 0) for what is none."""
-    told = ask("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader").split()
-    found = [(int(a), int(b)) for a, dot, b in (word.partition(".") for word in told) if dot and (a + b).isdigit()]
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        wanted = [int(word) for word in visible.split(",") if word.strip().isdigit()]
-        found = [found[index] for index in wanted if index < len(found)]
-    return chain(found, repeat((0, 0)))
+    from lanting.plan.machine import visible
+
+    told = ask("nvidia-smi", "--query-gpu=compute_cap,uuid", "--format=csv,noheader").splitlines()
+    rows = [line.partition(", ") for line in told]
+    rows = [(*word.strip().partition("."), uuid.strip()) for word, _, uuid in rows]
+    rows = [(int(a), int(b), uuid) for a, dot, b, uuid in rows if dot and (a + b).isdigit()]
+    shown = visible([uuid for *_, uuid in rows], os.environ)
+    return chain((rows[index][:2] for index in shown), repeat((0, 0)))
 
 
 def computes(device: Device, capability: tuple[int, int]) -> dict[str, Any]:

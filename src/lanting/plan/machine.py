@@ -11,7 +11,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -137,24 +137,37 @@ def cgroup_memory(root: Path = Path("/sys/fs/cgroup"), own: str | None = None) -
 
 def gpus(environ: Mapping[str, str]) -> tuple[Device, ...]:
     """NVIDIA's cards by nvidia-smi, else AMD's by the kernel's own files."""
-    query = "--query-gpu=index,name,memory.total,memory.free"
-    found = parse_nvidia(_run("nvidia-smi", query, "--format=csv,noheader,nounits")) or amd_cards()
-    visible = environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        wanted = [int(word) for word in visible.split(",") if word.strip().isdigit()]
-        found = [found[index] for index in wanted if index < len(found)]
-    named = (replace(device, name=f"cuda:{i}" if i else "cuda") for i, device in enumerate(found))
+    query = "--query-gpu=index,name,memory.total,memory.free,uuid"
+    told = _run("nvidia-smi", query, "--format=csv,noheader,nounits")
+    found = parse_nvidia(told) or amd_cards()
+    uuids = [row[4].strip() if len(row) == 5 else "" for row in _rows(told)]
+    shown = visible([*uuids, *[""] * len(found)][: len(found)], environ)
+    named = (replace(found[index], name=f"cuda:{i}" if i else "cuda") for i, index in enumerate(shown))
     return tuple(named)
+
+
+def visible(uuids: Sequence[str], environ: Mapping[str, str]) -> list[int]:
+    """The numbers of the cards that CUDA shows a process. CUDA_VISIBLE_DEVICES has numbers, or beginnings of UUIDs,
+    which is what schedulers write."""
+    told = environ.get("CUDA_VISIBLE_DEVICES")
+    if told is None:
+        return [*range(len(uuids))]
+    found: list[int] = []
+    for word in filter(None, map(str.strip, told.split(","))):
+        numbers = [int(word)] if word.isdigit() else [i for i, uuid in enumerate(uuids) if uuid.startswith(word)]
+        found += [index for index in numbers[:1] if index < len(uuids)]
+    return found
 
 
 def parse_nvidia(text: str) -> list[Device]:
     """Lines of "0, NVIDIA GeForce RTX 3060, 12288, 11872" (MiB)."""
+    return [Device("cuda", row[1].strip(), int(row[2]) * 2**20, int(row[3]) * 2**20) for row in _rows(text)]
+
+
+def _rows(text: str) -> list[list[str]]:
+    """Those lines that tell a card's memory; a UUID may follow."""
     rows = (line.split(", ") for line in text.splitlines())
-    return [
-        Device("cuda", row[1].strip(), int(row[2]) * 2**20, int(row[3]) * 2**20)
-        for row in rows
-        if len(row) == 4 and row[2].strip().isdigit() and row[3].strip().isdigit()
-    ]
+    return [row for row in rows if len(row) in (4, 5) and row[2].strip().isdigit() and row[3].strip().isdigit()]
 
 
 def amd_cards(root: Path = Path("/sys/class/drm")) -> list[Device]:
