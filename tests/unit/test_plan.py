@@ -347,6 +347,17 @@ def test_a_containers_limit_is_the_machine(tmp_path):
     assert cgroup_memory(tmp_path / "elsewhere", "0::/") == (None, None)
 
 
+def test_files_that_were_read_are_no_memory_taken_in_older_containers(tmp_path):
+    (tmp_path / "memory").mkdir()
+    for name, told in {
+        "limit_in_bytes": "8000000000",
+        "usage_in_bytes": "7900000000",
+        "stat": "cache 7\ninactive_file 1\ntotal_inactive_file 6000000000",
+    }.items():
+        (tmp_path / "memory" / f"memory.{name}").write_text(told + "\n")
+    assert cgroup_memory(tmp_path, "3:memory:/docker/1\n") == (8 * G, 6_100_000_000)
+
+
 def test_this_machine_is_found():
     here = detect()
     assert here.ram >= here.ram_free > 0 and here.cores >= 1 and here.devices[-1].name == "cpu"

@@ -128,7 +128,9 @@ def cgroup_memory(root: Path = Path("/sys/fs/cgroup"), own: str | None = None) -
         if limit is None or limit >= 2**60:
             continue
         used = _number(place / "memory.current") or _number(place / "memory/memory.usage_in_bytes") or 0
-        files = re.search(r"^inactive_file (\d+)", _read(place / "memory.stat"), re.MULTILINE)
+        stat = _read(place / "memory.stat") or _read(place / "memory/memory.stat")  # of version 2, of 1
+        files = re.search(r"^total_inactive_file (\d+)", stat, re.MULTILINE)
+        files = files or re.search(r"^inactive_file (\d+)", stat, re.MULTILINE)
         left = max(limit - used + (int(files[1]) if files else 0), 0)
         if best[1] is None or left < best[1]:
             best = (min(limit, best[0] or limit), min(left, limit))
