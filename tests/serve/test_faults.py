@@ -25,8 +25,9 @@ from lanting.serve.errors import StoreError
 from lanting.serve.files import Files
 from lanting.serve.house import House, open_house, sweep
 from lanting.serve.intake import Order
-from lanting.serve.jobs import LOCAL
+from lanting.serve.jobs import LOCAL, Job
 from lanting.serve.settings import Settings
+from lanting.serve.state import Run
 
 
 def jobs_in(folder: Path) -> dict[str, str]:
@@ -178,6 +179,17 @@ def test_sigterm_puts_aside_what_takes_too_long(tmp_path):
     assert kinds.count("resumed") == 1 and kinds[-1] == "done"
 
 
+def test_what_is_cancelled_while_it_is_put_aside_stays_cancelled(tmp_path):
+    server = start(tmp_path, drain=0.1, every=100)  # a pause waits for a checkpoint, which does not come
+    job = server.submit("slow", steps=200)["id"]
+    wait_for(lambda: "progress" in server.get(f"/api/jobs/{job}").json())
+    server.process.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    assert server.post(f"/api/jobs/{job}/cancel").status_code == 200
+    assert server.process.wait(15) == 0
+    assert jobs_in(tmp_path) == {job: "cancelled"}
+
+
 def test_a_worker_that_is_killed_is_replaced_and_its_job_goes_on(tmp_path):
     with running(tmp_path, every=1) as server:
         job = server.submit("slow", steps=30)["id"]
@@ -220,6 +232,26 @@ def test_a_database_that_cannot_be_written_accepts_nothing_and_loses_nothing(tmp
         second = server.submit("a sign")["id"]
         assert server.ended(second)["state"] == "done"
         assert set(jobs_in(tmp_path)) == {first, second}
+
+
+def test_whoever_cancels_waits_no_longer_than_a_pause(tmp_path):
+    async def use() -> None:
+        house = open_house(Settings(tmp_path))
+        job = Job("a" * 24, "local", "nano", "lanting", "running", 0, 0.0, 1.0, 9.0, {})
+        run = Run(job)
+        await house.desk.stop(run, "pause", 5.0)
+        paused = run.deadline
+        await house.desk.stop(run, "cancelled")
+        assert (run.why, run.deadline) == ("cancelled", paused)
+        await house.desk.stop(run, "pause", 5.0)
+        assert run.why == "cancelled"
+        late = Run(job)
+        await house.desk.stop(late, "timeout")
+        await house.desk.stop(late, "cancelled")
+        assert late.why == "timeout"
+        await house.desk.ledger.close()
+
+    asyncio.run(use())
 
 
 def test_a_server_stops_though_an_end_cannot_be_written(tmp_path, monkeypatch):

@@ -273,9 +273,11 @@ class Desk:
             await self.stop(run, "cancelled")
 
     async def stop(self, run: Run, why: str, patience: float = 30.0) -> None:
-        """Ask the worker to stop a job within a step; it is killed where it does not."""
-        if run.why is None:
-            run.why, run.deadline = why, time.monotonic() + patience
+        """Ask the worker to stop a job within a step; it is killed where it does not. Who cancels what is being put
+        aside does not want it back; the server, which stops, waits no longer for that."""
+        if run.why is None or (run.why, why) == ("pause", "cancelled"):
+            until = time.monotonic() + patience
+            run.why, run.deadline = why, until if run.why is None else min(until, run.deadline)
             if run.hand is not None:
                 await run.hand.send({"do": "stop", "job": run.job.id, "why": why})
 
