@@ -317,6 +317,18 @@ def test_nvidia_smi():
     assert found == [Device("cuda", "NVIDIA GeForce RTX 3060", 12288 * 2**20, 11872 * 2**20)]
 
 
+def test_a_gpu_without_memory_of_its_own_is_planned_half_of_the_computers(monkeypatch):
+    told = "0, NVIDIA GB10, [N/A], [N/A], GPU-1a\n"
+    monkeypatch.setattr("lanting.plan.machine._run", lambda *command: told if command[0] == "nvidia-smi" else "")
+    monkeypatch.setattr("lanting.plan.machine.memory", lambda: (128 * G, 120 * G))
+    monkeypatch.setattr("lanting.plan.machine.cgroup_memory", lambda: (None, None))
+    here = detect({})
+    assert here.devices[0] == Device("cuda", "NVIDIA GB10", 64 * G, 60 * G, shared=True)
+    assert (here.ram, here.ram_free) == (128 * G, 60 * G)
+    chosen = plan(MODEL, JOB, here)
+    assert (chosen.device, chosen.transformer, chosen.streamed) == ("cuda", "bf16", "none")
+
+
 def test_cards_are_shown_by_number_or_by_uuid(monkeypatch):
     told = "0, A, 12288, 11872, GPU-1a-b\n1, B, 24576, 24000, GPU-2c-d\n"
     monkeypatch.setattr("lanting.plan.machine._run", lambda *command: told if command[0] == "nvidia-smi" else "")

@@ -20,17 +20,20 @@ from lanting.plan.devices import names_of
 
 GIB = 2**30
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+UNTOLD = ("[N/A]", "N/A", "[Not Supported]")  # what nvidia-smi says of memory that is not the card's own
 APPLE_SHARE = 0.7  # of a Mac's memory that its GPU may hold: the system's own limit is 2/3 to 3/4
 
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """One place to compute. `memory` and `free` are bytes of its own memory; 0 where it uses the computer's."""
+    """One place to compute. `memory` and `free` are bytes of its own memory; 0 where it uses the computer's. `shared`:
+    they are the part of the computer's that is planned for it (NVIDIA's chips whose GPU has none: Jetson, GB10)."""
 
     name: str  # cpu, cuda, cuda:1, mps
     title: str
     memory: int = 0
     free: int = 0
+    shared: bool = False
 
     @property
     def own_memory(self) -> bool:
@@ -85,7 +88,9 @@ def detect(environ: Mapping[str, str] | None = None) -> Machine:
     limit, left = cgroup_memory()
     ram, ram_free = min(total, limit or total), min(free, left if left is not None else free)
     cpu = Device("cpu", cpu_title())
-    return Machine(ram, ram_free, usable_cores(), (*gpus(env), *apple(ram, ram_free), cpu))
+    found = (*gpus(env, (ram // 2, ram_free // 2)), *apple(ram, ram_free), cpu)
+    ram_free -= ram_free // 2 if any(device.shared for device in found) else 0  # what is planned for it is taken
+    return Machine(ram, ram_free, usable_cores(), found)
 
 
 def usable_cores() -> int:
@@ -137,11 +142,12 @@ def cgroup_memory(root: Path = Path("/sys/fs/cgroup"), own: str | None = None) -
     return best
 
 
-def gpus(environ: Mapping[str, str]) -> tuple[Device, ...]:
-    """NVIDIA's cards by nvidia-smi, else AMD's by the kernel's own files."""
+def gpus(environ: Mapping[str, str], share: tuple[int, int] = (0, 0)) -> tuple[Device, ...]:
+    """NVIDIA's cards by nvidia-smi, else AMD's by the kernel's own files. `share`: memory, and free memory, of those
+    that use the computer's."""
     query = "--query-gpu=index,name,memory.total,memory.free,uuid"
     told = _run("nvidia-smi", query, "--format=csv,noheader,nounits")
-    found = parse_nvidia(told) or amd_cards()
+    found = parse_nvidia(told, share) or amd_cards()
     uuids = [row[4].strip() if len(row) == 5 else "" for row in _rows(told)]
     shown = visible([*uuids, *[""] * len(found)][: len(found)], environ)
     named = (replace(found[index], name=f"cuda:{i}" if i else "cuda") for i, index in enumerate(shown))
@@ -161,15 +167,22 @@ def visible(uuids: Sequence[str], environ: Mapping[str, str]) -> list[int]:
     return found
 
 
-def parse_nvidia(text: str) -> list[Device]:
-    """Lines of "0, NVIDIA GeForce RTX 3060, 12288, 11872" (MiB)."""
-    return [Device("cuda", row[1].strip(), int(row[2]) * 2**20, int(row[3]) * 2**20) for row in _rows(text)]
+def parse_nvidia(text: str, share: tuple[int, int] = (0, 0)) -> list[Device]:
+    """Lines of "0, NVIDIA GeForce RTX 3060, 12288, 11872" (MiB), or of "0, NVIDIA GB10, [N/A], [N/A]"."""
+    return [
+        Device("cuda", row[1].strip(), *share, shared=True)
+        if row[2].strip() in UNTOLD
+        else Device("cuda", row[1].strip(), int(row[2]) * 2**20, int(row[3]) * 2**20)
+        for row in _rows(text)
+    ]
 
 
 def _rows(text: str) -> list[list[str]]:
-    """Those lines that tell a card's memory; a UUID may follow."""
-    rows = (line.split(", ") for line in text.splitlines())
-    return [row for row in rows if len(row) in (4, 5) and row[2].strip().isdigit() and row[3].strip().isdigit()]
+    """Those lines that tell a card's memory, or that it has none of its own; a UUID may follow."""
+    rows = [line.split(", ") for line in text.splitlines()]
+    told = [[word.strip() for word in row[2:4]] for row in rows]
+    known = (all(word.isdigit() for word in pair) or all(word in UNTOLD for word in pair) for pair in told)
+    return [row for row, good in zip(rows, known, strict=True) if len(row) in (4, 5) and good]
 
 
 def amd_cards(root: Path = Path("/sys/class/drm")) -> list[Device]:
