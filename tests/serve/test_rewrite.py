@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from fakeserve import events, running
+from fakeserve import events, running, wait_for
 
 from lanting.core.types import Request
 from lanting.serve.intake import alike, by_default
@@ -99,6 +99,23 @@ def test_the_same_key_is_the_same_wish(writer):
     assert writer.submit("a cat", rewrite=True, headers=headers, **SMALL, seed=1)["id"] == first["id"]
     other = writer.post("/api/jobs", {"prompt": "a cat", **SMALL, "seed": 1}, headers=headers)
     assert other.status_code == 409
+
+
+def test_a_server_with_other_defaults_knows_the_wish_again(tmp_path):
+    """What is compared is what came, not what this server makes of it."""
+    ask, how = {"prompt": "a cat", **SMALL, "seed": 1}, {"headers": {"Idempotency-Key": "once"}}
+    release = {"options": {"release": "qwen-image"}}
+    with running(tmp_path, names=["first"], rewrite=True, **release) as server:
+        wait_for(lambda: server.get("/readyz").status_code == 200)
+        asked = server.post("/api/jobs", ask, **how).json()
+        server.ended(asked["id"])
+    with running(tmp_path, names=["second", "first"], **release) as server:
+        wait_for(lambda: server.get("/readyz").status_code == 200)
+        again = server.post("/api/jobs", ask, **how)
+        assert again.status_code == 202 and again.json()["id"] == asked["id"]
+        assert again.json()["request"]["rewrite"] is True  # as it was drawn
+        for other in ({"rewrite": False}, {"rewrite": True}, {"model": "second"}):
+            assert server.post("/api/jobs", ask | other, **how).status_code == 409, other
 
 
 def test_defaults_and_company():

@@ -28,7 +28,7 @@ from lanting.serve.errors import (
 )
 from lanting.serve.feed import Feed
 from lanting.serve.files import Files
-from lanting.serve.intake import Order, Prepared, by_default, prepare, store_pictures, with_timeout
+from lanting.serve.intake import Order, Prepared, prepare, store_pictures, with_timeout
 from lanting.serve.jobs import (
     CANCELLED,
     DONE,
@@ -103,8 +103,7 @@ class Desk:
 
     def _prepare(self, order: Order, model: Model, caller: Caller) -> Prepared:
         assert model.spec is not None
-        order = replace(order, request=by_default(order.request, model.spec, self.settings.rewrite))
-        prepared = prepare(order, model.spec, model.served.name, caller, self.settings.caps)
+        prepared = prepare(order, model.spec, model.served.name, caller, self.settings)
         store_pictures(order.request, prepared.job.asked["request"], self.files)
         return replace(prepared, job=with_timeout(prepared.job, self.settings.timeout))
 

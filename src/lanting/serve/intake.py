@@ -21,7 +21,7 @@ from lanting.serve.errors import DeniedError
 from lanting.serve.files import Files
 from lanting.serve.jobs import LEVELS, WAITING, Caller, Job
 from lanting.serve.pace import units
-from lanting.serve.settings import Caps
+from lanting.serve.settings import Caps, Settings
 from lanting.specs import ModelSpec, settle
 from lanting.specs.rewriting import may_rewrite
 
@@ -49,14 +49,14 @@ class Prepared:
     digest: str
 
 
-def prepare(order: Order, spec: ModelSpec, model: str, caller: Caller, caps: Caps) -> Prepared:
+def prepare(order: Order, spec: ModelSpec, model: str, caller: Caller, settings: Settings) -> Prepared:
     """Check everything and price it; blocks while pictures are hashed. Raises LantingError."""
-    check_pictures(order.request, caps)
-    settled = settle(order.request, spec)
-    check_caps(settled, caps)
+    check_pictures(order.request, settings.caps)
+    settled = settle(by_default(order.request, spec, settings.rewrite), spec)
+    check_caps(settled, settings.caps)
     asked = {"request": describe_request(order.request), "lora": check_lora(order.lora)}
-    digest = hashlib.sha256(json.dumps([asked, model, order.dialect], sort_keys=True).encode()).hexdigest()
-    asked["request"]["seed"] = settled.seed
+    digest = digest_of(asked, order)  # before any default of ours: who asks again may meet a server with others
+    asked["request"] |= {"seed": settled.seed, **({"rewrite": True} if settled.rewrite else {})}
     asked["alike"] = alike(settled, asked["lora"])
     priority = check_priority(order.priority, caller)
     if order.once is not None and not 0 < len(order.once) <= LONGEST_WORD:
@@ -74,6 +74,12 @@ def prepare(order: Order, spec: ModelSpec, model: str, caller: Caller, caps: Cap
         asked=asked,
     )
     return Prepared(job, digest)
+
+
+def digest_of(asked: Mapping[str, Any], order: Order) -> str:
+    """The same for requests that are the same."""
+    whole = [asked, order.request.rewrite, order.model, order.dialect]
+    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
 
 def by_default(request: Request, spec: ModelSpec, rewrite: bool) -> Request:
