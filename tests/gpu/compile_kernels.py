@@ -8,11 +8,13 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from lanting.kernels.gpu.jit import attention, products, rows
+from lanting.kernels.gpu.products import WIDE, four_bit_tiles
 
 B, F, I8, U8, E4 = "*bf16", "*fp32", "*i8", "*u8", "*fp8e4nv"
 LINE = {"SCALED": False, "BIAS": True, "GELU": True, "GATE": False, "CLIP": False}
@@ -64,8 +66,17 @@ def cases(floats: bool) -> Any:
     yield products.expand_kernel, {"weight": U8, "w_scale": B, "out": B}, {"GROUP": 64, "BYTES": 1024}, 4, 3
 
 
+def widest() -> Any:
+    """Products that no other tile stands in for where they are out of a GPU's shared memory."""
+    for kind, dtype in ((F, torch.float32), (B, torch.bfloat16)):
+        down, across, deep, warps, stages = four_bit_tiles(WIDE - 1, dtype)
+        types = {**dict.fromkeys(("x", "w_scale", "bias", "out"), kind), "weight": U8}
+        tiles = {"BM": down, "BN": across, "BYTES": deep}
+        yield products.four_bit_kernel, types, {"BIAS": True, "GROUP": 64, **tiles}, warps, stages
+
+
 def main(capability: int) -> None:
-    for number, (kernel, types, constants, warps, stages) in enumerate(cases(capability >= 89)):
+    for number, (kernel, types, constants, warps, stages) in enumerate((*widest(), *cases(capability >= 89))):
         if capability < 90 and number % 2:
             continue  # every other one for GPUs that are not new: this takes seconds
         names = kernel.arg_names
