@@ -239,6 +239,17 @@ def test_two_pulls_of_one_model_do_not_mix(fake: FakeHub) -> None:
         first.close()
 
 
+def test_a_cache_of_which_not_all_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    for name in ("one", "two"):
+        snapshot = tmp_path / f"models--org--{name}" / "snapshots" / "0123"
+        snapshot.mkdir(parents=True)
+        (snapshot / "model_index.json").write_text("{}")
+    (tmp_path / "models--org--one" / "refs").mkdir()
+    (tmp_path / "models--org--one" / "refs" / "main").write_bytes(b"\xff")
+    assert [repo for repo, _ in home.cached_snapshots()] == ["org/one", "org/two"]
+
+
 def test_a_distilled_release_shares_its_base(monkeypatch: pytest.MonkeyPatch) -> None:
     assert home.model_folder("qwen-image-lightning-4") == home.model_folder("qwen-image")
     lora = "Qwen-Image-Lightning-4steps-V2.0.safetensors"

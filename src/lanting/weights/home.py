@@ -104,8 +104,10 @@ def cached_snapshots() -> Iterator[tuple[str, Path]]:
     """
     for folder in sorted(hub_cache().glob("models--*--*")):
         repo = folder.name.removeprefix("models--").replace("--", "/", 1)
-        main = folder / "refs" / "main"
-        current = main.read_text(encoding="utf-8").strip() if main.is_file() else ""
+        try:  # of a shared cache not all may be read
+            current = (folder / "refs" / "main").read_text(encoding="utf-8").strip()
+        except (OSError, ValueError):
+            current = ""
         snapshots = [path.parent for path in folder.glob("snapshots/*/model_index.json")]
         snapshots.sort(key=lambda path: (path.name != current, -path.stat().st_mtime))
         for snapshot in snapshots:
