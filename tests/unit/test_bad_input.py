@@ -124,6 +124,10 @@ CASES: dict[str, tuple[list[str], str]] = {
     "output read-only": ([*DRAW, "-o", "/proc/x.png"], "nothing can be written"),
     "output of a long name": ([*DRAW, "-o", "x" * 300 + ".png"], "too long to be the name of a file"),
     "model of a long name": (["generate", "x", "--model", "x" * 300], "too long to be the name of a file"),
+    "packed weights into a folder": (
+        ["quantize", "model", "--to", "int8", "-o", "folder.png", "--force"],
+        "folder.png is a folder",
+    ),
     "output inside a file": ([*DRAW, "-o", "cat.png/x.png"], "not a folder"),
     "text file named .png": (["edit", "text.png", "x", "--model", "editor"], "like a text file"),
     "empty picture": (["edit", "empty.png", "x", "--model", "editor"], "is empty"),
