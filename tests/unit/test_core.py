@@ -18,6 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 import lanting
 from fakes import FakeEngine, bare_png
 from lanting.core.errors import LantingError, OutputError, PictureError
+from lanting.core.files import writing
 from lanting.core.lang import chinese, explain, language
 from lanting.core.pictures import open_mask, open_picture
 from lanting.core.recipe import (
@@ -279,6 +280,27 @@ def test_nothing_half_written_stays(tmp_path, monkeypatch):
     with pytest.raises(OutputError, match="No space left"):
         save_picture(Image.new("RGB", (8, 8)), tmp_path / "x.png")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_waits_for_the_disk_is_open_for_writing(tmp_path, monkeypatch):
+    import fcntl
+
+    def as_on_windows(handle):
+        if not fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_RDWR:
+            raise OSError(9, "Bad file descriptor")
+
+    monkeypatch.setattr("lanting.core.files.os.fsync", as_on_windows)
+    with writing(tmp_path / "x", 1) as part:
+        part.write_bytes(b"x")
+    assert (tmp_path / "x").read_bytes() == b"x"
+
+
+def test_a_recipe_too_long_for_a_jpeg_costs_not_the_picture(tmp_path):
+    long = recipe_for("\x01" * 12_000)  # JSON escapes it in six letters
+    save_picture(Image.new("RGB", (8, 8)), tmp_path / "x.jpg", long)
+    assert open_picture(tmp_path / "x.jpg").size == (8, 8)
+    save_picture(Image.new("RGB", (8, 8)), tmp_path / "x.webp", long)
+    assert read_recipe(tmp_path / "x.webp") == long
 
 
 def test_places_are_checked_before_work(tmp_path):

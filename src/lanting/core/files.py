@@ -43,7 +43,9 @@ def replace_file(path: Path, write: Callable[[Path], object], wait: bool = False
 
 def sync(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
+    if os.name == "nt" and path.is_dir():  # which Windows neither opens nor needs
+        return
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # Windows refuses what is open for reading
     try:
         os.fsync(handle)
     finally:

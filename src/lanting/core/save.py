@@ -214,7 +214,9 @@ def how_to_save(kind: str, recipe: Recipe | None) -> dict[str, Any]:
             chunks.add_text("lanting", to_json(recipe))
         return {"pnginfo": chunks}
     shape: dict[str, Any] = {"quality": 95, "subsampling": 0} if kind == "JPEG" else {"lossless": True}
-    return shape if recipe is None else shape | {"exif": _exif(recipe)}
+    if recipe is None or (kind == "JPEG" and len(to_json(recipe).encode()) > EXIF_ROOM):
+        return shape  # the picture matters more than a recipe that has no room in it
+    return shape | {"exif": _exif(recipe)}
 
 
 def _exif(recipe: Recipe) -> Exif:
