@@ -32,6 +32,14 @@ def test_generate_at_once_and_edit(client):
     assert opened(edited.image).getpixel((0, 0))[2] == 1
 
 
+def test_curl_as_ollamas_own_pages_have_it(server):
+    """`curl URL -d '{...}'` says that it sends a form."""
+    body = b'{"model": "nano", "prompt": "a sign", "stream": false}'
+    headers = {"Content-Type": "application/x-www-form-urlencoded", "User-Agent": "curl/8.5.0", "Accept": "*/*"}
+    answer = server.post("/api/generate", content=body, headers=headers)
+    assert answer.status_code == 200 and opened(answer.json()["image"]).size == (224, 96)
+
+
 def test_an_empty_prompt_loads(client):
     assert client.generate("nano", "").done_reason == "load"
 

@@ -38,6 +38,8 @@ from lanting.serve.signing import Signer
 OPEN = ("/healthz", "/readyz")  # for whoever watches that the server lives; they say nothing else
 LOGIN = ("POST", "/login")  # where the studio's form sends the key; there only with the studio
 COOKIE = "lanting_key"  # which no script reads and no other site sends
+JSON_ONLY = ("/api/", "/v1/images/generations", "/sdapi/")  # what is sent there can't be anything else
+FROM_PAGES = ("origin", "referer", "sec-fetch-site", "cookie")  # headers that browsers send, and programs don't
 logger = logging.getLogger("lanting.serve.http")
 
 
@@ -73,6 +75,7 @@ class Guard:
                 door.meters.answer.observe(time.perf_counter() - began)
             await send(message)
 
+        scope = as_meant(scope)
         try:
             scope.setdefault("state", {})["caller"] = await admitted(door, scope)
         except LantingError as error:
@@ -188,6 +191,20 @@ def check_origin(settings: Settings, headers: Headers) -> None:
     going = headers.get("sec-fetch-mode") == "navigate"  # a link somebody followed; nothing is changed by a GET
     if headers.get("sec-fetch-site") == "cross-site" and not going:
         raise DeniedError("pages of other sites may not call this server: allow one with --allow-origin")
+
+
+def as_meant(scope: Scope) -> Scope:
+    """The request with its body called JSON where a program sent it under another name: curl calls it a form, and
+    Ollama's own pages say nothing against that. Forms and plain text are what a page of another site can send without
+    asking, so where any sign of a browser is there, JSON must be called JSON."""
+    if scope.get("method") != "POST" or not scope["path"].startswith(JSON_ONLY):
+        return scope
+    headers = Headers(scope=scope)
+    kind = headers.get("content-type", "")
+    if "json" in kind.lower() or kind.startswith("multipart/") or any(name in headers for name in FROM_PAGES):
+        return scope
+    rest = [(name, value) for name, value in scope["headers"] if name != b"content-type"]
+    return {**scope, "headers": [*rest, (b"content-type", b"application/json")]}
 
 
 def site_of(origin: str) -> str | None:
