@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import socket
 
 import httpx
 import pytest
@@ -217,3 +218,20 @@ def test_a_watcher_that_leaves_harms_nobody(server):
     with httpx.stream("GET", f"{server.url}/api/jobs/{job['id']}/events", timeout=30) as answer:
         next(answer.iter_lines())
     assert server.ended(job["id"])["state"] == "done"
+
+
+def test_head_is_get_without_a_body(server):
+    """Load balancers ask whether it lives, clients how large a picture is and whether it is there."""
+    done = server.ended(server.submit("a sign")["id"])
+    picture = f"/api/jobs/{done['id']}/images/0"
+    for path in ("/healthz", "/readyz", picture, f"{picture}?format=jpeg", f"/api/jobs/{done['id']}/images/7"):
+        whole = server.get(path)
+        asked = b"HEAD %b HTTP/1.1\r\nHost: localhost\r\n\r\n" % path.encode()
+        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as sock:
+            sock.sendall(asked + b"GET /api/version HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            answers = b"".join(iter(lambda: sock.recv(1 << 16), b""))
+        head, _, rest = answers.partition(b"\r\n\r\n")
+        lines = head.decode().lower().split("\r\n")
+        assert f" {whole.status_code} " in lines[0] and rest.startswith(b"HTTP/1.1 200"), path  # no body between
+        for name in ("content-length", "content-type"):
+            assert f"{name}: {whole.headers[name]}" in lines, path

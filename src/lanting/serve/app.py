@@ -87,10 +87,12 @@ def version() -> str:
 def care(app: FastAPI, house: House) -> None:
     """What whoever runs the server asks for."""
 
+    @app.head("/healthz", include_in_schema=False)
     @app.get("/healthz", tags=["care"], summary="The server lives")
     async def healthz() -> dict[str, str]:
         return {"status": "ok"}
 
+    @app.head("/readyz", include_in_schema=False)
     @app.get("/readyz", tags=["care"], summary="The server takes jobs and can draw them; 503 where not")
     async def readyz() -> JSONResponse:
         told: dict[str, Any] = {"status": "ready" if house.ready else "not ready"}

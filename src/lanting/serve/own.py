@@ -197,6 +197,7 @@ def pictures(house: House, routes: APIRouter) -> None:
     """Routes of finished pictures, of previews and of models."""
     desk = house.desk
 
+    @routes.head("/jobs/{id_}/images/{index}", include_in_schema=False)
     @routes.get("/jobs/{id_}/images/{index}", summary="A finished picture, with its recipe inside")
     async def image(id_: str, index: int, request: HttpRequest, format: str = "png") -> Response:
         kind = kind_of(format)
