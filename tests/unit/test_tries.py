@@ -42,6 +42,12 @@ def test_a_text_may_break_over_lines_and_nothing_else():
     assert not shown("x", [])
 
 
+def test_the_width_of_marks_is_not_asked_for():
+    assert shown("价格（元）", ["价格(元)"]) and shown("ＡＢＣ１", ["abc1"]) and not shown("价格（元）", ["价格元"])
+    whole, near = (Reading(("茶（热）", "x"), (line,), 1) for line in ("茶(热)", "茶热"))
+    assert whole.missing == ("x",) and whole.distance < near.distance
+
+
 def by_seed(texts: dict[int, list[str]]):
     """Draws a picture whose grey is its seed; reads what is written beside that."""
     engine = FakeEngine()

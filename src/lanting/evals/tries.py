@@ -15,7 +15,8 @@ from lanting.core.errors import RequestError
 from lanting.core.quotes import quoted
 from lanting.core.recipe import request_of_picture
 from lanting.core.types import Recipe, Request, Result
-from lanting.evals.reading import normalized_distance, read_lines, reader, squeeze
+from lanting.evals.reading import normalized_distance, read_lines, reader
+from lanting.evals.scores import normal
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -40,7 +41,8 @@ class Reading:
     @property
     def distance(self) -> float:
         """0: everything is there; else how far what is read is from what was asked, up to 1 more for every text."""
-        return len(self.missing) + normalized_distance(self.asked, self.lines) if self.missing else 0.0
+        asked, lines = ([normal(text) for text in texts] for texts in (self.asked, self.lines))
+        return len(self.missing) + normalized_distance(asked, lines) if self.missing else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +55,9 @@ class Kept:
 
 
 def shown(text: str, lines: Sequence[str]) -> bool:
-    """Whether a text is a line, or some lines one under the other; case and white space aside."""
-    wanted, seen = squeeze(text).casefold(), [squeeze(line).casefold() for line in lines]
+    """Whether a text is a line, or some lines one under the other; case, white space and the width of marks aside: the
+    reader gives full-width brackets as narrow ones."""
+    wanted, seen = normal(text), [normal(line) for line in lines]
     return any("".join(seen[i:j]) == wanted for i in range(len(seen)) for j in range(i + 1, len(seen) + 1))
 
 
