@@ -9,10 +9,11 @@ import pytest
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from lanting.evals import follow
 from lanting.evals.colors import Ground, free_pixels, ground_of, ink_of, nearest_color
 from lanting.evals.draw import by_rule
 from lanting.evals.edit import BEST, is_done, nearest_value, outcome, psnr, rest_of
-from lanting.evals.follow import colors, measure, spread_of
+from lanting.evals.follow import FollowReport, colors, measure, measure_freely, spread_of
 from lanting.evals.ocr import Judge
 from lanting.evals.pictograms import NOTHING, Stamps, boxes_of, count_of, identify, side_of, stamps
 from lanting.evals.sets import Case
@@ -163,6 +164,17 @@ def test_each_wrong_trait_is_a_miss(trait, change):
 
 def test_what_was_not_said_is_not_judged():
     assert measure(by_rule([design()])[0], asked(design(), ground=False, letters=False)) == {}
+
+
+@pytest.mark.parametrize("boxes", [[], [(20, 20, 60, 30)]])
+def test_a_picture_without_words_counts_in_every_trait_that_was_asked(boxes, monkeypatch):
+    monkeypatch.setattr(follow, "text_boxes", lambda image: boxes)
+    wanted = design(size=SQUARE, ground="blue", letters="white", place="top", align="left")
+    case = asked(wanted, ground=True, letters=True, place=True, align=True)
+    bare = Image.new("RGB", SQUARE, COLORS["blue"])
+    found = measure_freely(bare, case)
+    assert found == {"ground": True, "letters": False} | dict.fromkeys(("place", "align"), bool(boxes))
+    assert not FollowReport([case], [], [found], []).hits[0]
 
 
 def test_the_spread_of_seeds():

@@ -114,18 +114,19 @@ def measure(image: Image, case: Case) -> dict[str, bool]:
 
 
 def measure_freely(image: Image, case: Case) -> dict[str, bool]:
-    """What can be measured without knowing the layout: colours and the place of the text the reader finds."""
-    boxes = text_boxes(image)
-    if not boxes or not case.lines:
+    """What can be measured without knowing the layout: colours and the place of the text the reader finds. Where it
+    finds none, letters and place are missed, and all of the picture is ground."""
+    if not case.lines:
         return {}
+    boxes = text_boxes(image)
     pixels, said = np.asarray(image.convert("RGB"), dtype=np.float64), case.labelled and case.labelled.said
     ground = ground_of(pixels, _around(image.size, boxes), graded=False)
     found = {}
     if said and said.ground and case.design.ground2 is None:
         found["ground"] = nearest_color(ground.middle) == case.design.ground
     ink = ink_of(pixels, boxes, ground)
-    if said and said.letters and ink is not None:
-        found["letters"] = nearest_color(ink) == case.design.letters
+    if said and said.letters:
+        found["letters"] = ink is not None and nearest_color(ink) == case.design.letters
     return found | dict(_text_place(image, case, ruled=False))
 
 
@@ -208,7 +209,7 @@ def _middle(boxes: Sequence[Box], axis: int) -> float | None:
 def _around(size: tuple[int, int], boxes: Sequence[Box]) -> np.ndarray:
     """True in the neighbourhood of text, outside its boxes: (H, W)."""
     width, height = size
-    near, margin = np.zeros((height, width), dtype=bool), max(4, max(box[3] for box in boxes) // 2)
+    near, margin = np.zeros((height, width), dtype=bool), max(4, max((box[3] for box in boxes), default=0) // 2)
     for x, y, w, h in boxes:
         near[max(y - margin, 0) : y + h + margin, max(x - margin, 0) : x + w + margin] = True
     for x, y, w, h in boxes:
