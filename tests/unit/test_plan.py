@@ -317,6 +317,15 @@ def test_nvidia_smi():
     assert found == [Device("cuda", "NVIDIA GeForce RTX 3060", 12288 * 2**20, 11872 * 2**20)]
 
 
+def test_what_would_do_for_several_devices_does():
+    cards = tuple(Device(name, "A Card", 12 * G, 12 * G) for name in ("cuda", "cuda:1"))
+    here = Machine(2 * G, G, 8, (*cards, Device("cpu", "A Processor")))
+    with pytest.raises(RefusalError) as told:
+        plan(MODEL, JOB, here, device="cuda:all")
+    assert told.value.ram is not None
+    assert plan(MODEL, JOB, here, Budget(told.value.vram, told.value.ram), "cuda:all")
+
+
 def test_a_gpu_without_memory_of_its_own_is_planned_half_of_the_computers(monkeypatch):
     told = "0, NVIDIA GB10, [N/A], [N/A], GPU-1a\n"
     monkeypatch.setattr("lanting.plan.machine._run", lambda *command: told if command[0] == "nvidia-smi" else "")

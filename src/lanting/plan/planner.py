@@ -65,12 +65,13 @@ def plan(
 ) -> Plan:
     """The best plan within the budgets; a RefusalError where there is none. `quant`: only this kind."""
     place = machine.device(device)
-    has = (budget or Budget()).of(machine, place, max(len(machine.several(device)), 1))
+    among = max(len(machine.several(device)), 1)
+    has = (budget or Budget()).of(machine, place, among)
     limits = spared(has)
     every = candidates((model, job, machine, place), limits, quant)
     fitting = [each for each in every if fits(each, limits)]
     if not fitting:
-        raise refusal(model, job, every, has)
+        raise refusal(model, job, every, has, among)
     best = min(fitting, key=rank)
     return replace(best, reasons=reasons(best, every, limits, model))
 
@@ -219,13 +220,16 @@ def least(every: Sequence[Plan], limits: tuple[int, int]) -> tuple[int | None, i
     return small.peak_vram, small.peak_ram
 
 
-def refusal(model: Model, job: Job, every: Sequence[Plan], has: tuple[int, int]) -> RefusalError:
-    """A sentence with the amount of memory that would do, rounded up to tenths of a GB (or tens of MB)."""
-    vram, ram = (None if need is None else _round_up(int(need * SPARE) + 1) for need in least(every, spared(has)))
+def refusal(model: Model, job: Job, every: Sequence[Plan], has: tuple[int, int], among: int = 1) -> RefusalError:
+    """A sentence with the amount of memory that would do, rounded up to tenths of a GB (or tens of MB). RAM is that of
+    all `among` processes together, as a budget is."""
+    needs_more = least(every, spared(has))
+    totals = (needs_more[0], None if needs_more[1] is None else (needs_more[1] + 1) * among)
+    vram, ram = (None if need is None else _round_up(int(need * SPARE) + 1) for need in totals)
     needs = [f"{in_words(vram)} VRAM (--vram {short(vram)})"] if vram is not None else []
     needs += [f"{in_words(ram)} RAM (--ram {short(ram)})"] if ram is not None else []
     there = [f"{in_words(has[0])} VRAM"] if vram is not None else []
-    there += [f"{in_words(has[1])} RAM"] if ram is not None else []
+    there += [f"{in_words(has[1] * among)} RAM"] if ram is not None else []
     return RefusalError(
         "{model} at {width}×{height} needs at least {needs}, and {has} are there: give more or a smaller --size",
         vram,
