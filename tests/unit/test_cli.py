@@ -87,6 +87,17 @@ def test_prompt_from_stdin(engine, monkeypatch):
     assert engine.requests[0].prompt == "two\nlines"
 
 
+def test_a_piped_prompt_may_have_a_mark_in_front_and_must_be_utf_8(engine, monkeypatch, capsys):
+    import io
+
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("兰亭".encode("utf-8-sig")), encoding="utf-8"))
+    assert main(["generate", "-"]) == 0
+    assert engine.requests[0].prompt == "兰亭"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8"))
+    assert main(["generate", "-"]) == 2
+    assert "not UTF-8" in capsys.readouterr().err
+
+
 def test_an_edit_in_more_words_than_a_file_name_takes(engine, cat):
     words = "把天空换成晚霞，其余不变。" * 100
     assert main(["edit", "cat.png", words, "--model", "qwen-image-edit", "-o", "a.png"]) == 0

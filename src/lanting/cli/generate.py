@@ -12,6 +12,7 @@ from lanting.cli import options as o
 from lanting.cli.draw import Weights, Wish, draw
 from lanting.cli.fit import Limits
 from lanting.cli.screen import Screen
+from lanting.core.errors import RequestError
 from lanting.core.pictures import open_mask, open_picture
 from lanting.core.types import Request
 
@@ -49,7 +50,7 @@ def generate(
     debug: o.Debug = False,
 ) -> None:
     """Draw pictures from words. Without --model, the small nano model that ships with lanting draws signs."""
-    words = sys.stdin.read().strip() if prompt == "-" else prompt
+    words = piped() if prompt == "-" else prompt
     request = Request(words, negative_prompt=negative, steps=steps, guidance_scale=guidance, seed=seed, count=count)
     request = replace(request, quality=quality, rewrite=rewrite)
     if control or controlnet or mask:
@@ -63,6 +64,14 @@ def generate(
     if model == "nano":
         words = "'a red sign with white text \"Fresh Bread\"'"
         screen.line("other words: lanting generate {words}", words=words)
+
+
+def piped() -> str:
+    """The prompt from stdin, without the mark that some editors put in front. Raises RequestError."""
+    try:
+        return sys.stdin.read().removeprefix("\ufeff").strip()
+    except UnicodeDecodeError:
+        raise RequestError("the prompt holds bytes that are not UTF-8: retype it") from None
 
 
 def controlled(request: Request, control: list[str], mask: str | None, scale: float | None) -> Request:
