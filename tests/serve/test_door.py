@@ -9,6 +9,7 @@ import re
 import socket
 import threading
 import time
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -26,6 +27,7 @@ from test_openai import png
 from fakes import bare_png
 from lanting.core.errors import LantingError, PictureError, RequestError
 from lanting.serve.app import build_app
+from lanting.serve.bodies import SMALL, Arriving, Room
 from lanting.serve.fetch import Limits, fetch, is_public
 from lanting.serve.guard import OPEN, bare
 from lanting.serve.heads import Heads
@@ -259,6 +261,67 @@ def test_a_body_that_never_ends_is_given_up(tmp_path):
         sock.sendall("\r\n".join(lines).encode())
         sock.settimeout(5)
         assert b" 413 " in sock.recv(1000)
+
+
+async def upload(client: httpx.AsyncClient, size: int, rest: asyncio.Event | None = None) -> httpx.Response:
+    """A job of so many bytes, the last of which come when `rest` is set."""
+    text = b'{"size": "1x1", "prompt": "' + b" " * size + b'"}'
+
+    async def pieces() -> AsyncIterator[bytes]:
+        for at in range(0, size, 50_000):
+            yield text[at : at + 50_000]
+        if rest is not None:
+            await rest.wait()
+        yield text[(size + 49_999) // 50_000 * 50_000 :]
+
+    return await client.post("/api/jobs", content=pieces(), headers={"Content-Type": "application/json"})
+
+
+def test_bodies_are_bounded_together(tmp_path, monkeypatch):
+    """Two that don't end leave no room for a third; what is small is read all the same, and room comes back."""
+    monkeypatch.setattr("lanting.serve.bodies.PATIENCE", 0.3)
+    app = client_for(tmp_path, caps=Caps(body=500_000, bodies=1)).app
+
+    async def use() -> None:
+        ends, transport = asyncio.Event(), httpx.ASGITransport(app, raise_app_exceptions=False)  # type: ignore[arg-type]
+        async with httpx.AsyncClient(transport=transport, base_url=LOCALHOST) as client, asyncio.timeout(20):
+            reading = [asyncio.create_task(upload(client, 300_000, ends)) for _ in range(2)]
+            await asyncio.sleep(0.1)
+            refused = await upload(client, 300_000)
+            assert refused.status_code == 503 and refused.headers["retry-after"], refused.text
+            assert refused.json()["error"]["code"] == "unavailable" and "large requests" in refused.text
+            assert (await upload(client, 10_000)).status_code == 400  # read, and its size is none
+            monkeypatch.setattr("lanting.serve.bodies.PATIENCE", 10)
+            waits = asyncio.create_task(upload(client, 300_000))
+            await asyncio.sleep(0.2)
+            assert not waits.done()
+            ends.set()
+            for one in (*reading, waits):
+                assert (await one).status_code == 400
+
+    asyncio.run(use())
+
+
+def test_a_body_that_was_understood_takes_no_room(tmp_path):
+    """Its client may wait long for the picture."""
+    room, pieces = Room(1_000_000), iter([b"x" * 400_000, b"x" * 100_000])
+
+    async def use() -> None:
+        async def receive() -> dict[str, object]:
+            piece = next(pieces, None)
+            if piece is None:
+                return {"type": "http.disconnect"}
+            return {"type": "http.request", "body": piece, "more_body": len(piece) == 400_000}
+
+        body = Arriving(Caps(), room, receive)  # type: ignore[arg-type]
+        await body()
+        await body()
+        assert room.held == 500_000 - SMALL
+        assert (await body())["type"] == "http.disconnect" and room.held == 0
+        body.leave()
+        assert room.held == 0
+
+    asyncio.run(use())
 
 
 # ---------------------------------------------------------------- pictures

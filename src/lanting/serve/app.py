@@ -21,6 +21,7 @@ from starlette.routing import Route
 
 from lanting.core.errors import LantingError
 from lanting.serve import a1111, ollama, openai, own
+from lanting.serve.bodies import Room
 from lanting.serve.common import json_answer, plain_error
 from lanting.serve.errors import MissingError, ServeError, answer_to
 from lanting.serve.guard import Door, Guard
@@ -49,7 +50,8 @@ def build_app(house: House, studio: Studio | None = None) -> FastAPI:
     app.state.house = house
     app.state.login = lambda scope: None  # the studio has a page for it
     login = lambda scope: app.state.login(scope)  # noqa: E731
-    door = Door(house.settings, house.keyring, house.signer, house.meters, shaped, login)
+    room = Room(house.settings.caps.bodies * house.settings.caps.body)
+    door = Door(house.settings, house.keyring, house.signer, house.meters, shaped, room, login)
     app.add_middleware(Guard, door=lambda: door)
     if house.settings.origins:  # before the guard: browsers ask without a key whether they may, and read refusals too
         app.add_middleware(

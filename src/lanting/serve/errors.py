@@ -28,7 +28,7 @@ class BusyError(ServeError):
 
 
 class ClosedError(ServeError):
-    """Starting or stopping."""
+    """Starting, stopping, or reading as much as there is room for."""
 
     status, code, retry_after = 503, "unavailable", 5.0
 

@@ -4,7 +4,7 @@
 2. Origin: a browser says which page asks; another site's page may not, whatever it asks for.
 3. Key, where keys are needed: `Authorization: Bearer KEY`, `Basic` with the key as password (browsers, A1111 clients),
    `X-API-Key`, the studio's cookie, or a picture's own signed address.
-4. Size and time of the body.
+4. Size and time of the body, and the room that all bodies have together (`bodies`).
 
 One ASGI function around the whole application rather than a dependency per route: a route that somebody adds later
 is behind it without being told.
@@ -12,7 +12,6 @@ is behind it without being told.
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import ipaddress
 import logging
@@ -28,6 +27,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lanting.core.errors import LantingError
+from lanting.serve.bodies import Arriving, Room
 from lanting.serve.errors import DeniedError, LargeError, NoKeyError
 from lanting.serve.jobs import LOCAL, Caller
 from lanting.serve.keys import Keyring
@@ -52,6 +52,7 @@ class Door:
     signer: Signer
     meters: Meters
     shape: Callable[[str, LantingError], Response]  # an error in the words of the path's dialect
+    room: Room  # for bodies
     login: Callable[[Scope], Response | None] = lambda scope: None  # what a browser without a key is shown
 
 
@@ -66,11 +67,13 @@ class Guard:
             await self.app(scope, receive, send)
             return
         door, began, status = self.door(), time.perf_counter(), 0
+        body = Arriving(door.settings.caps, door.room, receive)
 
         async def sent(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                body.leave()
                 message.setdefault("headers", []).extend(ALWAYS)
                 door.meters.answer.observe(time.perf_counter() - began)
             await send(message)
@@ -82,12 +85,13 @@ class Guard:
             await turned_away(door, scope, receive, sent, error)
         else:
             try:
-                await self.app(scope, Arriving(door, receive) if scope["type"] == "http" else receive, sent)
+                await self.app(scope, body if scope["type"] == "http" else receive, sent)
             except LantingError as error:  # from a mounted application, which has no words for it
                 if status:
                     raise
                 await turned_away(door, scope, receive, sent, error)
         finally:
+            body.leave()
             note(door, scope, status or 500, time.perf_counter() - began)
 
 
@@ -213,24 +217,3 @@ def site_of(origin: str) -> str | None:
         return urlsplit(origin).netloc.lower()
     except ValueError:
         return None
-
-
-class Arriving:
-    """The body's messages, bounded in bytes and time."""
-
-    def __init__(self, door: Door, receive: Receive) -> None:
-        self.door, self.receive, self.bytes, self.whole = door, receive, 0, False
-        self.until = time.monotonic() + door.settings.caps.body_seconds
-
-    async def __call__(self) -> Message:
-        if self.whole:
-            return await self.receive()
-        try:
-            message = await asyncio.wait_for(self.receive(), max(self.until - time.monotonic(), 0.001))
-        except TimeoutError:
-            raise LargeError("the request took too long to arrive: send it faster, or less") from None
-        self.bytes += len(message.get("body", b""))
-        self.whole = message["type"] != "http.request" or not message.get("more_body", False)
-        if self.bytes > self.door.settings.caps.body:
-            raise LargeError("the request is larger than {most} MB: send less", most=self.door.settings.caps.body >> 20)
-        return message

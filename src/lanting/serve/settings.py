@@ -34,6 +34,7 @@ class Caps:
 
     body: int = 64 << 20  # bytes of a request
     body_seconds: float = 60.0  # within which it must have arrived
+    bodies: int = 8  # of the largest, whose bytes may be in memory at once while they are read
     pixels: int = 2048 * 2048  # of one picture to be drawn
     count: int = 16  # pictures of one request
     steps: int = 200
