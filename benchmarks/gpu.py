@@ -20,6 +20,7 @@ import argparse
 import gc
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -250,13 +251,25 @@ def memory(bench: Bench, found: dict[str, Any], seconds: float) -> None:
         command = [sys.executable, str(Path(__file__).with_name("gpu_memory.py")), "--dir", folder, "--out", str(out)]
         command += ["--dry-run", "--budgets", "8"] if bench.asked.dry_run else ["--seconds", "60"]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=seconds)
-            if done.returncode:
-                found["failed"] = done.stderr.strip().splitlines()[-3:]
+            if failed := last_words(command, seconds):
+                found["failed"] = failed
         except subprocess.TimeoutExpired:
             found["cut"] = f"after {seconds:.0f} s"
         if out.exists():
             found |= json.loads(out.read_text(encoding="utf-8"))
+
+
+def last_words(command: list[str], seconds: float) -> list[str]:
+    """The last lines on stderr of a program that failed, [] of one that did not. Whatever ends the waiting ends it with
+    all that it began: a picture that is drawn on would be in the times of the parts behind."""
+    piped: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, start_new_session=True, **piped) as process:
+        try:
+            told = process.communicate(timeout=seconds)[1]
+        except BaseException:  # `Over` is no Exception
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    return told.strip().splitlines()[-3:] or [f"exit code {process.returncode}"] if process.returncode else []
 
 
 def run(bench: Bench) -> None:

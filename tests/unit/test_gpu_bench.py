@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import subprocess
 import sys
 import time
 import weakref
@@ -84,6 +85,17 @@ def test_without_diffusers_or_with_another_ours_is_measured(bench, monkeypatch):
     bench.asked.parts = ["512"]
     gpu.run(bench)
     assert "TypeError" in bench.found["512"]["diffusers"] and bench.found["512"]["bf16"]["ms"] > 0
+
+
+def test_a_program_that_takes_too_long_ends_with_what_it_began(tmp_path):
+    inner = f"import time; time.sleep(3); open({str(tmp_path / 'alive')!r}, 'w')"
+    outer = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {inner!r}], capture_output=True)"
+    with pytest.raises(subprocess.TimeoutExpired):
+        gpu.last_words([sys.executable, "-c", outer], 1.5)
+    time.sleep(3.5)
+    assert not (tmp_path / "alive").exists()
+    assert gpu.last_words([sys.executable, "-c", "import sys; sys.exit('no')"], 30) == ["no"]
+    assert gpu.last_words([sys.executable, "-c", "print(1)"], 30) == []
 
 
 def test_networks_are_gone_before_the_next_is_made(bench, monkeypatch):
