@@ -81,6 +81,8 @@ class Handler(BaseHTTPRequestHandler):
         headers = {"X-Repo-Commit": hub.commit, "ETag": f'"{hashlib.sha256(data).hexdigest()}"'}
         if hub.ranges and (asked := self.headers.get("Range")):
             begin, status = int(asked.removeprefix("bytes=").split("-")[0]), 206
+            if begin >= len(data):
+                return self.answer(416, b"", {"Content-Range": f"bytes */{len(data)}"})
             headers["Content-Range"] = f"bytes {begin}-{len(data) - 1}/{len(data)}"
         body = data[begin:]
         cut = hub.cuts[name].pop(0) if hub.cuts.get(name) else len(body)

@@ -33,6 +33,31 @@ def test_wrong_contents_are_refused(fake: FakeHub, path: str) -> None:
     assert (folder / path).read_bytes() == right
 
 
+@pytest.mark.parametrize("ranges", [True, False])
+@pytest.mark.parametrize("more", [1, 5_000_000])
+def test_a_page_in_place_of_a_file_is_not_fetched_for_ever(fake: FakeHub, more: int, ranges: bool) -> None:
+    """A proxy's page of its own, say, which is longer than the file."""
+    name, fake.ranges = "transformer/config.json", ranges
+    fake.lies[name] = b"<html>" + b"x" * (len(FILES[name]) + more - 6)
+    plan = pull.plan_pull("qwen-image", endpoint=fake.endpoint)
+    with pytest.raises(ModelError, match="more bytes than it lists"):
+        for _ in transfer.download(plan, waits=QUICK, every=0.02):
+            assert len(fake.fetched(name)) < 50
+    assert not (plan.folder / name).exists()
+    part = next(file for file in plan.jobs[0].missing if file.path == name)
+    assert pull.part_path(plan.folder / home.STAGING, part).stat().st_size < 2_000_000, "it is not taken whole"
+    del fake.lies[name]
+    list(transfer.download(pull.plan_pull("qwen-image", endpoint=fake.endpoint), waits=QUICK))
+    assert (plan.folder / name).read_bytes() == FILES[name]
+
+
+def test_a_mirror_that_has_half_a_file_is_not_asked_for_ever(fake: FakeHub) -> None:
+    fake.lies[WEIGHTS] = FILES[WEIGHTS][:-100]
+    with pytest.raises(ModelError, match="the download stopped"):
+        for _ in transfer.download(pull.plan_pull("qwen-image", endpoint=fake.endpoint), waits=QUICK, every=0.02):
+            assert len(fake.fetched(WEIGHTS)) < 50
+
+
 def test_a_full_disk_is_refused_before_the_download(fake: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=0, used=0, free=2_000_000))
     plan = pull.plan_pull("qwen-image", endpoint=fake.endpoint)

@@ -41,16 +41,17 @@ def fetch(
     StoppedError when `stop` is set.
     """
     part.touch()
-    tries = 0
+    tries, furthest = 0, part.stat().st_size
     while (have := part.stat().st_size) != size:
         if stop.is_set():
             raise StoppedError
         if have > size:
             _restart(part, tick)
+            furthest = 0
             continue
-        trouble = _stream(url, part, headers, tick, stop)
-        if part.stat().st_size > have:
-            tries = 0
+        trouble = _stream(url, part, size, headers, tick, stop)
+        if (now := part.stat().st_size) > furthest:  # not what was there before it began anew
+            tries, furthest = 0, now
         elif tries < len(waits):
             stop.wait(waits[tries])
             tries += 1
@@ -73,8 +74,11 @@ def digest_of(path: Path, kind: str) -> str:
     return made.hexdigest()
 
 
-def _stream(url: str, part: Path, headers: Mapping[str, str], tick: Callable[[int], None], stop: Event) -> str:
-    """One connection: append what it brings. Returns why it ended; raises when trying again is no use."""
+def _stream(
+    url: str, part: Path, size: int, headers: Mapping[str, str], tick: Callable[[int], None], stop: Event
+) -> str:
+    """One connection: append what it brings, or drop it where that is more than `size` (a proxy's page, another
+    file). Returns why it ended; raises when trying again is no use."""
     from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.utils import get_session, hf_raise_for_status
 
@@ -99,6 +103,11 @@ def _stream(url: str, part: Path, headers: Mapping[str, str], tick: Callable[[in
                     tick(len(block))
                     if stop.is_set():
                         raise StoppedError
+                    if file.tell() > size:
+                        break
+            if part.stat().st_size > size:
+                _restart(part, tick)
+                return "it sends more bytes than it lists"
     except HfHubHTTPError:
         raise
     except network_error as error:
