@@ -86,7 +86,7 @@ def main() -> None:
         return
     layers, readers = (2, 2) if asked.dry_run else (full_size.LAYERS, full_size.READER_LAYERS)
     asked.dir.mkdir(parents=True, exist_ok=True)
-    wish = argparse.Namespace(kind="int4", layers=layers, reader_layers=readers)
+    wish = argparse.Namespace(release="qwen-image", kind="int4", layers=layers, reader_layers=readers)
     found: dict[str, Any] = {"model": full_size.make_model(asked.dir, wish), "runs": []}
     for budget in [] if asked.write_only else asked.budgets:
         found["runs"].append(child(asked.dir, asked, budget))

@@ -15,8 +15,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
+import full_size
 import gpu
 import gpu_lora
+import gpu_memory
 import gpu_single
 from gpu_bench import Bench
 from gpu_plot import plot
@@ -96,6 +98,16 @@ def test_a_program_that_takes_too_long_ends_with_what_it_began(tmp_path):
     assert not (tmp_path / "alive").exists()
     assert gpu.last_words([sys.executable, "-c", "import sys; sys.exit('no')"], 30) == ["no"]
     assert gpu.last_words([sys.executable, "-c", "print(1)"], 30) == []
+
+
+def test_budgets_have_a_checkpoint_to_draw_with(tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(full_size, "write_component", lambda path, name, *_: written.append(name))
+    monkeypatch.setattr(full_size, "check_disk", lambda *_: None)
+    told = ["--dir", str(tmp_path), "--out", str(tmp_path / "found.json"), "--write-only", "--dry-run"]
+    monkeypatch.setattr(sys, "argv", ["gpu_memory.py", *told])
+    gpu_memory.main()
+    assert written == ["transformer", "text_encoder", "vae"] and (tmp_path / "made.json").exists()
 
 
 def test_networks_are_gone_before_the_next_is_made(bench, monkeypatch):
