@@ -7,6 +7,8 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
@@ -43,6 +45,7 @@ from lanting.serve.studio.forms import (
     whole,
 )
 from lanting.serve.studio.plans import panel, words_for
+from lanting.serve.studio.wires import planning, replanning
 from lanting.serve.studio.words import explained, preferred, speaker
 from lanting.specs import get_spec, settle
 
@@ -209,7 +212,39 @@ def test_the_planner_is_asked_about_the_model_as_it_is_served():
     served = Served("nano", "nano", {"quant": "auto", "vram": "8G", "device": "cuda"})
     assert words_for(served, "224x96", 1)[:7] == ["plan", "nano", "--json", "--size", "224x96", "--references", "1"]
     assert words_for(served, None)[3:] == ["--device", "cuda", "--vram", "8G"]
+    assert words_for(served, None, writes=True)[3:] == ["--rewrite", "--device", "cuda", "--vram", "8G"]
     assert "8 GB are needed" in panel("8 GB are needed", EN)
+
+
+def test_a_plan_counts_what_writes_prompts_where_it_is_on(tmp_path, monkeypatch):
+    """By the server's flag, under which the engine holds it, or by the box; of models that can."""
+    asked: list[bool] = []
+
+    async def planned(words, language):
+        asked.append("--rewrite" in words)
+        return ""
+
+    monkeypatch.setattr("lanting.serve.studio.clerk.planned", planned)
+    models = (Served("qwen-image", "qwen-image"), Served("eager", "qwen-image", {"rewrite": True}))
+    clerk = Clerk(open_house(Settings(tmp_path, (*models, Served("nano", "nano", {"rewrite": True})))), "en")
+
+    async def use(model: str, *how: Any) -> bool:
+        await clerk.plan(model, None, *how)
+        return asked.pop()
+
+    async def all_of_them() -> None:
+        assert not await use("qwen-image", DRAW) and not await use("qwen-image", LAYERS, True)
+        assert await use("qwen-image", DRAW, True) and await use("qwen-image", EDIT, True)
+        assert await use("eager", DRAW, False) and await use("eager", LAYERS)
+        assert not await use("nano", DRAW, True)
+        page, request = SimpleNamespace(clerk=clerk), SimpleNamespace(request=SimpleNamespace(scope={}))
+        for ticked in (True, False):  # as the page hands it on: when opened, and when the box is pressed
+            await planning(page, EDIT, "told")(request, None, "qwen-image", ticked)
+            await replanning(page, DRAW, "told")(request, None, "some", "qwen-image", ticked, "64x64")
+            assert asked == [ticked] * 2
+            asked.clear()
+
+    asyncio.run(all_of_them())
 
 
 def test_only_what_the_page_needs_is_let_through():

@@ -38,7 +38,7 @@ from lanting.serve.studio.forms import (
     size_in,
     tab_of,
 )
-from lanting.serve.studio.plans import panel, planned
+from lanting.serve.studio.plans import panel, planned, words_for
 from lanting.serve.studio.words import Say, explained, speaker
 from lanting.specs.rewriting import may_rewrite
 
@@ -181,11 +181,13 @@ class Clerk:
     def model(self, name: str | None) -> Model:
         return self.house.desk.model(name)
 
-    async def plan(self, model: str | None, size: str | None, tab: str) -> str:
-        """Will it fit?"""
+    async def plan(self, model: str | None, size: str | None, tab: str, rewrite: bool = False) -> str:
+        """Will it fit? `rewrite`: the box is ticked. A server that rewrites holds what writes, ticked or not."""
         served = self.model(model)
+        wanted = served.served.options.get("rewrite") or (rewrite and tab != LAYERS)
+        writes = bool(wanted) and served.spec is not None and served.spec.writes
         async with self.planning:
-            told = await planned(served.served, size, self.language, 1 if tab == EDIT else 0)
+            told = await planned(words_for(served.served, size, 1 if tab == EDIT else 0, writes), self.language)
         return panel(told, self.say, self.pace(served, size) if tab == DRAW else None)
 
     def pace(self, model: Model, size: str | None) -> float | None:

@@ -8,7 +8,7 @@ import asyncio
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from html import escape
 from typing import Any
@@ -21,11 +21,12 @@ PATIENCE = 60.0  # seconds
 FLAGS = ("device", "quant", "vram", "ram")
 
 
-def words_for(served: Served, shape: str | None, references: int = 0) -> list[str]:
-    """The command's arguments for a model as it is served."""
+def words_for(served: Served, shape: str | None, references: int = 0, writes: bool = False) -> list[str]:
+    """The command's arguments for a model as it is served; `writes`: it also rewrites prompts."""
     words = ["plan", served.model, "--json"]
     words += ["--size", shape] if shape else []
     words += ["--references", str(references)] if references else []
+    words += ["--rewrite"] if writes else []
     for name in FLAGS:
         value = served.options.get(name)
         if value is not None and value != "auto":
@@ -33,10 +34,10 @@ def words_for(served: Served, shape: str | None, references: int = 0) -> list[st
     return words
 
 
-async def planned(served: Served, shape: str | None, language: str, references: int = 0) -> dict[str, Any] | str:
+async def planned(words: Sequence[str], language: str) -> dict[str, Any] | str:
     """The plans as `--json` has them, or the sentence that says why there is none."""
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "lanting", *words_for(served, shape, references)),
+        *(sys.executable, "-m", "lanting", *words),
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,

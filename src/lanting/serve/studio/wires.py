@@ -191,32 +191,31 @@ def filling(prompt: Any) -> Any:
 
 # ---------------------------------------------------------------- plans and models
 def tie_plans(page: Page) -> None:
-    """The panel is filled when it is opened, and again when the shape changes while it says something."""
+    """The panel is filled when it is opened, and again when shape or rewriting change while it says something."""
     for tab in page.each.values():
-        size = tab.extra.get("size")
-        inputs = [page.model, *([size] if size is not None else [])]
-        told = tab.plan["told"]
+        size, writes, told = tab.extra.get("size"), tab.fold[NAMES.index("rewrite")], tab.plan["told"]
+        sizes = [size] if size is not None else []
+        inputs, changes = [page.model, writes, *sizes], [one.change for one in (writes, *sizes)]
         listen(tab.plan["box"].expand, planning(page, tab.name, told), inputs, [told], show_progress="minimal")
-        if size is not None:
-            listen(size.change, replanning(page, told), [*inputs, told], [told])
+        listen(changes, replanning(page, tab.name, told), [told, *inputs], [told])
 
 
 def planning(page: Page, name: str, told: Any) -> Any:
-    async def handler(request, event, model, size=None) -> Updates:
+    async def handler(request, event, model, writes, size=None) -> Updates:
         whose(page.clerk, request)
         try:
-            return {told: await page.clerk.plan(model, size, name)}
+            return {told: await page.clerk.plan(model, size, name, bool(writes))}
         except LantingError as error:
             return {told: page.clerk.failed(error)}
 
     return handler
 
 
-def replanning(page: Page, told: Any) -> Any:
-    ask = planning(page, DRAW, told)
+def replanning(page: Page, name: str, told: Any) -> Any:
+    ask = planning(page, name, told)
 
-    async def handler(request, event, model, size, before) -> Updates:
-        return await ask(request, event, model, size) if before else nothing()
+    async def handler(request, event, before, *values) -> Updates:
+        return await ask(request, event, *values) if before else nothing()
 
     return handler
 
