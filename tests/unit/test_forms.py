@@ -311,6 +311,20 @@ def test_our_kinds_are_the_same_from_a_file_and_while_loading(folder, plain, tmp
     assert errors["int8"] < errors["fp8"] < errors["int4"] < 0.3, errors
 
 
+@pytest.mark.parametrize("kind", ["int8", "int4", "fp8"])
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_not_packed(kind, number, tmp_path):
+    from lanting.attach.quant import chooser
+    from lanting.weights.quantize import quantize_safetensors
+
+    weight = torch.ones(64, 64)
+    weight[3, 5] = number
+    save_file({"transformer_blocks.0.attn.to_q.weight": weight}, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match="not finite"):
+        quantize_safetensors(open_component(tmp_path), tmp_path / "out", chooser("transformer", kind), {})
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
 def test_rotation_in_a_file(folder, plain, tmp_path):
     from lanting.attach.quant import chooser
     from lanting.nn.rotate import largest_block
