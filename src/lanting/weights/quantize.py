@@ -170,7 +170,8 @@ def _values(
     if source.form is None:
         yield values.to({"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[entries[0].dtype])
         return
-    if not torch.isfinite(values).all():  # a whole row's scale would be no number, or the weight another one
+    wide = values if values.dtype.itemsize > 1 else values.float()  # torch asks that of no 8-bit floats
+    if not torch.isfinite(wide).all():  # a whole row's scale would be no number, or the weight another one
         raise ModelError(f"{source.name} can't be written as {source.form.kind}: it has weights that are not finite.")
     linear = pack(source.form, values)
     yield linear.weight
