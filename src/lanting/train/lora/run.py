@@ -218,7 +218,7 @@ class Trainer:
         if not path.exists():
             return False
         try:
-            state = torch.load(path, weights_only=True, map_location=self.placed.device)
+            state = torch.load(path, weights_only=True, map_location="cpu")  # where AdamW counts its steps
             kind, own = state["kind"], self.kind()
         except Exception:
             raise ModelError("{path} can't be read: remove it to begin anew", path=path) from None
