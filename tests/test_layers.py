@@ -70,6 +70,7 @@ MAX_FILE, MAX_FUNCTION, MAX_PARAMETERS = 350, 40, 7
 MAX_VERB = 60  # lines of a verb, or of a kernel in Triton
 # the transformer's own arguments, and the protocol that repeats them for the loop
 CROWDED = {"nn/mmdit.py forward", "nn/single_stream.py forward", "flow/loop.py __call__"}
+CROWDED |= {"serve/mcp_tools.py generate_image", "serve/mcp_tools.py edit_image"}  # what clients of MCP are shown
 VERBS = {"generate", "edit", "plan", "layers", "replay", "quantize", "nano", "pull", "text", "follow", "lightning"}
 VERBS |= {"bench", "finish", "serve", "lora"}
 

@@ -9,11 +9,12 @@ import json
 import os
 import sys
 
-from fakeserve import HERE, ROOT
+from fakeserve import HERE, ROOT, running, wait_for
 from mcp import ClientSession, StdioServerParameters
 from mcp.client.stdio import stdio_client
 from mcp.client.streamable_http import streamable_http_client
 from PIL import Image
+from test_openai import png
 
 
 async def use(session: ClientSession) -> dict:
@@ -54,6 +55,26 @@ def test_over_http(server):
             return await use(session)
 
     check(asyncio.run(run()))
+
+
+def test_prompts_are_rewritten_where_that_is_asked_for(server, tmp_path):
+    async def ask(url: str, *wishes: tuple[str, dict]) -> list:
+        async with streamable_http_client(f"{url}/mcp") as (read, write, *_), ClientSession(read, write) as session:
+            await session.initialize()
+            return [await session.call_tool(tool, wish) for tool, wish in wishes]
+
+    cat, small = {"prompt": "a cat", "rewrite": True}, {"size": "64x64"}
+    release = {"names": ["qwen-image"], "options": {"release": "qwen-image"}}
+    with running(tmp_path, **release) as other:
+        wait_for(lambda: other.get("/readyz").status_code == 200)
+        shy = {"prompt": "a shy cat", "rewrite": True}
+        wishes = [("generate_image", one | small) for one in (cat, {"prompt": "a cat"}, cat | {"rewrite": False}, shy)]
+        told = [json.loads(one.content[-1].text) for one in asyncio.run(ask(other.url, *wishes))]
+    assert [one.get("revised_prompt") for one in told] == ["a cat, in detail", None, None, None]
+    assert [one.get("not_rewritten") for one in told] == [None, None, None, "it is shy"]
+    picture = base64.b64encode(png()).decode()
+    refused = asyncio.run(ask(server.url, ("generate_image", cat), ("edit_image", cat | {"images": [picture]})))
+    assert all(one.is_error and "nano can't rewrite prompts" in one.content[0].text for one in refused)
 
 
 def test_over_stdin_and_stdout(tmp_path):

@@ -45,6 +45,10 @@ Seed = Annotated[int | None, Field(description="Same seed, same picture.")]
 Steps = Annotated[int | None, Field(description="Denoising steps.")]
 Model = Annotated[str | None, Field(description="One of the server's models; its first where left out.")]
 Lora = Annotated[str | None, Field(description='LoRAs of the server, as "name:0.8, other".')]
+Rewrite = Annotated[
+    bool | None,
+    Field(description="Write a short prompt out in detail first, by models that can; as the server does by default."),
+]
 Sources = Annotated[list[str], Field(description="Base64, data URLs, or job:ID/INDEX of earlier results.")]
 Hole = Annotated[str | None, Field(description="Base64 of a picture as large as the first: white is drawn anew.")]
 
@@ -56,7 +60,7 @@ def tools(house: House) -> MCPServer[Any]:
     server: MCPServer[Any] = MCPServer("lanting", instructions=ABOUT)
 
     @server.tool(description="Draw a picture from words.", structured_output=False)
-    async def generate_image(
+    async def generate_image(  # noqa: PLR0913  what clients are shown
         prompt: Prompt,
         ctx: Context[Any, Any],
         size: Size = None,
@@ -64,12 +68,13 @@ def tools(house: House) -> MCPServer[Any]:
         steps: Steps = None,
         model: Model = None,
         lora: Lora = None,
+        rewrite: Rewrite = None,
     ) -> list[Any]:
-        wish = Request(prompt, seed=seed, steps=steps)
+        wish = Request(prompt, seed=seed, steps=steps, rewrite=rewrite)
         return await drawn(house, ctx, Order(wish, model, "mcp", lora_in(lora)), size)
 
     @server.tool(description="Change pictures by instruction, or redraw part of one.", structured_output=False)
-    async def edit_image(
+    async def edit_image(  # noqa: PLR0913  the same
         prompt: Prompt,
         images: Sources,
         ctx: Context[Any, Any],
@@ -77,9 +82,10 @@ def tools(house: House) -> MCPServer[Any]:
         size: Size = None,
         seed: Seed = None,
         model: Model = None,
+        rewrite: Rewrite = None,
     ) -> list[Any]:
         try:
-            wish = await edit_of(house, ctx, Request(prompt, seed=seed), images, mask)
+            wish = await edit_of(house, ctx, Request(prompt, seed=seed, rewrite=rewrite), images, mask)
         except LantingError as error:
             raise ToolError(explain(error)) from None
         return await drawn(house, ctx, Order(wish, model, "mcp"), size)
@@ -128,9 +134,18 @@ async def answer(house: House, job: Job) -> list[Any]:
     paths = [result_path(house, job, index) for index in range(len(job.outcome["images"]))]
     names = [f"job:{job.id}/{index}" for index in range(len(paths))]
     seeds = [recipe["request"]["seed"] for recipe in job.outcome["recipes"]]
-    told = {"images": names, "seeds": seeds, "model": job.model, "seconds": job.outcome["seconds"]}
+    told = {"images": names, "seeds": seeds, "model": job.model, "seconds": job.outcome["seconds"]} | written(job)
     pictures = [Image(data=await asyncio.to_thread(path.read_bytes), format="png") for path in paths]
     return [*pictures, json.dumps(told)]
+
+
+def written(job: Job) -> dict[str, Any]:
+    """What was drawn where the prompt was rewritten, or why it was not; the tools draw one picture a call."""
+    assert job.outcome is not None
+    drawn = job.outcome["recipes"][0]["request"]
+    if drawn.get("unwritten") is not None:
+        return {"not_rewritten": drawn["unwritten"]}
+    return {} if drawn.get("asked") is None else {"revised_prompt": drawn["prompt"]}
 
 
 def http_app(house: House) -> tuple[ASGIApp, AbstractAsyncContextManager[None]]:
