@@ -15,6 +15,7 @@ import tiny
 import torch
 
 from lanting import Engine, ModelError, Request, RequestError
+from lanting.core.errors import NotFiniteError
 from lanting.engine.models import Models
 from lanting.flow.loop import Canvas, denoise
 from lanting.nn.lora import detach
@@ -95,6 +96,22 @@ def test_the_loss_falls_and_the_teacher_stays(folder, tmp_path):
         detach(engine.models.transformer)
         *_, plain = denoise(engine.models.transformer, canvas)
         assert quick < 0.8 * (plain.latents - states[:, -1]).norm(), "the file does what the student did"
+
+
+def test_numbers_that_are_not_finite_are_not_learnt(folder, monkeypatch):
+    made = distiller(folder)
+    before = [parameter.clone() for parameter in made.parameters]
+    learn = made.learn
+
+    def broken(walks, own):
+        report = learn(walks, own=own)
+        made.parameters[0].grad.fill_(float("nan"))
+        return report
+
+    monkeypatch.setattr(made, "learn", broken)
+    with pytest.raises(NotFiniteError, match="in step 1: begin again with a lower --lr"):
+        made.step()
+    assert all(map(torch.equal, before, made.parameters))
 
 
 def test_distil_writes_a_file_and_goes_on(folder, tmp_path):

@@ -28,7 +28,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lanting.core.errors import ModelError, RequestError
+from lanting.core.errors import ModelError, NotFiniteError, RequestError
 from lanting.core.files import replace_file
 from lanting.engine.models import Models
 from lanting.engine.studio import EngineStudio
@@ -104,7 +104,7 @@ class Distiller:
         """One update over all of the student's steps. `spent`: share of the time that is gone, 0..1.
 
         Returns the error of each step relative to its target, and where own states were used, how far the student's
-        last state is from the teacher's.
+        last state is from the teacher's. Raises NotFiniteError before such numbers reach the LoRA.
         """
         began = time.monotonic()
         self.add()
@@ -112,7 +112,12 @@ class Distiller:
             self.add()
         walks = self.draw()
         report = self.learn(walks, own=self.rng.random() < self.run.own)
-        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        if not math.isfinite(report["loss"]) or not bool(norm.isfinite()):  # before it is learnt, and then saved
+            raise NotFiniteError(
+                "the training broke into numbers that are not finite in step {step}: begin again with a lower --lr",
+                step=self.clock.step + 1,
+            )
         for group in self.optimizer.param_groups:
             group["lr"] = self.run.rate(self.clock.step, spent)
         self.optimizer.step()
