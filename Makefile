@@ -7,8 +7,6 @@ BIN := .venv/bin
 INSTALL := env -u PYTHONPATH -u PYTHONHOME $(BIN)/python tools/install.py
 # commands that tests start find bytecode, as they do at users'
 RUN := env -u PYTHONPATH -u PYTHONHOME -u PYTHONDONTWRITEBYTECODE
-# of the tests: one more than cores, since some wait for servers; each takes up to 2 GB
-PROCESSES ?= $(shell $(BIN)/python -c 'import os; print(min(4, 1 + (os.cpu_count() or 1)))' 2>/dev/null || echo 2)
 PROMPT ?= A blue sign that says "HELLO"
 
 .PHONY: run test check fmt docs clean kernels
@@ -18,7 +16,7 @@ run: .venv/.base kernels
 	@echo "  the picture is $(CURDIR)/lanting.png"
 
 test: .venv/.test kernels
-	$(RUN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PROCESSES) --dist worksteal
+	$(RUN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 check: .venv/.dev
 	$(RUN) $(BIN)/ruff check .

@@ -214,7 +214,7 @@ def test_a_job_that_kills_its_workers_is_reported_and_others_are_drawn(three):
 def test_room_that_comes_is_used(other, three):
     assert crew(three)["waiting for the cluster"] == 1
     other.stdin.close()  # type: ignore[union-attr]
-    wait_for(lambda: crew(three) == {"count": 3, "ready": 3}, 20)
+    wait_for(lambda: crew(three) == {"count": 3, "ready": 3}, STARTING)
     jobs = [three.submit("slow", steps=16)["id"] for _ in range(3)]
     wait_for(lambda: sorted(running_now(three, jobs)) == [1, 2, 3])
     assert {three.ended(job)["state"] for job in jobs} == {"done"}
