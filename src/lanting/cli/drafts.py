@@ -6,6 +6,7 @@ Rejected: a smaller draft, whose noise, and so whose picture, is another.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from lanting.core.errors import RequestError
@@ -17,7 +18,7 @@ def drafting(model: str, loras: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
     the few-step LoRA that the model brings. Raises RequestError where there is neither."""
     if model in spec_names() and (get_spec(model).lora or (few := distilled_releases(model))):
         return model if get_spec(model).lora else first_here(few), loras
-    if any(is_few_step(lora, model) for lora in loras):
+    if loras and any(map(few_step(model), loras)):
         return model, loras
     if brought := few_step_lora(model):
         return model, (brought, *loras)
@@ -44,12 +45,13 @@ def few_step_lora(model: str) -> str:
     return next((path.stem for path in own if wants_few_steps(path)), "")
 
 
-def is_few_step(lora: str, model: str) -> bool:
-    """Whether FILE[:STRENGTH] was distilled for few steps. Raises ModelError where there is no such file."""
+def few_step(model: str) -> Callable[[str], bool]:
+    """Whether FILE[:STRENGTH] was distilled for few steps, for a model. It raises ModelError where that is no file."""
     from lanting.weights.find import locate
     from lanting.weights.lora_file import find_lora, split_strength
 
-    return wants_few_steps(find_lora(locate(model).path, split_strength(lora)[0]))
+    folder = locate(model).path
+    return lambda lora: wants_few_steps(find_lora(folder, split_strength(lora)[0]))
 
 
 def wants_few_steps(path: Path) -> bool:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import filterfalse
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from lanting.cli import options as o
-from lanting.cli.drafts import is_few_step
+from lanting.cli.drafts import few_step
 from lanting.cli.draw import Weights, Wish, draw
 from lanting.cli.fit import Limits
 from lanting.cli.replay import controlnet_of, inputs_of, loras_of, model_of
@@ -62,20 +63,16 @@ def finish(
     request = replace(
         request, steps=steps, guidance_scale=guidance, quality=quality, choices=None, options=asked, count=1
     )
-    name = model or whole_of(recipe)
+    name = model or whole_release(model_of(recipe))
     if strength is not None:
         request = from_picture(request, recipe, picture, strength)
-    loras = tuple(one for one in loras_of(recipe, [], name, path.parent, screen) if not is_few_step(one, name))
+    loras = loras_of(recipe, [], name, path.parent, screen)
+    loras = tuple(filterfalse(few_step(name), loras)) if loras else ()
     refuse_finished(request, recipe, name, picture)
     again = output or str(path.with_name(f"{path.stem}-finished.png"))
     wish = Wish(name, None, device, dtype, again, force, preview, path.stem, loras=loras)
     wish = replace(wish, controlnet=controlnet_of(recipe, controlnet, path.parent, screen))
     draw(request, replace(wish, weights=Weights(quant, text_encoder, vae), limits=Limits(vram, ram)), screen)
-
-
-def whole_of(recipe: Recipe) -> str:
-    """The release behind a distilled one. Raises ModelError where the recipe names no release."""
-    return whole_release(model_of(recipe))
 
 
 def from_picture(request: Request, recipe: Recipe, picture: str, strength: float) -> Request:

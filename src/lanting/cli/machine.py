@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from lanting.cli.screen import Screen
 from lanting.core.lang import say
+from lanting.doctor.hardware import BUILD
 
 if TYPE_CHECKING:
     from lanting.plan import Device
-
-BUILD = "python -m lanting.kernels.build"
 
 
 def facts() -> dict[str, Any]:

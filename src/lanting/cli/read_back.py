@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lanting.core.save import Place, places_for
+from lanting.core.save import Place, named_by, places_for
 from lanting.core.types import Request, Result
 
 if TYPE_CHECKING:
@@ -35,9 +35,7 @@ def read_back(request: Request, tries: int, draw: Callable[[Request], Result]) -
 
 def places_of(result: Result, output: str | None, title: str, force: bool) -> list[Place]:
     """Under the seeds that were kept."""
-    asked = [one.request for one in result.recipes]
-    words = [(str(one.get("asked") or one["prompt"]), int(one["seed"])) for one in asked]
-    return places_for(output, words, 1, title, force)
+    return places_for(output, named_by(result.recipes), 1, title, force)
 
 
 def tell(readings: Sequence[Reading], paths: Sequence[Path], screen: Screen) -> None:

@@ -73,6 +73,12 @@ def _is_folder(output: str | None) -> bool:
     return output is None or output.endswith(("/", os.sep)) or Path(output).is_dir()
 
 
+def named_by(recipes: Sequence[Recipe]) -> list[tuple[str, int]]:
+    """What pictures are named from: the words as they were asked, and the seed that was drawn with."""
+    asked = [one.request for one in recipes]
+    return [(str(one.get("asked") or one["prompt"]), int(one["seed"])) for one in asked]
+
+
 def places_for(
     output: str | None, words: Sequence[tuple[str, int]], layers: int = 1, title: str = "", force: bool = False
 ) -> list[Place]:

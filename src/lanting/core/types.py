@@ -7,9 +7,9 @@ request plus what is needed to draw the picture again.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -72,6 +72,13 @@ class Request:
     unwritten: str | tuple[str, ...] | None = None
 
 
+def words_of(request: Request) -> tuple[str, ...]:
+    """The prompts as a tuple, one or several."""
+    words: Any = request.prompt  # None, say, is refused as one prompt
+    several = isinstance(words, Iterable) and not isinstance(words, str)
+    return tuple(cast("Iterable[str]", words)) if several else (cast("str", words),)
+
+
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """Enough to draw the picture again. JSON-serialisable through `to_json` in `lanting.core.recipe`."""
@@ -124,9 +131,8 @@ class Result:
         None: PNG files in the current folder, named from prompt and seed. A .psd, .ora or .pptx takes all layers of
         a picture. Nothing that exists is overwritten without `force`. Raises OutputError.
         """
-        from lanting.core.save import places_for, save_all
+        from lanting.core.save import named_by, places_for, save_all
 
         layers = int(self.recipes[0].request.get("options", {}).get("layers", 1)) if self.recipes else 1
-        asked = [one.request for one in self.recipes[::layers]]
-        words = [(str(one.get("asked") or one["prompt"]), int(one["seed"])) for one in asked]
+        words = named_by(self.recipes[::layers])
         return save_all(self.images, places_for(output, words, layers, force=force), self.recipes)

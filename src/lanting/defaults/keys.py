@@ -15,7 +15,6 @@ Value = str | int
 DRAWING = ("generate", "edit", "layers")
 LANGUAGES = ("en", "zh")
 DEVICE = re.compile(r"cpu|mps|cuda(:\d+)?")
-REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +162,7 @@ def wrong_value(name: str, error: RequestError) -> RequestError:
 def model_meant(name: str) -> str:
     """A release, a repository, or the full path of what is here."""
     from lanting.specs import get_spec, spec_names
+    from lanting.weights.home import REPO
 
     if name in spec_names():
         return name

@@ -22,7 +22,6 @@ OURS = (
 )
 HUB = ("HF_ENDPOINT", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HUGGINGFACE_HUB_CACHE", "MODELSCOPE_ENDPOINT")
 SECRET = ("HF_TOKEN",)
-OFF = ("off", "0", "no", "false")
 ATTENTIONS = ("auto", "fa3", "cudnn", "fa2", "flash", "efficient", "math", "int8")
 MANY = 4  # cores of which one thread leaves most idle
 BUILT = 2026  # a clock before this year is wrong
@@ -50,6 +49,8 @@ def environment(env: Mapping[str, str], cores: int, gpu: bool) -> Iterator[Findi
 
 def values(env: Mapping[str, str]) -> Iterator[Finding]:
     """What variables are set to."""
+    from lanting.kernels.library import OFF
+
     asked = env.get("LANTING_ATTENTION", "").strip().lower()
     if asked and asked not in ATTENTIONS:
         near = difflib.get_close_matches(asked, ATTENTIONS, n=1, cutoff=0.4) or ["auto"]
@@ -76,6 +77,8 @@ def values(env: Mapping[str, str]) -> Iterator[Finding]:
 
 def contradictions(env: Mapping[str, str]) -> Iterator[Finding]:
     """Variables of which one makes another mean nothing."""
+    from lanting.kernels.library import OFF
+
     off = env.get("LANTING_KERNELS", "").strip().lower() in OFF
     for name in ("LANTING_GRAPHS", "LANTING_ATTENTION"):
         if off and env.get(name, "").strip().lower() not in ("", *OFF):

@@ -49,7 +49,7 @@ from lanting.weights.build import (
 )
 from lanting.weights.checkpoint import open_component, read_json
 from lanting.weights.find import ModelFolder
-from lanting.weights.fits import can_write, check_fits
+from lanting.weights.fits import check_fits, with_writing
 from lanting.weights.forms import read_forms
 from lanting.weights.home import lora_path
 from lanting.weights.lora import attach_loras
@@ -86,8 +86,7 @@ class Models:
             device, dtype = device or plan.device, dtype or plan.dtype
         check_fits(folder.configs)
         reader = folder.checkpoint("text_encoder")
-        writes = folder.spec.writes and can_write(folder.configs["text_encoder"], reader)
-        folder = replace(folder, spec=replace(folder.spec, writes=writes))
+        folder = replace(folder, spec=with_writing(folder.spec, folder.configs["text_encoder"], reader))
         self.folder, self.release_loras = folder, release_loras(folder)
         self.quant = (
             quant  # what plain Linears are packed as while they are loaded, one of attach.quant.KINDS, "none" or "auto"

@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from lanting.core.errors import RequestError
 from lanting.core.rewriting import Written
-from lanting.core.types import Notice, Progress, Request, note
+from lanting.core.types import Notice, Progress, Request, note, words_of
 from lanting.engine.phases import Phases
 from lanting.engine.room import spare
 from lanting.engine.studio import KEPT, digest
-from lanting.specs.settle import words_of
 from lanting.specs.sizes import fit_area
 from lanting.tasks.pictures import resize, to_mode
 from lanting.text.rewrite import MOST, rewrite

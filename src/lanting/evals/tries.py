@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from lanting.core.errors import RequestError
 from lanting.core.quotes import quoted
 from lanting.core.recipe import request_of_picture
-from lanting.core.types import Recipe, Request, Result
+from lanting.core.types import Recipe, Request, Result, words_of
 from lanting.evals.reading import normalized_distance, read_lines, reader
 from lanting.evals.scores import normal
 
@@ -63,7 +63,7 @@ def shown(text: str, lines: Sequence[str]) -> bool:
 
 def check_tries(request: Request, tries: int) -> None:
     """Raises RequestError unless every prompt quotes something, MissingJudgeError where nothing can read."""
-    prompts = (request.prompt,) if isinstance(request.prompt, str) else request.prompt
+    prompts = words_of(request)
     if silent := next((prompt for prompt in prompts if not quoted(prompt)), None):
         raise RequestError(
             '--tries reads quoted words back, and there are none in {prompt}: write "..." around them',

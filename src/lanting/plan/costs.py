@@ -83,7 +83,7 @@ class Bill:
         if (self.on_cpu or way.encoder == "cpu") and self.model.looked_up(self.dtype):
             rows = max(self.job.prompts * self.job.read_tokens, self.job.written_tokens)
             every += min(rows * FAULT, held.words) - held.words
-        if (way.encoder, way.parked, way.streamed) != ("unload", "disk", "disk"):
+        if not by_layers(way):
             return every
         return every - held.layers + held.layers * LIVE // max(self.model.geometry.language.num_hidden_layers, LIVE)
 
@@ -196,10 +196,14 @@ class Bill:
 
     def said(self, way: Way) -> float:
         """Seconds for each word that the text encoder writes: all its weights are read for it."""
-        passing = (way.encoder, way.parked, way.streamed) == ("unload", "disk", "disk")
         held = self.model.reader(way.reader, self.dtype, bool(self.job.seen), True)
         bandwidth = DESKTOP_RAM if way.encoder == "cpu" or self.card is None else self.card.bandwidth * 1e9
-        return held.every / bandwidth + (held.layers / self.rate("disk") if passing else 0.0)
+        return held.every / bandwidth + (held.layers / self.rate("disk") if by_layers(way) else 0.0)
+
+
+def by_layers(way: Way) -> bool:
+    """Whether the text encoder's layers pass through memory one by one, from the disk."""
+    return (way.encoder, way.parked, way.streamed) == ("unload", "disk", "disk")
 
 
 def price(bill: Bill, way: Way) -> Plan:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lanting.core.types import Request
+from lanting.core.types import Request, words_of
 from lanting.plan.geometry import Geometry
 from lanting.plan.job import CELL21, Job, Size
 from lanting.plan.kinds import KINDS, Kind, nearest, plain
@@ -117,7 +117,7 @@ class Model:
 def job_of(request: Request, model: Model, text: int | None = None) -> Job:
     """What a settled request costs. `text`: tokens of the prompt with its closing, else as many as it may have."""
     spec, own, task = model.spec, model.spec.defaults, request.task or "text_to_image"
-    prompts = (request.prompt,) if isinstance(request.prompt, str) else tuple(request.prompt)
+    prompts = words_of(request)
     count = max((len(words.encode()) for words in prompts), default=0)  # a token is at least a byte
     sizes = tuple(image.size for image in request.images)
     editing, size = task.startswith("edit"), request.size or own.size

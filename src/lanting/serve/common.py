@@ -155,3 +155,9 @@ def plain_error(error: LantingError) -> JSONResponse:
     """An error in Lanting's own words."""
     answer = answer_to(error)
     return json_answer(answer, {"error": {"code": answer.code, "message": answer.sentence}})
+
+
+def revised(drawn: Mapping[str, Any]) -> dict[str, str]:
+    """What a recipe's request drew instead of what was asked, under OpenAI's name for it; nothing where that stayed."""
+    rewritten = drawn.get("asked") is not None and drawn.get("unwritten") is None
+    return {"revised_prompt": drawn["prompt"]} if rewritten else {}

@@ -22,7 +22,7 @@ from pydantic import Field
 from lanting.core.errors import LantingError, RequestError
 from lanting.core.lang import explain
 from lanting.core.types import Request
-from lanting.serve.common import caller_of, result_path, with_picture
+from lanting.serve.common import caller_of, result_path, revised, with_picture
 from lanting.serve.hand import processes
 from lanting.serve.house import Hire, House, open_house
 from lanting.serve.intake import Order
@@ -145,7 +145,7 @@ def written(job: Job) -> dict[str, Any]:
     drawn = job.outcome["recipes"][0]["request"]
     if drawn.get("unwritten") is not None:
         return {"not_rewritten": drawn["unwritten"]}
-    return {} if drawn.get("asked") is None else {"revised_prompt": drawn["prompt"]}
+    return revised(drawn)
 
 
 def http_app(house: House) -> tuple[ASGIApp, AbstractAsyncContextManager[None]]:

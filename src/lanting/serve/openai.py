@@ -30,6 +30,7 @@ from lanting.serve.common import (
     followed,
     once_of,
     result_path,
+    revised,
     size_of,
     sse,
     with_picture,
@@ -191,9 +192,7 @@ async def picture(house: House, request: HttpRequest, ask: Ask, job: Job, index:
     """from_result: one picture."""
     assert job.outcome is not None
     drawn = job.outcome["recipes"][index]["request"]
-    seed = {"seed": drawn["seed"]}
-    if drawn.get("asked") is not None and drawn.get("unwritten") is None:
-        seed |= {"revised_prompt": drawn["prompt"]}
+    seed = {"seed": drawn["seed"]} | revised(drawn)
     if ask.response_format == "url":
         signed = house.signer.sign(f"/api/jobs/{job.id}/images/{index}", job.owner)
         return {"url": f"{str(request.base_url).rstrip('/')}{signed}&format={ask.output_format or 'png'}"} | seed

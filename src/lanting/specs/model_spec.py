@@ -93,7 +93,12 @@ def get_spec(name: str) -> ModelSpec:
 def whole_release(name: str) -> str:
     """The release that `name` was distilled from, and whose weights it uses; a release that is none is its own."""
     spec = get_spec(name)
-    return next((one for one in spec_names() if spec.lora and is_whole_of(one, spec.repo)), name)
+    return (release_in(spec.repo) if spec.lora else None) or name
+
+
+def release_in(repo: str) -> str | None:
+    """The release that a repository holds, without a LoRA on top; None where it holds none of ours."""
+    return next((one for one in spec_names() if repo and get_spec(one).repo == repo and not get_spec(one).lora), None)
 
 
 def distilled_releases(name: str) -> tuple[str, ...]:
@@ -101,11 +106,6 @@ def distilled_releases(name: str) -> tuple[str, ...]:
     repo = get_spec(name).repo
     found = [one for one in spec_names() if repo and get_spec(one).lora and get_spec(one).repo == repo]
     return tuple(sorted(found, key=lambda one: get_spec(one).defaults.steps))
-
-
-def is_whole_of(name: str, repo: str) -> bool:
-    """Whether a release is what a repository holds, without a LoRA on top."""
-    return get_spec(name).repo == repo and not get_spec(name).lora
 
 
 def read_spec(path: Path) -> ModelSpec:

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 from lanting.core.errors import RequestError
 from lanting.core.rewriting import LONGEST
-from lanting.core.types import Request
+from lanting.core.types import Request, words_of
 from lanting.specs.model_spec import ModelSpec
 
 
@@ -21,8 +21,7 @@ def settle_rewrite(request: Request, task: str, spec: ModelSpec) -> bool:
     check_writes(spec)
     if task == "layered":
         raise RequestError("layers have no prompt to rewrite: leave the prompt empty, and the picture is described")
-    words = (request.prompt,) if isinstance(request.prompt, str) else request.prompt
-    if not all(text.strip() for text in words):
+    if not all(map(str.strip, words_of(request))):
         raise RequestError("there are no words to rewrite: say what to draw")
     return True
 
@@ -39,9 +38,8 @@ def check_writes(spec: ModelSpec) -> None:
 
 def may_rewrite(request: Request, spec: ModelSpec) -> bool:
     """Whether it could be, for whoever makes it a default."""
-    words = (request.prompt,) if isinstance(request.prompt, str) else request.prompt
     layered = request.task == "layered" or spec.tasks == ("layered",)
-    return spec.writes and not layered and all(map(str.strip, words))
+    return spec.writes and not layered and all(map(str.strip, words_of(request)))
 
 
 def _check_told(told: Any, prompt: str | tuple[str, ...]) -> None:

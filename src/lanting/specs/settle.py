@@ -7,13 +7,12 @@ Settling a settled request changes nothing.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 from lanting.core.errors import RequestError
 from lanting.core.rewriting import LONGEST
-from lanting.core.types import TASK_NAMES, Request
+from lanting.core.types import TASK_NAMES, Request, words_of
 from lanting.specs.model_spec import ModelSpec
 from lanting.specs.numbers import number, whole
 from lanting.specs.options import settle_choices, settle_options, settle_quality
@@ -61,13 +60,6 @@ def settle(request: Request, spec: ModelSpec) -> Request:
         choices=choices,
         rewrite=rewrite,
     )
-
-
-def words_of(request: Request) -> tuple[str, ...]:
-    """The prompts as a tuple, one or several."""
-    words: Any = request.prompt  # None, say, is refused as one prompt
-    several = isinstance(words, Iterable) and not isinstance(words, str)
-    return tuple(cast("Iterable[str]", words)) if several else (cast("str", words),)
 
 
 def _task(request: Request, spec: ModelSpec) -> str:

@@ -6,9 +6,11 @@ A text encoder of another width fails in the middle of the first step, one of an
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from lanting.core.errors import ModelError
+from lanting.specs import ModelSpec
 from lanting.specs.detect import SINGLE_STREAM
 from lanting.weights.checkpoint import Checkpoint
 
@@ -49,8 +51,9 @@ def check_fits(configs: Configs) -> None:
         )
 
 
-def can_write(config: Mapping[str, Any], files: Checkpoint) -> bool:
-    """Whether a text encoder (its config.json and its files) is a Qwen2.5-VL with its head: repacked ones may lack it.
-    A table of words in its place (`tie_word_embeddings`) belongs to smaller models than any that a release reads with.
+def with_writing(spec: ModelSpec, config: Mapping[str, Any], files: Checkpoint) -> ModelSpec:
+    """The release, which writes only where the text encoder that is here (its config.json and its files) is a
+    Qwen2.5-VL with its head: repacked ones may lack it. A table of words in its place (`tie_word_embeddings`) belongs
+    to smaller models than any that a release reads with.
     """
-    return config.get("model_type") != "qwen3_vl" and HEAD in files.infos
+    return replace(spec, writes=spec.writes and config.get("model_type") != "qwen3_vl" and HEAD in files.infos)

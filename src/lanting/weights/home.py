@@ -18,7 +18,7 @@ from typing import Any
 
 from lanting.core.errors import ModelError
 from lanting.core.files import replace_file
-from lanting.specs import get_spec, is_whole_of, spec_names
+from lanting.specs import get_spec, release_in, spec_names
 
 MARKER = "lanting.json"
 STAGING = ".lanting-pull"  # inside a model's folder: what a pull has fetched so far
@@ -235,7 +235,7 @@ def folder_size(folder: Path) -> int:
 
 def _keeper(repo: str, otherwise: str) -> str:
     """The release that gives a repository's folder its name."""
-    return next((name for name in spec_names() if repo and is_whole_of(name, repo)), otherwise)
+    return release_in(repo) or otherwise
 
 
 def _has(folder: Path, name: str, size: Any) -> bool:

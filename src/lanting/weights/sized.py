@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
 
 from lanting.core.errors import ModelError
 from lanting.plan.geometry import Geometry
@@ -11,7 +10,7 @@ from lanting.plan.model import Model
 from lanting.plan.sizes import parameters
 from lanting.weights.checkpoint import Checkpoint
 from lanting.weights.find import ModelFolder
-from lanting.weights.fits import can_write
+from lanting.weights.fits import with_writing
 from lanting.weights.forms import Form, read_forms
 from lanting.weights.headers import TensorInfo
 
@@ -29,7 +28,7 @@ def planned_model(folder: ModelFolder) -> Model:
     forms = read_forms(body)
     return Model(
         name=folder.name,
-        spec=replace(folder.spec, writes=folder.spec.writes and can_write(folder.configs["text_encoder"], reader)),
+        spec=with_writing(folder.spec, folder.configs["text_encoder"], reader),
         geometry=geometry,
         kind=kind_of(body, forms),
         reader_kind=kind_of(reader, read_forms(reader)),
