@@ -23,7 +23,7 @@ from PIL import Image
 
 from lanting import Engine, Request
 from lanting.evals.flip import flip
-from lanting.evals.reading import read_lines
+from lanting.reading.reader import read_lines
 
 WORDS = ("Fresh Bread", "Open", "Honey", "The River", "Grand Opening", "Tea House", "Sale", "Books", "Music", "Garden")
 FRAMES = ('a shop sign that says "{}"', 'a poster, "{}"', 'a label with a border, "{}"', 'a book cover, "{}"')

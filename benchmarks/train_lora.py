@@ -24,7 +24,8 @@ import torch
 from PIL import Image
 
 from lanting import Engine, Request
-from lanting.evals.reading import hits, read_lines
+from lanting.core.readings import hits
+from lanting.reading.reader import read_lines
 from lanting.specs import get_spec
 from lanting.train.atlas import default_atlas
 from lanting.train.design import WIDE, Design

@@ -28,22 +28,23 @@ MAY: dict[str, set[str]] = {
     "attach": {"core", "nn", "kernels", "weights"},
     "text": {"core", "specs", "nn"},
     "tasks": {"core", "specs", "flow"},
-    "engine": {"core", "specs", "plan", "nn", "kernels", "weights", "attach", "flow", "text", "tasks"},
+    "engine": {"core", "specs", "plan", "nn", "kernels", "weights", "attach", "flow", "text", "tasks", "reading"},
+    "reading": {"core"},
     "train": {"core", "specs", "nn", "weights", "flow", "text", "tasks", "engine"},
-    "evals": {"core", "specs", "engine", "train"},  # its held-out sets are train's designs; train knows no judge
+    "evals": {"core", "specs", "reading", "engine", "train"},  # held-out sets are train's designs; train knows no judge
     "bench": {"core", "specs", "plan", "nn", "kernels", "attach", "engine"},
     "serve": {"core", "specs", "plan", "kernels", "engine"},  # kernels: how many threads there are
     "cluster": {"core", "specs", "plan", "serve"},
     "defaults": {"core", "specs", "plan", "weights"},  # weights: whether a model that is a folder can do a verb's task
     "doctor": {"core", "specs", "plan", "kernels", "weights", "defaults"},
     "cli": {"core", "specs", "plan", "kernels", "weights", "engine", "train", "evals", "bench", "serve", "cluster"}
-    | {"defaults", "doctor"},
+    | {"reading", "defaults", "doctor"},
 }
 # heavy library -> rooms that may import it when they are imported themselves; everyone else inside functions
 TORCH_ROOMS = {"nn", "kernels", "weights", "attach", "flow", "text", "tasks", "engine", "train", "evals", "bench"}
 HEAVY = {
     "torch": TORCH_ROOMS,
-    "numpy": TORCH_ROOMS,
+    "numpy": TORCH_ROOMS | {"reading"},
     "safetensors": {"weights", "engine", "train"},
     "tokenizers": {"text", "train"},
     "huggingface_hub": set(),

@@ -12,8 +12,9 @@ import torch
 
 from lanting import Engine, Progress, Request, Result, read_recipe, save_picture
 from lanting.core.errors import ModelError, RequestError
+from lanting.core.readings import hits
 from lanting.core.recipe import restore_request
-from lanting.evals.reading import hits, read_lines
+from lanting.reading.reader import read_lines
 from lanting.weights.find import embedded_nano
 from processor import processor_seconds
 

@@ -20,8 +20,8 @@ from lanting.evals.ocr import (
     tesseract_languages,
 )
 from lanting.evals.pictograms import boxes_of
-from lanting.evals.reading import enlarged, read_boxes, text_boxes
 from lanting.evals.sheet import COLUMN, GAP, GREEN, MOST, RED, Tile, sheet, side_by_side
+from lanting.reading.reader import enlarged, read_boxes, text_boxes
 from lanting.train.design import WIDE, Design
 
 HELLO = Design(WIDE, ("HELLO",), "blue", "white")

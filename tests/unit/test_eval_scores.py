@@ -6,7 +6,8 @@ import random
 
 import pytest
 
-from lanting.evals.scores import add_up, compare, edit_distance, normal, pair_up, share_of, words_right
+from lanting.core.readings import edit_distance, normal
+from lanting.evals.scores import add_up, compare, pair_up, share_of, words_right
 
 
 def test_case_spaces_and_wide_marks_do_not_count():

@@ -7,16 +7,9 @@ import sys
 import pytest
 from PIL import Image
 
-from lanting.evals.reading import (
-    MissingJudgeError,
-    edit_distance,
-    hits,
-    normalized_distance,
-    read_lines,
-    reader,
-    squeeze,
-    wilson,
-)
+from lanting.core.readings import edit_distance, hits, normalized_distance
+from lanting.evals.scores import wilson
+from lanting.reading.reader import MissingJudgeError, read_lines, reader, squeeze
 from lanting.train.design import SQUARE, WIDE, Design
 from lanting.train.draw import render
 

@@ -20,7 +20,7 @@ from lanting.cli.drafts import drafting
 from lanting.cli.fit import Limits, fit
 from lanting.cli.lora import tell_wishes
 from lanting.cli.options import Defaulted
-from lanting.cli.read_back import as_json, check, places_of, read_back, tell
+from lanting.cli.read_back import places_of, tell
 from lanting.cli.screen import Screen
 from lanting.core.files import replace_file
 from lanting.core.lang import say
@@ -32,7 +32,6 @@ from lanting.specs import parse_size, settle
 
 if TYPE_CHECKING:
     from lanting.engine import Engine
-    from lanting.evals.tries import Reading
 
 STARTED = time.perf_counter()
 NO_LIMITS = Limits()
@@ -70,7 +69,6 @@ class Wish:
     weights: Weights = Weights()
     limits: Limits = NO_LIMITS
     draft: bool = False  # in few steps, to be finished later
-    tries: int = 1  # seeds that may be drawn with until the quoted words are read
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +78,6 @@ class Drawn:
     paths: tuple[Path, ...]
     result: Result
     request: Request
-    readings: tuple[Reading, ...] = ()  # what is read in each picture, where somebody wants to know
 
     @property
     def each(self) -> int:
@@ -124,14 +121,13 @@ def draw(request: Request, wish: Wish, screen: Screen) -> Drawn:
         settled = settle(replace(request, size=size), engine.spec)
         tell_wishes(engine.loras, settled, screen, engine.spec.lora)
         places = _places(settled, wish)
-        check(settled, wish.tries)
-        result, readings = _drawn(engine, settled, wish, places[0].path, screen)
-        if readings:
+        result = _drawn(engine, settled, wish, places[0].path, screen)
+        if result.readings:
             places = places_of(result, wish.output, wish.title, wish.force)
         paths = save_all(result.images, places, result.recipes)
     finally:
         engine.close()
-    drawn = Drawn(paths, result, settled, readings)
+    drawn = Drawn(paths, result, settled)
     _report(drawn, wish, screen)
     return drawn
 
@@ -152,15 +148,13 @@ def _tell_default(wish: Wish, screen: Screen) -> Wish:
     return wish
 
 
-def _drawn(
-    engine: Engine, request: Request, wish: Wish, path: Path, screen: Screen
-) -> tuple[Result, tuple[Reading, ...]]:
-    """The engine's work under a bar, and what is read in the pictures."""
+def _drawn(engine: Engine, request: Request, wish: Wish, path: Path, screen: Screen) -> Result:
+    """The engine's work under a bar."""
     screen.begin(f"{engine.spec.name} · {_cross(request.size)} · {_steps(request)}")
     preview = _previewer(path, screen) if wish.preview else None
     done = False
     try:
-        found = read_back(request, wish.tries, lambda one: _follow(engine, one, screen, preview))
+        found = _follow(engine, request, screen, preview)
         done = True
     finally:
         screen.end(done)
@@ -223,7 +217,7 @@ def _report(drawn: Drawn, wish: Wish, screen: Screen) -> None:
         screen.line("{path}{prompt}   seed {seed}", path=path, prompt=shown, seed=recipe.request["seed"])
     rewritten.tell(drawn.recipes, screen)
     _tell_choices(drawn, screen)
-    tell(drawn.readings, drawn.paths, screen)
+    tell(drawn.result.readings, drawn.paths, screen)
     phases = ", ".join(f"{name} {spent:.1f} s" for name, spent in seconds.items())
     screen.line("read, drawn and saved in {seconds:.1f} s ({phases})", seconds=total, phases=phases)
     screen.line("again: lanting replay {path}", path=drawn.quoted)
@@ -257,7 +251,8 @@ def _as_json(drawn: Drawn, total: float) -> dict[str, Any]:
         | several
         for path, image, recipe in zip(drawn.paths, drawn.result.images[:: drawn.each], drawn.recipes, strict=True)
     ]
-    files = [one | as_json(each) for one, each in zip(files, drawn.readings, strict=True)] if drawn.readings else files
+    for file, reading in zip(files, drawn.result.readings, strict=bool(drawn.result.readings)):
+        file["text"] = reading.as_json()
     seconds = {name: round(spent, 3) for name, spent in drawn.result.seconds.items()} | {"total": round(total, 3)}
     return {
         "files": files,

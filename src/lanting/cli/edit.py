@@ -33,6 +33,7 @@ def edit(
     negative: o.Negative = None,
     seed: o.Seed = None,
     count: o.Count = 1,
+    tries: o.Tries = None,
     rewrite: o.Rewrite = False,
     draft: o.Draft = False,
     lora: o.Lora = None,
@@ -71,6 +72,7 @@ def edit(
         count=count,
         quality=quality,
         rewrite=rewrite,
+        tries=tries,
     )
     title = Path(paths[0]).stem
     weights, loras = Weights(quant, text_encoder, vae), tuple(lora or ())

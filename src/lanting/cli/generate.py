@@ -27,7 +27,7 @@ def generate(
     negative: o.Negative = None,
     seed: o.Seed = None,
     count: o.Count = 1,
-    tries: o.Tries = 1,
+    tries: o.Tries = None,
     rewrite: o.Rewrite = False,
     draft: o.Draft = False,
     lora: o.Lora = None,
@@ -52,13 +52,13 @@ def generate(
     """Draw pictures from words. Without --model, the small nano model that ships with lanting draws signs."""
     words = piped() if prompt == "-" else prompt
     request = Request(words, negative_prompt=negative, steps=steps, guidance_scale=guidance, seed=seed, count=count)
-    request = replace(request, quality=quality, rewrite=rewrite)
+    request = replace(request, quality=quality, rewrite=rewrite, tries=tries)
     if control or controlnet or mask:
         request = controlled(request, control or [], mask, control_scale)
     loras = tuple(lora or ())
     weights = Weights(quant, text_encoder, vae)
     wish = Wish(model, size, device, dtype, output, force, preview, controlnet=controlnet, loras=loras, weights=weights)
-    wish = replace(wish, limits=Limits(vram, ram), tries=tries, draft=draft)
+    wish = replace(wish, limits=Limits(vram, ram), draft=draft)
     screen = Screen(quiet, json)
     draw(request, wish, screen)
     if model == "nano":

@@ -117,7 +117,7 @@ Rewrite = Annotated[
     ),
 ]
 Tries = Annotated[
-    int,
+    int | None,
     typer.Option(
         "--tries",
         help="Read the quoted words back, and draw with up to so many seeds until they are right (needs "

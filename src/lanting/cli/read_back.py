@@ -1,36 +1,18 @@
-"""`--tries`: pictures whose words are read back, drawn until they are right; and what a person is told of that."""
+"""`--tries`: what a person is told of words that were read back, and where pictures go whose seeds were chosen so."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from lanting.core.save import Place, named_by, places_for
-from lanting.core.types import Request, Result
+from lanting.core.types import Result
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from lanting.cli.screen import Screen
-    from lanting.evals.tries import Reading
-
-
-def check(request: Request, tries: int) -> None:
-    """Raises LantingError where nothing is quoted, or nothing can read; loads what reads."""
-    if tries != 1:
-        from lanting.evals.tries import check_tries
-
-        check_tries(request, tries)
-
-
-def read_back(request: Request, tries: int, draw: Callable[[Request], Result]) -> tuple[Result, tuple[Reading, ...]]:
-    """The result of `draw`, of which pictures are drawn again until their words are read."""
-    if tries == 1:
-        return draw(request), ()
-    from lanting.evals.tries import draw_until_read
-
-    result, readings = draw_until_read(request, tries, draw)
-    return result, tuple(readings)
+    from lanting.core.readings import Reading
 
 
 def places_of(result: Result, output: str | None, title: str, force: bool) -> list[Place]:
@@ -49,8 +31,3 @@ def tell(readings: Sequence[Reading], paths: Sequence[Path], screen: Screen) -> 
             )
         else:
             screen.line("read back: {lines}   (try {tries})", lines=lines, tries=reading.tries)
-
-
-def as_json(reading: Reading) -> dict[str, Any]:
-    told = {"asked": list(reading.asked), "read": list(reading.lines)}
-    return {"text": {**told, "right": not reading.missing, "tries": reading.tries}}

@@ -17,7 +17,14 @@ from lanting.core.types import Progress
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
-PHASES = {"load": "loading", "write": "writing", "encode": "reading", "denoise": "drawing", "decode": "developing"}
+PHASES = {
+    "load": "loading",
+    "write": "writing",
+    "encode": "reading",
+    "denoise": "drawing",
+    "decode": "developing",
+    "read": "reading back",
+}
 
 
 @dataclass

@@ -132,7 +132,8 @@ def share_read(pictures: Sequence[np.ndarray], lines: Sequence[Sequence[str]]) -
     """Share of the asked lines that the optical reader finds; pictures (H, W, 3) uint8."""
     from PIL import Image
 
-    from lanting.evals.reading import hits, read_lines
+    from lanting.core.readings import hits
+    from lanting.reading.reader import read_lines
 
     found = [hits(asked, read_lines(Image.fromarray(p))) for p, asked in zip(pictures, lines, strict=True) if asked]
     return sum(map(sum, found)) / max(1, sum(map(len, found)))

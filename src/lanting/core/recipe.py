@@ -46,6 +46,8 @@ def describe_request(request: Request) -> dict[str, Any]:
         table["choices"] = dict(request.choices)
     if request.rewrite:
         table["rewrite"] = True
+    if request.tries is not None:
+        table["tries"] = request.tries
     for name in ("asked", "unwritten"):
         if (words := getattr(request, name)) is not None:
             table[name] = words if isinstance(words, str) else list(words)
@@ -71,6 +73,7 @@ def restore_request(table: Mapping[str, Any], images: Sequence[Image] = (), mask
     return Request(
         prompt=_words(prompt),
         rewrite=True if table.get("rewrite") else None,
+        tries=table.get("tries"),
         **{name: _words(table[name]) for name in ("asked", "unwritten") if table.get(name) is not None},
         size=None if size is None else (int(size[0]), int(size[1])),
         images=tuple(images),

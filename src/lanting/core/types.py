@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from PIL.Image import Image
 
+    from lanting.core.readings import Reading
+
 TASK_NAMES = (
     "text_to_image",
     "image_to_image",
@@ -49,6 +51,8 @@ class Request:
                      server does so by default
     asked            the prompt as it was asked, where another was drawn: recipes have it
     unwritten        why the prompt was not rewritten, though that was wished: recipes have it
+    tries            read the quoted words back, and draw with up to so many seeds (1..64) until they are right; 1: read
+                     them and no more; None: nothing is read
     options          words of a task's own: layers, resolution, control_scale, control_start, control_end,
                      padding_mask_crop, keep, sigmas, batched_guidance
     """
@@ -70,6 +74,7 @@ class Request:
     rewrite: bool | None = None
     asked: str | tuple[str, ...] | None = None
     unwritten: str | tuple[str, ...] | None = None
+    tries: int | None = None
 
 
 def words_of(request: Request) -> tuple[str, ...]:
@@ -108,7 +113,7 @@ def note(sentence: str, **values: object) -> Notice:
 class Progress:
     """What every interface shows. `preview` is a small PIL picture when previews were asked for."""
 
-    phase: str  # "load", "write", "encode", "denoise", "decode"
+    phase: str  # "load", "write", "encode", "denoise", "decode", "read"
     step: int
     steps: int
     seconds: float  # since the phase began
@@ -124,6 +129,7 @@ class Result:
     images: tuple[Image, ...]
     recipes: tuple[Recipe, ...]  # one per picture
     seconds: Mapping[str, float]  # per phase
+    readings: tuple[Reading, ...] = ()  # one per picture, where they were read back
 
     def save(self, output: str | None = None, *, force: bool = False) -> tuple[Path, ...]:
         """Write every picture with its recipe and return the paths; `output` as with `lanting generate -o`.

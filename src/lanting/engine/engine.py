@@ -6,7 +6,6 @@ An engine may be used from several threads; requests then take turns, since one 
 
 from __future__ import annotations
 
-import platform
 import threading
 from collections.abc import Generator, Hashable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -19,7 +18,8 @@ from lanting.core.checkpoint import Checkpoint
 from lanting.core.errors import LantingError, NotFiniteError
 from lanting.core.recipe import describe_request, request_of_picture
 from lanting.core.types import Progress, Recipe, Request, Result
-from lanting.engine.choose import devices_of, say_dtypes
+from lanting.engine.choose import devices_of
+from lanting.engine.conditions import key_of, versions_of
 from lanting.engine.drawing import Drawing
 from lanting.engine.fit import Fit, hold, in_bytes, planned
 from lanting.engine.models import Models
@@ -31,9 +31,10 @@ from lanting.engine.rewriting import check_room, prepare, rewritten, words_for
 from lanting.engine.room import room
 from lanting.engine.studio import EngineStudio
 from lanting.engine.together import Together
+from lanting.engine.tries import until_read
 from lanting.flow.loop import Canvas, Grid, Step
-from lanting.kernels.library import instruction_set
 from lanting.plan import Plan
+from lanting.reading.reader import check_reader
 from lanting.specs import ModelSpec, settle
 from lanting.tasks import TASKS
 from lanting.tasks.pictures import pictures_from, resize, to_mode
@@ -135,6 +136,8 @@ class Engine:
         settled = settle(request, self.spec)
         if settled.rewrite:
             check_room(self.models, self.counted, self.budget)
+        if settled.tries is not None:
+            check_reader()
         return settled
 
     def run(self, request: Request) -> Result:
@@ -171,6 +174,8 @@ class Engine:
         settled, known = self.settled(request), self.known()
         if self.models.crew is not None:  # a picture has all devices, so that it is done sooner
             return 1
+        if settled.tries is not None:  # who is drawn again holds nobody up
+            return 1
         shared = most is not None or all(same for (key, *_), same in self.proved.items() if key == known.key)
         return room(self.models, settled, most, self.budget) if shared and not known.ways else 1
 
@@ -202,6 +207,17 @@ class Engine:
 
     def _draw(
         self, request: Request, previews: Previews, every: int = 0, resume: Checkpoint | None = None
+    ) -> Iterator[Progress | Checkpoint | Result]:
+        if request.tries is None:
+            return self._drawing(request, previews, every, resume)
+
+        def draw(one: Request, first: bool) -> Iterator[Progress | Checkpoint | Result]:
+            return self._drawing(one, previews, every, resume if first else None)
+
+        return until_read(request, draw)
+
+    def _drawing(
+        self, request: Request, previews: Previews, every: int, resume: Checkpoint | None
     ) -> Iterator[Progress | Checkpoint | Result]:
         with self.turn, resting(self.models):
             drawing = Drawing(self.models, request, self.known(), resume)
@@ -322,29 +338,3 @@ def resting(models: Models) -> Iterator[None]:
         yield
     finally:
         models.rest()
-
-
-def key_of(models: Models) -> str:
-    """Everything that decides whether a model's numbers fit: device, dtypes, weights, LoRAs, what computes."""
-    versions = {name: value for name, value in versions_of(models).items() if name not in ("lanting", "python")}
-    loras = [f"{lora.sha256}:{lora.strength:g}" for lora in models.loras]
-    return " ".join([models.fingerprint, *versions.values(), *loras])
-
-
-def versions_of(models: Models) -> dict[str, str]:
-    """What else decides the pixels, besides request and weights."""
-    from lanting import __version__
-
-    return {
-        "lanting": __version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "device": str(models.device) if models.device.type == "cpu" else device_name(models.device),
-        "dtype": say_dtypes(models.dtypes),
-        **({"kernels": name} if models.device.type == "cpu" and (name := instruction_set()) else {}),
-        **({"quant": kind} if (kind := models.kind("transformer")) != "none" else {}),
-    }
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)

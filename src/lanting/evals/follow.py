@@ -18,9 +18,9 @@ from lanting.evals.colors import Box, Ground, free_pixels, ground_of, ink_of, ne
 from lanting.evals.draw import Drawn, Engine, How, Tell, draw, has_rule
 from lanting.evals.flip import mean_flip
 from lanting.evals.pictograms import NOTHING, alternatives, boxes_of, count_of, identify, side_of
-from lanting.evals.reading import text_boxes
 from lanting.evals.scores import Share, share_of
 from lanting.evals.sets import Case
+from lanting.reading.reader import text_boxes
 
 if TYPE_CHECKING:
     from PIL.Image import Image

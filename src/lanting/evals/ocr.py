@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lanting.evals.reading import Box, cut_lines, enlarged, read_boxes, read_lines
+from lanting.reading.reader import Box, can_read, cut_lines, enlarged, read_boxes, read_lines
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -43,15 +43,9 @@ class Judge:
 
 def judges(names: Sequence[str], language: str) -> tuple[list[Judge], list[str]]:
     """(the asked readers that are installed, the names of those that are not)."""
-    ready = {"pp": has_rapidocr, "tesseract": lambda: language in tesseract_languages()}
+    ready = {"pp": can_read, "tesseract": lambda: language in tesseract_languages()}
     present = [name for name in names if ready[name]()]
     return [KNOWN[name] for name in present], [name for name in names if name not in present]
-
-
-def has_rapidocr() -> bool:
-    from importlib.util import find_spec
-
-    return find_spec("rapidocr") is not None and find_spec("onnxruntime") is not None
 
 
 @cache

@@ -8,35 +8,14 @@ CVTG-2K). 1 is perfect everywhere.
 
 from __future__ import annotations
 
-import re
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from lanting.core.readings import distances, edit_distance, normal
+
 RESAMPLES = 2000
-
-
-def normal(text: str) -> str:
-    """As it is compared: without white space and case, full-width marks and letters as their narrow twins."""
-    return re.sub(r"\s+", "", unicodedata.normalize("NFKC", text)).casefold()
-
-
-def edit_distance(a: str, b: str) -> int:
-    """Levenshtein distance: insertions, deletions and replacements that turn a into b."""
-    return int(distances(a, b)[-1][-1])
-
-
-def distances(a: str, b: str) -> list[list[int]]:
-    """The table of edit distances between all beginnings of a (rows) and of b (columns)."""
-    table = [list(range(len(b) + 1))]
-    for i, x in enumerate(a, 1):
-        previous, row = table[-1], [i]
-        for j, y in enumerate(b, 1):
-            row.append(min(previous[j] + 1, row[-1] + 1, previous[j - 1] + (x != y)))
-        table.append(row)
-    return table
 
 
 def pair_up(asked: Sequence[str], found: Sequence[str]) -> list[str]:

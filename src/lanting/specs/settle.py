@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 from lanting.core.errors import RequestError
+from lanting.core.quotes import quoted
 from lanting.core.rewriting import LONGEST
 from lanting.core.types import TASK_NAMES, Request, words_of
 from lanting.specs.model_spec import ModelSpec
@@ -42,7 +43,8 @@ def settle(request: Request, spec: ModelSpec) -> Request:
     options, steps = settle_options(request, task, own)
     choices = settle_choices(request, steps)
     count = whole("count", request.count, 1, 64)
-    last = LARGEST_SEED - count * len(words_of(request)) + 1  # picture i is drawn with seed + i
+    tries = _tries(request, task)
+    last = LARGEST_SEED - count * len(words_of(request)) * (tries or 1) + 1  # picture i is drawn with seed + i
     seed = secrets.randbelow(2**32) if request.seed is None else whole("seed", request.seed, 0, last)
     guidance = own.guidance_scale if request.guidance_scale is None else request.guidance_scale
     return replace(
@@ -59,6 +61,7 @@ def settle(request: Request, spec: ModelSpec) -> Request:
         quality=settle_quality(request),
         choices=choices,
         rewrite=rewrite,
+        tries=tries,
     )
 
 
@@ -159,6 +162,20 @@ def _brightest(mask: Image) -> int:
     if mask.mode.startswith("I"):
         return round(cast("int", mask.convert("I").getextrema()[1]) / 257)
     return cast("int", mask.convert("L").getextrema()[1])
+
+
+def _tries(request: Request, task: str) -> int | None:
+    """Where words are read back, there must be some."""
+    if request.tries is None:
+        return None
+    if task == "layered":
+        raise RequestError("the words of layers are not read back: leave tries out")
+    if silent := next((prompt for prompt in words_of(request) if not quoted(prompt)), None):
+        raise RequestError(
+            'quoted words are to be read back, and there are none in {prompt}: write "..." around them',
+            prompt=repr(silent[:60]),
+        )
+    return whole("tries", request.tries, 1, 64)
 
 
 def _size(request: Request, task: str, spec: ModelSpec, options: dict[str, Any]) -> tuple[int, int]:

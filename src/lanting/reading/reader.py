@@ -11,30 +11,16 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from functools import cache
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lanting.core.errors import LantingError
-from lanting.evals.scores import edit_distance, wilson
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = [
-    "MissingJudgeError",
-    "cut_lines",
-    "edit_distance",
-    "enlarged",
-    "hits",
-    "normalized_distance",
-    "read_boxes",
-    "read_lines",
-    "reader",
-    "squeeze",
-    "text_boxes",
-    "wilson",
-]
 MARGIN, SCALE, ENOUGH = 32, 3, 1024  # pixels, times, pixels along the longer side that need no enlarging
 FINDER = 512  # pixels along the longer side, as the finder sees a picture that was enlarged SCALE times
 LINE_HEIGHT, LINE_MARGIN = 64, 0.12  # a known line is brought to this height with a share of it around
@@ -45,15 +31,28 @@ class MissingJudgeError(LantingError):
     """An optional package or program is not installed."""
 
 
+def can_read() -> bool:
+    """Whether the reader is installed; loads nothing."""
+    return find_spec("rapidocr") is not None and find_spec("onnxruntime") is not None
+
+
+def check_reader() -> None:
+    """Raises MissingJudgeError where nothing can read."""
+    if not can_read():
+        raise missing()
+
+
+def missing() -> MissingJudgeError:
+    return MissingJudgeError("Reading pictures needs rapidocr; install it with: pip install 'lanting[eval]'")
+
+
 @cache
 def reader(longest: int = 0) -> Any:
     """The optical reader, loaded once (about one second); its finder sees at most `longest` pixels, 0: its own rule."""
     try:
         from rapidocr import RapidOCR
     except ImportError:
-        raise MissingJudgeError(
-            "Reading pictures needs rapidocr; install it with: pip install 'lanting[eval]'"
-        ) from None
+        raise missing() from None
     one = {"EngineConfig.onnxruntime.intra_op_num_threads": 1, "EngineConfig.onnxruntime.inter_op_num_threads": 1}
     small = {"Det.limit_type": "max", "Det.limit_side_len": longest} if longest else {}
     return RapidOCR(params={**one, **small, "Global.log_level": "error"})
@@ -127,15 +126,3 @@ def cut_lines(image: Image, boxes: Sequence[Box], height: int) -> list[Image]:
 def squeeze(text: str) -> str:
     """Without white space."""
     return re.sub(r"\s+", "", text)
-
-
-def hits(asked: Sequence[str], found: Sequence[str]) -> list[bool]:
-    """For every asked line: was it read, case and spaces aside?"""
-    seen = [line.casefold() for line in found]
-    return [squeeze(line).casefold() in seen for line in asked]
-
-
-def normalized_distance(asked: Sequence[str], found: Sequence[str]) -> float:
-    """Edit distance of everything asked to everything read, divided by the longer: 0 perfect, 1 nothing right."""
-    a, b = (squeeze("".join(lines)).casefold() for lines in (asked, found))
-    return edit_distance(a, b) / max(len(a), len(b), 1)
