@@ -33,14 +33,14 @@ class FakeEngine:
     notes: tuple[str, ...] = ()
     loras: tuple[Any, ...] = ()
     controlnet: str | None = None  # what the engine was opened with
-    read: Any = None  # (picture) -> lines
+    sees: Any = None  # (picture) -> lines
 
     def stream(self, request: Request, previews: bool = False) -> Iterator[Any]:
         if request.tries is None:
             return self._once(request, previews)
         from lanting.engine.tries import until_read
 
-        return until_read(request, lambda one, _: self._once(one, previews), self.read)
+        return until_read(request, lambda one, _: self._once(one, previews), self.sees)
 
     def _once(self, request: Request, previews: bool = False) -> Iterator[Progress | Result]:
         self.requests.append(request)

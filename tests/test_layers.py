@@ -33,7 +33,7 @@ MAY: dict[str, set[str]] = {
     "train": {"core", "specs", "nn", "weights", "flow", "text", "tasks", "engine"},
     "evals": {"core", "specs", "reading", "engine", "train"},  # held-out sets are train's designs; train knows no judge
     "bench": {"core", "specs", "plan", "nn", "kernels", "attach", "engine"},
-    "serve": {"core", "specs", "plan", "kernels", "engine"},  # kernels: how many threads there are
+    "serve": {"core", "specs", "plan", "kernels", "engine", "reading"},  # kernels: how many threads there are
     "cluster": {"core", "specs", "plan", "serve"},
     "defaults": {"core", "specs", "plan", "weights"},  # weights: whether a model that is a folder can do a verb's task
     "doctor": {"core", "specs", "plan", "kernels", "weights", "defaults"},
@@ -67,6 +67,7 @@ LIGHT = {"core", "specs", "plan", "defaults", "doctor", "cli"}
 NO_TORCH = LIGHT | {"serve"}  # the same, but this room brings web libraries, so light ones import it inside functions
 # files of other rooms that light rooms ask about this machine: no heavy library, and nothing heavy of their own room
 LIGHT_FILES = {"kernels/__init__.py", "kernels/build.py", "kernels/library.py", "kernels/limits.py"}
+LIGHT_FILES |= {"reading/__init__.py"}
 MAX_FILE, MAX_FUNCTION, MAX_PARAMETERS = 350, 40, 7
 MAX_VERB = 60  # lines of a verb, or of a kernel in Triton
 # the transformer's own arguments, and the protocol that repeats them for the loop

@@ -77,6 +77,23 @@ def test_prompts_are_rewritten_where_that_is_asked_for(server, tmp_path):
     assert all(one.is_error and "nano can't rewrite prompts" in one.content[0].text for one in refused)
 
 
+def test_an_agent_is_told_what_its_picture_reads(server):
+    async def ask() -> list:
+        http = streamable_http_client(f"{server.url}/mcp")
+        async with http as (read, write, *_), ClientSession(read, write) as session:
+            await session.initialize()
+            wish = {"prompt": 'a sign "OPEN"', "seed": 2, "steps": 1, "size": "64x64"}
+            return [
+                await session.call_tool("generate_image", wish | more) for more in ({"tries": 4}, {}, {"tries": 99})
+            ]
+
+    right, plain, refused = asyncio.run(ask())
+    told = json.loads(right.content[-1].text)
+    assert told["text"] == {"asked": ["OPEN"], "read": ["OPEN"], "right": True, "tries": 3} and told["seeds"] == [4]
+    assert "text" not in json.loads(plain.content[-1].text)
+    assert refused.is_error and "from 1 to 64" in refused.content[0].text
+
+
 def test_over_stdin_and_stdout(tmp_path):
     env = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}:{HERE}", "LANTING_LANG": "en"}
     code = (

@@ -312,6 +312,16 @@ def test_the_box_for_rewriting_is_shown_where_a_model_can_write():
         assert ("a tabby &lt;cat&gt;" in show.written(replace(job(), outcome=outcome), EN)) == shown
 
 
+def test_what_is_read_in_a_picture_is_shown():
+    assert request_of('"A"', More(tries="4")).tries == 4 and request_of('"A"', More(tries="")).tries is None
+    assert values_of(job(tries=4))[2].tries == "4" and values_of(job())[2].tries == ""
+    texts = [{"read": ["<A>"], "right": True}, None, {"read": [], "right": False}]
+    outcome = {"images": [{} if one is None else {"text": one} for one in texts]}
+    told = show.read(replace(job(), outcome=outcome), EN)
+    assert "picture 1 reads &lt;A&gt;<" in told and "picture 3 reads -; not all" in told and "picture 2" not in told
+    assert told.count("wrong") == 1
+
+
 def test_one_plan_is_made_at_a_time_and_none_for_who_has_left(tmp_path, monkeypatch):
     """Each is a process with torch in it."""
     made = []

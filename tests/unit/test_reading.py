@@ -9,7 +9,8 @@ from PIL import Image
 
 from lanting.core.readings import edit_distance, hits, normalized_distance
 from lanting.evals.scores import wilson
-from lanting.reading.reader import MissingJudgeError, read_lines, reader, squeeze
+from lanting.reading import MissingJudgeError
+from lanting.reading.reader import read_lines, reader, squeeze
 from lanting.train.design import SQUARE, WIDE, Design
 from lanting.train.draw import render
 

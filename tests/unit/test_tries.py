@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from fakes import FakeEngine
-from lanting import Engine, RequestError
+from lanting import Engine, RequestError, reading
 from lanting.cli import draw as cli_draw
 from lanting.cli.main import main
 from lanting.core.quotes import quoted
@@ -18,8 +18,7 @@ from lanting.core.readings import Reading, shown
 from lanting.core.recipe import describe_request, restore_request
 from lanting.core.types import Progress, Request, Result
 from lanting.engine.tries import until_read, wanted
-from lanting.reading import reader
-from lanting.reading.reader import MissingJudgeError
+from lanting.reading import MissingJudgeError
 from lanting.specs import get_spec, settle
 
 
@@ -57,7 +56,7 @@ def by_seed(texts: dict[int, list[str]]) -> FakeEngine:
     def read(image: Image.Image) -> list[str]:
         return texts.get(image.convert("RGB").getpixel((0, 0))[0], ["?"])
 
-    return FakeEngine(read=read)
+    return FakeEngine(sees=read)
 
 
 def request(prompt: str | tuple[str, ...], seed: int = 5, count: int = 1, tries: int | None = 4, **more) -> Request:
@@ -156,7 +155,7 @@ def test_a_wish_to_read_travels():
 
 
 def test_without_a_reader_nothing_is_loaded(monkeypatch):
-    monkeypatch.setattr(reader, "find_spec", lambda name: None)
+    monkeypatch.setattr(reading, "find_spec", lambda name: None)
     with Engine.open("nano") as engine, pytest.raises(MissingJudgeError, match="pip install"):
         engine.stream(Request('"HELLO"', tries=2))
 

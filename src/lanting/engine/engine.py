@@ -34,7 +34,7 @@ from lanting.engine.together import Together
 from lanting.engine.tries import until_read
 from lanting.flow.loop import Canvas, Grid, Step
 from lanting.plan import Plan
-from lanting.reading.reader import check_reader
+from lanting.reading import can_read, check_reader
 from lanting.specs import ModelSpec, settle
 from lanting.tasks import TASKS
 from lanting.tasks.pictures import pictures_from, resize, to_mode
@@ -130,6 +130,11 @@ class Engine:
     def notes(self) -> tuple[str, ...]:
         """Where the model folder's own configs disagree with the release; the folder wins."""
         return self.folder.notes
+
+    @property
+    def reads(self) -> bool:
+        """Whether words can be read back here (`Request.tries`)."""
+        return can_read()
 
     def settled(self, request: Request) -> Request:
         """The request without gaps. Raises RequestError, before anything is loaded."""

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lanting.reading.reader import Box, can_read, cut_lines, enlarged, read_boxes, read_lines
+from lanting.reading import can_read
+from lanting.reading.reader import Box, cut_lines, enlarged, read_boxes, read_lines
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -11,12 +11,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from functools import cache
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lanting.core.errors import LantingError
+from lanting.reading import missing
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -25,25 +24,6 @@ MARGIN, SCALE, ENOUGH = 32, 3, 1024  # pixels, times, pixels along the longer si
 FINDER = 512  # pixels along the longer side, as the finder sees a picture that was enlarged SCALE times
 LINE_HEIGHT, LINE_MARGIN = 64, 0.12  # a known line is brought to this height with a share of it around
 Box = tuple[int, int, int, int]  # x, y, width, height in pixels
-
-
-class MissingJudgeError(LantingError):
-    """An optional package or program is not installed."""
-
-
-def can_read() -> bool:
-    """Whether the reader is installed; loads nothing."""
-    return find_spec("rapidocr") is not None and find_spec("onnxruntime") is not None
-
-
-def check_reader() -> None:
-    """Raises MissingJudgeError where nothing can read."""
-    if not can_read():
-        raise missing()
-
-
-def missing() -> MissingJudgeError:
-    return MissingJudgeError("Reading pictures needs rapidocr; install it with: pip install 'lanting[eval]'")
 
 
 @cache

@@ -101,6 +101,13 @@ def result_path(house: House, job: Job, index: int) -> Path:
     return path
 
 
+def read_in(job: Job, index: int) -> dict[str, Any]:
+    """What is read in a finished picture, where its words were read back."""
+    assert job.outcome is not None
+    text = job.outcome["images"][index].get("text")
+    return {} if text is None else {"text": text}
+
+
 def size_of(job: Job, house: House) -> tuple[int, int]:
     """(width, height) of what is being drawn, as far as it is known before it is done."""
     if job.outcome:

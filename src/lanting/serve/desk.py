@@ -103,6 +103,10 @@ class Desk:
 
     def _prepare(self, order: Order, model: Model, caller: Caller) -> Prepared:
         assert model.spec is not None
+        if order.request.tries is not None and model.ready and not model.reads:
+            from lanting.reading import missing
+
+            raise missing()
         prepared = prepare(order, model.spec, model.served.name, caller, self.settings)
         store_pictures(order.request, prepared.job.asked["request"], self.files)
         return replace(prepared, job=with_timeout(prepared.job, self.settings.timeout))

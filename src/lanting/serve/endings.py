@@ -27,7 +27,9 @@ async def conclude(desk: Desk, model: Model, run: Run, said: Mapping[str, Any], 
     try:
         if said["is"] == "done" and not run.resumed:
             own = {"denoise": said["work"]} if "work" in said else {}  # of shared steps, its share
-            model.pace.learn(run.job.cost, {**said["outcome"]["seconds"], **own})
+            images = said["outcome"]["images"]
+            tries = sum(one.get("text", {}).get("tries", 1) for one in images) / max(len(images), 1)
+            model.pace.learn(run.job.cost * tries, {**said["outcome"]["seconds"], **own})
         if not await recorded(desk, run, said):
             await interrupted(desk, model, run, entry, bool(said.get("lost")))
     finally:

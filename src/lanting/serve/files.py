@@ -179,9 +179,12 @@ def whole(target: Path, wait: bool = True) -> Generator[Path]:
 
 
 def describe(result: Result) -> dict[str, Any]:
-    """A result as plain values: sizes, recipes, seconds."""
+    """A result as plain values: sizes and what is read, recipes, seconds."""
+    images: list[dict[str, Any]] = [{"size": list(image.size), "mode": image.mode} for image in result.images]
+    for image, reading in zip(images, result.readings, strict=bool(result.readings)):
+        image["text"] = reading.as_json()
     return {
-        "images": [{"size": list(image.size), "mode": image.mode} for image in result.images],
+        "images": images,
         "recipes": [json.loads(to_json(recipe)) for recipe in result.recipes],
         "seconds": {name: round(spent, 4) for name, spent in result.seconds.items()},
     }

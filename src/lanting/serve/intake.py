@@ -95,6 +95,7 @@ def alike(settled: Request, lora: Mapping[str, float] | None) -> str:
     guided = settled.guidance_scale is not None and settled.guidance_scale > 1
     shape = [settled.task, settled.size, settled.steps, settled.strength, guided, settled.count, prompts]
     how = [settled.quality, settled.options, len(settled.images), lora, *(["rewrite"] if settled.rewrite else [])]
+    how += [] if settled.tries is None else ["tries"]  # who reads is alone
     return hashlib.sha256(json.dumps([shape, how], sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -130,6 +131,11 @@ def check_caps(settled: Request, caps: Caps) -> None:
         raise RequestError(
             "{count} pictures are more than this server draws at once: ask for at most {most}",
             **{"count": prompts * settled.count, "most": caps.count},
+        )
+    if (settled.tries or 0) > caps.tries:
+        raise RequestError(
+            "{tries} tries are more than this server makes: ask for at most {most}",
+            **{"tries": settled.tries, "most": caps.tries},
         )
     if (settled.steps or 0) > caps.steps:
         raise RequestError(

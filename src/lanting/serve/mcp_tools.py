@@ -22,7 +22,7 @@ from pydantic import Field
 from lanting.core.errors import LantingError, RequestError
 from lanting.core.lang import explain
 from lanting.core.types import Request
-from lanting.serve.common import caller_of, result_path, revised, with_picture
+from lanting.serve.common import caller_of, read_in, result_path, revised, with_picture
 from lanting.serve.hand import processes
 from lanting.serve.house import Hire, House, open_house
 from lanting.serve.intake import Order
@@ -49,6 +49,10 @@ Rewrite = Annotated[
     bool | None,
     Field(description="Write a short prompt out in detail first, by models that can; as the server does by default."),
 ]
+Tries = Annotated[
+    int | None,
+    Field(description="Read quoted words back, and draw with up to so many seeds until they are right; see `text`."),
+]
 Sources = Annotated[list[str], Field(description="Base64, data URLs, or job:ID/INDEX of earlier results.")]
 Hole = Annotated[str | None, Field(description="Base64 of a picture as large as the first: white is drawn anew.")]
 
@@ -69,8 +73,9 @@ def tools(house: House) -> MCPServer[Any]:
         model: Model = None,
         lora: Lora = None,
         rewrite: Rewrite = None,
+        tries: Tries = None,
     ) -> list[Any]:
-        wish = Request(prompt, seed=seed, steps=steps, rewrite=rewrite)
+        wish = Request(prompt, seed=seed, steps=steps, rewrite=rewrite, tries=tries)
         return await drawn(house, ctx, Order(wish, model, "mcp", lora_in(lora)), size)
 
     @server.tool(description="Change pictures by instruction, or redraw part of one.", structured_output=False)
@@ -83,9 +88,10 @@ def tools(house: House) -> MCPServer[Any]:
         seed: Seed = None,
         model: Model = None,
         rewrite: Rewrite = None,
+        tries: Tries = None,
     ) -> list[Any]:
         try:
-            wish = await edit_of(house, ctx, Request(prompt, seed=seed, rewrite=rewrite), images, mask)
+            wish = await edit_of(house, ctx, Request(prompt, seed=seed, rewrite=rewrite, tries=tries), images, mask)
         except LantingError as error:
             raise ToolError(explain(error)) from None
         return await drawn(house, ctx, Order(wish, model, "mcp"), size)
@@ -134,7 +140,8 @@ async def answer(house: House, job: Job) -> list[Any]:
     paths = [result_path(house, job, index) for index in range(len(job.outcome["images"]))]
     names = [f"job:{job.id}/{index}" for index in range(len(paths))]
     seeds = [recipe["request"]["seed"] for recipe in job.outcome["recipes"]]
-    told = {"images": names, "seeds": seeds, "model": job.model, "seconds": job.outcome["seconds"]} | written(job)
+    told = {"images": names, "seeds": seeds, "model": job.model, "seconds": job.outcome["seconds"]}
+    told |= written(job) | read_in(job, 0)  # the tools draw one picture a call
     pictures = [Image(data=await asyncio.to_thread(path.read_bytes), format="png") for path in paths]
     return [*pictures, json.dumps(told)]
 

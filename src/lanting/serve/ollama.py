@@ -22,7 +22,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from lanting.core.errors import LantingError
 from lanting.core.types import Request
-from lanting.serve.common import caller_of, finished, followed, once_of, pulsed, result_path, with_picture
+from lanting.serve.common import caller_of, finished, followed, once_of, pulsed, read_in, result_path, with_picture
 from lanting.serve.errors import UnknownModelError, answer_to
 from lanting.serve.house import House
 from lanting.serve.intake import Order
@@ -48,7 +48,7 @@ class Ask(BaseModel):
     steps: int | None = None
     stream: bool | None = None
     options: dict[str, Any] | None = Field(
-        None, description="seed, negative_prompt, guidance_scale, strength, rewrite, lora."
+        None, description="seed, negative_prompt, guidance_scale, strength, rewrite, tries, lora."
     )
 
 
@@ -84,6 +84,7 @@ async def order_of(house: House, ask: Ask, request: HttpRequest) -> Order:
         images=await house.eyes.pictures(list(ask.images or []), house.settings.caps.pictures),
         strength=own.get("strength"),
         rewrite=own.get("rewrite"),
+        tries=own.get("tries"),
     )
     return Order(wish, bare(ask.model), "ollama", lora_in(own.get("lora")), once=once_of(request))
 
@@ -121,6 +122,7 @@ async def result(house: House, ask: Ask, job: Job) -> dict[str, Any]:
         "total_duration": int(((job.ended or time.time()) - job.created) * 1e9),
         "load_duration": int(seconds.get("load", 0.0) * 1e9),
         "seed": job.outcome["recipes"][0]["request"]["seed"],
+        **read_in(job, 0),
     }
 
 

@@ -29,6 +29,7 @@ from lanting.serve.common import (
     finished,
     followed,
     once_of,
+    read_in,
     result_path,
     revised,
     size_of,
@@ -70,6 +71,7 @@ class Ask(BaseModel):
     guidance_scale: float | None = None
     strength: float | None = None
     rewrite: bool | None = Field(None, description="Write the prompt out first: `revised_prompt` has what was drawn.")
+    tries: int | None = Field(None, description="Read quoted words back; up to so many seeds until they are right.")
     lora: dict[str, float] | str | None = Field(None, description='{"name": strength}, or "name:0.8, other".')
 
     @property
@@ -121,6 +123,7 @@ def request_of(house: House, ask: Ask, **more: Any) -> Request:
         strength=ask.strength,
         quality=quality_of(ask.quality),
         rewrite=ask.rewrite,
+        tries=ask.tries,
         **more,
     )
 
@@ -192,7 +195,7 @@ async def picture(house: House, request: HttpRequest, ask: Ask, job: Job, index:
     """from_result: one picture."""
     assert job.outcome is not None
     drawn = job.outcome["recipes"][index]["request"]
-    seed = {"seed": drawn["seed"]} | revised(drawn)
+    seed = {"seed": drawn["seed"]} | revised(drawn) | read_in(job, index)
     if ask.response_format == "url":
         signed = house.signer.sign(f"/api/jobs/{job.id}/images/{index}", job.owner)
         return {"url": f"{str(request.base_url).rstrip('/')}{signed}&format={ask.output_format or 'png'}"} | seed

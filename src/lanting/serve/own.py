@@ -49,6 +49,7 @@ class Ask(BaseModel):
     strength: float | None = None
     quality: str | None = Field(None, description="exact, high, balanced, fast: how much may be left out.")
     rewrite: bool | None = Field(None, description="The model's text encoder writes the prompt out first; as served.")
+    tries: int | None = Field(None, description="Read quoted words back; up to so many seeds until they are right.")
     options: dict[str, Any] = {}
     lora: dict[str, float] | None = Field(None, description="Strengths by name; these LoRAs and no others.")
     priority: Literal["low", "normal", "high"] = "normal"
@@ -116,6 +117,7 @@ async def order_of(house: House, ask: Ask, request: HttpRequest) -> Order:
         strength=ask.strength,
         quality=ask.quality,
         rewrite=ask.rewrite,
+        tries=ask.tries,
         options=ask.options,
     )
     return Order(wish, ask.model, "lanting", ask.lora, ask.priority, ask.timeout, once_of(request))
@@ -228,6 +230,7 @@ def model_view(house: House, name: str) -> dict[str, Any]:
         own = model.spec.defaults
         told |= {"release": model.spec.name, "tasks": list(model.spec.tasks), "size": list(own.size)}
         told |= {"sizes": {key: list(size) for key, size in own.sizes.items()}, "steps": own.steps}
+        told |= {"reads": model.reads and model.spec.tasks != ("layered",)}
         told |= {"rewrites": model.spec.writes and model.spec.tasks != ("layered",)}
         told |= {"guidance_scale": own.guidance_scale, "max_pictures": own.max_pictures}
     return told

@@ -38,6 +38,7 @@ class Caps:
     pixels: int = 2048 * 2048  # of one picture to be drawn
     count: int = 16  # pictures of one request
     steps: int = 200
+    tries: int = 8  # seeds that are drawn with until quoted words are read
     pictures: int = 16  # input pictures of one request
     input_pixels: int = 50_000_000  # of all of them together
     waiting: int = 1000  # jobs in the queue; one key may hold half of them

@@ -56,7 +56,7 @@ async def start(desk: Desk, model: Model, hand: Hand) -> bool:
     extra["where"] = said.get("where")
     if said["is"] == "ready":
         model.spec, hand.refused, hand.words = spec_of(said["spec"]), None, None
-        model.loras, model.notes = list(said["loras"]), list(said["notes"])
+        model.loras, model.notes, model.reads = list(said["loras"]), list(said["notes"]), bool(said.get("reads"))
         logger.info("worker ready", extra={**extra, "notes": model.notes or None})
         return True
     hand.refused = said.get("sentence") or say("the worker ended before it was ready; its log says why")

@@ -53,6 +53,7 @@ class Model:
     hands: list[Hand] = field(default_factory=list["Hand"])  # of its workers
     loras: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     notes: list[str] = field(default_factory=list[str])
+    reads: bool = False  # its workers can read pictures back
     places: tuple[float, dict[str, Place]] = (0.0, {})
 
     @property

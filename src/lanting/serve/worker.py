@@ -139,7 +139,8 @@ def work(bench: Bench, order: Mapping[str, Any]) -> None:
         bench.send("refused", sentence=explain(error), words=words_of(error), code=error.exit_code)
         return
     loras = [{"name": name, "strength": strength} for name, strength in zip(bench.names, bench.usual, strict=True)]
-    bench.send("ready", spec=asdict(bench.engine.spec), loras=loras, notes=list(bench.engine.notes))
+    told = {"loras": loras, "notes": list(bench.engine.notes), "reads": bench.engine.reads}
+    bench.send("ready", spec=asdict(bench.engine.spec), **told)
     while True:
         dismiss(bench)
         take(bench, bench.next())

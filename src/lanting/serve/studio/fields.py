@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lanting.reading import can_read
 from lanting.serve.studio.clerk import Canvas
 from lanting.serve.studio.forms import QUALITIES
 from lanting.serve.studio.look import text
@@ -105,10 +106,11 @@ def fold(say: Say, strength: bool, many: bool, most: int, rewrite: bool = False)
         names = (say("Exact"), say("High"), say("Balanced"), say("Fast"))
         levels = list(zip(names, QUALITIES, strict=True))
         quality = gr.Dropdown(levels, value="exact", label=say("Quality against time"))
+        tries = number(say("Seeds to try until quoted words are right"), say("Not read back"), many and can_read())
         writes = gr.Checkbox(rewrite, label=say("Write the prompt out first"), elem_classes="writes")
         loras = gr.Dropdown([], multiselect=True, label=say("LoRAs"), visible=False, info=say("None: as served."))
         pulls = [gr.Slider(0, 2, 1, step=0.05, label="-", visible=False, elem_classes="pull") for _ in range(most)]
-    return [seed, count, steps, guidance, change, negative, quality, writes], loras, pulls
+    return [seed, count, steps, guidance, change, negative, quality, writes, tries], loras, pulls
 
 
 def plan_panel(say: Say) -> Mapping[str, Any]:

@@ -36,6 +36,7 @@ class More:
     quality: str | None = None
     lora: Mapping[str, float] | None = None  # None: as the server was started
     rewrite: bool | None = None
+    tries: str | float | None = None
 
 
 NAMES = tuple(one.name for one in fields(More) if one.name != "lora")
@@ -76,6 +77,7 @@ def request_of(prompt: str, more: More, **rest: Any) -> Request:
         guidance_scale=number(more.guidance),
         quality=None if more.quality in (None, "", "exact") else more.quality,
         rewrite=more.rewrite,
+        tries=whole(more.tries),
         **rest,
     )
 
@@ -183,6 +185,7 @@ def values_of(job: Job) -> tuple[str, str | None, More]:
         negative=(request["negative_prompt"] or "").strip(),
         quality=request.get("quality") or "exact",
         rewrite=bool(request.get("rewrite")),
+        tries=written(request.get("tries")),
         lora=job.asked["lora"],
     )
     size = "{}x{}".format(*request["size"]) if request["size"] else None

@@ -160,7 +160,7 @@ def finished(job: Job, say: Say, before: str | None, language: str = "en") -> st
     return (
         f'<div class="stage done{clear}" data-job="{job.id}" data-index="0" style="--w:{width};--h:{height}">'
         f'<div class="paper">{paper}</div>{thumbs}<div class="below">{facts(job, say)}{acts}</div>'
-        f"{written(job, say)}</div>"
+        f"{written(job, say)}{read(job, say)}</div>"
     )
 
 
@@ -199,6 +199,19 @@ def written(job: Job, say: Say) -> str:
     if drawn.get("asked") in (None, drawn.get("prompt")):
         return ""
     return f'<p class="hint">{escape(say("prompt: {prompt}", prompt=drawn["prompt"]))}</p>'
+
+
+def read(job: Job, say: Say) -> str:
+    """What is read in the pictures, where their words were read back."""
+    lines = []
+    for index, image in enumerate((job.outcome or {})["images"], 1):
+        if (text := image.get("text")) is None:
+            continue
+        read = " / ".join(text["read"]) or "-"
+        told = say("picture {number} reads {lines}", number=index, lines=read)
+        missing = "" if text["right"] else say("; not all that was asked for")
+        lines.append(f'<p class="hint read{"" if text["right"] else " wrong"}">{escape(told + missing)}</p>')
+    return "".join(lines)
 
 
 def actions(job: Job, tab: str, say: Say, further: str = "") -> str:
