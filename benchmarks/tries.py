@@ -18,8 +18,6 @@ from lanting import Engine, Request
 from lanting.core.quotes import quoted
 from lanting.evals.scores import wilson
 from lanting.evals.sets import text_cases
-from lanting.evals.tries import draw_until_read
-from lanting.specs import settle
 
 
 def main() -> None:
@@ -35,8 +33,8 @@ def main() -> None:
             right = [0] * own.tries
             cases = [case for case in text_cases(name, "en", own.n, seed=1) if quoted(case.prompt)]
             for number, case in enumerate(cases):
-                request = settle(Request(case.prompt, size=case.design.size, seed=1000 * number), engine.spec)
-                _, (reading,) = draw_until_read(request, own.tries, engine.run)
+                request = Request(case.prompt, size=case.design.size, seed=1000 * number, tries=own.tries)
+                (reading,) = engine.run(request).readings
                 for tries in range(own.tries):
                     right[tries] += not reading.missing and reading.tries <= tries + 1
             rows = [(count / len(cases), *wilson(count, len(cases))) for count in right]
