@@ -155,6 +155,22 @@ def test_keys_share_a_server_fairly_and_see_only_their_own(tmp_path):
         assert server.post("/api/jobs", {"prompt": "x"}, **by(single)).status_code == 202
 
 
+def test_a_key_of_low_priority_draws_by_every_client(tmp_path):
+    """Who says nothing of a priority asks for normal, which such a key may not: every dialect but ours answered 403."""
+    key = create(tmp_path / "data", "nightly batch", priority="low")
+    with running(tmp_path, keys=True) as server:
+        by = {"headers": {"Authorization": f"Bearer {key}"}}
+        wait_for(lambda: server.get("/readyz").status_code == 200)
+        assert server.submit("x", **by)["state"] in ("waiting", "running")
+        small = {"model": "nano", "prompt": "x", "steps": 1, "stream": False}
+        for path in ("/v1/images/generations", "/api/generate", "/sdapi/v1/txt2img"):
+            assert server.post(path, small, **by).status_code == 200, path
+        refused = server.post("/api/jobs", {"prompt": "x", "priority": "normal"}, **by)
+        assert refused.status_code == 403 and "use low" in refused.json()["error"]["message"]
+    with sqlite3.connect(tmp_path / "data" / "queue.sqlite") as db:
+        assert db.execute("SELECT DISTINCT priority FROM jobs").fetchall() == [(-1,)]
+
+
 def test_the_queue_is_bounded(tmp_path):
     with running(tmp_path, caps={"waiting": 3}) as server:
         answers = [server.post("/api/jobs", {"prompt": "slow", "steps": 40}) for _ in range(8)]

@@ -36,7 +36,7 @@ class Order:
     model: str | None = None  # None: the server's first
     dialect: str = "lanting"
     lora: Mapping[str, float] | None = None  # None: as the server was started; else these and no others
-    priority: str = "normal"
+    priority: str | None = None  # None: normal, or the most that the key allows
     timeout: float | None = None  # seconds of drawing; at most the server's
     once: str | None = None  # an idempotency key
 
@@ -155,11 +155,16 @@ def check_lora(lora: Mapping[str, float] | None) -> dict[str, float] | None:
     return strengths
 
 
-def check_priority(word: str, caller: Caller) -> int:
+def check_priority(word: str | None, caller: Caller) -> int:
+    if word is None:
+        return min(LEVELS["normal"], caller.top)
     if word not in LEVELS:
         raise RequestError("there is no priority {word}; use low, normal or high", word=repr(word))
     if LEVELS[word] > caller.top:
-        raise DeniedError("this key may not ask for priority {word}: use normal, or another key", word=word)
+        most = next(name for name, level in LEVELS.items() if level == caller.top)
+        raise DeniedError(
+            "this key may not ask for priority {word}: use {most}, or another key", **{"word": word, "most": most}
+        )
     return LEVELS[word]
 
 

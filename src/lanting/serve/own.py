@@ -52,7 +52,7 @@ class Ask(BaseModel):
     tries: int | None = Field(None, description="Read quoted words back; up to so many seeds until they are right.")
     options: dict[str, Any] = {}
     lora: dict[str, float] | None = Field(None, description="Strengths by name; these LoRAs and no others.")
-    priority: Literal["low", "normal", "high"] = "normal"
+    priority: Literal["low", "normal", "high"] | None = Field(None, description="Normal, or the most a key may.")
     timeout: float | None = Field(None, description="Seconds of drawing after which the job is given up.")
 
 
