@@ -34,7 +34,7 @@ from lanting.serve.heads import Heads
 from lanting.serve.house import open_house
 from lanting.serve.keys import create, revoke
 from lanting.serve.pictures import Eyes
-from lanting.serve.settings import Caps, Served, Settings
+from lanting.serve.settings import Caps, Served, Settings, check
 from lanting.serve.signing import Signer
 
 LOCALHOST = "http://127.0.0.1"
@@ -600,3 +600,29 @@ def test_settings_are_checked(tmp_path):
     for settings in (Settings(tmp_path, twice), replace(Settings(tmp_path), port=70_000)):
         with pytest.raises(LantingError):
             open_house(settings)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"caps": Caps(waiting=0)},  # all jobs were refused
+        {"caps": Caps(pixels=1)},
+        {"timeout": 0.0},  # all jobs failed
+        {"timeout": float("nan")},
+        {"drain": -1.0},
+        {"keep_days": -1.0},  # all finished jobs were forgotten, those of today, too
+        {"hosts": ("https://pictures.example.com",)},
+        {"hosts": ("",)},
+        {"origins": ("https://ui.example.com/",)},  # browsers send no slash
+        {"origins": ("ui.example.com",)},
+        {"origins": ("*",)},
+    ],
+)
+def test_settings_that_could_not_work_are_refused(tmp_path, wrong):
+    with pytest.raises(RequestError, match=r"must be|takes"):
+        open_house(Settings(tmp_path, keys=False, **wrong))
+
+
+def test_settings_that_work_are_taken(tmp_path):
+    origins = ("https://ui.example.com:8443", "http://[::1]:3000", "app://obsidian.md")
+    check(Settings(tmp_path, hosts=("pictures.example.com:443", "::1"), origins=origins, keep_days=0.0, drain=0.0))

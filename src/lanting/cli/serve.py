@@ -105,7 +105,7 @@ def serve(
         batch=batch,
         rewrite=rewrite,
         workers=how_many(workers),
-        caps=Caps(pixels=max_side * max_side, waiting=queue),
+        caps=Caps(pixels=max(max_side, 0) ** 2, waiting=queue),
     )
     start(settings, mcp, not no_studio, ray)
 

@@ -7,6 +7,8 @@ a proxy answers to.
 from __future__ import annotations
 
 import ipaddress
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +19,8 @@ from lanting.core.errors import RequestError
 MOST = 16  # jobs that are drawn together
 MOST_WORKERS = 256  # of a model
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
+HOST = re.compile(r"[^\s/*@]+")  # a name, perhaps with a port
+ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^\sA-Z/?#@*]+")  # as browsers write it: small letters, no path
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,18 +106,52 @@ def is_loopback(host: str) -> bool:
 
 
 def check(settings: Settings) -> Settings:
-    """The same settings, or a RequestError: names of models are unique, and the port is one."""
+    """The same settings, or a RequestError: names of models are unique, and every value is one that can work."""
     names = [one.name for one in settings.models]
     if len(set(names)) != len(names):
         raise RequestError(
             "two models are called {name}: serve one of them", name=next(n for n in names if names.count(n) > 1)
         )
-    for name, value, most in (("--batch", settings.batch, MOST), ("--workers", settings.workers, MOST_WORKERS)):
-        if value is not None and not 1 <= value <= most:
-            raise RequestError(
-                "{name} must be a whole number from {low} to {high}, not {value}",
-                **{"name": name, "low": 1, "high": most, "value": value},
-            )
     if not 0 <= settings.port <= 65535:
         raise RequestError("the port must be 0 to 65535, not {port}", port=settings.port)
+    check_numbers(settings)
+    check_names(settings)
     return settings
+
+
+def check_numbers(settings: Settings) -> None:
+    """Raises RequestError. Below 0 days every finished job would be forgotten, in 0 seconds none would be done."""
+    for name, value, low, high in (
+        ("--batch", settings.batch, 1, MOST),
+        ("--workers", settings.workers, 1, MOST_WORKERS),
+        ("--queue", settings.caps.waiting, 1, 1_000_000),
+        ("--max-side", math.isqrt(max(settings.caps.pixels, 0)), 16, 16384),
+    ):
+        if value is not None and not low <= value <= high:
+            raise RequestError(
+                "{name} must be a whole number from {low} to {high}, not {value}",
+                **{"name": name, "low": low, "high": high, "value": value},
+            )
+    for name, value, low, high in (
+        ("--timeout", settings.timeout, 0.1, 1e7),
+        ("--drain", settings.drain, 0, 1e6),
+        ("--keep", settings.keep_days, 0, 1e5),
+    ):
+        if not low <= value <= high:
+            raise RequestError(
+                "{name} must be a number from {low} to {high}, not {value}",
+                **{"name": name, "low": low, "high": f"{high:.0f}", "value": value},
+            )
+
+
+def check_names(settings: Settings) -> None:
+    """Raises RequestError for what no browser and no proxy would ever send, so that it would do nothing."""
+    for host in settings.hosts:
+        if not HOST.fullmatch(host):
+            raise RequestError("--allow-host takes a name, as pictures.example.com, not {value}", value=repr(host))
+    for origin in settings.origins:
+        if not ORIGIN.fullmatch(origin):
+            raise RequestError(
+                "--allow-origin takes a site without a path, as https://host or https://host:8443, not {value}",
+                value=repr(origin),
+            )
