@@ -428,6 +428,9 @@ def test_signed_addresses_open_a_picture_without_a_key(tmp_path):
         assert httpx.get(url.replace("images/0", "images/1")).status_code == 401
         assert httpx.get(url.partition("?")[0]).status_code == 401
         assert httpx.post(url).status_code == 401
+        revoke(tmp_path / "data", "Anna")
+        time.sleep(1.1)
+        assert httpx.get(url).status_code == 401  # it ends with the key
 
 
 # ---------------------------------------------------------------- connections

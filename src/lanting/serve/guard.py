@@ -135,8 +135,9 @@ async def admitted(door: Door, scope: Scope) -> Caller | None:
         return None
     if not door.settings.needs_keys:
         return LOCAL
-    if scope.get("method") in ("GET", "HEAD") and (owner := door.signer.owner(scope["path"], scope["query_string"])):
-        return Caller(owner, "a signed address")
+    signed = door.signer.owner(scope["path"], scope["query_string"]) if scope.get("method") in ("GET", "HEAD") else None
+    if signed is not None and (caller := await door.keyring.owner(signed)) is not None:
+        return caller
     if (caller := await door.keyring.find(key_in(headers))) is not None:
         return caller
     raise NoKeyError("an API key is needed: send 'Authorization: Bearer KEY'; 'lanting keys create NAME' makes one")

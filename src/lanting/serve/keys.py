@@ -107,15 +107,22 @@ class Keyring:
     async def find(self, text: str) -> Caller | None:
         """Who has this key, or None."""
         match = KEY.fullmatch(text)
-        if match is None:
+        key = None if match is None else await self._valid(match[1])
+        if match is None or key is None or not hmac.compare_digest(digest(match[2], key.salt), key.hash):
             return None
+        return key.caller
+
+    async def owner(self, id_: str) -> Caller | None:
+        """Whose key has this id, or None where it is revoked: what it signed ends with it."""
+        key = await self._valid(id_)
+        return None if key is None else key.caller
+
+    async def _valid(self, id_: str) -> Key | None:
         if time.monotonic() - self.read_at > FRESH:
             self.keys = {key.id: key for key in await self.ledger.read(read)}
             self.read_at = time.monotonic()
-        key = self.keys.get(match[1])
-        if key is None or key.revoked is not None or not hmac.compare_digest(digest(match[2], key.salt), key.hash):
-            return None
-        return key.caller
+        key = self.keys.get(id_)
+        return None if key is None or key.revoked is not None else key
 
     def now(self) -> list[Key]:
         """Before there is an event loop."""
