@@ -65,6 +65,10 @@ def test_addresses_of_pictures_work_once_signed(client):
     answer = client.images.generate(prompt="a sign", response_format="url", output_format="jpeg", **SMALL)
     got = httpx.get(answer.data[0].url)
     assert got.status_code == 200 and Image.open(io.BytesIO(got.content)).format == "JPEG"
+    how = {"prompt": "a sign", "response_format": "url", "output_format": "jpeg", **SMALL, "extra_body": {"seed": 7}}
+    poor, good = (httpx.get(client.images.generate(output_compression=q, **how).data[0].url).content for q in (1, 99))
+    tables = [Image.open(io.BytesIO(data)).quantization[0] for data in (poor, good)]  # type: ignore[attr-defined]
+    assert sum(tables[0]) > 10 * sum(tables[1])
 
 
 def test_stream_brings_real_partial_images(client):
@@ -101,6 +105,8 @@ def test_edit_with_one_picture_several_and_a_mask(client):
     hole = client.images.edit(
         image=png(), mask=buffer.getvalue(), prompt="a door", quality="high", input_fidelity="low"
     )
+    inked = client.images.edit(image=png(), prompt="red", extra_body={"lora": {"ink": 0.4}})
+    assert inked.model_extra["lora"]["ink"] == 0.4  # the client sends lora[ink]=0.4
     job = hole.model_extra["job"]
     assert (
         httpx.get(str(client.base_url).replace("/v1/", f"/api/jobs/{job}")).json()["recipes"][0]["task"]

@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
 from typing import Any
+from urllib.parse import urlencode
 
 from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -144,6 +145,8 @@ async def form_of(request: HttpRequest, model: type[EditAsk]) -> tuple[EditAsk, 
                 name, content = name.removesuffix("[]"), await value.read() if isinstance(value, UploadFile) else value
                 if name in files:
                     files[name].append(content)
+                elif name.startswith("lora[") and name.endswith("]"):  # how their clients send an object in a form
+                    fields.setdefault("lora", {})[name[5:-1]] = content
                 else:
                     fields[name] = content if isinstance(content, str) else "file"
     except UnicodeError:  # of a charset that the form names
@@ -198,7 +201,9 @@ async def picture(house: House, request: HttpRequest, ask: Ask, job: Job, index:
     seed = {"seed": drawn["seed"]} | revised(drawn) | read_in(job, index)
     if ask.response_format == "url":
         signed = house.signer.sign(f"/api/jobs/{job.id}/images/{index}", job.owner)
-        return {"url": f"{str(request.base_url).rstrip('/')}{signed}&format={ask.output_format or 'png'}"} | seed
+        how = {"format": ask.output_format or "png", "compression": ask.output_compression}
+        wanted = urlencode({name: value for name, value in how.items() if value is not None})
+        return {"url": f"{str(request.base_url).rstrip('/')}{signed}&{wanted}"} | seed
     kind = kind_of(ask.output_format)
     data = await asyncio.to_thread(encoded, result_path(house, job, index), kind, ask.output_compression)
     return {"b64_json": to_base64(data)} | seed

@@ -201,10 +201,16 @@ def pictures(house: House, routes: APIRouter) -> None:
 
     @routes.head("/jobs/{id_}/images/{index}", include_in_schema=False)
     @routes.get("/jobs/{id_}/images/{index}", summary="A finished picture, with its recipe inside")
-    async def image(id_: str, index: int, request: HttpRequest, format: str = "png") -> Response:
+    async def image(
+        id_: str,
+        index: int,
+        request: HttpRequest,
+        format: str = "png",
+        compression: Annotated[int | None, Query(ge=0, le=100, description="Of JPEG and WebP; 100 is best.")] = None,
+    ) -> Response:
         kind = kind_of(format)
         job = await desk.job(id_, caller_of(request))
-        data = await asyncio.to_thread(encoded, result_path(house, job, index), kind)
+        data = await asyncio.to_thread(encoded, result_path(house, job, index), kind, compression)
         headers = {"Cache-Control": "private, max-age=31536000, immutable"}
         return Response(data, media_type=TYPES[kind], headers=headers)
 
