@@ -629,3 +629,40 @@ def test_settings_that_could_not_work_are_refused(tmp_path, wrong):
 def test_settings_that_work_are_taken(tmp_path):
     origins = ("https://ui.example.com:8443", "http://[::1]:3000", "app://obsidian.md")
     check(Settings(tmp_path, hosts=("pictures.example.com:443", "::1"), origins=origins, keep_days=0.0, drain=0.0))
+
+
+WRONG = {  # body -> what is said of it
+    b"": "no JSON object",
+    b"{": "is no JSON:",
+    b"[1]": "no JSON object",
+    b'{"zzz": 1}': "zzz is not known here: leave it out",
+    b'{"size": [1, 2, 3]}': "size is of no kind",
+    b'{"prompt": null}': "prompt is of no kind",
+    b'{"model": 5}': "model must be a text",
+    b'{"steps": 1.5}': "steps must be a whole number",
+    b'{"strength": "x"}': "strength must be a number",
+    b'{"rewrite": "maybe"}': "rewrite must be a yes or no, true or false",
+    b'{"images": "x"}': "images must be a list",
+    b'{"images": [null]}': "images.0 must be a text",
+    b'{"options": []}': "options must be an object",
+    b'{"lora": {"ink": "x"}}': "lora.ink must be a number",
+    b'{"priority": "urgent"}': "priority must be 'low', 'normal' or 'high'",
+}
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_what_is_wrong_with_a_request_is_said_in_our_words(tmp_path, monkeypatch, language):
+    """They were pydantic's and the framework's: "size.str: Input should be a valid string", "Method Not Allowed"."""
+    monkeypatch.setenv("LANTING_LANG", language)
+    client = client_for(tmp_path)
+    answers = [(client.post("/api/jobs", content=body), words) for body, words in WRONG.items()]
+    for query, words in (("limit=0", "at least 1"), ("limit=201", "at most 200"), ("search=" + "x" * 201, "200 char")):
+        answers.append((client.get(f"/api/jobs?{query}"), words))
+    answers.append((client.post("/sdapi/v1/png-info", json={}), "image is missing"))
+    answers.append((client.post("/v1/images/edits", data={"n": "x"}, files={"image": png()}), "n must be a whole"))
+    answers.append((client.put("/api/jobs"), "does not take PUT"))
+    for answer, words in answers:
+        body = answer.json()
+        told = body.get("detail") or body["error"]["message"]
+        assert answer.status_code in (400, 405, 422)
+        assert words in told if language == "en" else re.search("[\u4e00-\u9fff]", told), told

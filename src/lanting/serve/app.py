@@ -23,7 +23,7 @@ from lanting.core.errors import LantingError
 from lanting.serve import a1111, ollama, openai, own
 from lanting.serve.bodies import Room
 from lanting.serve.common import json_answer, plain_error
-from lanting.serve.errors import MissingError, ServeError, answer_to
+from lanting.serve.errors import MissingError, ServeError, answer_to, misread
 from lanting.serve.guard import Door, Guard
 from lanting.serve.house import House
 from lanting.serve.mcp_door import McpDoor
@@ -131,15 +131,16 @@ def handlers() -> dict[Any, Any]:
             return shaped(request.url.path, error.__cause__)
         if error.status_code == 404:
             return shaped(request.url.path, MissingError("there is nothing at this address; see /openapi.json"))
-        refusal = HttpError(str(error.detail))
+        if error.status_code == 405:
+            refusal = HttpError("this address does not take {method}; see /openapi.json", method=request.method)
+        else:
+            refusal = HttpError(str(error.detail))
         refusal.status = error.status_code
         return shaped(request.url.path, refusal)
 
     async def invalid(request: HttpRequest, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"] if part not in ("body", "query"))
-        words = str(first["msg"])[:200]
-        refusal = HttpError(f"{where}: {words}" if where else words)
+        said = misread(error.errors())
+        refusal = HttpError(said.sentence, **said.values)
         refusal.status = 422
         return shaped(request.url.path, refusal)
 

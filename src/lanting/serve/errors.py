@@ -6,11 +6,12 @@ as one general sentence with a number under which the log has the rest.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lanting.core.errors import LantingError
+from lanting.core.errors import LantingError, RequestError
 from lanting.core.lang import explain
 
 
@@ -125,3 +126,44 @@ def on_record(code: str, error: LantingError) -> dict[str, Any]:
 def as_told(error: Mapping[str, Any]) -> dict[str, Any]:
     """A job's error as clients are told it."""
     return {name: error[name] for name in ("code", "message")}
+
+
+KINDS = {
+    "string": "a text",
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "a yes or no, true or false",
+    "list": "a list",
+    "dict": "an object",
+}
+TAG = re.compile(r"(str|int|float|bool|list|dict|tuple)(\[.*)?")  # how pydantic names the kinds that a value may be of
+
+
+def misread(errors: Sequence[Mapping[str, Any]]) -> LantingError:
+    """What pydantic has against a body or a query, in our words: of the first field that it complains about."""
+    first = errors[0]
+    where = [part for part in first["loc"] if part not in ("body", "query", "path")]
+    kind, told = str(first["type"]), dict(first.get("ctx") or {})
+    if kind == "json_invalid":
+        return RequestError("the request is no JSON: send an object with Content-Type application/json")
+    if not where:
+        return RequestError("the request is no JSON object: send {...}")
+    name = ".".join(str(part) for part in where)[:80]
+    if kind == "missing":
+        return RequestError("{name} is missing; see /openapi.json", name=name)
+    if kind == "extra_forbidden":
+        return RequestError("{name} is not known here: leave it out", name=name)
+    if kind == "string_too_long":
+        return RequestError("{name} has at most {most} characters", name=name, most=told["max_length"])
+    if any(isinstance(part, str) and TAG.fullmatch(part) for part in where[1:]):  # one of several kinds
+        return RequestError("{name} is of no kind that is read there; see /openapi.json", name=str(where[0]))
+    wanted = KINDS.get(kind.partition("_")[0])
+    if wanted is not None:
+        return RequestError("{name} must be {kind}", name=name, kind=wanted)
+    if kind == "literal_error":
+        return RequestError("{name} must be {kind}", name=name, kind=told["expected"])
+    if kind == "greater_than_equal":
+        return RequestError("{name} must be at least {most}", name=name, most=told["ge"])
+    if kind == "less_than_equal":
+        return RequestError("{name} must be at most {most}", name=name, most=told["le"])
+    return RequestError("{name}: {reason}", name=name, reason=str(first["msg"])[:200])

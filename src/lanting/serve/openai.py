@@ -37,7 +37,7 @@ from lanting.serve.common import (
     sse,
     with_picture,
 )
-from lanting.serve.errors import answer_to
+from lanting.serve.errors import answer_to, misread
 from lanting.serve.house import House
 from lanting.serve.intake import Order
 from lanting.serve.jobs import Job
@@ -170,9 +170,7 @@ async def edit_of(house: House, request: HttpRequest, variation: bool) -> tuple[
     try:
         ask, sources, clear = await form_of(request, EditAsk)
     except ValidationError as error:
-        first = error.errors()[0]
-        field, reason = ".".join(map(str, first["loc"])), str(first["msg"])[:200]
-        raise RequestError(f"{field}: {reason}") from None
+        raise misread(error.errors()) from None
     checked(ask)
     if not sources:
         raise RequestError("image is missing: upload the picture to change")
