@@ -63,6 +63,9 @@ def test_errors(client, server):
     with pytest.raises(ollama.ResponseError, match="say it differently"):
         list(client.generate("nano", "sorry", stream=True))
     assert "error" in server.post("/api/generate", {"model": "nano", "prompt": "x", "width": 100}).json()
+    for ask in (lambda: client.embed("nano", "x"), lambda: client.delete("nano"), lambda: client.copy("nano", "other")):
+        with pytest.raises(ollama.ResponseError, match=r"^there is nothing at this address"):  # a sentence, no object
+            ask()
 
 
 def test_a_reader_that_leaves_cancels(server):

@@ -30,7 +30,8 @@ from lanting.serve.jobs import Job
 from lanting.serve.loras import lora_in
 from lanting.serve.pictures import to_base64
 
-PATHS = ("/api/generate", "/api/tags", "/api/show", "/api/ps", "/api/pull", "/api/version", "/api/chat")
+PATHS = ("/api/generate", "/api/tags", "/api/show", "/api/ps", "/api/pull", "/api/version")
+PATHS += ("/api/chat", "/api/embed", "/api/create", "/api/copy", "/api/delete", "/api/push", "/api/blobs")  # not here
 NDJSON = "application/x-ndjson"
 BOTH: dict[int | str, dict[str, Any]] = {200: {"content": {NDJSON: {}}}}  # beside JSON, for /openapi.json
 VERSION = "0.14.0"  # the newest whose image clients these are
