@@ -37,7 +37,7 @@ class Compiler:
         """`Block.forward`. Raises what that raises."""
         if not self.failed:
             try:
-                return self.work(block, img, txt, replace(ctx, branch="", control=()))  # a block reads neither
+                return self.work(block, img, txt, replace(ctx, branch="", control=(), steer=None))  # a block reads none
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:

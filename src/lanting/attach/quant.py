@@ -37,6 +37,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(r"transformer_blocks\..*", True, "the bulk; errors of single Linears average out along the residual"),
     ),
     "controlnet": (
+        Row(r"controlnet_blocks\.\d+\.(input|output)_proj", True, "the bulk of a blockwise net"),
         Row(r"controlnet_.*", False, "residuals and control pictures pass through them once"),
         Row(r"transformer_blocks\..*", True, "as in the transformer"),
     ),

@@ -90,9 +90,14 @@ def extras(wish: Wish) -> int:
     """Bytes of LoRA files and of a ControlNet; a LoRA that a model brings is small and not counted."""
     paths = [Path(lora.rpartition(":")[0] or lora).expanduser() for lora in wish.loras]
     paths += [Path(lora).expanduser() for lora in wish.loras]
-    folder = Path(wish.controlnet).expanduser() if wish.controlnet else None
-    paths += sorted(folder.glob("*.safetensors")) if folder is not None else []
+    paths += control_files(wish.controlnet) if wish.controlnet else []
     return sum(path.stat().st_size for path in dict.fromkeys(paths) if path.is_file())
+
+
+def control_files(controlnet: str) -> list[Path]:
+    """What a ControlNet's weights are in: a file, or those of its folder."""
+    place = Path(controlnet).expanduser()
+    return sorted(place.glob("*.safetensors")) if place.is_dir() else [place]
 
 
 def model_named(name: str) -> Model:

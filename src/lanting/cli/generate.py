@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -34,6 +35,7 @@ def generate(
     controlnet: o.ControlNet = None,
     control: o.Control = None,
     control_scale: o.ControlScale = None,
+    in_context: o.InContext = False,
     mask: o.Mask = None,
     device: o.Device = None,
     dtype: o.DtypeFlag = None,
@@ -53,8 +55,10 @@ def generate(
     words = piped() if prompt == "-" else prompt
     request = Request(words, negative_prompt=negative, steps=steps, guidance_scale=guidance, seed=seed, count=count)
     request = replace(request, quality=quality, rewrite=rewrite, tries=tries)
-    if control or controlnet or mask:
-        request = controlled(request, control or [], mask, control_scale)
+    if control or controlnet or mask or in_context:
+        options: dict[str, Any] = {} if control_scale is None else {"control_scale": control_scale}
+        options |= {"in_context": True} if in_context else {}
+        request = controlled(request, control or [], mask, options)
     loras = tuple(lora or ())
     weights = Weights(quant, text_encoder, vae)
     wish = Wish(model, size, device, dtype, output, force, preview, controlnet=controlnet, loras=loras, weights=weights)
@@ -74,12 +78,12 @@ def piped() -> str:
         raise RequestError("the prompt holds bytes that are not UTF-8: retype it") from None
 
 
-def controlled(request: Request, control: list[str], mask: str | None, scale: float | None) -> Request:
+def controlled(request: Request, control: list[str], mask: str | None, options: Mapping[str, Any]) -> Request:
     """The request with control pictures; with a mask the one picture is repainted by the inpainting net."""
     return replace(
         request,
         task="controlnet_inpaint" if mask else "controlnet",
         images=tuple(open_picture(path, path) for path in control),
         mask=open_mask(mask, mask) if mask else None,
-        options={} if scale is None else {"control_scale": scale},
+        options=options,
     )

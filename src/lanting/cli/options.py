@@ -130,12 +130,21 @@ Strength = Annotated[
 ]
 Mask = Annotated[str | None, typer.Option("--mask", help="A picture as large as the first: white is drawn anew.")]
 ControlNet = Annotated[
-    str | None, typer.Option("--controlnet", help="A ControlNet folder; draws along the --control pictures.")
+    str | None,
+    typer.Option(
+        "--controlnet", metavar="FILE|FOLDER", help="A ControlNet, which draws along the --control pictures."
+    ),
 ]
 MovedControlNet = Annotated[str | None, typer.Option("--controlnet", help="The ControlNet, where it has moved.")]
 Control = Annotated[
     list[str] | None,
     typer.Option("--control", help="A control picture (edges, depth, pose); with --mask, the picture to repaint."),
+]
+InContext = Annotated[
+    bool,
+    typer.Option(
+        "--in-context", help="A --lora, made for it (In-Context-Control-Union), follows the --control picture."
+    ),
 ]
 ControlScale = Annotated[
     float | None, typer.Option("--control-scale", help="How strongly the control pictures steer, 0 to 10; default 1.")

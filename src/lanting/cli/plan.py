@@ -38,6 +38,9 @@ def plan(
     rewrite: Annotated[
         bool, typer.Option("--rewrite", help="With the text encoder's head, which rewrites prompts.")
     ] = False,
+    controlnet: Annotated[
+        str | None, typer.Option("--controlnet", metavar="FILE|FOLDER", help="With a ControlNet beside the model.")
+    ] = None,
     quant: Annotated[str | None, typer.Option("--quant", help="Consider this kind of weights only.")] = None,
     json: o.Json = False,
     quiet: o.Quiet = False,
@@ -55,8 +58,8 @@ def plan(
     if task is not None and task not in found.spec.tasks:
         able = ", ".join(found.spec.tasks)
         raise RequestError("{model} can't do {task}; it does {able}", model=found.name, task=task, able=able)
-    sides = parse_size(size, found.spec) if size else None
-    job = usual_job(found, sides, references, task)
+    found = replace(found, extra=measured(controlnet) if controlnet else 0)
+    job = usual_job(found, parse_size(size, found.spec) if size else None, references, task)
     if rewrite:
         check_writes(found.spec)
         job = replace(job, writes=True)
@@ -78,6 +81,13 @@ def plan(
         "{model} · {shape} · {device}, {memory} free", model=found.name, shape=shape, device=where.title, memory=memory
     )
     show(screen, chosen, rows, job.steps)
+
+
+def measured(controlnet: str) -> int:
+    """Bytes of a ControlNet. Raises ModelError where it is none."""
+    from lanting.weights.controls import open_controlnet
+
+    return open_controlnet(controlnet).checkpoint.bytes()
 
 
 def place(device: str | None, budget: Budget) -> tuple[Machine, str | None, Budget]:

@@ -137,13 +137,13 @@ def controlnet_of(recipe: Recipe, given: str | None, beside: Path, screen: Scree
     record = recipe.controlnet
     if record is None:
         return given
-    from lanting.weights.checkpoint import open_component
+    from lanting.weights.controls import open_controlnet
 
     places = [given] if given else [str(record["path"]), str(beside / str(record["name"]))]
-    here = [place for place in places if os.path.isdir(Path(place).expanduser())]
+    here = [place for place in places if os.path.exists(Path(place).expanduser())]
     if not here:
         raise ModelError("the ControlNet {name} is not here any more: give it with --controlnet", name=places[0])
-    prints = {place: open_component(Path(place).expanduser()).fingerprint() for place in here}
+    prints = {place: open_controlnet(place).checkpoint.fingerprint() for place in here}
     same = [place for place in here if prints[place] == record["weights"]]
     if not same:
         screen.note("{path} is not the ControlNet the recipe was made with; the result will differ", path=here[0])

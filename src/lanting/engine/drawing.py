@@ -84,7 +84,7 @@ class Drawing:
         """Hang everything on the networks that the steps need."""
         models = self.models
         nets: dict[str, nn.Module] = {"transformer": models.transformer}
-        if models.controlnet is not None and canvas.control is not None:
+        if models.controlnet is not None and (canvas.control is not None or canvas.steering is not None):
             nets["controlnet"] = models.controlnet
         told = None if self.told_before is None else [(s - self.done if s else -1, p, w) for s, p, w in self._safe()]
         watch = Sentinel(nets, models.dtype, self.remembered.ways, told, mend=self._mend, calm=self._calm)

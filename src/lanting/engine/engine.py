@@ -20,6 +20,7 @@ from lanting.core.recipe import describe_request, request_of_picture
 from lanting.core.types import Progress, Recipe, Request, Result
 from lanting.engine.choose import devices_of
 from lanting.engine.conditions import key_of, versions_of
+from lanting.engine.controls import check_control
 from lanting.engine.drawing import Drawing
 from lanting.engine.fit import Fit, hold, in_bytes, planned
 from lanting.engine.models import Models
@@ -80,7 +81,7 @@ class Engine:
                     None: the best one present
         dtype       "bfloat16", "float16", "float32", or by component "vae=float32,transformer=bfloat16";
                     None: bfloat16, or float32 for small models on a CPU
-        controlnet  a ControlNet folder, for the tasks `controlnet` and `controlnet_inpaint`
+        controlnet  a ControlNet, its folder or file, for the tasks `controlnet` and `controlnet_inpaint`
         loras       LoRA files or names of LoRAs the model brings, with a strength if it is not 1: "ink.safetensors:0.8"
         parts       "text_encoder" and "vae": a file or folder that replaces the model's own, or that a file lacks
         quant       "int8", "fp8" or "int4": pack Linears that are stored in 16 or 32 bits while they are loaded;
@@ -138,7 +139,7 @@ class Engine:
 
     def settled(self, request: Request) -> Request:
         """The request without gaps. Raises RequestError, before anything is loaded."""
-        settled = settle(request, self.spec)
+        settled = check_control(settle(request, self.spec), self.models)
         if settled.rewrite:
             check_room(self.models, self.counted, self.budget)
         if settled.tries is not None:

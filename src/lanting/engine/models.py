@@ -12,7 +12,6 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from lanting.attach.graphs import forget_graphs
 from lanting.attach.quant import KINDS, chooser
-from lanting.core.errors import ModelError, RequestError
+from lanting.core.errors import RequestError
 from lanting.core.rewriting import Written
 from lanting.engine.ahead import Ahead
 from lanting.engine.allocator import return_memory, tidy
@@ -30,7 +29,6 @@ from lanting.engine.placement import Placed, empty_cache, place_controlnet, plac
 from lanting.flow.latents import LatentCodec, Preview, fit_preview
 from lanting.flow.loop import Conditioning
 from lanting.flow.schedule import Schedule, model_timestep
-from lanting.nn.controlnet import QwenImageControlNet
 from lanting.nn.lora import detach, set_strengths
 from lanting.plan import Plan
 from lanting.specs.detect import SINGLE_STREAM
@@ -40,6 +38,7 @@ from lanting.text.pictures import PictureConfig
 from lanting.text.templates import load_template, takes_pictures
 from lanting.text.tokenizer import load_tokenizer
 from lanting.weights.build import (
+    ControlNet,
     TextEncoder,
     Transformer,
     build_vae,
@@ -47,7 +46,8 @@ from lanting.weights.build import (
     store_text_encoder,
     store_transformer,
 )
-from lanting.weights.checkpoint import open_component, read_json
+from lanting.weights.checkpoint import read_json
+from lanting.weights.controls import check_controlnet, open_controlnet
 from lanting.weights.find import ModelFolder
 from lanting.weights.fits import check_fits, with_writing
 from lanting.weights.forms import read_forms
@@ -105,9 +105,9 @@ class Models:
         self.schedule = self._schedule()
         self.ahead = Ahead()
         self.crew: Crew | None = None  # processes on other devices that draw along
-        self.controlnet_folder = None if controlnet is None else Path(controlnet).expanduser()
-        if self.controlnet_folder is not None and not self.controlnet_folder.is_dir():
-            raise ModelError(f"{controlnet} is no ControlNet folder; give one with config.json and safetensors.")
+        self.control = None
+        if controlnet is not None:
+            self.control = check_controlnet(open_controlnet(controlnet), folder.configs["transformer"])
 
     @property
     def single_stream(self) -> bool:
@@ -303,18 +303,16 @@ class Models:
         return None
 
     @cached_property
-    def placed_controlnet(self) -> Placed[QwenImageControlNet] | None:
-        folder = self.controlnet_folder
-        if folder is None:
+    def placed_controlnet(self) -> Placed[ControlNet] | None:
+        if self.control is None:
             return None
-        config = read_json(folder / "config.json")
-        stored = store_controlnet(open_component(folder), config, self.placing("controlnet"))
+        stored = store_controlnet(self.control.checkpoint, self.control.config, self.placing("controlnet"))
         placed = place_controlnet(stored, self.plan)
         speed_up(placed.net, self.device)
         return placed
 
     @property
-    def controlnet(self) -> QwenImageControlNet | None:
+    def controlnet(self) -> ControlNet | None:
         return None if self.placed_controlnet is None else self.placed_controlnet.net
 
     @cached_property

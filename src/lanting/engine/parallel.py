@@ -27,6 +27,7 @@ from torch import Tensor
 from lanting.attach.parallel_group import Group
 from lanting.core.types import Notice, note
 from lanting.engine.choose import say_dtypes
+from lanting.engine.controls import check_devices
 from lanting.engine.parallel_follower import Opening
 from lanting.engine.parallel_peer import GoneError, Peer
 from lanting.kernels.library import thread_count, use_threads
@@ -71,6 +72,7 @@ class Crew:
     """
 
     def __init__(self, models: Models, names: Sequence[str], vram: str | int | None = None):
+        check_devices(models)
         self.models, self.names = models, tuple(names)
         loras = tuple(f"{lora.given}:{lora.strength!r}" for lora in models.loras)
         dtypes = say_dtypes(models.dtypes)

@@ -17,6 +17,7 @@ from lanting.attach.modulation import MODULATIONS, ModulationTable
 from lanting.attach.parts import Part
 from lanting.attach.stream import Mapped, Slots, Streamer
 from lanting.engine.compute import has_kernels
+from lanting.nn.blockwise import BlockwiseControlNet
 from lanting.plan import Plan
 from lanting.weights.stored import Stored
 
@@ -126,7 +127,10 @@ def place_transformer(stored: Stored[M], plan: Plan | None) -> Placed[M]:
 
 
 def place_controlnet(stored: Stored[M], plan: Plan | None) -> Placed[M]:
-    """A ControlNet is a tenth of a transformer and stays; its modulation is tabulated where the transformer's is."""
+    """A ControlNet is a tenth of a transformer and stays; its modulation, which a blockwise one hasn't, is tabulated
+    where the transformer's is."""
+    if isinstance(stored.module, BlockwiseControlNet):
+        return Placed(stored, "controlnet_blocks")
     return Placed(stored, "transformer_blocks", table=plan is not None and plan.modulation_table)
 
 

@@ -19,7 +19,6 @@ from lanting.core.errors import RequestError
 from lanting.core.recipe import describe_request
 from lanting.core.types import Request
 from lanting.flow.loop import Canvas, Step
-from lanting.weights.checkpoint import open_component
 
 if TYPE_CHECKING:
     from lanting.engine.models import Models
@@ -39,10 +38,10 @@ def mark_of(request: Request, models: Models) -> str:
 
 def controlnet_of(request: Request, models: Models) -> dict[str, str] | None:
     """The ControlNet for a recipe, where it draws along; `weights` is a hash as the model's own."""
-    folder = models.controlnet_folder
-    if folder is None or not (request.task or "").startswith("controlnet"):
+    net = models.control
+    if net is None or not (request.task or "").startswith("controlnet"):
         return None
-    return {"name": folder.name, "weights": open_component(folder).fingerprint(), "path": str(folder)}
+    return {"name": net.path.name, "weights": net.checkpoint.fingerprint(), "path": str(net.path)}
 
 
 def put_aside(step: Step, done: int, mark: str, choices: Mapping[str, Any] | None = None) -> Checkpoint:

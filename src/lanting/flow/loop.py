@@ -30,7 +30,8 @@ Grid = tuple[int, int, int]  # frames, rows, columns of tokens
 
 class Model(Protocol):
     """The transformer as the loop sees it; `lanting.nn.mmdit.QwenImageTransformer` is one. Those that read words and
-    references as one text (`lanting.nn.single_stream`) are told `places`, too, where there are any."""
+    references as one text (`lanting.nn.single_stream`) are told `places`, too, where there are any; those that a
+    ControlNet steers block by block are told `steer`."""
 
     def __call__(  # noqa: PLR0913  the transformer's own arguments
         self,
@@ -70,6 +71,8 @@ class Tokens:
 
 # residuals(target latents, timestep, sigma, prompt, grids), or nothing while the net is not active
 Control = Callable[[Tensor, Tensor, Tensor, Conditioning, Sequence[Grid]], Sequence[Tensor]]
+Steer = Callable[[int, Tensor, int], Tensor]  # what a model does behind its blocks, see `lanting.nn.mmdit.Steer`
+Steering = Callable[[Tensor], Steer | None]  # that of a noise level; None while nothing is active
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,7 @@ class Canvas:
     batched_guidance: bool = False  # both predictions in one call of 2B instead of two of B
     references: tuple[Tokens, ...] = ()  # clean pictures the model may look at
     control: Control | None = None
+    steering: Steering | None = None
     keep: Callable[[Tensor, Tensor], Tensor] | None = None  # re-impose known pixels at a noise level
     finish: Callable[[Tensor], list[Image]] = lambda latents: []
 
@@ -129,6 +133,7 @@ class Question:
         self.batch, self.tokens = latents.shape[:2]
         self.timestep = model_timestep(sigma, latents.dtype).to(latents.device).expand(self.batch)
         self.residuals = _residuals(canvas, latents, self.timestep, sigma)
+        self.steer = None if canvas.steering is None else canvas.steering(sigma)
         seen = (r.data.expand(self.batch, -1, -1) for r in canvas.references)
         self.seen = torch.cat([latents, *seen], 1)  # (B, N + R, C)
         self.grids = (*canvas.grids, *(r.grid for r in canvas.references))
@@ -154,6 +159,7 @@ class Question:
         """(B, N, C) under any prompt; `branch` is for caches"""
         copies = len(prompt.embeds) // self.batch  # 2 when both sides of the guidance go in one call
         more: dict[str, Any] = {"places": prompt.places} if prompt.places else {}
+        more |= {} if self.steer is None else {"steer": self.steer}
         prediction = self.model(
             stacked(self.seen, copies),
             stacked(self.timestep, copies),

@@ -43,7 +43,8 @@ class Side:
 def joinable(canvas: Canvas) -> bool:
     """Whether it may share a call: no padding of its own, no second network, no other way of asking."""
     sides = (canvas.positive, *([canvas.negative] if canvas.negative is not None else []))
-    return canvas.control is None and not canvas.batched_guidance and all(side.mask is None for side in sides)
+    alone = canvas.control is None and canvas.steering is None
+    return alone and not canvas.batched_guidance and all(side.mask is None for side in sides)
 
 
 def velocities(model: Model, asked: Sequence[Asked], most: int) -> list[Tensor]:

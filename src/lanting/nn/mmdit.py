@@ -11,7 +11,7 @@ Shapes: B batch, N picture tokens, T text tokens, D width, H heads, E head width
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from lanting.nn.rope import Grid, RopeCache, rotate
 
 FP16_LIMIT = 65504.0
+# (number of a block, the picture stream (B, N, D) behind it, target tokens) -> the stream that goes on
+Steer = Callable[[int, Tensor, int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class Context:
     mask: Tensor | None = None  # (B, T) bool, True = a real token
     control: tuple[Tensor, ...] = ()  # residuals (B, N, D) for the picture stream
     branch: str = "positive"  # which side of the guidance this is; for caches only
+    steer: Steer | None = None  # a blockwise ControlNet (`nn.blockwise`); it acts behind blocks, none reads it
 
 
 class RMSNorm(nn.Module):
@@ -176,7 +179,8 @@ class Block(nn.Module):
 
 
 class Stack(nn.ModuleList):
-    """Blocks in order. ControlNet residuals are spread evenly over them and added behind each block."""
+    """Blocks in order. ControlNet residuals are spread evenly over them and added behind each block; a blockwise
+    ControlNet is asked there."""
 
     def forward(self, img: Tensor, txt: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
         return through(self, img, txt, ctx)
@@ -191,6 +195,8 @@ def through(
         img, txt = stack[i](img, txt, ctx)
         if every:
             img = img + ctx.control[i // every]
+        if ctx.steer is not None:
+            img = ctx.steer(i, img, ctx.target_tokens)
     return img, txt
 
 
@@ -243,6 +249,7 @@ class QwenImageTransformer(nn.Module):
         *,
         control: Sequence[Tensor] = (),
         branch: str = "positive",
+        steer: Steer | None = None,
     ) -> Tensor:
         """latents (B, N, in_channels): targets, then references, in the order of `grids`; timestep (B,) in [0, 1];
         prompt_embeds (B, T, joint_attention_dim); prompt_mask (B, T) bool or None when nothing is padded.
@@ -252,7 +259,7 @@ class QwenImageTransformer(nn.Module):
         temb = self.time_text_embed(self.times(timestep.to(img.dtype)), img.dtype)  # (B, 1 or 2, D)
         rope = self.rope(tuple(grids), txt.shape[1], img.device)
         mask = None if prompt_mask is None else prompt_mask.bool()
-        ctx = Context(temb, target_tokens, rope, mask, tuple(control), branch)
+        ctx = Context(temb, target_tokens, rope, mask, tuple(control), branch, steer)
         img, _ = self.transformer_blocks(img, txt, ctx)
         scale, shift = self.norm_out["linear"](F.silu(temb[:, :1])).chunk(2, -1)  # scale first, unlike in a block
         return self.proj_out(layer_norm(img) * (1 + scale) + shift)

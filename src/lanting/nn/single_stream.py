@@ -78,6 +78,7 @@ class Context:
     mask: Tensor | None = None  # (B, 1, 1, P + N) bool, True = a token the target may see; None: nothing is padded
     kept: Kept | None = None  # None: nothing is kept
     control: tuple[Tensor, ...] = ()  # always empty; a Stack asks for it
+    steer: None = None  # as well
     branch: str = "positive"  # which side of the guidance this is; for caches only
 
 

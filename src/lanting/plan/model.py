@@ -121,8 +121,9 @@ def job_of(request: Request, model: Model, text: int | None = None) -> Job:
     count = max((len(words.encode()) for words in prompts), default=0)  # a token is at least a byte
     sizes = tuple(image.size for image in request.images)
     editing, size = task.startswith("edit"), request.size or own.size
-    references = tuple(reference_size(*one, own) for one in sizes) if editing else (size,) if task == "layered" else ()
-    encoded = references if editing or task == "layered" else (size,) * len(sizes)
+    beside = task == "layered" or bool(request.options.get("in_context"))  # one picture of the target's size
+    references = tuple(reference_size(*one, own) for one in sizes) if editing else (size,) if beside else ()
+    encoded = references if editing or beside else (size,) * len(sizes)
     job = Job(
         size=size,
         references=references,

@@ -18,7 +18,7 @@ OF_TASK = {
     "layered": ("layers", "resolution"),
     "inpaint": ("padding_mask_crop",),
     "edit_inpaint": ("padding_mask_crop",),
-    "controlnet": ("control_scale", "control_start", "control_end"),
+    "controlnet": ("control_scale", "control_start", "control_end", "in_context"),
     "controlnet_inpaint": ("control_scale", "control_start", "control_end"),
 }
 
@@ -37,13 +37,15 @@ def settle_options(request: Request, task: str, own: Defaults) -> tuple[dict[str
         given.setdefault("resolution", own.resolution)
         if given["resolution"] not in (640, 1024):
             raise RequestError("the resolution must be 640 or 1024, not {value}", value=given["resolution"])
-    if "control_scale" in known:
+    if given.get("in_context") is True:
+        _settle_in_context(given, len(request.images))
+    elif "control_scale" in known:
         _settle_control(given, len(request.images))
     if given.get("padding_mask_crop") is not None:
         given["padding_mask_crop"] = whole("padding_mask_crop", given["padding_mask_crop"], 0, 4096)
     if task == "edit" and own.keep:
         given.setdefault("keep", True)
-    for name in ("batched_guidance", "keep"):
+    for name in ("batched_guidance", "keep", "in_context"):
         if not isinstance(given.get(name, False), bool):
             raise RequestError("{name} must be true or false, not {value}", name=name, value=given[name])
     steps = own.steps if request.steps is None else request.steps
@@ -95,6 +97,14 @@ def _settle_control(given: dict[str, Any], pictures: int) -> None:
     for start, end in zip(_each(given["control_start"], pictures), _each(given["control_end"], pictures), strict=True):
         if start >= end:
             raise RequestError("control_start {start} must come before control_end {end}", start=start, end=end)
+
+
+def _settle_in_context(given: Mapping[str, Any], pictures: int) -> None:
+    """The control picture stands beside the target: nothing else of a ControlNet's has a meaning."""
+    if name := next((name for name in OF_TASK["controlnet_inpaint"] if name in given), None):
+        raise RequestError("{name} has no meaning in context: give the LoRA a strength", name=name)
+    if pictures != 1:
+        raise RequestError("one control picture can stand in context, not {count}", count=pictures)
 
 
 def _each(value: float | tuple[float, ...], pictures: int) -> tuple[float, ...]:

@@ -1,7 +1,9 @@
 """Follow the structure of a picture (edges, depth, pose) through a ControlNet's residuals.
 
 Union: every picture of the request is a control picture. Inpainting: the picture with a hole, and the hole as
-a 17th latent channel. Control is data of the canvas, so it combines with any other task by `replace`.
+a 17th latent channel. Control is data of the canvas, so it combines with any other task by `replace`. Nets of both
+builds are asked for the same things; those that hang on the blocks act at the steps at which DiffSynth has them act.
+In context there is no net: a LoRA has taught the transformer to follow a picture that stands behind the target.
 """
 
 from __future__ import annotations
@@ -14,14 +16,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lanting.core import ModelError, Request, RequestError
+from lanting.core.types import words_of
 from lanting.flow.latents import pack
-from lanting.flow.loop import Canvas, Conditioning, Control, Grid
+from lanting.flow.loop import Canvas, Conditioning, Control, Grid, Steer, Steering
 from lanting.tasks.pictures import mask_of, pixels_of
-from lanting.tasks.studio import ControlNet, Studio, begin, look_at, size_of
+from lanting.tasks.studio import Blockwise, Residuals, Studio, begin, look_at, size_of
+
+IN_CONTEXT = "Context_Control. "  # the words with which the LoRA was trained
+NEAR = 1e-4  # of progress: where a step counts as begun or over
 
 
 def controlnet(studio: Studio, request: Request) -> Canvas:
-    """Options control_scale, control_start, control_end: a number, or one per picture."""
+    """Options control_scale, control_start, control_end: a number, or one per picture. Or option in_context."""
+    if request.options.get("in_context"):
+        return in_context(studio, request)
     size = size_of(request)
     hints = [look_at(studio, image, size).data for image in request.images]
     return with_control(studio, request, hints)
@@ -49,11 +57,33 @@ def with_control(studio: Studio, request: Request, hints: Sequence[Tensor]) -> C
     option = request.options.get
     scales = per_hint(option("control_scale", 1.0), len(hints))
     starts, ends = (per_hint(option(f"control_{side}", at), len(hints)) for side, at in (("start", 0), ("end", 1)))
-    spans = [active_span(canvas.sigmas, start, end) for start, end in zip(starts, ends, strict=True)]
-    return replace(canvas, control=steer(net, list(zip(hints, scales, spans, strict=True))))
+    span = progress_span if isinstance(net, Blockwise) else active_span
+    spans = [span(canvas.sigmas, start, end) for start, end in zip(starts, ends, strict=True)]
+    parts = list(zip(hints, scales, spans, strict=True))
+    if isinstance(net, Blockwise):
+        return replace(canvas, steering=steering(net, parts))
+    return replace(canvas, control=steer(net, parts))
 
 
-def steer(net: ControlNet, parts: Sequence[tuple[Tensor, float, tuple[float, float]]]) -> Control:
+def in_context(studio: Studio, request: Request) -> Canvas:
+    """Text-to-image beside the control picture, as a reference of the target's size that the reader is not shown."""
+    (picture,), size = request.images, size_of(request)
+    words = tuple(prompt if prompt.startswith(IN_CONTEXT) else IN_CONTEXT + prompt for prompt in words_of(request))
+    canvas = begin(studio, replace(request, prompt=words), studio.codec.grid(*size))
+    return replace(canvas, references=(look_at(studio, picture, size),))
+
+
+def steering(net: Blockwise, parts: Sequence[tuple[Tensor, float, tuple[float, float]]]) -> Steering:
+    """As `steer`, for a net that is asked block by block."""
+
+    def at(sigma: Tensor) -> Steer | None:
+        hints = [(hint, scale) for hint, scale, (low, high) in parts if scale and low <= float(sigma) <= high]
+        return net.steer(hints) if hints else None
+
+    return at
+
+
+def steer(net: Residuals, parts: Sequence[tuple[Tensor, float, tuple[float, float]]]) -> Control:
     """The canvas's control: per part a hint, a scale, and the noise levels between which it is active."""
 
     def residuals(
@@ -78,6 +108,15 @@ def active_span(sigmas: Tensor, start: float, end: float) -> tuple[float, float]
     """
     steps = len(sigmas) - 1
     active = [float(sigmas[i]) for i in range(steps) if i / steps >= start and (i + 1) / steps <= end]
+    return (active[-1], active[0]) if active else (1.0, 0.0)
+
+
+def progress_span(sigmas: Tensor, start: float, end: float) -> tuple[float, float]:
+    """As `active_span`, by DiffSynth's count: of the steps i of n with start <= i / (n - 1) <= end."""
+    last = len(sigmas) - 2
+    progress = [1 - (last - i) / max(last, 1) for i in range(last + 1)]  # an only step is at its end
+    levels = zip(progress, sigmas.tolist(), strict=False)
+    active = [level for at, level in levels if start - NEAR <= at <= end + NEAR]
     return (active[-1], active[0]) if active else (1.0, 0.0)
 
 

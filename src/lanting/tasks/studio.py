@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from lanting.core import Request
 from lanting.core.types import words_of
 from lanting.flow.latents import LatentCodec
-from lanting.flow.loop import Canvas, Conditioning, Grid, Tokens
+from lanting.flow.loop import Canvas, Conditioning, Grid, Steer, Tokens
 from lanting.flow.schedule import Schedule
 from lanting.specs import ModelSpec
 from lanting.tasks.pictures import pictures_from, pixels_of
@@ -25,7 +25,19 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 # residuals(latents, control latents, timestep, prompt_embeds, prompt_mask, grids), see lanting.nn.controlnet
-ControlNet = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, Sequence[Grid]], list[Tensor]]
+Residuals = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, Sequence[Grid]], list[Tensor]]
+
+
+@runtime_checkable
+class Blockwise(Protocol):
+    """A ControlNet that is asked behind every block of the transformer, see `lanting.nn.blockwise`."""
+
+    def steer(self, hints: Sequence[tuple[Tensor, float]]) -> Steer:
+        """From (control latents, scale) of each control picture."""
+        ...
+
+
+ControlNet = Residuals | Blockwise
 
 
 class Studio(Protocol):

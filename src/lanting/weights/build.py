@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 
 from lanting.core.errors import ModelError
+from lanting.nn.blockwise import BlockwiseConfig, BlockwiseControlNet
 from lanting.nn.controlnet import ControlNetConfig, QwenImageControlNet
 from lanting.nn.mmdit import QwenImageTransformer, TransformerConfig
 from lanting.nn.qwen3_vl import Qwen3VL, Qwen3VLConfig
@@ -21,10 +22,12 @@ from lanting.nn.vae import AutoencoderKLQwenImage, VAEConfig, to_image_weights
 from lanting.nn.vae21 import AutoencoderKLQwenImage21, VAE21Config
 from lanting.specs.detect import SINGLE_STREAM
 from lanting.weights.checkpoint import Checkpoint
+from lanting.weights.configs import BLOCKWISE
 from lanting.weights.stored import Placing, Stored, construct, fill
 
 Transformer = QwenImageTransformer | QwenImage21Transformer
 TextEncoder = QwenVL | Qwen3VL
+ControlNet = QwenImageControlNet | BlockwiseControlNet
 FEW = 64  # blocks that any config may ask for
 
 
@@ -62,12 +65,16 @@ def store_transformer(checkpoint: Checkpoint, config: Mapping[str, Any], placing
     return Stored(construct(make, checkpoint.label), checkpoint, placing)
 
 
-def store_controlnet(
-    checkpoint: Checkpoint, config: Mapping[str, Any], placing: Placing
-) -> Stored[QwenImageControlNet]:
-    """A ControlNet folder (Union: 5 blocks, Inpainting: 6 blocks and a mask channel), still empty."""
+def store_controlnet(checkpoint: Checkpoint, config: Mapping[str, Any], placing: Placing) -> Stored[ControlNet]:
+    """InstantX's (Union: 5 blocks, Inpainting: 6 blocks and a mask channel) or DiffSynth's blockwise, still empty."""
     check_depth(config, checkpoint)
-    make = lambda: QwenImageControlNet(ControlNetConfig.from_dict(config))  # noqa: E731
+
+    def make() -> ControlNet:
+        if config.get("_class_name") == BLOCKWISE:
+            sides = (int(config[key]) for key in ("num_layers", "width", "in_channels"))
+            return BlockwiseControlNet(BlockwiseConfig(*sides))
+        return QwenImageControlNet(ControlNetConfig.from_dict(config))
+
     return Stored(construct(make, checkpoint.label), checkpoint, placing)
 
 

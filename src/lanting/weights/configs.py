@@ -33,6 +33,7 @@ SCHEDULER: dict[str, Any] = {  # of every release; distilled ones replace parts 
     "use_exponential_sigmas": False,
     "use_karras_sigmas": False,
 }
+BLOCKWISE = "QwenImageBlockWiseControlNet"  # what DiffSynth calls the class; its repositories have no config.json
 VISION_HEAD = 80  # width of a vision head in every Qwen2.5-VL
 QWEN3_VISION_HEAD = 72  # and in Qwen3-VL-8B
 
@@ -52,10 +53,10 @@ def config_of(component: str, checkpoint: Checkpoint) -> dict[str, Any]:
     """What config.json of this component would say. Raises ModelError where the tensors tell of no such network."""
     if config := own_notes(checkpoint).get("config"):
         return config
-    make = {"transformer": _transformer, "vae": _vae, "text_encoder": _text_encoder}[component]
+    own = {"transformer": _transformer, "vae": _vae, "text_encoder": _text_encoder, "controlnet": _controlnet}
     flags = {name: info.shape for name, info in checkpoint.infos.items() if name in FLAGS}
     try:
-        return make(Sides(shapes(checkpoint) | flags))
+        return own[component](Sides(shapes(checkpoint) | flags))
     except (LookupError, ZeroDivisionError, ValueError) as error:
         what = component.replace("_", " ")
         raise ModelError(f"The {checkpoint.label} is no complete {what} (it lacks {error}); get another.") from None
@@ -124,6 +125,24 @@ def _single_stream(sides: Sides) -> dict[str, Any]:
         "mlp_ratio": sides["transformer_blocks.0.img_mlp.out.weight"][1] // width,
         "axes_dims_rope": [head // 8, head * 7 // 16, head * 7 // 16],
         "causal_condition": True,
+    }
+
+
+def _controlnet(sides: Sides) -> dict[str, Any]:
+    """How a head is split for positions is left to the model that it belongs to."""
+    width, channels = sides["img_in.weight"]
+    if "controlnet_blocks.0.y_rms.weight" in sides:
+        depth = sides.blocks("controlnet_blocks.")
+        return {"_class_name": BLOCKWISE, "num_layers": depth, "width": width, "in_channels": channels}
+    (head,) = sides["transformer_blocks.0.attn.norm_q.weight"]
+    return {
+        "_class_name": "QwenImageControlNetModel",
+        "num_layers": sides.blocks("transformer_blocks."),
+        "num_attention_heads": width // head,
+        "attention_head_dim": head,
+        "joint_attention_dim": sides["txt_in.weight"][1],
+        "in_channels": channels,
+        "extra_condition_channels": sides["controlnet_x_embedder.weight"][1] - channels,
     }
 
 

@@ -103,7 +103,8 @@ def open_single(path: Path, given: Mapping[str, Path]) -> ModelFolder:
     found = open_file(path)
     if "transformer" not in found:
         what = ", ".join(found).replace("_", " ") or "nothing this version knows"
-        flag = next((f": give it with --{part.replace('_', '-')}" for part in PARTS if part in found), "")
+        flags = (f": give it with --{part.replace('_', '-')}" for part in (*PARTS, "controlnet") if part in found)
+        flag = next(flags, "")
         raise ModelError(f"{path} holds no transformer but {what}{flag}; 'lanting show' tells what a file is.")
     spec, notes = release_of(path, found["transformer"])
     parts = dict.fromkeys(found, path) | dict(given)

@@ -245,6 +245,8 @@ def how_to_run(path: Path, kind: str, components: tuple[str, ...], release: str 
         return f"lanting {verb} --model {quoted}" + "".join(f" --{name.replace('_', '-')} FILE" for name in lacking)
     if kind in ("vae", "text_encoder"):
         return f"lanting generate 'WORDS' --model MODEL --{kind.replace('_', '-')} {quoted}"
+    if kind == "controlnet":
+        return f"lanting generate 'WORDS' --model qwen-image --controlnet {quoted} --control PICTURE"
     return f"lanting generate 'WORDS' --model MODEL --lora {quoted}" if kind == "lora" else ""
 
 

@@ -19,6 +19,8 @@ PREFIXES = (
     "text_encoders.qwen25_7b.transformer.",
     "vae.",
     "transformer.",
+    "controlnet.",
+    "control_model.",
 )
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")  # endings of files that can run code when they are opened
 LORA = re.compile(r"(\.lora_(A|B|down|up|a|b)\b|lora_(down|up)\.weight|\.(hada|lokr)_w\d)")
@@ -43,7 +45,7 @@ def guess_kind(infos: Mapping[str, TensorInfo]) -> Kind:
     if len(sorts) > 1:
         return Kind("all-in-one", "transformer, VAE and text encoder in one file")
     bare = {_strip(name): info for name, info in infos.items()}
-    for judge in (_transformer, _vae, _text_encoder):
+    for judge in (_blockwise, _transformer, _vae, _text_encoder):
         if (kind := judge(bare)) is not None:
             quantized = " with scales" if any(name.endswith(SCALES) for name in bare) else ""
             return Kind(kind.name, kind.detail + quantized, kind.release)
@@ -83,6 +85,19 @@ def _lora(infos: Mapping[str, TensorInfo]) -> Kind:
     return Kind("lora", f"{rank}, {blocks} blocks" if blocks else rank)
 
 
+def _blockwise(bare: Mapping[str, TensorInfo]) -> Kind | None:
+    """DiffSynth's ControlNets."""
+    if "controlnet_blocks.0.y_rms.weight" not in bare or "img_in.weight" not in bare:
+        return None
+    return Kind("controlnet", f"blockwise, {_blocks(bare, 'controlnet_blocks')} blocks{_mask(bare, 'img_in.weight')}")
+
+
+def _mask(bare: Mapping[str, TensorInfo], entrance: str) -> str:
+    """The mask of a net that repaints are 4 channels beyond the latents' 16 by 4."""
+    channels = _side({name: info.shape for name, info in bare.items()}, entrance, 1) or 0
+    return ", reads a mask" if channels % 16 else ""
+
+
 def _transformer(bare: Mapping[str, TensorInfo]) -> Kind | None:
     if "txt_in.text_norm.weight" in bare and "modulation.1.weight" in bare:
         return Kind("transformer", f"{_blocks(bare, 'transformer_blocks')} blocks of one stream", "qwen-image-2.1")
@@ -90,7 +105,7 @@ def _transformer(bare: Mapping[str, TensorInfo]) -> Kind | None:
         return None
     blocks = _blocks(bare, "transformer_blocks")
     if any(name.startswith(("controlnet_blocks.", "controlnet_x_embedder.")) for name in bare):
-        return Kind("controlnet", f"{blocks} blocks")
+        return Kind("controlnet", f"{blocks} blocks{_mask(bare, 'controlnet_x_embedder.weight')}")
     if "time_text_embed.addition_t_embedding.weight" in bare:
         return Kind("transformer", f"{blocks} blocks, layered", "qwen-image-layered")
     if "__index_timestep_zero__" in bare:

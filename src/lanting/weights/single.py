@@ -21,13 +21,15 @@ from lanting.weights.headers import damaged, read_file
 
 OWN_NOTES = "lanting"  # in a safetensors file's metadata: a JSON table of ours
 COMPONENTS = ("transformer", "vae", "text_encoder")
-PREFIXES = {  # the longest that fits is taken off; then the rest is one of COMPONENTS
+PREFIXES = {  # the first that fits is taken off; then the rest is one of COMPONENTS, or a ControlNet
     "model.diffusion_model.": "transformer",
     "diffusion_model.": "transformer",
     "transformer.": "transformer",
     "text_encoders.qwen25_7b.transformer.": "text_encoder",
     "text_encoders.qwen25_7b.": "text_encoder",
     "text_encoder.": "text_encoder",
+    "controlnet.": "controlnet",
+    "control_model.": "controlnet",
     "first_stage_model.": "vae",
     "vae.": "vae",
 }
@@ -36,6 +38,8 @@ SIGNS = {  # names that only this component has, without its prefix
     "transformer": ("transformer_blocks.0.img_mod.1.weight", "txt_in.text_norm.weight"),
     "text_encoder": ("model.layers.0.self_attn.q_proj.weight",),
     "vae": ("decoder.conv_in.weight",),
+    # blockwise, InstantX's: a file of either may stand under the prefix of a transformer
+    "controlnet": ("controlnet_blocks.0.y_rms.weight", "controlnet_x_embedder.weight"),
 }
 WAN_VAE = ("conv1.weight", "decoder.conv1.weight", "encoder.downsamples.0.residual.2.weight")
 WAN_PARTS = (  # pattern of Wan's name, diffusers' name; {b}, {j} are the place in the decoder
@@ -150,8 +154,9 @@ def split_names(names: Iterable[str]) -> dict[str, dict[str, str]]:
     found: dict[str, dict[str, str]] = {}
     for component, table in bare.items():
         renamed = {ours: table[theirs] for ours, theirs in our_names(component, table).items()}
-        if component == _component_of(renamed):
-            found[component] = renamed
+        told = _component_of(renamed)
+        if told and told in (component, "controlnet"):
+            found[told] = renamed
     return found
 
 
@@ -197,5 +202,6 @@ def _component_of(names: Mapping[str, str]) -> str:
         return "vae"
     officials = {_official(name) for name in names}
     found = [component for component, signs in SIGNS.items() if not officials.isdisjoint(signs)]
-    controlnet = any(name.startswith("controlnet_") for name in names)
-    return found[0] if found and not controlnet else ""
+    if any(name.startswith("controlnet_") for name in names):
+        return "controlnet" if "controlnet" in found else ""
+    return found[0] if found else ""
