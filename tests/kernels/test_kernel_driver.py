@@ -67,7 +67,7 @@ def test_instruction_sets_agree(here, isa):
 @pytest.mark.skipif(not sanitizer("libtsan.so"), reason="the compiler has no ThreadSanitizer")
 def test_threads_do_not_race(tmp_path, here):
     """Three threads of the pool and two callers; any two accesses without order end the program with an error."""
-    flags = ("-fsanitize=thread", "-O1", "-g")
+    flags = ("-fsanitize=thread", "-O1", "-g1")
     build.build(tmp_path / "kernels.so", flags, ("plain",))
     driver = compiled(tmp_path / "driver", *flags)
     assert_agree(printed([str(driver)], tmp_path / "kernels.so", "plain", 3), here["plain"])

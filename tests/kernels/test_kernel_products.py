@@ -75,8 +75,11 @@ def test_long_rows_and_many_outputs(isa, name):
     """Where tiles of a weight are made together, or a row in parts, sums are the same integers."""
     columns = columns_of(name, 8704)
     packed, _ = weight(name, 300, columns)
-    codes, out = calls.quantize(random(49, columns)), torch.empty(49, 300)
-    wanted = exact(codes, packed)
+    known = (random(49, columns) * 40).round().clamp(-127, 127)
+    known[:, 5000] = 127  # steps of 1/4, then, so that codes are known
+    codes, out = calls.quantize(known / 4), torch.empty(49, 300)
+    assert (codes.scale == 0.25).all() and torch.equal(codes.sum.float(), known.sum(1))
+    wanted = exact(codes, packed, codes=known)
     for threads in (1, 3):
         lib.use_threads(threads)
         assert_near(calls.product(codes, packed, out), wanted)

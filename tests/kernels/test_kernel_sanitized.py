@@ -16,7 +16,7 @@ from lanting.kernels import build
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-FLAGS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1", "-g")
+FLAGS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1", "-g1")  # lines in its reports
 NAMES = ("weights", "products", "dense", "rows", "attention", "conv", "threads")
 FILES = [str(HERE / f"test_kernel_{name}.py") for name in NAMES]
 BUT = "not forked and not more_rows and not largest_sums and not threads_of_python and not 27000 and not 800"  # long
