@@ -131,9 +131,7 @@ Strength = Annotated[
 Mask = Annotated[str | None, typer.Option("--mask", help="A picture as large as the first: white is drawn anew.")]
 ControlNet = Annotated[
     str | None,
-    typer.Option(
-        "--controlnet", metavar="FILE|FOLDER", help="A ControlNet, which draws along the --control pictures."
-    ),
+    typer.Option("--controlnet", metavar="FILE|FOLDER", help="A ControlNet, which draws along the --control pictures."),
 ]
 MovedControlNet = Annotated[str | None, typer.Option("--controlnet", help="The ControlNet, where it has moved.")]
 Control = Annotated[
