@@ -134,6 +134,23 @@ def test_the_history_is_searched(server, visit, shot):
     shot(page, "history-nothing")
 
 
+def test_who_has_no_mouse_sees_where_they_are(server, visit, shot):
+    """The search field looked the same with the cursor in it, and a tile cut off the ring around what it holds."""
+    page = visit(server)
+    page.wait_for_selector(OPEN)
+    drawn(page, 'a yellow sign, black letters, "KEYS"')
+    page.wait_for_selector("#gallery .tile")
+    edge = "e => getComputedStyle(e).borderTopColor"
+    before = page.eval_on_selector("#search :is(input, textarea)", edge)
+    page.focus("#search :is(input, textarea)")
+    assert page.eval_on_selector("#search :is(input, textarea)", edge) != before
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.className") == "open"
+    ring = page.evaluate("(s => [s.outlineStyle, parseFloat(s.outlineOffset)])(getComputedStyle(document.activeElement))")
+    assert ring[0] == "solid" and ring[1] <= -2
+    shot(page, "history-keyboard")
+
+
 def test_chinese_on_a_phone_in_the_dark(server, visit, shot):
     page = visit(server, language="zh-CN", phone=True, dark=True)
     page.wait_for_selector(OPEN)
