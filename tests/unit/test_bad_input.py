@@ -125,9 +125,12 @@ CASES: dict[str, tuple[list[str], str]] = {
     "output of a long name": ([*DRAW, "-o", "x" * 300 + ".png"], "too long to be the name of a file"),
     "model of a long name": (["generate", "x", "--model", "x" * 300], "too long to be the name of a file"),
     "packed weights into a folder": (
-        ["quantize", "model", "--to", "int8", "-o", "folder.png", "--force"],
+        ["quantize", "model", "--to", "int8", "-o", "folder.png"],
         "folder.png is a folder",
     ),
+    "fp8, rotated": (["quantize", "model", "--to", "fp8", "--rotate", "-o", "x.safetensors"], "leave --rotate out"),
+    "GGUF, rotated": (["quantize", "model", "--to", "q8_0", "--rotate", "-o", "x.gguf"], "leave --rotate out"),
+    "int8 in groups": (["quantize", "model", "--to", "int8", "--group", "32", "-o", "x.safetensors"], "--group out"),
     "output inside a file": ([*DRAW, "-o", "cat.png/x.png"], "not a folder"),
     "text file named .png": (["edit", "text.png", "x", "--model", "editor"], "like a text file"),
     "empty picture": (["edit", "empty.png", "x", "--model", "editor"], "is empty"),

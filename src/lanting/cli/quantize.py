@@ -45,10 +45,10 @@ def quantize(
     from lanting.engine.quantize import Target, quantize_model
 
     out, target = Path(output).expanduser(), Target(to.lower(), component, group, rotate, tuple(lora or ()))
-    if out.exists() and not force:
-        raise OutputError("{path} exists: choose another name, or overwrite it with --force", path=output)
     if out.is_dir():
         raise OutputError("{path} is a folder: choose another name", path=output)
+    if out.exists() and not force:
+        raise OutputError("{path} exists: choose another name, or overwrite it with --force", path=output)
     if not out.parent.is_dir():
         raise OutputError("the folder {path} does not exist: make it first", path=str(out.parent))
     if group not in (32, 64, 128):

@@ -57,6 +57,7 @@ def quantize_model(model: str, out: Path, target: Target, report: Report | None 
             name=target.kind,
             known=", ".join(dict.fromkeys(("bf16", *KINDS, *MIXES))),
         )
+    _refuse_idle(target)
     wanted = ".gguf" if gguf else ".safetensors"
     if out.suffix != wanted:
         raise RequestError("{kind} is written to a {ending} file", kind=target.kind, ending=wanted)
@@ -77,6 +78,14 @@ def quantize_model(model: str, out: Path, target: Target, report: Report | None 
         quantize_safetensors(checkpoint, out, choose, about, report)
     done = merged | {"to": target.kind, "component": target.component, "release": release}
     return done | {"bytes": out.stat().st_size, "bytes_before": before}
+
+
+def _refuse_idle(target: Target) -> None:
+    """Raises RequestError for a choice that this kind hasn't got: it would do nothing, and nobody would know."""
+    if target.rotate and target.kind not in ("int8", "int4"):
+        raise RequestError("{kind} is never rotated: leave --rotate out, or use int8 or int4", kind=target.kind)
+    if target.group != GROUP and target.kind != "int4":
+        raise RequestError("{kind} has no groups to choose: leave --group out, or use int4", kind=target.kind)
 
 
 def _with_loras(
