@@ -127,6 +127,24 @@ def in_float32():
     library.use(own)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 84])
+def test_a_picture_among_others_has_its_own_bits(in_float32, dtype, rows):
+    """On several threads torch's products of more rows are summed otherwise, and one row never as two: steps of several
+    jobs could then not be shared."""
+    net = network()
+    attach_kernels(net)
+    linear = net.time_text_embed.timestep_embedder.linear_2 if rows == 1 else net.img_in
+    linear.to(dtype)
+    x, threads = torch.randn(5, rows, linear.in_features, dtype=dtype), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with torch.no_grad():
+            assert torch.equal(linear(x), torch.cat([linear(one) for one in x.split(1)]))
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_plain_linears_are_multiplied_in_float32_everywhere(in_float32):
     """A text encoder's too: closer to float32 than torch's, and torch's where rows are few or something learns."""
     linear = nn.Linear(96, 130).bfloat16()

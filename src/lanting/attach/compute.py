@@ -40,11 +40,12 @@ def attach_kernels(net: nn.Module) -> bool:
     """Let a network on the CPU use the kernels; False where there are none. Undone by `detach_kernels`."""
     if not ready():
         return False
+    shared = any(isinstance(module, Block) for module in net.modules())
     for path, module in net.named_modules():
         if isinstance(module, PackedLinear) and not any(part in path.split(".") for part in LEFT_ALONE):
             module.product = integer_product
         elif type(module) is nn.Linear and dense_bytes() == 4:
-            module.__dict__["forward"] = partial(float_product, module)
+            module.__dict__["forward"] = partial(float_product, module, shared)
         elif isinstance(module, Attend | SingleAttend):
             module.__dict__["forward"] = partial(attend, module)
         elif isinstance(module, Block):
@@ -72,11 +73,12 @@ def integer_product(linear: PackedLinear, x: Tensor) -> Tensor:
     return multiplied(linear, weight, rotate_blocks(x, linear.rotate) if linear.rotate else x)
 
 
-def float_product(linear: nn.Linear, x: Tensor) -> Tensor:
-    """x W^T + b in float32, of a weight in bfloat16; torch's where that is no gain."""
-    learns = torch.is_grad_enabled() and (x.requires_grad or linear.weight.requires_grad)
-    small = x.numel() < FEWEST_DENSE * x.shape[-1] or linear.weight.dtype != torch.bfloat16
-    weight = None if small or learns or x.device.type != "cpu" else packed(linear, x.dtype)
+def float_product(linear: nn.Linear, shared: bool, x: Tensor) -> Tensor:
+    """x W^T + b in float32, of a weight in bfloat16; torch's where that is no gain. Where steps may be `shared`, every
+    product of plain weights: torch sums other numbers of rows in another order."""
+    away = x.device.type != "cpu" or (torch.is_grad_enabled() and (x.requires_grad or linear.weight.requires_grad))
+    gains = linear.weight.dtype == torch.bfloat16 and x.numel() >= FEWEST_DENSE * x.shape[-1]
+    weight = packed(linear, x.dtype) if (shared or gains) and not away else None
     if weight is None:
         return nn.Linear.forward(linear, x)
     return multiplied(linear, weight, x)
