@@ -19,10 +19,12 @@ from lanting.attach.compiled import attach_compiled, detach_compiled
 from lanting.attach.graphs import Graphs, attach_graphs, detach_graphs
 from lanting.attach.parts import Part
 from lanting.attach.safe import Safe
+from lanting.attach.sentinel import Sentinel
 from lanting.attach.stream import Mapped, Streamer
 from lanting.flow.loop import Conditioning, Question, Tokens, denoise, velocity
 from lanting.flow.together import joinable
 from lanting.nn.blockwise import BlockwiseConfig, BlockwiseControlNet
+from lanting.nn.linears import Int4Linear
 from lanting.tasks.controlnet import progress_span, steering
 
 LAYERS, WIDTH = nets.SHAPE["num_layers"], 64
@@ -280,6 +282,19 @@ def test_steered_steps_are_not_recorded(cached):
         asked(transformer)
     assert "recorded" in graphs.failed  # what is not steered would have been
     detach_graphs(transformer)
+
+
+def test_it_is_watched_like_the_transformer():
+    """What leaves the range of its numbers in the net is made safe there, and the drawing goes on."""
+    transformer, (net, _) = nets.transformer(), net_of()
+    for block in net.controlnet_blocks:
+        nets.swap(block, torch.nn.Linear, lambda _, old: Int4Linear.from_dense(old.weight, old.bias, group=32))
+    net.controlnet_blocks[2].input_proj.product = lambda linear, x: linear.plain(x) * torch.nan
+    canvas = canvas_of(net)
+    with Sentinel({"transformer": transformer, "controlnet": net}, torch.float32, {}) as watch:
+        predict = lambda *asked: watch(lambda: velocity(*asked), lambda: velocity(*asked))  # noqa: E731
+        latents = [step.latents for step in denoise(transformer, canvas, predict)][-1]
+    assert torch.isfinite(latents).all() and dict(watch.ways) == {"controlnet.controlnet_blocks.2": "plain"}
 
 
 def test_without_one_every_bit_is_as_before():
