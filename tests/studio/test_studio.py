@@ -146,7 +146,9 @@ def test_who_has_no_mouse_sees_where_they_are(server, visit, shot):
     assert page.eval_on_selector("#search :is(input, textarea)", edge) != before
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.className") == "open"
-    ring = page.evaluate("(s => [s.outlineStyle, parseFloat(s.outlineOffset)])(getComputedStyle(document.activeElement))")
+    ring = page.evaluate(
+        "(s => [s.outlineStyle, parseFloat(s.outlineOffset)])(getComputedStyle(document.activeElement))"
+    )
     assert ring[0] == "solid" and ring[1] <= -2
     shot(page, "history-keyboard")
 
