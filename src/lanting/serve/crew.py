@@ -6,7 +6,7 @@ engine can't share a step, everybody's latents go to his checkpoint, and the dra
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -17,6 +17,8 @@ from lanting.core.checkpoint import Checkpoint
 from lanting.core.errors import RequestError
 from lanting.core.types import Result
 from lanting.serve.worker import Bench, dismiss, fail, finish, now_and_then, request_of, save, saved, stopped
+
+logger = logging.getLogger("lanting.serve")
 
 
 @dataclass(slots=True)
@@ -43,7 +45,7 @@ def draw_together(bench: Bench, order: Mapping[str, Any], room: int) -> None:
             for seat, event in shared.round():
                 hear(bench, shared, chairs, seat, event)
         if shared.apart:
-            print(f"lanting: steps are not shared: {shared.apart}", file=sys.stderr)
+            logger.info("steps are not shared", extra={"reason": shared.apart})
             put_aside(bench, shared, chairs)
 
 

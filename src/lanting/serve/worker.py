@@ -16,6 +16,7 @@ import base64
 import importlib
 import io
 import json
+import logging
 import os
 import queue
 import sys
@@ -37,6 +38,7 @@ from lanting.core.recipe import restore_request
 from lanting.core.types import Progress, Request, Result
 from lanting.serve.errors import words_of
 from lanting.serve.files import publish
+from lanting.serve.logs import write_to_stderr
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
 
 QUALITY = 80  # of previews, as JPEG
 SIGHT = 0.25  # seconds between previews: nobody sees more, and small pictures take a dozen steps in that time
+logger = logging.getLogger("lanting.serve")
 
 
 def open_engine(model: str, **options: Any) -> Engine:
@@ -116,6 +119,7 @@ def main() -> None:
     """Serve one pipe. The first line says what to open."""
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever a library prints must not end up between our lines
+    write_to_stderr()  # it is the server's log
     sys.stdin.reconfigure(encoding="utf-8")  # type: ignore[attr-defined]  # whatever this machine's locale is
     opening = json.loads(sys.stdin.readline())
     bench = Bench(None, lambda line: print(line, file=out, flush=True), opening["every"])
@@ -298,7 +302,7 @@ def save(bench: Bench, job: str, path: Path, checkpoint: Checkpoint) -> None:
     try:
         replace_file(path, lambda part: part.write_bytes(checkpoint.to_bytes()))
     except OSError as error:
-        print(f"lanting: no checkpoint could be written: {error}", file=sys.stderr)
+        logger.warning("no checkpoint could be written", extra={"job": job, "reason": str(error)})
         return
     bench.send("checkpoint", job=job, step=checkpoint.step, steps=checkpoint.steps)
 
