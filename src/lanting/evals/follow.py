@@ -80,7 +80,9 @@ def judge_follow(
     repeated = [case for case in open_prompts for _ in range(seeds)]
     pictures = [one.image for one in draw(engine, repeated, how, tell)] if repeated else []
     groups = [pictures[at : at + seeds] for at in range(0, len(pictures), seeds)]
-    return FollowReport(cases, drawn, traits, [spread_of(group) for group in groups])
+    with tell.stage("compare", len(groups)):
+        spread = [spread_of(group) for group in tell.each(groups)]
+    return FollowReport(cases, drawn, traits, spread)
 
 
 def spread_of(images: Sequence[Image]) -> float:
