@@ -159,6 +159,8 @@ def test_edits(engine, capsys, tmp_path):
         (["text", "--steps", "0"], "steps must be"),
         (["text", "--size", "3x3"], "each side must be 16"),
         (["edit", "--kinds", "improve"], "improve is none we know"),
+        (["follow", "--concepts", "5000"], "--concepts must be a whole number from 1 to 1"),
+        (["edit", "--concepts", "5000"], "--concepts must be a whole number from 1 to 1"),
         (["text", "-o", "no/such/folder"], "does not exist"),
     ],
 )
@@ -166,6 +168,13 @@ def test_wrong_requests_are_refused_before_any_picture(engine, capsys, tmp_path,
     assert main(["eval", *words]) == 2
     assert sentence in capsys.readouterr().err
     assert engine.requests == [] and engine.closed == 1 and list(tmp_path.iterdir()) == []
+
+
+def test_a_reader_that_is_not_there_is_named(engine, capsys, monkeypatch):
+    """PP-OCR was said to be missing, too, where only tesseract was asked for."""
+    monkeypatch.setattr("lanting.evals.ocr.judges", lambda names, language: ([], list(names)))
+    assert main(["eval", "text", "-n", "1", "--ocr", "tesseract"]) == 2
+    assert "tesseract is not installed" in capsys.readouterr().err
 
 
 def test_a_model_that_does_not_edit_says_so(engine, capsys):

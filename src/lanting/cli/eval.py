@@ -279,7 +279,9 @@ def readers(ocr: str, language: str, screen: Screen) -> list[Judge]:
 
     ready, missing = judges(listed(ocr, [reader.value for reader in Reader]), language)
     if not ready:
-        raise RequestError("no optical reader is installed: pip install 'lanting[eval]' brings PP-OCR")
+        raise RequestError(
+            "{asked} is not installed: pip install 'lanting[eval]' brings PP-OCR, the reader pp", asked=ocr
+        )
     for name in missing:
         screen.note("{name} is not installed (or lacks {language}) and is left out", name=name, language=language)
     return ready

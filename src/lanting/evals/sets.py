@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lanting.core.errors import RequestError
+
 if TYPE_CHECKING:
     from lanting.train.design import Design
     from lanting.train.designs import Labelled, Mix
@@ -148,6 +150,7 @@ def edit_cases(
     from lanting.train.designs import Mix
     from lanting.train.edits import EditMaker
 
+    check_concepts(concepts)
     maker = EditMaker(seed, held_out=True, mix=Mix(hanzi=hanzi, concepts=concepts, pictogram=0.5))
     rng, sizes = random.Random(f"edit {seed}"), sizes or usual_sizes()
 
@@ -156,6 +159,17 @@ def edit_cases(
         return edit_case(made) if _shows(made) else None
 
     return list(_gather(drawn, count))
+
+
+def check_concepts(count: int) -> None:
+    """Raises RequestError where there are not so many pictograms."""
+    from lanting.train.assets import concepts
+
+    if not 1 <= count <= len(concepts()):
+        raise RequestError(
+            "{name} must be a whole number from {low} to {high}, not {value}",
+            **{"name": "--concepts", "low": 1, "high": len(concepts()), "value": count},
+        )
 
 
 def _shows(made: Edit) -> bool:
@@ -175,6 +189,7 @@ def follow_cases(
     """Designs whose sentence says much: half show text alone, half a pictogram, with text or without."""
     from lanting.train.designs import DesignMaker, Mix
 
+    check_concepts(concepts)
     maker = DesignMaker(seed, held_out=True, mix=Mix(pictogram=0.0, concepts=concepts, random_text=0.0))
     drawing = DesignMaker(seed, held_out=True, mix=Mix(pictogram=1.0, concepts=concepts, random_text=0.0))
     rng, sizes = random.Random(f"follow {seed}"), sizes or usual_sizes()
