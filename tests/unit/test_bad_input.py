@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import struct
@@ -242,6 +243,19 @@ def test_damaged_models_are_one_sentence(case, here, models, capsys):
     shutil.copytree(models / "model", here / "bad")
     damage(here / "bad")
     wrong(["generate", "a cat", "--model", "bad", *SMALL], said, here, capsys)
+
+
+@pytest.mark.parametrize("case", [*CASES, *DAMAGE])
+def test_and_in_chinese(case, here, models, monkeypatch, capsys):
+    monkeypatch.setenv("LANTING_LANG", "zh")
+    words, damage = CASES.get(case, (["generate", "a cat", "--model", "bad", *SMALL], ""))[0], DAMAGE.get(case)
+    if damage:
+        shutil.copytree(models / "model", here / "bad")
+        damage[0](here / "bad")
+    assert main(words) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("lanting: ")
+    assert re.search("[\u4e00-\u9fff]", said), said
 
 
 def test_the_sound_models_draw(here, capsys):

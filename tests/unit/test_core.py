@@ -338,7 +338,7 @@ def sentences() -> set[str]:
     found: set[str] = set()
     errors = {e.__name__ for e in LantingError.__subclasses__()} | {"RefusalError", "MissingJudgeError"}
     errors |= {error.__name__ for error in ServeError.__subclasses__()}
-    rooms = "core specs plan weights attach engine bench serve cluster train evals defaults doctor cli"
+    rooms = "core specs plan weights text reading attach engine bench serve cluster train evals defaults doctor cli"
     for room in rooms.split():
         for path in (Path(lanting.__file__).parent / room).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -25,12 +25,15 @@ def choose_device(asked: str | None) -> torch.device:
     try:
         device = torch.device(asked)
     except RuntimeError:
-        raise RequestError(f"There is no device {asked!r}; use cpu, cuda, cuda:N or mps.") from None
+        raise RequestError("there is no device '{device}': use cpu, cuda, cuda:N or mps", device=asked) from None
     ready = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not ready.get(device.type, False):
-        raise RequestError(f"The device {asked} is not available on this machine; use --device cpu.")
+        raise RequestError("the device {device} is not available on this machine: use --device cpu", device=asked)
     if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
-        raise RequestError(f"There is no {asked}: this machine has {torch.cuda.device_count()} CUDA devices.")
+        raise RequestError(
+            "there is no {device}: this machine has {count} CUDA devices, the first is cuda:0",
+            **{"device": asked, "count": torch.cuda.device_count()},
+        )
     return device
 
 
@@ -48,8 +51,9 @@ def choose_dtypes(asked: str | None, device: torch.device, transformer_bytes: in
         dtype = DTYPES.get(SHORT.get(name, name))
         if dtype is None or (equals and component not in COMPONENTS):
             raise RequestError(
-                f"The dtype {part!r} is none we know; use bfloat16, float16 or float32, or one per component, "
-                f"such as vae=float32 (components: {', '.join(COMPONENTS)})."
+                "the dtype '{dtype}' is none we know: use bfloat16, float16 or float32, or one per component, such as "
+                "vae=float32 (components: {components})",
+                **{"dtype": part, "components": ", ".join(COMPONENTS)},
             )
         chosen |= {component: dtype} if equals else dict.fromkeys(COMPONENTS, dtype)
     return chosen

@@ -149,7 +149,10 @@ class Models:
     def set_strengths(self, strengths: Sequence[float]) -> None:
         """How strongly each LoRA that was asked for counts from now on; nothing that is loaded is read again."""
         if len(strengths) != len(self.loras):
-            raise RequestError(f"There are {len(self.loras)} LoRAs and {len(strengths)} strengths; give one for each.")
+            raise RequestError(
+                "there are {loras} LoRAs and {strengths} strengths: give one for each",
+                **{"loras": len(self.loras), "strengths": len(strengths)},
+            )
         hung = all(lora.strength or not new for lora, new in zip(self.loras, strengths, strict=True))
         pairs = zip(self.loras, strengths, strict=True)
         self.loras = tuple(replace(lora, strength=check_strength(new)) for lora, new in pairs)

@@ -53,9 +53,12 @@ class sentences:
             isinstance(error, RuntimeError) and "out of memory" in str(error)
         ):
             raise RequestError(
-                f"{self.device} has too little memory for this picture; use a smaller size or --device cpu."
+                "{device} has too little memory for this picture: use a smaller size or --device cpu",
+                device=self.device,
             ) from error
         if isinstance(error, MemoryError) or (
             isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
         ):
-            raise ModelError("This machine has too little memory for the model at this size.") from error
+            raise ModelError(
+                "this machine has too little memory for the model at this size: 'lanting plan' says what would fit"
+            ) from error

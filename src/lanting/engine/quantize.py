@@ -115,6 +115,9 @@ def _open(model: str, component: str) -> tuple[Checkpoint, Any, str | None]:
     found = open_file(path)
     if component not in found:
         what = ", ".join(found) or "nothing we know"
-        raise ModelError(f"{path} should hold a {component.replace('_', ' ')}, but its tensors are of: {what}.")
+        raise ModelError(
+            "{path} should hold a {component}, but its tensors are of: {what}",
+            **{"path": path, "component": component.replace("_", " "), "what": what},
+        )
     release = release_of(path, found["transformer"])[0].name if "transformer" in found else None
     return found[component], config_of(component, found[component]), release

@@ -38,8 +38,9 @@ def check_depth(config: Mapping[str, Any], checkpoint: Checkpoint) -> None:
             asked = table.get(key) if isinstance(table, Mapping) else None
             if isinstance(asked, int) and asked > max(FEW, len(checkpoint.infos)):
                 raise ModelError(
-                    f"The {checkpoint.label} has {len(checkpoint.infos)} tensors and its config.json asks for {key} = "
-                    f"{asked}; config and weights belong to different models."
+                    "the {label} has {count} tensors and its config.json asks for {key} = {asked}: config and weights "
+                    "belong to different models",
+                    **{"label": checkpoint.label, "count": len(checkpoint.infos), "key": key, "asked": asked},
                 )
 
 
@@ -96,8 +97,9 @@ def store_text_encoder(
     module = construct(make, checkpoint.label)
     if vision and not any(name.startswith("visual.") for name in checkpoint.names()):
         raise ModelError(
-            f"The {checkpoint.label} has no vision tower, and pictures are to be read: put its mmproj file beside a "
-            "GGUF file, or get the whole text encoder."
+            "the {label} has no vision tower, and pictures are to be read: put its mmproj file beside a GGUF file, or "
+            "get the whole text encoder",
+            label=checkpoint.label,
         )
     leave = placing.leave if vision else (*placing.leave, "visual.")
     if getattr(module, "lm_head", None) is None or module.config.tie_word_embeddings:  # some store the tied one twice

@@ -75,7 +75,9 @@ class Checkpoint:
             try:
                 found[name] = map_tensor(self.where[name], self.infos[name])
             except OSError as error:
-                raise ModelError(f"{self.where[name]} can't be read ({error}); download it again.") from None
+                raise ModelError(
+                    "{path} can't be read ({error}): download it again", path=self.where[name], error=str(error)
+                ) from None
         return found
 
     def raw(self, name: str, most: int = 1 << 20) -> bytes:
@@ -169,11 +171,13 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ModelError(f"{path} is missing; the model folder is incomplete, download it again.") from None
+        raise ModelError("{path} is missing: the model folder is incomplete, download it again", path=path) from None
     except (OSError, UnicodeDecodeError, ValueError) as error:
-        raise ModelError(f"{path} is not a readable JSON file ({error}); download it again.") from None
+        raise ModelError(
+            "{path} is not a readable JSON file ({error}): download it again", path=path, error=str(error)
+        ) from None
     if not isinstance(value, dict):
-        raise ModelError(f"{path} should hold a JSON object; download it again.")
+        raise ModelError("{path} should hold a JSON object: download it again", path=path)
     return value
 
 
@@ -192,15 +196,19 @@ def open_component(folder: Path) -> Checkpoint:
             infos, metadata = read_file(single)
             return Checkpoint(label, dict.fromkeys(infos, single), infos, metadata, layer_notes(single, metadata))
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
-        raise ModelError(f"{folder} holds pickled weights, which can run code; get the safetensors files instead.")
-    raise ModelError(f"{folder} holds no safetensors weights; the model folder is incomplete, download it again.")
+        raise ModelError(
+            "{folder} holds pickled weights, which can run code: get the safetensors files instead", folder=folder
+        )
+    raise ModelError(
+        "{folder} holds no safetensors weights: the model folder is incomplete, download it again", folder=folder
+    )
 
 
 def from_index(label: str, index: Path) -> Checkpoint:
     """Follow `weight_map` (tensor name -> file name in the same folder)."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ModelError(f"{index} has no weight_map; download it again.")
+        raise ModelError("{index} has no weight_map: download it again", index=index)
     where: dict[str, Path] = {}
     infos: dict[str, TensorInfo] = {}
     headers: dict[str, Mapping[str, TensorInfo]] = {}
@@ -208,15 +216,20 @@ def from_index(label: str, index: Path) -> Checkpoint:
     layers: dict[str, Any] = {}
     for name, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file:
-            raise ModelError(f"{index} points outside its folder ({file!r}); don't use this model.")
+            raise ModelError(
+                "{index} points outside its folder ({file}): don't use this model", index=index, file=repr(file)
+            )
         if file not in headers:
             path = index.with_name(file)
             if not path.is_file():
-                raise ModelError(f"{path} is missing: the index names it as a shard; download it again.")
+                raise ModelError("{path} is missing: the index names it as a shard, download it again", path=path)
             headers[file], notes = read_file(path)
             metadata |= notes
             layers |= layer_notes(path, notes)
         if name not in headers[file]:
-            raise ModelError(f"{index.with_name(file)} lacks the tensor {name} that its index promises.")
+            raise ModelError(
+                "{path} lacks the tensor {name} that its index promises: download it again",
+                **{"path": index.with_name(file), "name": name},
+            )
         where[name], infos[name] = index.with_name(file), headers[file][name]
     return Checkpoint(label, where, infos, metadata, layers)

@@ -64,7 +64,7 @@ def _locate_folder(model: str) -> ModelFolder:
     if model in spec_names():
         path = embedded_nano() if model == "nano" else downloaded(model)
         if path is None or not (path / "model_index.json").is_file():
-            raise ModelError(f"{model} is not downloaded yet: run 'lanting pull {model}', or give a folder.")
+            raise ModelError("{model} is not downloaded yet: run 'lanting pull {model}', or give a folder", model=model)
         return open_folder(path, name=model, spec=get_spec(model))
     path = Path(model).expanduser()
     if path.is_dir():
@@ -72,20 +72,25 @@ def _locate_folder(model: str) -> ModelFolder:
     if REPO.fullmatch(model):
         if (path := downloaded(model)) is not None:
             return open_folder(path, name=model)
-        raise ModelError(f"{model} is neither a folder here nor a model we have: run 'lanting pull {model}' to get it.")
+        raise ModelError(
+            "{model} is neither a folder here nor a model we have: run 'lanting pull {model}' to get it", model=model
+        )
     if "/" in model or "\\" in model or path.suffix in (".safetensors", ".gguf"):
         known = ", ".join(name for name in spec_names() if not get_spec(name).lora)
         raise ModelError(
-            f"{model} does not exist; give a model folder, a file, or one of: {known} ('lanting list' knows more)."
+            "{model} does not exist: give a model folder, a file, or one of {known} ('lanting list' knows more)",
+            **{"model": model, "known": known},
         )
     get_spec(model)  # an unknown name: raises, naming the closest ones
-    raise ModelError(f"{model} is neither a known release nor a folder.")
+    raise ModelError("{model} is neither a known release nor a folder: 'lanting list' has the names", model=model)
 
 
 def open_folder(path: Path, name: str, spec: ModelSpec | None = None) -> ModelFolder:
     """Read all configs of a folder; the release is detected from them unless it is given."""
     if not (path / "model_index.json").is_file():
-        raise ModelError(f"{path} is no model folder: it has no model_index.json (diffusers' layout is expected).")
+        raise ModelError(
+            "{path} is no model folder: it has no model_index.json; give a folder in diffusers' layout", path=path
+        )
     configs = {"model_index": read_json(path / "model_index.json")}
     for component in COMPONENTS:
         configs[component] = read_json(path / component / "config.json")
@@ -103,18 +108,24 @@ def open_single(path: Path, given: Mapping[str, Path]) -> ModelFolder:
     found = open_file(path)
     if "transformer" not in found:
         what = ", ".join(found).replace("_", " ") or "nothing this version knows"
-        flags = (f": give it with --{part.replace('_', '-')}" for part in (*PARTS, "controlnet") if part in found)
-        flag = next(flags, "")
-        raise ModelError(f"{path} holds no transformer but {what}{flag}; 'lanting show' tells what a file is.")
+        if flag := next((f"--{part.replace('_', '-')}" for part in (*PARTS, "controlnet") if part in found), ""):
+            raise ModelError(
+                "{path} holds no transformer but {what}: give it with {flag}", path=path, what=what, flag=flag
+            )
+        raise ModelError(
+            "{path} holds no transformer but {what}: 'lanting show' tells what a file is", path=path, what=what
+        )
     spec, notes = release_of(path, found["transformer"])
     parts = dict.fromkeys(found, path) | dict(given)
     base = base_of(spec, parts)
     if base is None and (lacking := [part for part in PARTS if part not in parts]):
-        options = " and ".join(f"--{part.replace('_', '-')}" for part in lacking)
+        options = ", ".join(f"--{part.replace('_', '-')}" for part in lacking)
         pull = whole_release(spec.name)
         raise ModelError(
-            f"{path.name} holds {', '.join(found).replace('_', ' ')} of {spec.name} and nothing else: run "
-            f"'lanting pull {pull}' for the rest, or give files with {options}."
+            "{file} holds {parts} of {release} and nothing else: run 'lanting pull {pull}' for the rest, or give files "
+            "with {flags}",
+            **{"file": path.name, "parts": ", ".join(found).replace("_", " "), "release": spec.name},
+            **{"pull": pull, "flags": options},
         )
     if base is None:
         parts["tokenizer"] = _tokenizer_beside(path, parts["text_encoder"], spec)
@@ -216,8 +227,9 @@ def _tokenizer_beside(path: Path, text_encoder: Path, spec: ModelSpec) -> Path:
             if (folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file():
                 return folder
     raise ModelError(
-        f"There is no tokenizer near {text_encoder}: put the release's tokenizer folder beside it, or run 'lanting "
-        f"pull {spec.name}'."
+        "there is no tokenizer near {path}: put the release's tokenizer folder beside it, or run 'lanting "
+        "pull {release}'",
+        **{"path": text_encoder, "release": spec.name},
     )
 
 

@@ -51,18 +51,27 @@ def check(module: nn.Module, found: Mapping[str, tuple[int, ...]], label: str) -
     missing = sorted(set(wanted) - set(found))
     surplus = sorted(set(found) - set(wanted))
     if missing:
-        raise ModelError(f"The {label} lacks {len(missing)} tensors, the first is {missing[0]}; download it again.")
+        raise ModelError(
+            "the {label} lacks {count} tensors, the first is {name}: download it again",
+            **{"label": label, "count": len(missing), "name": missing[0]},
+        )
     if surplus:
         raise ModelError(
-            f"The {label} has {len(surplus)} tensors its config.json has no place for, the first is {surplus[0]}; "
-            "config and weights belong to different models."
+            "the {label} has {count} tensors its config.json has no place for, the first is {name}: config and weights "
+            "belong to different models",
+            **{"label": label, "count": len(surplus), "name": surplus[0]},
         )
     for name, shape in found.items():
         if shape != wanted[name]:
-            raise ModelError(
-                f"The {label} has {name} of shape {shape} where its config.json asks for {wanted[name]}; "
-                "config and weights belong to different models."
-            )
+            raise _misfit(label, name, shape, wanted[name])
+
+
+def _misfit(label: str, name: str, shape: tuple[int, ...], asked: tuple[int, ...]) -> ModelError:
+    return ModelError(
+        "the {label} has {name} of shape {shape} where its config.json asks for {asked}: config and weights belong to "
+        "different models",
+        **{"label": label, "name": name, "shape": shape, "asked": asked},
+    )
 
 
 class NoInit(TorchFunctionMode):
@@ -85,7 +94,10 @@ def construct(make: Callable[[], M], label: str) -> M:
         with torch.device("meta"), NoInit():
             return make()
     except (TypeError, ValueError, KeyError, RuntimeError, ZeroDivisionError) as error:
-        raise ModelError(f"The config.json of the {label} describes no network we know ({error}).") from None
+        raise ModelError(
+            "the config.json of the {label} describes no network we know ({error}): download it again",
+            **{"label": label, "error": str(error)},
+        ) from None
 
 
 class Stored(Generic[M]):
@@ -211,10 +223,7 @@ def _swap_in(module: nn.Module, forms: Mapping[str, Form], label: str, dtype: to
             assert isinstance(old, nn.Linear)
             asked, bias = (old.out_features, old.in_features), old.bias is not None
         if form.shape != asked:
-            raise ModelError(
-                f"The {label} has {path}.weight of shape {form.shape} where its config.json asks for {asked}; "
-                "config and weights belong to different models."
-            )
+            raise _misfit(label, f"{path}.weight", form.shape, asked)
         try:
             with torch.device("meta"):
                 made[path] = make_linear(form, bias)
