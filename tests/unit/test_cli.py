@@ -193,7 +193,7 @@ def test_our_own_failure_is_one_sentence_and_1(engine, capsys, tmp_path):
     ("words", "said"),
     [
         (["frobnicate"], "no such command 'frobnicate'; see 'lanting --help'"),
-        (["generate"], "missing argument 'prompt'; see 'lanting generate --help'"),
+        (["generate"], "a prompt, or --prompts FILE"),
         (["generate", "x", "--stps", "3"], "--stps"),
         (["generate", "x", "--steps", "many"], "'--steps'"),
         (["generate", "x", "y"], "unexpected extra argument"),

@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import shlex
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,9 +26,9 @@ from lanting.core.files import replace_file
 from lanting.core.lang import say
 from lanting.core.quality import REUSED, computed
 from lanting.core.recipe import describe_request, request_of_picture
-from lanting.core.save import Place, places_for, save_all
-from lanting.core.types import Progress, Recipe, Request, Result
-from lanting.specs import parse_size, settle
+from lanting.core.save import places_for, save_all
+from lanting.core.types import Progress, Recipe, Request, Result, words_of
+from lanting.specs import ModelSpec, parse_size, settle
 
 if TYPE_CHECKING:
     from lanting.engine import Engine
@@ -111,25 +111,36 @@ def open_engine(
 
 def draw(request: Request, wish: Wish, screen: Screen) -> Drawn:
     """Draws, saves, and says where. Raises LantingError before anything is written, or leaves nothing half-done."""
+    with opened(request, wish, screen) as (engine, wish):
+        settled = settle(replace(request, size=size_in(wish.size, engine.spec, request.size)), engine.spec)
+        tell_wishes(engine.loras, settled, screen, engine.spec.lora)
+        layers = settled.options["layers"] if settled.task == "layered" else 1
+        places = places_for(wish.output, place_names(settled), layers, wish.title, wish.force)
+        result = drawn_by(engine, settled, wish, places[0].path, screen)
+        if result.readings:
+            places = places_of(result, wish.output, wish.title, wish.force)
+        paths = save_all(result.images, places, result.recipes)
+    drawn = Drawn(paths, result, settled)
+    report(drawn, wish, screen)
+    return drawn
+
+
+@contextmanager
+def opened(request: Request, wish: Wish, screen: Screen) -> Iterator[tuple[Engine, Wish]]:
+    """The engine for a request, closed at the end, and the wish with the model that is meant."""
     wish = _as_draft(_tell_default(wish, screen))
     options = wish.weights.options() | fit(request, wish, screen)
     engine = open_engine(wish.model, wish.device, wish.dtype, wish.controlnet, wish.loras, **options)
     try:
         for note in engine.notes:
             screen.note("note: {note}", note=note)
-        size = parse_size(wish.size, engine.spec) if wish.size else request.size
-        settled = settle(replace(request, size=size), engine.spec)
-        tell_wishes(engine.loras, settled, screen, engine.spec.lora)
-        places = _places(settled, wish)
-        result = _drawn(engine, settled, wish, places[0].path, screen)
-        if result.readings:
-            places = places_of(result, wish.output, wish.title, wish.force)
-        paths = save_all(result.images, places, result.recipes)
+        yield engine, wish
     finally:
         engine.close()
-    drawn = Drawn(paths, result, settled)
-    _report(drawn, wish, screen)
-    return drawn
+
+
+def size_in(text: str | None, spec: ModelSpec, otherwise: tuple[int, int] | None) -> tuple[int, int] | None:
+    return parse_size(text, spec) if text else otherwise
 
 
 def _as_draft(wish: Wish) -> Wish:
@@ -148,9 +159,9 @@ def _tell_default(wish: Wish, screen: Screen) -> Wish:
     return wish
 
 
-def _drawn(engine: Engine, request: Request, wish: Wish, path: Path, screen: Screen) -> Result:
-    """The engine's work under a bar."""
-    screen.begin(f"{engine.spec.name} · {_cross(request.size)} · {_steps(request)}")
+def drawn_by(engine: Engine, request: Request, wish: Wish, path: Path, screen: Screen, which: str = "") -> Result:
+    """The engine's work under a bar. `which` of several it is."""
+    screen.begin(f"{which}{engine.spec.name} · {_cross(request.size)} · {_steps(request)}")
     preview = _previewer(path, screen) if wish.preview else None
     done = False
     try:
@@ -177,12 +188,10 @@ def _follow(engine: Engine, request: Request, screen: Screen, preview: Callable[
     raise RuntimeError("the engine ended without a result")
 
 
-def _places(request: Request, wish: Wish) -> list[Place]:
-    prompts = 1 if isinstance(request.prompt, str) else len(request.prompt)
-    batch = (request_of_picture(request, index) for index in range(prompts * request.count))
-    words = [(str(one.prompt), one.seed or 0) for one in batch]
-    layers = request.options["layers"] if request.task == "layered" else 1
-    return places_for(wish.output, words, layers, wish.title, wish.force)
+def place_names(request: Request) -> list[tuple[str, int]]:
+    """What the pictures of a settled request are named from: words and seed."""
+    batch = (request_of_picture(request, index) for index in range(len(words_of(request)) * request.count))
+    return [(str(one.prompt), one.seed or 0) for one in batch]
 
 
 def _preview_path(path: Path) -> Path:
@@ -202,7 +211,8 @@ def _previewer(path: Path, screen: Screen) -> Callable[[Progress], None]:
     return show
 
 
-def _report(drawn: Drawn, wish: Wish, screen: Screen) -> None:
+def report(drawn: Drawn, wish: Wish, screen: Screen, brief: bool = False) -> None:
+    """Where the pictures are; `brief`: one of many."""
     seconds, total = drawn.result.seconds, time.perf_counter() - STARTED
     if screen.json:
         screen.raw(json.dumps(_as_json(drawn, total), ensure_ascii=False))
@@ -218,6 +228,8 @@ def _report(drawn: Drawn, wish: Wish, screen: Screen) -> None:
     rewritten.tell(drawn.recipes, screen)
     _tell_choices(drawn, screen)
     tell(drawn.result.readings, drawn.paths, screen)
+    if brief:
+        return
     phases = ", ".join(f"{name} {spent:.1f} s" for name, spent in seconds.items())
     screen.line("read, drawn and saved in {seconds:.1f} s ({phases})", seconds=total, phases=phases)
     screen.line("again: lanting replay {path}", path=drawn.quoted)

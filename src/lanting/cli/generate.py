@@ -12,6 +12,7 @@ import typer
 from lanting.cli import options as o
 from lanting.cli.draw import Weights, Wish, draw
 from lanting.cli.fit import Limits
+from lanting.cli.many import draw_many, read_lines
 from lanting.cli.screen import Screen
 from lanting.core.errors import RequestError
 from lanting.core.pictures import open_mask, open_picture
@@ -19,7 +20,11 @@ from lanting.core.types import Request
 
 
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What to draw; - reads it from stdin.")],
+    prompt: Annotated[str | None, typer.Argument(help="What to draw; - reads it from stdin.")] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option("--prompts", metavar="FILE", help="Draw every line of a text file instead; - is stdin."),
+    ] = None,
     model: o.Model = "nano",
     size: o.Size = None,
     steps: o.Steps = None,
@@ -52,7 +57,9 @@ def generate(
     debug: o.Debug = False,
 ) -> None:
     """Draw pictures from words. Without --model, the small nano model that ships with lanting draws signs."""
-    words = piped() if prompt == "-" else prompt
+    if (prompt is None) == (prompts is None):
+        raise RequestError("say what to draw: a prompt, or --prompts FILE, and not both")
+    words = piped() if prompt == "-" else prompt or ""
     request = Request(words, negative_prompt=negative, steps=steps, guidance_scale=guidance, seed=seed, count=count)
     request = replace(request, quality=quality, rewrite=rewrite, tries=tries)
     if control or controlnet or mask or in_context:
@@ -64,6 +71,9 @@ def generate(
     wish = Wish(model, size, device, dtype, output, force, preview, controlnet=controlnet, loras=loras, weights=weights)
     wish = replace(wish, limits=Limits(vram, ram), draft=draft)
     screen = Screen(quiet, json)
+    if prompts is not None:
+        draw_many(prompts, read_lines(prompts, request, size), wish, screen)
+        return
     draw(request, wish, screen)
     if model == "nano":
         words = "'a red sign with white text \"Fresh Bread\"'"

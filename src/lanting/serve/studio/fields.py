@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lanting.reading import can_read
 from lanting.serve.studio.clerk import Canvas
 from lanting.serve.studio.forms import QUALITIES
 from lanting.serve.studio.look import text
@@ -92,6 +91,8 @@ def fold(say: Say, strength: bool, many: bool, most: int, rewrite: bool = False)
     """The fields below the fold, in the order of `forms.NAMES`; the LoRAs; a strength for each of up to `most`.
     `rewrite`: the box is ticked at first."""
     import gradio as gr
+
+    from lanting.reading import can_read
 
     free = say("As usual")
     with gr.Accordion(say("More"), open=False, elem_classes="fold"):
