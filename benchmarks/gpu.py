@@ -95,10 +95,9 @@ def attached(
 def size(bench: Bench, net: QwenImageTransformer, theirs: Any, pixels: int, table: dict[str, Any]) -> None:
     """Milliseconds a step, percent of the limit and memory at one size, of every way."""
     step, rates, first = Step(bench, net, pixels), bench.found["limits"], str(pixels) == FIRST
-    rounds = 1 if bench.asked.dry_run else 3
 
     def tell(name: str, work: Callable[[], Tensor], kind: str) -> None:
-        ms, gb = bench.peak(lambda: bench.clock(work, rounds))
+        ms, gb = bench.peak(lambda: bench.clock(work))
         share = step.ideal(net.config, rates, kind) / ms if isinstance(rates.get(kind), int | float) else 0.0
         table[name] = {"ms": round(ms, 1), "of limit": round(share, 3), "more gb": round(gb, 2)}
 
@@ -198,7 +197,7 @@ def nano(bench: Bench, found: dict[str, Any]) -> None:
     for device in {"cpu", bench.device.type}:
         with Engine.open("nano", device=device, dtype="float32" if device == "cpu" else None) as engine:
             seconds = found[device] = []
-            for _ in range(3):
+            for _ in range(1 if bench.asked.dry_run else 3):
                 began = time.perf_counter()
                 result = engine.run(request)
                 seconds.append(round(time.perf_counter() - began, 4))

@@ -77,7 +77,7 @@ def trained(bench: Bench, kind: str) -> dict[str, float]:
     if bench.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    ms = bench.clock(update, 1 if bench.asked.dry_run else 3)
+    ms = bench.clock(update)
     peak = torch.cuda.max_memory_allocated() / 1e9 if bench.device.type == "cuda" else 0.0
     rate = bench.found.get("limits", {}).get("bf16", 1.0)
     every, width = tokens + TEXT, config.width

@@ -121,7 +121,7 @@ def compared(bench: Bench, step: Step, net: QwenImage21Transformer, theirs: Any,
     rates, exact = bench.found.get("limits", {}), None
 
     def tell(name: str, work: Callable[[], Tensor], kind: str) -> None:
-        ms, gb = bench.peak(lambda: bench.clock(work, 1 if bench.asked.dry_run else 5))
+        ms, gb = bench.peak(lambda: bench.clock(work, 5))
         share = step.ideal(net.config, rates, kind) / ms if isinstance(rates.get(kind), int | float) else 0.0
         table[name] = {"ms": round(ms, 2), "of limit": round(share, 3), "more gb": round(gb, 2)}
         if exact is not None:
