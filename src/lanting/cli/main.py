@@ -7,15 +7,19 @@ before they are parsed.
 
 from __future__ import annotations
 
+import _thread
 import codecs
 import errno
 import json
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterable
 from contextlib import ExitStack
 from importlib import import_module
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -125,8 +129,25 @@ def _options(
 
 def run() -> None:
     """The console script."""
+    hear_ctrl_c()
     _write_anything()
     sys.exit(main(sys.argv[1:]))
+
+
+def hear_ctrl_c() -> None:
+    """Ctrl-C waits while torch is imported: there torch's own code loses it and goes on drawing, or dies of it."""
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        return  # whoever started us wants something else
+
+    def heard(number: int, frame: FrameType | None) -> None:
+        if getattr(getattr(sys.modules.get("torch"), "__spec__", None), "_initializing", False):
+            again = threading.Timer(0.1, _thread.interrupt_main)
+            again.daemon = True
+            again.start()
+        else:
+            signal.default_int_handler(number, frame)
+
+    signal.signal(signal.SIGINT, heard)
 
 
 def _write_anything() -> None:
@@ -147,8 +168,11 @@ def _write_anything() -> None:
 
 def main(arguments: list[str]) -> int:
     """Runs one command and returns its exit code."""
-    with ExitStack() as speaking:
-        return _main(arguments, speaking)
+    try:
+        with ExitStack() as speaking:
+            return _main(arguments, speaking)
+    except KeyboardInterrupt:  # while the verb's modules were read, before anything else could hear it
+        return _cancelled()
 
 
 def _main(arguments: list[str], speaking: ExitStack) -> int:
