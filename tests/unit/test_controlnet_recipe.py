@@ -11,6 +11,9 @@ import tiny
 
 from lanting import Engine, Request
 from lanting.cli.main import main
+from lanting.cli.replay import _inputs
+from lanting.cli.screen import Screen
+from lanting.core import PictureError
 from lanting.core.recipe import describe_request, from_json, read_recipe, to_json
 from lanting.core.types import Recipe, Result
 from lanting.serve.worker import published
@@ -72,3 +75,9 @@ def test_a_picture_without_one_has_none(drawn):
     with Engine.open("model", device="cpu", controlnet="union") as engine:
         recipe = engine.run(Request("a cat", size=(64, 48), steps=1)).recipes[0]
     assert recipe.controlnet is None
+
+
+@pytest.mark.parametrize("masks", [False, True])
+def test_inputs_that_the_recipe_has_not_got_are_refused(masks, tmp_path):
+    with pytest.raises(PictureError, match="--mask is given 1 times" if masks else "--image is given 1 times"):
+        _inputs([], ["cat.png"], tmp_path, Screen(), masks=masks)

@@ -95,6 +95,11 @@ def _inputs(
 ) -> list[Image.Image]:
     """The recipe's input pictures: as given now, or where they were; told when their pixels have changed."""
     found: list[Image.Image] = []
+    if len(given) > len(records):
+        raise PictureError(
+            "{flag} is given {given} times and the recipe has {count} such inputs: leave out what is too many",
+            **{"flag": "--mask" if masks else "--image", "given": len(given), "count": len(records)},
+        )
     for index, record in enumerate(records):
         path = given[index] if index < len(given) else str(record.get("path") or "")
         if path and index >= len(given) and not Path(path).exists():
