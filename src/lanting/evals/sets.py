@@ -103,7 +103,10 @@ def text_rule(name: str, language: str, hanzi: int) -> Rule:
 
 
 def one_line_en(design: Design) -> bool:
-    return len(design.lines) == 1 and " " not in design.lines[0] and len(design.lines[0]) >= SHORTEST
+    from lanting.train.sign_texts import MARKS
+
+    line = "".join(design.lines)
+    return len(design.lines) == 1 and " " not in line and len(line.rstrip(MARKS)) >= SHORTEST
 
 
 def one_line_zh(design: Design) -> bool:

@@ -33,7 +33,7 @@ from lanting.train.design import (
     place,
     readable_pairs,
 )
-from lanting.train.sign_texts import TextMaker, is_held_out
+from lanting.train.sign_texts import WORD_MIN, TextMaker, is_held_out
 
 KINDS = ("en", "zh", "mixed", "pictogram")
 FACE_WEIGHTS = {"mono": 34, "typewriter": 10, "sans": 20, "serif": 18, "handwritten": 18}
@@ -83,7 +83,7 @@ def _phrases(held_out: bool) -> dict[int, tuple[str, ...]]:
 
     found: dict[int, list[str]] = {}
     for phrase in phrases():
-        if len(phrase) < 3 or is_held_out(phrase) == held_out:
+        if len(phrase) < WORD_MIN or is_held_out(phrase) == held_out:
             found.setdefault(len(phrase), []).append(phrase)
     return {length: tuple(all_of) for length, all_of in found.items()}
 
@@ -204,7 +204,7 @@ class DesignMaker:
             line = self._phrase(rng, length) if rng.random() > self.mix.random_text else self._jumble(rng, length)
             if length > 3 and rng.random() < 0.06:
                 line = line[:-1] + rng.choice("！？。，、：")
-            if self._known.issuperset(line) and (length < 3 or is_held_out(line) == self.held_out):
+            if self._known.issuperset(line) and (length < WORD_MIN or is_held_out(line) == self.held_out):
                 return line
         return self._jumble(rng, length)
 

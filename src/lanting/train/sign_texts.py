@@ -2,7 +2,8 @@
 
 The split is by hash, so it never moves: 2,000 words, and a tenth of all other strings of four or more
 characters, are never drawn in training. Shorter strings are so few that training sees nearly all of them:
-they have no split.
+they have no split. Nor has the dictionary that edits translate by, which must be learnt by heart: its words are taken
+out of the 2,000.
 """
 
 import gzip
@@ -12,10 +13,13 @@ import string
 from collections.abc import Callable
 from functools import lru_cache
 from importlib import resources
+from itertools import chain
+
+from lanting.train.assets import dictionary
 
 PUNCTUATION = "!?&-'.,%$:"
-_WORD_MIN, _HELD_OUT_WORDS = 4, 2000
-_MARKS = "!?."  # what a word may end with
+WORD_MIN, _HELD_OUT_WORDS = 4, 2000
+MARKS = "!?."  # what a word may end with
 _CASES = (str.lower, str.upper, str.capitalize)
 
 
@@ -25,19 +29,25 @@ def _digest(text: str) -> int:
 
 @lru_cache(maxsize=1)
 def words() -> tuple[tuple[str, ...], frozenset[str]]:
-    """24,000 lower-case English words of 2-12 letters (SCOWL), and those 2,000 of them that are held out."""
+    """24,000 lower-case English words of 2-12 letters (SCOWL), and those nearly 2,000 of them that are held out."""
     packed = resources.files("lanting.train").joinpath("words.txt.gz").read_bytes()
     everything = tuple(gzip.decompress(packed).decode().split())
-    held_out = sorted((word for word in everything if len(word) >= _WORD_MIN), key=_digest)[:_HELD_OUT_WORDS]
-    return everything, frozenset(held_out)
+    held_out = sorted((word for word in everything if len(word) >= WORD_MIN), key=_digest)[:_HELD_OUT_WORDS]
+    return everything, frozenset(held_out) - _translated()
+
+
+@lru_cache(maxsize=1)
+def _translated() -> frozenset[str]:
+    """What edits translate, in both languages: training draws all of it."""
+    return frozenset(chain(*dictionary()))
 
 
 def is_held_out(text: str) -> bool:
     """Whether training never draws this text (no spaces; letter case and a mark at its end do not matter)."""
-    text = text.lower().rstrip(_MARKS)
+    text = text.lower().rstrip(MARKS)
     if text in _known():
         return text in words()[1]
-    return len(text) >= _WORD_MIN and _digest(text) % 10 == 0
+    return len(text) >= WORD_MIN and _digest(text) % 10 == 0 and text not in _translated()
 
 
 @lru_cache(maxsize=1)
@@ -54,7 +64,7 @@ class TextMaker:
         everything, reserved = words()
         self._by_length: dict[int, list[str]] = {}
         for word in everything:
-            if (word in reserved) == held_out or len(word) < _WORD_MIN:
+            if (word in reserved) == held_out or len(word) < WORD_MIN:
                 self._by_length.setdefault(len(word), []).append(word)
 
     def lines(self, rng: random.Random, lengths: list[int]) -> tuple[str, ...]:
@@ -71,7 +81,7 @@ class TextMaker:
             return self._string(rng, length)
         if rng.random() < 0.12:
             return self._fitting(rng, length, _figure)
-        mark = rng.choice(_MARKS) if length >= 4 and rng.random() < 0.06 else ""
+        mark = rng.choice(MARKS) if length >= 4 and rng.random() < 0.06 else ""
         word = rng.choice(self._by_length.get(length - len(mark)) or self._by_length[length])
         case = rng.choices(_CASES, (40, 35, 25))[0]
         return (case(word) + mark)[:length]
@@ -83,7 +93,7 @@ class TextMaker:
         """Draws until the text belongs to our side of the split."""
         while True:
             text = make(rng, length)
-            if length < _WORD_MIN or is_held_out(text) == self._held_out:
+            if length < WORD_MIN or is_held_out(text) == self._held_out:
                 return text
 
 
