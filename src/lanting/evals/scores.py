@@ -140,14 +140,15 @@ class Share:
 def share_of(rights: Sequence[float], totals: Sequence[int] | None = None) -> Share:
     """The share over pictures, `rights[i]` of `totals[i]` (1 each by default), and its 95 % interval.
 
-    Wilson's where every picture is one trial, or where the share is 0 or 1 and resampling says nothing; else the
-    bootstrap over whole pictures, because the lines of one picture fail together.
+    Wilson's over the pictures where each is one trial, or where resampling says nothing: one picture, or all with the
+    same share, as 0 or 1. Else the bootstrap over whole pictures, because the lines of one picture fail together.
     """
     good = np.asarray(rights, dtype=np.float64)
     of = np.ones(len(good)) if totals is None else np.asarray(totals, dtype=np.float64)
     right, total = float(good.sum()), int(of.sum())
     trials = bool(np.all(of == 1) and np.all((good == 0) | (good == 1)))
-    if trials or right in (0, total):
+    alike = bool(np.allclose(good * total, of * right, rtol=1e-9, atol=1e-9))
+    if trials or alike:
         low, high = wilson(right, int(np.count_nonzero(of)), total)
     else:
         low, high = _bootstrap(good, of)
