@@ -79,11 +79,11 @@ def ink_of(pixels: np.ndarray, boxes: Sequence[Box], ground: Ground) -> np.ndarr
     """The colour of letters in the given line boxes, (3,); None without a box inside the picture."""
     cores = []
     for x, y, width, height in boxes:
-        part = pixels[max(y, 0) : y + height, max(x, 0) : x + width].reshape(-1, 3)
-        if len(part) == 0:
+        part = pixels[max(y, 0) : y + height, max(x, 0) : x + width]
+        if part.size == 0:
             continue
-        shade = part @ LUMA
-        own = float(ground.rows(y, y + height).mean((0, 1)) @ LUMA)
-        low, high = np.quantile(shade, (CORE, 1 - CORE))
-        cores.append(part[shade <= low] if own - shade.min() > shade.max() - own else part[shade >= high])
+        under = ground.rows(max(y, 0), max(y, 0) + len(part))  # (rows, 1, 3): of a gradient each row has its own
+        apart = ((part - under) @ LUMA).ravel()
+        low, high = np.quantile(apart, (CORE, 1 - CORE))
+        cores.append(part.reshape(-1, 3)[apart <= low if -apart.min() > apart.max() else apart >= high])
     return np.median(np.concatenate(cores), axis=0) if cores else None
