@@ -162,6 +162,22 @@ def test_each_wrong_trait_is_a_miss(trait, change):
     assert [name for name, right in found.items() if not right] == [trait]
 
 
+@pytest.mark.parametrize("drawn", [1, 3])
+@pytest.mark.parametrize("concept", [7, 80])
+def test_a_wrong_number_is_no_wrong_pictogram(drawn, concept):
+    """Other numbers stand in other places: each pictogram is looked at where it is."""
+    wanted = design(size=SQUARE, concept=7, count=2, side="below", lines=("AB",))
+    picture = by_rule([replace(wanted, count=drawn, concept=concept)])[0]
+    found = measure(picture, asked(wanted))
+    assert (found["count"], found["pictogram"], found["side"]) == (False, concept == 7, True)
+
+
+@pytest.mark.parametrize(("ground", "ground2"), [("white", "black"), ("black", "white")])
+def test_letters_that_one_end_of_a_gradient_outshines_are_measured_against_their_own_rows(ground, ground2):
+    wanted = design(ground=ground, ground2=ground2, letters="orange")
+    assert dict(colors(pixels(wanted), asked(wanted), said_only=False)) == {"ground": True, "letters": True}
+
+
 def test_what_was_not_said_is_not_judged():
     assert measure(by_rule([design()])[0], asked(design(), ground=False, letters=False)) == {}
 

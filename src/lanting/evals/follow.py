@@ -17,7 +17,7 @@ from lanting.core.errors import RequestError
 from lanting.evals.colors import Box, Ground, free_pixels, ground_of, ink_of, nearest_color
 from lanting.evals.draw import Drawn, Engine, How, Tell, draw, has_rule
 from lanting.evals.flip import mean_flip
-from lanting.evals.pictograms import NOTHING, alternatives, boxes_of, count_of, identify, side_of
+from lanting.evals.pictograms import alternatives, boxes_of, count_of, identify, side_of
 from lanting.evals.scores import Share, share_of
 from lanting.evals.sets import Case
 from lanting.reading.reader import text_boxes
@@ -95,24 +95,36 @@ def spread_of(images: Sequence[Image]) -> float:
 def measure(image: Image, case: Case) -> dict[str, bool]:
     """The asked traits of a picture drawn by our rules, each present or not.
 
-    A pictogram on the wrong side is a miss there; everything else is then measured in the layout that was found.
+    A pictogram on the wrong side is a miss there, and too many or too few are one; everything else is then measured in
+    the layout that was found.
     """
     pixels = np.asarray(image.convert("RGB"), dtype=np.float64)  # (H, W, 3)
     design, found = case.design, {}
     if design.concept is not None and design.lines:
-        sides = {str(s): row for s, row in alternatives(design, "side", SIDES).items()}
-        seen = side_of(pixels, ground_in(pixels, design), sides)
-        found["side"] = seen == design.side
-        design = replace(design, side=seen or design.side)
+        side = _side(pixels, design)
+        found["side"] = side == design.side
+        design = replace(design, side=side or design.side)
     if design.concept is not None:
+        counts = {int(str(n)): row for n, row in alternatives(design, "count", (1, 2, 3)).items()}
+        if len(counts) > 1:
+            seen = count_of(pixels, ground_in(pixels, design), counts, design.concept)
+            found["count"] = seen == design.count
+            design = replace(design, count=seen or design.count)
         ground = ground_in(pixels, design)
         concepts = [identify(pixels, box, ground).concept for box in boxes_of(design)[1]]
         found["pictogram"] = all(concept == design.concept for concept in concepts)
-        counts = {int(str(n)): row for n, row in alternatives(design, "count", (1, 2, 3)).items()}
-        if len(counts) > 1:
-            known = design.concept if concepts[0] == NOTHING else concepts[0]
-            found["count"] = count_of(pixels, ground, counts, known) == design.count
     return dict(colors(pixels, replace(case, design=design))) | found | dict(_text_place(image, case, ruled=True))
+
+
+def _side(pixels: np.ndarray, design: Design) -> str | None:
+    """On which side pictograms stand: as many as asked, or where these are on none, another number."""
+    for count in sorted((1, 2, 3), key=lambda count: count != design.count):
+        layout = replace(design, count=count)
+        sides = {str(s): row for s, row in alternatives(layout, "side", SIDES).items()}
+        side = side_of(pixels, ground_in(pixels, design), sides)
+        if side is not None:
+            return side
+    return None
 
 
 def measure_freely(image: Image, case: Case) -> dict[str, bool]:

@@ -85,24 +85,32 @@ def identify(pixels: np.ndarray, box: Box, ground: Ground, known: Stamps | None 
 
 
 def count_of(pixels: np.ndarray, ground: Ground, rows: dict[int, tuple[Box, ...]], concept: int) -> int:
-    """How many copies of a pictogram stand in a row; `rows` gives the boxes of every possible count.
+    """How many pictograms stand in a row; `rows` gives the boxes of every possible count.
 
-    The row of each count is laid over the measured ground; the nearest to the picture wins, 0 for the bare ground.
+    The row of each count is laid over the measured ground, of the asked `concept` or of what its boxes show, since a
+    wrong one is a fault of identity; the nearest to the picture wins, 0 for the bare ground.
     """
     boxes = [box for row in rows.values() for box in row]
     left, top = min(b[0] for b in boxes), min(b[1] for b in boxes)
     right, bottom = max(b[0] + b[2] for b in boxes), max(b[1] + b[3] for b in boxes)
     band = torch.from_numpy(np.ascontiguousarray(pixels[top:bottom, left:right])).float()
     bare = torch.from_numpy(ground.rows(top, bottom)).float().expand_as(band)
-    stamp = stamps().pictures[concept]
     errors = {0: float((band - bare).square().mean())}
     for count, row in rows.items():
-        laid = bare.clone()
-        for x, y, width, height in row:
-            part = laid[y - top : y - top + height, x - left : x - left + width]
-            part.copy_(torch.lerp(part.clone(), stamp[..., :3], stamp[..., 3:] / 255))
-        errors[count] = float((band - laid).square().mean())
+        inside = [(x - left, y - top, width, height) for x, y, width, height in row]
+        known = {concept, *(identify(pixels, box, ground).concept for box in row)} - {NOTHING}
+        laid = [_laid(bare, inside, stamps().pictures[one]) for one in known]
+        errors[count] = min(float((band - one).square().mean()) for one in laid)
     return min(errors, key=errors.__getitem__)
+
+
+def _laid(bare: Tensor, row: Sequence[Box], stamp: Tensor) -> Tensor:
+    """The ground (H, W, 3) with a pictogram (64, 64, 4) in each box."""
+    laid = bare.clone()
+    for x, y, width, height in row:
+        part = laid[y : y + height, x : x + width]
+        part.copy_(torch.lerp(part.clone(), stamp[..., :3], stamp[..., 3:] / 255))
+    return laid
 
 
 def side_of(pixels: np.ndarray, ground: Ground, places: dict[str, tuple[Box, ...]]) -> str | None:
