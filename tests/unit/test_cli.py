@@ -141,6 +141,11 @@ def test_replay_is_identical_or_says_why(engine, capsys, tmp_path):
     engine.weights = "0123456789abcdef"
     assert main(["replay", "x.png", "-o", "y.png"]) == 0
     assert "weights feedfacefe → 0123456789" in capsys.readouterr().out
+    assert main(["replay", "x.png", "--json"]) == 0 and (tmp_path / "x-replay-2.png").exists()
+    told = json.loads(capsys.readouterr().out)
+    assert told["identical"] is True and told["difference"] == 0 and "weights" in told["changed"][0]
+    assert main(["generate", "x", "--seed", "9", "-o", "x.jpg"]) == 0 and main(["replay", "x.jpg"]) == 0
+    assert "saved with losses" in capsys.readouterr().out
 
 
 def test_replay_of_an_edit_finds_its_picture_again(engine, cat, capsys, tmp_path):
@@ -197,6 +202,9 @@ def test_our_own_failure_is_one_sentence_and_1(engine, capsys, tmp_path):
         (["generate", "x", "--stps", "3"], "--stps"),
         (["generate", "x", "--steps", "many"], "'--steps'"),
         (["generate", "x", "y"], "unexpected extra argument"),
+        (["generate", "x", "--mask", "m.png"], "lanting edit"),
+        (["generate", "x", "--control-scale", "2"], "needs --control pictures"),
+        (["edit", "cat.png", "x", "--mask", "m.png", "--keep"], "what a mask leaves is kept anyway"),
         (["train", "nano", "--minutes", "x"], "see 'lanting train nano --help'"),
     ],
 )

@@ -337,7 +337,7 @@ def sentences() -> set[str]:
     """Every constant sentence that a person may read."""
     found: set[str] = set()
     errors = {e.__name__ for e in LantingError.__subclasses__()} | {"RefusalError", "MissingJudgeError"}
-    errors |= {error.__name__ for error in ServeError.__subclasses__()}
+    errors |= {error.__name__ for error in ServeError.__subclasses__()} | {"HttpError"}
     rooms = "core specs plan weights text reading attach engine bench serve cluster train evals defaults doctor cli"
     for room in rooms.split():
         for path in (Path(lanting.__file__).parent / room).rglob("*.py"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from PIL import Image
 
@@ -42,8 +44,9 @@ def test_a_draft_is_drawn_by_the_lightning_of_its_release_and_finished_by_the_re
     assert (finished.prompt, finished.seed, finished.size) == ("a tea house", 5, (1664, 928))
     assert (finished.steps, finished.guidance_scale, finished.task) == (50, 4.0, "text_to_image")
     assert read_recipe("a-finished.png").model == "qwen-image-2512"
+    assert main(["finish", "a.png"]) == 0 and Path("a-finished-2.png").exists()
     assert main(["finish", "a.png", "--steps", "30", "--guidance", "3", "-o", "b.png"]) == 0
-    assert (engine.requests[2].steps, engine.requests[2].guidance_scale) == (30, 3.0)
+    assert (engine.requests[3].steps, engine.requests[3].guidance_scale) == (30, 3.0)
 
 
 def test_the_finish_may_begin_at_the_draft(engine, capsys):

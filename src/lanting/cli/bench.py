@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def bench(
-    quick: Annotated[bool, typer.Option("--quick", help="The smallest sizes, in under a minute.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="The smallest sizes, in some minutes at most.")] = False,
     full: Annotated[bool, typer.Option("--full", help="Also 4096 tokens a layer, and more runs of each case.")] = False,
     only: Annotated[
         str,

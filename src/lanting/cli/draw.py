@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import shlex
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from lanting.cli import rewritten
@@ -109,8 +110,9 @@ def open_engine(
     return Engine.open(model, device=device, dtype=dtype, controlnet=controlnet, loras=loras, **weights)
 
 
-def draw(request: Request, wish: Wish, screen: Screen) -> Drawn:
-    """Draws, saves, and says where. Raises LantingError before anything is written, or leaves nothing half-done."""
+def draw(request: Request, wish: Wish, screen: Screen, more: Callable[[Drawn], dict[str, Any]] | None = None) -> Drawn:
+    """Draws, saves, and says where; `more` is what JSON says beside that. Raises LantingError before anything is
+    written, or leaves nothing half-done."""
     with opened(request, wish, screen) as (engine, wish):
         settled = settle(replace(request, size=size_in(wish.size, engine.spec, request.size)), engine.spec)
         tell_wishes(engine.loras, settled, screen, engine.spec.lora)
@@ -121,7 +123,7 @@ def draw(request: Request, wish: Wish, screen: Screen) -> Drawn:
             places = places_of(result, wish.output, wish.title, wish.force)
         paths = save_all(result.images, places, result.recipes)
     drawn = Drawn(paths, result, settled)
-    report(drawn, wish, screen)
+    report(drawn, wish, screen, more=more(drawn) if more and screen.json else {})
     return drawn
 
 
@@ -211,11 +213,13 @@ def _previewer(path: Path, screen: Screen) -> Callable[[Progress], None]:
     return show
 
 
-def report(drawn: Drawn, wish: Wish, screen: Screen, brief: bool = False) -> None:
-    """Where the pictures are; `brief`: one of many."""
+def report(
+    drawn: Drawn, wish: Wish, screen: Screen, brief: bool = False, more: Mapping[str, Any] = MappingProxyType({})
+) -> None:
+    """Where the pictures are; `brief`: one of many, `more` for JSON."""
     seconds, total = drawn.result.seconds, time.perf_counter() - STARTED
     if screen.json:
-        screen.raw(json.dumps(_as_json(drawn, total), ensure_ascii=False))
+        screen.raw(json.dumps(_as_json(drawn, total) | dict(more), ensure_ascii=False))
         return
     if screen.quiet:
         for path in drawn.paths:

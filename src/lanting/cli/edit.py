@@ -61,10 +61,10 @@ def edit(
         raise RequestError("say what to do after the pictures: lanting edit PICTURE... PROMPT")
     request = Request(
         prompt,
+        options=kept(keep, mask),
         images=tuple(open_picture(path) for path in paths),
         mask=open_mask(mask) if mask else None,
         strength=strength,
-        options={} if keep is None else {"keep": keep},
         negative_prompt=negative,
         steps=steps,
         guidance_scale=guidance,
@@ -78,3 +78,10 @@ def edit(
     weights, loras = Weights(quant, text_encoder, vae), tuple(lora or ())
     wish = Wish(model, size, device, dtype, output, force, preview, title, loras=loras, weights=weights)
     draw(request, replace(wish, limits=Limits(vram, ram), draft=draft), Screen(quiet, json))
+
+
+def kept(keep: bool | None, mask: str | None) -> dict[str, bool]:
+    """The edit's option, where somebody said something. Raises RequestError."""
+    if mask and keep is not None:
+        raise RequestError("--keep is for edits without --mask: what a mask leaves is kept anyway")
+    return {} if keep is None else {"keep": keep}

@@ -18,6 +18,7 @@ from lanting.cli.screen import Screen
 from lanting.core.errors import RequestError
 from lanting.core.pictures import open_picture
 from lanting.core.recipe import read_recipe, restore_request
+from lanting.core.save import unused
 from lanting.core.types import Recipe, Request
 from lanting.specs import get_spec, settle, spec_names, whole_release
 
@@ -46,7 +47,7 @@ def finish(
     quant: o.Quant = "auto",
     vram: o.Vram = None,
     ram: o.Ram = None,
-    output: o.Output = None,
+    output: o.FinishOutput = None,
     force: o.Force = False,
     preview: o.Preview = False,
     json: o.Json = False,
@@ -69,7 +70,8 @@ def finish(
     loras = loras_of(recipe, [], name, path.parent, screen)
     loras = tuple(filterfalse(few_step(name), loras)) if loras else ()
     refuse_finished(request, recipe, name, picture)
-    again = output or str(path.with_name(f"{path.stem}-finished.png"))
+    own = path.with_name(f"{path.stem}-finished.png")
+    again = output or str(own if force else unused(own))
     wish = Wish(name, None, device, dtype, again, force, preview, path.stem, loras=loras)
     wish = replace(wish, controlnet=controlnet_of(recipe, controlnet, path.parent, screen))
     draw(request, replace(wish, weights=Weights(quant, text_encoder, vae), limits=Limits(vram, ram)), screen)

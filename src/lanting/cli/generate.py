@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -62,10 +61,8 @@ def generate(
     words = piped() if prompt == "-" else prompt or ""
     request = Request(words, negative_prompt=negative, steps=steps, guidance_scale=guidance, seed=seed, count=count)
     request = replace(request, quality=quality, rewrite=rewrite, tries=tries)
-    if control or controlnet or mask or in_context:
-        options: dict[str, Any] = {} if control_scale is None else {"control_scale": control_scale}
-        options |= {"in_context": True} if in_context else {}
-        request = controlled(request, control or [], mask, options)
+    if control or controlnet or mask or in_context or control_scale is not None:
+        request = controlled(request, control or [], mask, control_scale, in_context)
     loras = tuple(lora or ())
     weights = Weights(quant, text_encoder, vae)
     wish = Wish(model, size, device, dtype, output, force, preview, controlnet=controlnet, loras=loras, weights=weights)
@@ -88,12 +85,18 @@ def piped() -> str:
         raise RequestError("the prompt holds bytes that are not UTF-8: retype it") from None
 
 
-def controlled(request: Request, control: list[str], mask: str | None, options: Mapping[str, Any]) -> Request:
-    """The request with control pictures; with a mask the one picture is repainted by the inpainting net."""
+def controlled(request: Request, control: list[str], mask: str | None, scale: float | None, aside: bool) -> Request:
+    """The request with control pictures; with a mask the one picture is repainted by the inpainting net. `aside`: a
+    LoRA follows it in context."""
+    if mask and not control:
+        raise RequestError("--mask needs --control pictures here: 'lanting edit PICTURE --mask' repaints a picture")
+    if scale is not None and not control:
+        raise RequestError("--control-scale needs --control pictures")
+    options: dict[str, Any] = {} if scale is None else {"control_scale": scale}
     return replace(
         request,
         task="controlnet_inpaint" if mask else "controlnet",
         images=tuple(open_picture(path, path) for path in control),
         mask=open_mask(mask, mask) if mask else None,
-        options=options,
+        options=options | ({"in_context": True} if aside else {}),
     )

@@ -64,9 +64,8 @@ def list_keys(data: Data = None, json: o.Json = False, quiet: o.Quiet = False, d
         if quiet:
             screen.raw(key.id)
         elif key.revoked is None:
-            screen.line(
-                "{id}   {name}   share {share:g}   since {day}", id=key.id, name=key.name, share=key.share, day=day
-            )
+            values = {"id": key.id, "name": key.name, "share": key.share, "priority": NAMES[key.top], "day": day}
+            screen.line("{id}   {name}   share {share:g}   priority {priority}   since {day}", **values)
         else:
             screen.line("{id}   {name}   revoked", id=key.id, name=key.name)
 

@@ -87,6 +87,14 @@ Output = Annotated[
     str | None,
     typer.Option("--output", "-o", help="A file (.png, .jpg, .webp) or a folder. Default: named from the prompt."),
 ]
+ReplayOutput = Annotated[
+    str | None,
+    typer.Option("--output", "-o", help="A file (.png, .jpg, .webp) or a folder. Default: PICTURE-replay.png."),
+]
+FinishOutput = Annotated[
+    str | None,
+    typer.Option("--output", "-o", help="A file (.png, .jpg, .webp) or a folder. Default: PICTURE-finished.png."),
+]
 LayersOutput = Annotated[
     str | None,
     typer.Option(

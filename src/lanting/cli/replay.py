@@ -18,6 +18,7 @@ from lanting.core.errors import ModelError, PictureError
 from lanting.core.layered import kind_in, unpack
 from lanting.core.pictures import decode_picture, open_mask, open_picture, read_bytes
 from lanting.core.recipe import describe_picture, read_recipe, restore_request
+from lanting.core.save import unused
 from lanting.core.stack import Stack, spread, stack_of
 from lanting.core.types import Recipe
 from lanting.specs import spec_names
@@ -44,7 +45,7 @@ def replay(
     quant: Annotated[str | None, typer.Option("--quant", help="Default: the recipe's.")] = None,
     vram: o.Vram = None,
     ram: o.Ram = None,
-    output: o.Output = None,
+    output: o.ReplayOutput = None,
     force: o.Force = False,
     preview: o.Preview = False,
     json: o.Json = False,
@@ -58,7 +59,8 @@ def replay(
     request = restore_request(asked, *inputs_of(recipe, images or [], mask, Path(picture).parent, screen))
     request = replace(request, choices=request.choices or {})  # nothing was decided then, and nothing is now
     ending = kind_in(read_bytes(Path(picture))) or ".png"
-    again = output or str(Path(picture).with_name(f"{Path(picture).stem}-replay{ending}"))
+    own = Path(picture).with_name(f"{Path(picture).stem}-replay{ending}")
+    again = output or str(own if force else unused(own))
     number = dtype if dtype else recipe.versions.get("dtype") if device is None else None
     name = model or model_of(recipe)
     loras = loras_of(recipe, lora or [], name, Path(picture).parent, screen)
@@ -66,8 +68,9 @@ def replay(
     wish = Wish(name, None, device, number, again, force, preview, Path(picture).stem, loras=loras, weights=weights)
     net = controlnet_of(recipe, controlnet, Path(picture).parent, screen)
     wish = replace(wish, limits=Limits(vram, ram), controlnet=net)
-    drawn = draw(request, wish, screen)
-    _compare(Path(picture), recipe, drawn, screen)
+    drawn = draw(request, wish, screen, lambda drawn: compared(Path(picture), recipe, drawn))
+    if not json:
+        tell(compared(Path(picture), recipe, drawn), screen)
 
 
 def model_of(recipe: Recipe) -> str:
@@ -155,23 +158,31 @@ def controlnet_of(recipe: Recipe, given: str | None, beside: Path, screen: Scree
     return (same or here)[0]
 
 
-def _compare(picture: Path, before: Recipe, drawn: Drawn, screen: Screen) -> None:
-    """Says whether the new picture is the old one, and if not, what may be why."""
+def compared(picture: Path, before: Recipe, drawn: Drawn) -> dict[str, Any]:
+    """Whether the new picture is the old one, and if not, what may be why: grey levels by which they differ at most,
+    None where the file lost pixels, and what has changed since."""
     after = drawn.result.recipes[0]
     worst = _difference(picture, drawn.result.images)
-    if worst == 0:
-        screen.line("identical, pixel for pixel")
-    elif worst is not None:
-        screen.line("different by up to {levels} of 255 grey levels", levels=worst)
     reasons = [
-        f"{name} {before.versions.get(name, '?')} → {after.versions.get(name, '?')}"
+        f"{name} {before.versions.get(name, '-')} → {after.versions.get(name, '-')}"
         for name in sorted({*before.versions, *after.versions})
         if before.versions.get(name) != after.versions.get(name)
     ]
     if before.weights != after.weights:
         reasons.append(f"weights {before.weights[:10]} → {after.weights[:10]}")
-    if reasons:
-        screen.line("drawn under other conditions: {reasons}", reasons=", ".join(reasons))
+    return {"identical": None if worst is None else worst == 0, "difference": worst, "changed": reasons}
+
+
+def tell(found: Mapping[str, Any], screen: Screen) -> None:
+    """The same in words."""
+    if found["identical"]:
+        screen.line("identical, pixel for pixel")
+    elif found["difference"] is not None:
+        screen.line("different by up to {levels} of 255 grey levels", levels=found["difference"])
+    else:
+        screen.line("the file was saved with losses or changed since, so its pixels are not compared")
+    if found["changed"]:
+        screen.line("drawn under other conditions: {reasons}", reasons=", ".join(found["changed"]))
 
 
 def _difference(picture: Path, new: Sequence[Image.Image]) -> int | None:

@@ -13,6 +13,7 @@ import secrets
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,8 +44,8 @@ class Place:
 def plan_places(output: str | None, names: list[str], force: bool = False) -> list[Place]:
     """One place per picture; everything that can be refused is refused here.
 
-    output  a file (one picture keeps the name, several get -1, -2, ...), a folder, or None for the current
-    folder names   the name each picture would like (`name_for`), used unless a file was given
+    output  a file (one picture keeps the name, several get -1, -2, ...), a folder, or None for the current one
+    names   the name each picture would like (`name_for`), used unless a file was given
     """
     target = Path(output or ".")
     if _is_folder(output):
@@ -67,6 +68,12 @@ def plan_places(output: str | None, names: list[str], force: bool = False) -> li
     if taken := [path for path in numbered if path.is_dir()]:
         raise OutputError("{path} is a folder: choose another name", path=taken[0])
     return [Place(path, given=True, force=force) for path in numbered]
+
+
+def unused(path: Path) -> Path:
+    """The same, or the first of NAME-2, NAME-3, ... that nothing is called."""
+    numbers = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in count(2))
+    return next(one for one in chain([path], numbers) if not one.exists())
 
 
 def _is_folder(output: str | None) -> bool:

@@ -79,7 +79,9 @@ def revoke(folder: Path, word: str) -> Key:
 
 
 def listed(folder: Path) -> list[Key]:
-    """All keys, the oldest first."""
+    """All keys, the oldest first; of a folder that is not there none, and it is not made."""
+    if not (folder / "queue.sqlite").exists():
+        return []
     db = connect(folder / "queue.sqlite")
     try:
         return read(db)
