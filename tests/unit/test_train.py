@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from lanting import Engine, Request
-from lanting.core.errors import ModelError, RequestError
+from lanting.core.errors import ModelError, OutputError, RequestError
 from lanting.nn.mmdit import Attend
 from lanting.nn.qwen_language import Attend as CausalAttend
 from lanting.train.course import Budget
@@ -241,7 +241,14 @@ def test_another_network_is_refused(tmp_path):
 def test_wider_networks_are_built_as_asked(tmp_path):
     config = small_run(tmp_path, width=192, layers=2).config().transformer
     assert (config.width, config.num_layers, config.num_attention_heads) == (192, 2, 6)
-    for wrong in ({"width": 100}, {"width": 32}, {"layers": 0}, {"minutes": -1.0}, {"lr": -1.0}):
+    for wrong in (
+        {"width": 100},
+        {"width": 32},
+        {"layers": 0},
+        {"minutes": -1.0},
+        {"lr": -1.0},
+        {"watch_minutes": -1.0},
+    ):
         with pytest.raises(RequestError):
             settled(small_run(tmp_path, **wrong))
 
@@ -278,6 +285,28 @@ def test_cost_is_told_and_nonsense_refused(tmp_path):
     assert cost(NanoRun(tmp_path, device="cpu", slice_minutes=9)).minutes == 9
     with pytest.raises(RequestError):
         main(NanoRun(tmp_path, minutes=-1))
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="can't be written"):
+        main(NanoRun(tmp_path / "file" / "run", device="cpu"))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"workers": -1}, "--workers"),  # which ended at once, as if all had been trained
+        ({"batch_times": -1}, "--batch-times"),
+        ({"feeders": -2}, "--feeders"),
+        ({"concepts": 0}, "1 to 1087"),
+        ({"concepts": 1088}, "1 to 1087"),
+        ({"minutes": float("nan")}, "from 0 on"),
+        ({"minutes": float("inf")}, "from 0 on"),
+        ({"warm": "/nowhere"}, "/nowhere holds no nano"),
+    ],
+)
+def test_values_that_nothing_can_be_trained_with_are_a_sentence(tmp_path, wrong, words):
+    with pytest.raises(RequestError, match=words):
+        settled(small_run(tmp_path, **wrong))
+    assert settled(small_run(tmp_path, concepts=1087, feeders=-1)).concepts == 1087
 
 
 def test_the_log_is_for_people_and_plots(tmp_path):

@@ -45,6 +45,12 @@ def test_processes_go_by_the_time_they_agreed_on(tmp_path, monkeypatch):
     assert all(torch.allclose(p.grad, torch.full_like(p, 2.0)) for p in trainer.net.parameters())
 
 
+def test_what_stops_one_of_two_processes_is_a_sentence(tmp_path, monkeypatch):
+    lighten(monkeypatch)
+    with pytest.raises(ModelError, match="give its --width and --layers"):
+        train_transformer(small_run(begun(tmp_path / "run"), workers=2, layers=3))
+
+
 def test_two_processes_train_and_stop_together(tmp_path, monkeypatch):
     """One that stopped a step before the other would leave it waiting for gradients, and the run would fail."""
     lighten(monkeypatch)

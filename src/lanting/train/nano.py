@@ -11,15 +11,18 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from tokenizers import Tokenizer
 
+from lanting.core.errors import LantingError
+from lanting.core.files import unwritable
 from lanting.nn.vae import AutoencoderKLQwenImage
 from lanting.train.course import Budget, Course
 from lanting.train.designs import DesignMaker, Mix
@@ -52,10 +55,13 @@ HANZI = ((0.0, 1200), (0.04, 3500))
 def main(run: NanoRun) -> Path:
     """All three stages; returns the model folder, or the run's folder where a slice ended before there is a model.
 
-    Raises RequestError for values that can't be trained with.
+    Raises RequestError for values that can't be trained with, OutputError for a folder that can't be made.
     """
     run = settled(run)
-    run.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        run.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(run.folder, error) from None
     if not (run.tokenizer / "tokenizer.json").is_file():
         build_tokenizer(run.tokenizer)
     if run.resume_from and not unpack(Path(run.resume_from), run.folder, run.width, run.anew, run.vae_anew):
@@ -89,7 +95,23 @@ def train_transformer(run: NanoRun) -> None:
         work(0, 1, run)
         return
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    mp.spawn(work, args=(world, run), nprocs=world, join=True)
+    told = mp.get_context("spawn").SimpleQueue()
+    try:
+        mp.spawn(one_of, args=(world, run, work, told), nprocs=world, join=True)
+    except mp.ProcessRaisedException:
+        if told.empty():
+            raise
+        kind, sentence, values = told.get()
+        raise kind(sentence, **values) from None
+
+
+def one_of(rank: int, world: int, run: NanoRun, job: Callable[[int, int, NanoRun], None], told: Any) -> None:
+    """`job` in a process of its own, which tells what can be explained as it is: spawn brings a traceback's text."""
+    try:
+        job(rank, world, run)
+    except LantingError as error:
+        told.put((type(error), error.sentence, error.values))
+        raise
 
 
 def courses(

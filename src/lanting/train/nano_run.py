@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lanting.core.errors import RequestError
+from lanting.train.assets import concepts
 from lanting.train.model import NanoConfig, language_config, transformer_config
 from lanting.train.presets import GIB_PER_TIMES, Preset, pick_device, preset, processes
 from lanting.train.progress import Scorer
@@ -98,10 +99,19 @@ class Cost:
 
 def settled(run: NanoRun) -> NanoRun:
     """The run on a device that is there. Raises RequestError for values that can't be trained with."""
-    if min(run.minutes, run.vae_minutes, run.decoder_minutes, run.slice_minutes, run.lr) < 0:
+    amounts = (run.minutes, run.vae_minutes, run.decoder_minutes, run.slice_minutes, run.watch_minutes, run.lr)
+    if not all(0 <= amount < float("inf") for amount in amounts):
         raise RequestError(
-            "Minutes and rates of training can't be negative; give 0 minutes to only continue to the next stage."
+            "Minutes and rates of training are numbers from 0 on; give 0 minutes to only continue to the next stage."
         )
+    most = len(concepts())
+    if min(run.workers, run.batch_times, run.feeders + 1) < 0 or not 1 <= run.concepts <= most:
+        raise RequestError(
+            "--workers and --batch-times begin at 0, --feeders at -1, and there are --concepts from 1 to {most}",
+            most=most,
+        )
+    if run.warm and not (Path(run.warm) / "vae" / "diffusion_pytorch_model.safetensors").is_file():
+        raise RequestError("{path} holds no nano; give --warm the folder of a model that was trained", path=run.warm)
     if run.width < 64 or run.width % 32 or not 1 <= run.layers <= 48:
         raise RequestError("The transformer's --width is a multiple of 32 from 64 on, its --layers are 1 to 48.")
     until = run.until
