@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lanting.core.errors import ModelError
 from lanting.evals import ocr
 from lanting.evals.draw import by_rule
 from lanting.evals.ocr import (
@@ -74,6 +75,27 @@ def test_what_tesseract_is_asked(monkeypatch):
     monkeypatch.setattr(ocr.subprocess, "run", run)
     assert read_with_tesseract(by_rule([LUCK])[0], "zh") == ["好 运"]
     assert calls == [["tesseract", "stdin", "stdout", "--psm", "6", "-l", "chi_sim"]]
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (
+            ocr.subprocess.CalledProcessError(1, "tesseract", stderr=b"Error\nCould not initialize tesseract."),
+            "initialize",
+        ),
+        (ocr.subprocess.TimeoutExpired("tesseract", 60), "timed out"),
+        (FileNotFoundError(2, "No such file", "tesseract"), "No such file"),
+    ],
+)
+def test_a_tesseract_that_fails_is_said_and_no_miss_of_the_picture(monkeypatch, fault, words):
+    def run(command, check, **named):
+        assert check
+        raise fault
+
+    monkeypatch.setattr(ocr.subprocess, "run", run)
+    with pytest.raises(ModelError, match=f"tesseract failed .*{words}.*--ocr pp"):
+        read_with_tesseract(by_rule([HELLO])[0], "en")
 
 
 @pytest.mark.skipif(shutil.which("tesseract") is None, reason="tesseract is not installed")

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lanting.core.errors import ModelError
 from lanting.reading import can_read
 from lanting.reading.reader import Box, cut_lines, enlarged, read_boxes, read_lines
 
@@ -35,6 +36,8 @@ class Judge:
 
     read        (picture, language) -> the lines it finds, top to bottom
     read_boxes  (picture, boxes, language) -> one line for each box, "" where it reads nothing
+
+    Both raise ModelError where the reader itself fails.
     """
 
     name: str
@@ -80,9 +83,14 @@ def _tesseract(image: Image, language: str, page: int) -> list[str]:
     data = BytesIO()
     image.save(data, format="PNG")
     one_core = os.environ | {"OMP_THREAD_LIMIT": "1"}
-    done = subprocess.run(
-        command, input=data.getvalue(), capture_output=True, env=one_core, timeout=PATIENCE, check=False
-    )
+    try:
+        done = subprocess.run(
+            command, input=data.getvalue(), capture_output=True, env=one_core, timeout=PATIENCE, check=True
+        )
+    except (OSError, subprocess.SubprocessError) as error:  # no picture's fault: counted as unread it would be one
+        told = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip().splitlines()
+        reason = told[-1] if told else error
+        raise ModelError("tesseract failed ({reason}); mend it, or read with --ocr pp alone", reason=reason) from None
     lines = done.stdout.decode(errors="replace").splitlines()
     return [line.strip() for line in lines if line.strip()]
 
