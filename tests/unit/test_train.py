@@ -317,9 +317,12 @@ def test_the_log_is_for_people_and_plots(tmp_path):
     journal.note("hello", step=3)
     assert said[0].startswith("1:02:05 of 1:12:05  step 1,200  96,000 designs, 157/s  loss 0.400  read 50%")
     assert "queue 50%" in said[0] and said[1] == "hello"
-    with (tmp_path / "log.jsonl").open("a") as file:
-        file.write('plain words\n{"step": 3, "se')
+    with (tmp_path / "log.jsonl").open("ab") as file:
+        file.write(b'plain words\n{"step": 3, "note": "' + "兰".encode()[:2])
     assert [e.get("note") for e in entries(tmp_path / "log.jsonl")] == [None, "hello"]
+    journal.note("going on")  # a run that goes on does not lose its first entry to half of another
+    assert [e.get("note") for e in entries(tmp_path / "log.jsonl")] == [None, "hello", "going on"]
+    assert b"\n\n" not in (tmp_path / "log.jsonl").read_bytes()
     assert clock(7) == "0:07" and in_words({"note": "x"}) == "x"
 
 

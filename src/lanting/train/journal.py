@@ -56,8 +56,10 @@ class Journal:
     def __call__(self, entry: dict[str, Any]) -> None:
         if "left" in entry:
             entry = entry | self.more()
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        with self.path.open("a+b") as file:  # reads anywhere, writes at the end
+            file.seek(max(0, file.tell() - 1))
+            torn = file.read(1) not in (b"", b"\n")  # half a line that a killed run left: this entry must not join it
+            file.write(b"\n" * torn + json.dumps(entry, ensure_ascii=False).encode() + b"\n")
         self.say(in_words(entry))
 
     def note(self, words: str, **figures: Any) -> None:
@@ -93,7 +95,7 @@ def clock(seconds: float) -> str:
 def entries(path: Path) -> list[dict[str, Any]]:
     """The entries of a log that are whole; a killed run may leave half a line, an older one lines of words."""
     found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
         try:
             value = json.loads(line)
         except json.JSONDecodeError:
