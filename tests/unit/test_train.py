@@ -238,6 +238,16 @@ def test_another_network_is_refused(tmp_path):
         Trainer(start(NanoNet(NanoConfig())), Budget(), tmp_path / "run").resume()
 
 
+@pytest.mark.parametrize("left", [0, 1000, -1000])
+def test_a_checkpoint_that_is_torn_is_a_sentence(tmp_path, left):
+    run = begun(tmp_path / "run")
+    whole = (run / "checkpoint.pt").read_bytes()
+    (run / "checkpoint.pt").write_bytes(whole[:left])
+    for go_on in (Trainer(small_net(), Budget(), run).resume, lambda: export_nano(run, tmp_path / "out")):
+        with pytest.raises(ModelError, match="remove it to begin anew"):
+            go_on()
+
+
 def test_wider_networks_are_built_as_asked(tmp_path):
     config = small_run(tmp_path, width=192, layers=2).config().transformer
     assert (config.width, config.num_layers, config.num_attention_heads) == (192, 2, 6)

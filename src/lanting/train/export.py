@@ -21,6 +21,7 @@ from lanting.core.errors import ModelError
 from lanting.nn.qwen_language import LanguageConfig
 from lanting.nn.qwen_vl import QwenVL, QwenVLConfig
 from lanting.nn.vae import to_video_weights
+from lanting.train.kept import read_checkpoint
 from lanting.train.model import NanoConfig
 from lanting.train.vae import DECODER, WEIGHTS, load_vae
 
@@ -117,7 +118,7 @@ def export_nano(run: Path, out: Path) -> Path:
     checkpoint = run / "checkpoint.pt"
     if not checkpoint.exists():
         raise ModelError(f"{run} holds no trained weights yet; run 'lanting train nano' first.")
-    kept = torch.load(checkpoint, weights_only=True, map_location="cpu")
+    kept = read_checkpoint(checkpoint)
     state, config = kept["average"], NanoConfig.from_dict(kept["config"])
     part = out.with_name(out.name + ".part")
     shutil.rmtree(part, ignore_errors=True)

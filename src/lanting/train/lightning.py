@@ -36,6 +36,7 @@ from lanting.flow.loop import Canvas, velocity
 from lanting.nn.lora import Factors, LoraLinear, attach
 from lanting.nn.mmdit import Attend
 from lanting.nn.swap import swap
+from lanting.train.kept import read_checkpoint
 from lanting.train.model import PlainAttend
 from lanting.train.walks import LightningRun, Prompts, Teacher, Walk, in_fast_numbers, together
 from lanting.weights.find import locate
@@ -162,7 +163,7 @@ class Distiller:
         """Go on from a checkpoint, if there is one. Raises ModelError when it belongs to another run."""
         if not checkpoint.exists():
             return False
-        state = torch.load(checkpoint, weights_only=True, map_location=self.models.device)
+        state = read_checkpoint(checkpoint, self.models.device)
         if state["kind"] != self.kind():
             raise ModelError(f"{checkpoint} was begun with another model or settings; remove it or write elsewhere.")
         with torch.no_grad():

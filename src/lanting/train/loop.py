@@ -27,6 +27,7 @@ from lanting.train.assets import concepts
 from lanting.train.course import STOCK, Budget, Clock, Course
 from lanting.train.graphs import Passes, passes_for
 from lanting.train.journal import Meter
+from lanting.train.kept import read_checkpoint
 from lanting.train.labels import SCENE, SHAPE
 from lanting.train.losses import judged
 from lanting.train.model import NanoNet, matrices
@@ -212,7 +213,7 @@ class Trainer:
         path = self.folder / "checkpoint.pt"
         if not path.exists():
             return False
-        state = torch.load(path, weights_only=True, map_location=self.device)
+        state = read_checkpoint(path, self.device)
         fresh = self.net.state_dict()
         for weights in (state["net"], state["average"]):  # a head that only helps may be newer than the checkpoint
             weights |= {k: v.clone() for k, v in fresh.items() if k not in weights and k.split(".")[0] in NEW}

@@ -30,6 +30,7 @@ from lanting.train.edits import EditMaker
 from lanting.train.export import export_nano
 from lanting.train.feed import Feed, FeedOrder, edit_mix
 from lanting.train.journal import Journal
+from lanting.train.kept import read_checkpoint
 from lanting.train.labels import concept_pictures, glyph_shapes
 from lanting.train.loop import Trainer, train
 from lanting.train.model import NanoNet, compile_blocks, start
@@ -223,7 +224,7 @@ def work(rank: int, world: int, run: NanoRun) -> None:
 def seen_steps(folder: Path) -> int:
     """Steps of the checkpoint a run goes on from."""
     path = folder / "checkpoint.pt"
-    return torch.load(path, weights_only=True, map_location="cpu")["clock"]["step"] if path.exists() else 0
+    return read_checkpoint(path)["clock"]["step"] if path.exists() else 0
 
 
 def prepared(

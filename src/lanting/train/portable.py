@@ -23,6 +23,7 @@ from torch import Tensor
 from lanting.core.errors import ModelError
 from lanting.core.files import replace_file
 from lanting.train.journal import NAME as LOG
+from lanting.train.kept import read_checkpoint
 from lanting.train.vae import BEGUN, CONFIG, FROZEN, WEIGHTS, shipped_vae
 from lanting.train.warm import shipped
 from lanting.train.widen import widen
@@ -72,7 +73,7 @@ def pack(folder: Path, out: Path, most: int = TOTAL) -> list[Path]:
     """Write what a run in `folder` needs to go on into `out`; returns the files. Raises ModelError for an empty run."""
     if not (folder / "checkpoint.pt").is_file():
         raise ModelError(f"{folder} holds no checkpoint yet; run 'lanting train nano' first.")
-    state = torch.load(folder / "checkpoint.pt", weights_only=True, map_location="cpu")
+    state = read_checkpoint(folder / "checkpoint.pt")
     out.mkdir(parents=True, exist_ok=True)
     files = [pack_vae(folder / "vae", out / VAE)]
     if (folder / LOG).is_file():

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from lanting.core.files import replace_file
 from lanting.nn.vae import AttentionBlock, AutoencoderKLQwenImage, ResidualBlock, VAEConfig, to_image_weights
+from lanting.train.kept import read_checkpoint
 from lanting.train.losses import redrawn
 from lanting.train.optim import Muon, average_gradients
 from lanting.train.pieces import Scraps, scraps_for
@@ -213,7 +214,7 @@ class VAETrainer:
         replace_file(path, lambda part: torch.save(state, part))
 
     def load(self, path: Path) -> None:
-        state = torch.load(path, weights_only=True, map_location=self.device)
+        state = read_checkpoint(path, self.device)
         self.vae.load_state_dict(state["vae"], strict=True)
         for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(kept)
