@@ -109,7 +109,7 @@ CASES: dict[str, tuple[list[str], str]] = {
     "1000 pictures": ([*DRAW, "--count", "1000"], "1 to 64"),
     "unknown flag": ([*DRAW, "--sise", "1:1"], "--sise"),
     "unknown verb": (["draw", "a cat"], "no such command"),
-    "no prompt": (["generate"], "missing argument"),
+    "no prompt": (["generate"], "a prompt, or --prompts FILE"),
     "unknown dtype": ([*DRAW, "--dtype", "int2"], "dtype 'int2'"),
     "unknown device": ([*DRAW, "--device", "toaster"], "toaster"),
     "device not here": ([*DRAW, "--device", "cuda:99"], "cuda:99"),

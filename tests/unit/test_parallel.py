@@ -363,7 +363,7 @@ def test_gpus_that_are_not_there(monkeypatch):
         Engine.open("nano", device="cuda:0,cuda:1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(RequestError, match="There is no cuda:7: this machine has 2 CUDA devices"):
+    with pytest.raises(RequestError, match="there is no cuda:7: this machine has 2 CUDA devices"):
         Engine.open("nano", device="cuda:0,cuda:7")
 
 

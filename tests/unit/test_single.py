@@ -297,7 +297,7 @@ def test_configs_are_read_off_shapes(tmp_path):
 def test_a_lone_transformer_says_what_it_lacks(tmp_path):
     path = bare(tmp_path / "qwen_image_bf16.safetensors")
     with pytest.raises(
-        ModelError, match="'lanting pull qwen-image' for the rest, or give files with --text-encoder and"
+        ModelError, match="'lanting pull qwen-image' for the rest, or give files with --text-encoder, --vae"
     ):
         locate(str(path))
     with pytest.raises(ModelError, match="give files with --vae"):

@@ -45,7 +45,8 @@ def attach_kernels(net: nn.Module) -> bool:
         if isinstance(module, PackedLinear) and not any(part in path.split(".") for part in LEFT_ALONE):
             module.product = integer_product
         elif type(module) is nn.Linear and dense_bytes() == 4:
-            module.__dict__["forward"] = partial(float_product, module, shared)
+            apart = shared and any(part in path.split(".") for part in (*LEFT_ALONE, "norm_out"))
+            module.__dict__["forward"] = partial(row_product if apart else float_product, module, shared)
         elif isinstance(module, Attend | SingleAttend):
             module.__dict__["forward"] = partial(attend, module)
         elif isinstance(module, Block):
@@ -82,6 +83,14 @@ def float_product(linear: nn.Linear, shared: bool, x: Tensor) -> Tensor:
     if weight is None:
         return nn.Linear.forward(linear, x)
     return multiplied(linear, weight, x)
+
+
+def row_product(linear: nn.Linear, shared: bool, x: Tensor) -> Tensor:
+    """The same of timesteps and modulations, a row for each picture or step: in float32 torch takes each by itself, as
+    it takes one that is alone."""
+    if linear.weight.dtype != torch.float32 or x.shape[-1] == x.numel() or torch.is_grad_enabled():
+        return float_product(linear, shared and linear.weight.dtype != torch.float32, x)
+    return torch.cat([nn.Linear.forward(linear, row) for row in x.flatten(0, -2).split(1)]).unflatten(0, x.shape[:-1])
 
 
 def multiplied(linear: PackedLinear | nn.Linear, weight: Packed, x: Tensor) -> Tensor:
