@@ -127,16 +127,14 @@ def in_float32():
     library.use(own)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 84])
-def test_a_picture_among_others_has_its_own_bits(in_float32, dtype, rows):
+def test_a_picture_among_others_has_its_own_bits(in_float32, rows):
     """On several threads torch's products of more rows are summed otherwise, and one row never as two: steps of several
     jobs could then not be shared."""
     net = network()
     attach_kernels(net)
     linear = net.time_text_embed.timestep_embedder.linear_2 if rows == 1 else net.img_in
-    linear.to(dtype)
-    x, threads = torch.randn(5, rows, linear.in_features, dtype=dtype), torch.get_num_threads()
+    x, threads = torch.randn(5, rows, linear.in_features), torch.get_num_threads()
     torch.set_num_threads(2)
     try:
         with torch.no_grad():

@@ -75,11 +75,12 @@ def integer_product(linear: PackedLinear, x: Tensor) -> Tensor:
 
 
 def float_product(linear: nn.Linear, shared: bool, x: Tensor) -> Tensor:
-    """x W^T + b in float32, of a weight in bfloat16; torch's where that is no gain. Where steps may be `shared`, every
-    product of plain weights: torch sums other numbers of rows in another order."""
+    """x W^T + b in float32, of a weight in bfloat16; torch's where that is no gain. Weights in float32 where steps may
+    be `shared`: torch sums other numbers of rows in another order."""
     away = x.device.type != "cpu" or (torch.is_grad_enabled() and (x.requires_grad or linear.weight.requires_grad))
     gains = linear.weight.dtype == torch.bfloat16 and x.numel() >= FEWEST_DENSE * x.shape[-1]
-    weight = packed(linear, x.dtype) if (shared or gains) and not away else None
+    alike = shared and linear.weight.dtype == torch.float32
+    weight = packed(linear, x.dtype) if (gains or alike) and not away else None
     if weight is None:
         return nn.Linear.forward(linear, x)
     return multiplied(linear, weight, x)
@@ -88,8 +89,8 @@ def float_product(linear: nn.Linear, shared: bool, x: Tensor) -> Tensor:
 def row_product(linear: nn.Linear, shared: bool, x: Tensor) -> Tensor:
     """The same of timesteps and modulations, a row for each picture or step: in float32 torch takes each by itself, as
     it takes one that is alone."""
-    if linear.weight.dtype != torch.float32 or x.shape[-1] == x.numel() or torch.is_grad_enabled():
-        return float_product(linear, shared and linear.weight.dtype != torch.float32, x)
+    if not shared or linear.weight.dtype != torch.float32 or x.shape[-1] == x.numel() or torch.is_grad_enabled():
+        return float_product(linear, False, x)
     return torch.cat([nn.Linear.forward(linear, row) for row in x.flatten(0, -2).split(1)]).unflatten(0, x.shape[:-1])
 
 
