@@ -42,11 +42,13 @@ def attach_kernels(net: nn.Module) -> bool:
         return False
     shared = any(isinstance(module, Block) for module in net.modules())
     for path, module in net.named_modules():
-        if isinstance(module, PackedLinear) and not any(part in path.split(".") for part in LEFT_ALONE):
+        parts = set(path.split("."))
+        if isinstance(module, PackedLinear) and parts.isdisjoint(LEFT_ALONE):
             module.product = integer_product
         elif type(module) is nn.Linear and dense_bytes() == 4:
-            apart = shared and any(part in path.split(".") for part in (*LEFT_ALONE, "norm_out"))
-            module.__dict__["forward"] = partial(row_product if apart else float_product, module, shared)
+            in_rows = shared and not parts.isdisjoint((*LEFT_ALONE, "norm_out"))
+            product = row_product if in_rows else partial(float_product, shared=shared)
+            module.__dict__["forward"] = partial(product, module)
         elif isinstance(module, Attend | SingleAttend):
             module.__dict__["forward"] = partial(attend, module)
         elif isinstance(module, Block):
@@ -74,7 +76,7 @@ def integer_product(linear: PackedLinear, x: Tensor) -> Tensor:
     return multiplied(linear, weight, rotate_blocks(x, linear.rotate) if linear.rotate else x)
 
 
-def float_product(linear: nn.Linear, shared: bool, x: Tensor) -> Tensor:
+def float_product(linear: nn.Linear, x: Tensor, shared: bool = False) -> Tensor:
     """x W^T + b in float32, of a weight in bfloat16; torch's where that is no gain. Weights in float32 where steps may
     be `shared`: torch sums other numbers of rows in another order."""
     away = x.device.type != "cpu" or (torch.is_grad_enabled() and (x.requires_grad or linear.weight.requires_grad))
@@ -86,11 +88,11 @@ def float_product(linear: nn.Linear, shared: bool, x: Tensor) -> Tensor:
     return multiplied(linear, weight, x)
 
 
-def row_product(linear: nn.Linear, shared: bool, x: Tensor) -> Tensor:
+def row_product(linear: nn.Linear, x: Tensor) -> Tensor:
     """The same of timesteps and modulations, a row for each picture or step: in float32 torch takes each by itself, as
     it takes one that is alone."""
-    if not shared or linear.weight.dtype != torch.float32 or x.shape[-1] == x.numel() or torch.is_grad_enabled():
-        return float_product(linear, False, x)
+    if linear.weight.dtype != torch.float32 or x.shape[-1] == x.numel() or torch.is_grad_enabled():
+        return float_product(linear, x)
     return torch.cat([nn.Linear.forward(linear, row) for row in x.flatten(0, -2).split(1)]).unflatten(0, x.shape[:-1])
 
 

@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lanting.core.errors import RequestError
 from lanting.serve.errors import (
     BusyError,
     ClosedError,
@@ -46,6 +45,7 @@ from lanting.serve.jobs import (
 )
 from lanting.serve.ledger import Ledger
 from lanting.serve.line import Entry, Line
+from lanting.serve.loras import check_names
 from lanting.serve.settings import Settings
 from lanting.serve.state import Model, Place, Run, ends, left
 from lanting.specs import get_spec, spec_names
@@ -109,7 +109,7 @@ class Desk:
 
             raise missing()
         if model.ready:
-            check_names(order.lora, model)
+            check_names(order.lora, [one["name"] for one in model.loras])
         prepared = prepare(order, model.spec, model.served.name, caller, self.settings)
         store_pictures(order.request, prepared.job.asked["request"], self.files)
         return replace(prepared, job=with_timeout(prepared.job, self.settings.timeout))
@@ -332,12 +332,3 @@ class Desk:
                 eta = None if place.eta is None else round(place.eta, 1)
                 self.feed.put(self.event(id_, "place", ahead=place.ahead, waiting=place.waiting, eta=eta))
         self.told = told
-
-
-def check_names(lora: Mapping[str, float] | None, model: Model) -> None:
-    """Raises RequestError for LoRAs that the model's workers don't have; they know more than the settings."""
-    known = [one["name"] for one in model.loras]
-    if strange := sorted(set(lora or ()) - set(known)):
-        raise RequestError(
-            "no LoRA is called {name} here; there are: {known}", name=strange[0], known=", ".join(known) or "-"
-        )

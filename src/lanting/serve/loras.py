@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from lanting.core.errors import RequestError
 
@@ -35,6 +35,14 @@ def _pair(text: str) -> tuple[str, float]:
         return (name, float(strength)) if colon else (strength, 1.0)
     except ValueError:
         raise RequestError("the strength in {text} is no number: write name:0.8", text=repr(text.strip())) from None
+
+
+def check_names(wished: Mapping[str, float] | None, known: Sequence[str]) -> None:
+    """Raises RequestError for a LoRA that is not there."""
+    if strange := sorted(set(wished or ()) - set(known)):
+        raise RequestError(
+            "no LoRA is called {name} here; there are: {known}", name=strange[0], known=", ".join(known) or "-"
+        )
 
 
 def tags_in(prompt: str) -> tuple[str, dict[str, float] | None]:

@@ -39,6 +39,7 @@ from lanting.core.types import Progress, Request, Result
 from lanting.serve.errors import words_of
 from lanting.serve.files import publish
 from lanting.serve.logs import write_to_stderr
+from lanting.serve.loras import check_names
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -105,10 +106,7 @@ class Bench:
 
     def hang(self, wished: Mapping[str, float] | None) -> None:
         """The LoRAs of a job: those it names and no others, or the usual ones. Raises RequestError."""
-        strange = sorted(set(wished or ()) - set(self.names))
-        if strange:
-            known = ", ".join(self.names) or "-"
-            raise RequestError("no LoRA is called {name} here; there are: {known}", name=strange[0], known=known)
+        check_names(wished, self.names)
         new = self.usual if wished is None else tuple(float(wished.get(name, 0.0)) for name in self.names)
         if new != self.strengths:
             self.engine.set_strengths(*new)
