@@ -8,6 +8,7 @@ import json
 import os
 import re
 import warnings
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import lanting
 from fakes import FakeEngine, bare_png
 from lanting.core.errors import LantingError, OutputError, PictureError
 from lanting.core.files import writing
-from lanting.core.lang import chinese, explain, language
+from lanting.core.lang import Phrase, chinese, explain, language
 from lanting.core.pictures import open_mask, open_picture
 from lanting.core.recipe import (
     describe_request,
@@ -34,6 +35,7 @@ from lanting.core.save import Place, check_folder, name_for, plan_places, save_p
 from lanting.core.types import Recipe, Request
 from lanting.serve.errors import ServeError
 from lanting.specs import get_spec, spec_names
+from lanting.weights.headers import damaged
 
 VERSIONS = {"lanting": "0.1.0", "torch": "2.13.0", "device": "cpu", "dtype": "float32"}
 
@@ -328,26 +330,40 @@ def test_languages(monkeypatch):
     monkeypatch.setenv("LANTING_LANG", "zh")
     assert (str(error), explain(error)) == ("cat is a folder, not a picture", "cat 是文件夹，不是图片")
     assert explain(LantingError("plain {words}")) == "plain {words}"
+    torn = damaged(Path("a.gguf"), "{what} is cut short", what=Phrase("the note {key}", key="b"))
+    assert str(torn) == "a.gguf is damaged: the note b is cut short; download it again"
+    assert explain(torn) == "a.gguf 已损坏：注释 b 被截断；请重新下载"
 
 
-SAYING = ("say", "line", "note", "fine", "remark", "problem", "advice")  # their first argument is read by people
+# calls whose first argument (of `damaged` the second) is read by people
+SAYING = ("say", "line", "note", "fine", "remark", "problem", "advice", "Phrase", "damaged")
+ROOMS = ["core", "specs", "plan", "weights", "text", "reading", "attach", "engine", "bench", "serve", "cluster"]
+ROOMS += ["train", "evals", "defaults", "doctor", "cli"]
+
+
+def said(room: str) -> Iterator[ast.expr]:
+    """What calls of a room are given to be read by people."""
+    errors = {e.__name__ for e in LantingError.__subclasses__()} | {"RefusalError", "MissingJudgeError"}
+    errors |= {error.__name__ for error in ServeError.__subclasses__()} | {"HttpError"}
+    for path in (Path(lanting.__file__).parent / room).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not (isinstance(node, ast.Call) and node.args):
+                continue
+            name = getattr(node.func, "attr", None) or getattr(node.func, "id", "")
+            if name in SAYING or name in errors:
+                yield node.args[int(name == "damaged")]
 
 
 def sentences() -> set[str]:
     """Every constant sentence that a person may read."""
-    found: set[str] = set()
-    errors = {e.__name__ for e in LantingError.__subclasses__()} | {"RefusalError", "MissingJudgeError"}
-    errors |= {error.__name__ for error in ServeError.__subclasses__()} | {"HttpError"}
-    rooms = "core specs plan weights text reading attach engine bench serve cluster train evals defaults doctor cli"
-    for room in rooms.split():
-        for path in (Path(lanting.__file__).parent / room).rglob("*.py"):
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-                if not (isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant)):
-                    continue
-                name = getattr(node.func, "attr", None) or getattr(node.func, "id", "")
-                if name in SAYING or name in errors:
-                    found.add(node.args[0].value)
+    found = {each.value for room in ROOMS for each in said(room) if isinstance(each, ast.Constant)}
     return found | {get_spec(name).licence for name in spec_names()} - {""}
+
+
+@pytest.mark.parametrize("room", [room for room in ROOMS if room != "train"])
+def test_no_sentence_is_filled_before_it_is_said(room):
+    """Nobody would find it in the table of Chinese."""
+    assert [ast.unparse(each) for each in said(room) if isinstance(each, ast.JoinedStr)] == []
 
 
 def test_every_sentence_is_translated_with_its_fields():

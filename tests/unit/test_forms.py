@@ -250,7 +250,7 @@ def test_shapes_are_those_of_values(folder, plain, tmp_path):
         ({f"{ONE}.weight": torch.zeros(128, 128, dtype=torch.uint8)}, "of type U8"),
         ({f"{ONE}.weight": torch.zeros(64, 128, dtype=torch.int8)}, "cover no weight|config"),
         ({f"{ONE}.weight_scale": None}, "no scales"),
-        ({"img_in.bias": torch.zeros(128, dtype=torch.int64)}, "no weight type we know"),
+        ({"img_in.bias": torch.zeros(128, dtype=torch.int64)}, "which is no weight type"),
     ],
 )
 def test_what_would_draw_noise_is_refused(change, said, plain, tmp_path):

@@ -46,14 +46,33 @@ def _table(name: str) -> dict[str, Any]:
     return tomllib.loads(resources.files("lanting.core").joinpath(name).read_text(encoding="utf-8"))
 
 
+class Phrase(str):
+    """A part of a sentence that has {fields} of its own: English wherever it is used as text, and put into a person's
+    language by the `say` whose value it is."""
+
+    template: str
+    values: Mapping[str, object]
+
+    def __new__(cls, template: str, **values: object) -> Phrase:
+        found = super().__new__(cls, template.format(**values) if values else template)
+        found.template, found.values = template, values
+        return found
+
+
 def say(sentence: str, **values: object) -> str:
     """The sentence in the person's language, its {fields} filled (words among them translated too)."""
     template = sentence
     if language() == "zh":
         table = chinese()
         template = table.get(sentence, sentence)
-        values = {k: table.get(v, v) if isinstance(v, str) else v for k, v in values.items()}
+        values = {name: _said(value, table) for name, value in values.items()}
     return template.format(**values) if values else template
+
+
+def _said(value: object, table: Mapping[str, str]) -> object:
+    if isinstance(value, Phrase):
+        return say(value.template, **value.values)
+    return table.get(value, value) if isinstance(value, str) else value
 
 
 def explain(error: LantingError) -> str:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lanting.core.errors import ModelError
+from lanting.core.lang import Phrase
 from lanting.nn.blocks import TYPES
 from lanting.weights.headers import TensorInfo, read_file
 
@@ -84,7 +85,10 @@ class Checkpoint:
         """A small tensor's bytes, without torch. Raises ModelError above `most` bytes."""
         info, path = self.infos[name], self.where[name]
         if info.size > most:
-            raise ModelError(f"{path} has {info.size} bytes in {name}, where a short note belongs; download it again.")
+            raise ModelError(
+                "{path} has {size:,} bytes in {name}, where a short note belongs: download it again",
+                **{"path": path, "size": info.size, "name": name},
+            )
         with path.open("rb") as file:
             file.seek(info.start)
             return file.read(info.size)
@@ -138,7 +142,10 @@ def map_tensor(path: Path, info: TensorInfo) -> Tensor:
     packed = block is not None and block.packed
     shape = (info.count // info.shape[-1], block.row_bytes(info.shape[-1])) if block and packed else info.shape
     if not packed and info.dtype not in TORCH:
-        raise ModelError(f"{path} stores numbers as {info.dtype}, which this version can't read.")
+        raise ModelError(
+            "{path} stores numbers as {dtype}, which this version can't read: get another file",
+            **{"path": path, "dtype": info.dtype},
+        )
     dtype: torch.dtype = torch.uint8 if packed else getattr(torch, TORCH[info.dtype])
     if info.size == 0:
         return torch.empty(shape, dtype=dtype)
@@ -186,7 +193,7 @@ def open_component(folder: Path) -> Checkpoint:
 
     Raises ModelError when nothing is there, a shard is missing, or the index and the files disagree.
     """
-    label = f"{folder.name} of {folder.parent}"
+    label = Phrase("{component} of {folder}", component=folder.name, folder=folder.parent)
     for stem in STEMS:
         index = folder / f"{stem}.safetensors.index.json"
         if index.is_file():

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lanting.core.errors import ModelError
+from lanting.core.lang import Phrase
 from lanting.specs.detect import SINGLE_STREAM
 from lanting.weights.checkpoint import Checkpoint
 from lanting.weights.forms import FLAGS, shapes
@@ -45,7 +46,7 @@ def own_notes(checkpoint: Checkpoint) -> dict[str, Any]:
     except (ValueError, RecursionError):
         notes = None
     if not isinstance(notes, dict) or not isinstance(notes.get("config", {}), dict):
-        raise ModelError(f"The {checkpoint.label} has notes of ours that can't be read; write it again.")
+        raise ModelError("the {label} has notes of ours that can't be read: write it again", label=checkpoint.label)
     return notes
 
 
@@ -59,7 +60,11 @@ def config_of(component: str, checkpoint: Checkpoint) -> dict[str, Any]:
         return own[component](Sides(shapes(checkpoint) | flags))
     except (LookupError, ZeroDivisionError, ValueError) as error:
         what = component.replace("_", " ")
-        raise ModelError(f"The {checkpoint.label} is no complete {what} (it lacks {error}); get another.") from None
+        lack = error.args[0] if error.args and isinstance(error.args[0], Phrase) else str(error)
+        raise ModelError(
+            "the {label} is no complete {what} (it lacks {error}): get another",
+            **{"label": checkpoint.label, "what": what, "error": lack},
+        ) from None
 
 
 class Sides:
@@ -90,7 +95,7 @@ def _transformer(sides: Sides) -> dict[str, Any]:
     (head,) = sides["transformer_blocks.0.attn.norm_q.weight"]
     layered = "time_text_embed.addition_t_embedding.weight" in sides
     if head % 16:
-        raise ValueError(f"a config: heads of {head} tell nothing of their positions")
+        raise ValueError(Phrase("a config: heads of {head} tell nothing of their positions", head=head))
     return {
         "_class_name": "QwenImageTransformer2DModel",
         "num_layers": sides.blocks("transformer_blocks."),
@@ -112,7 +117,7 @@ def _single_stream(sides: Sides) -> dict[str, Any]:
     width, channels = sides["img_in.weight"]
     (head,) = sides["transformer_blocks.0.attn.norm_q.weight"]
     if head % 16:
-        raise ValueError(f"a config: heads of {head} tell nothing of their positions")
+        raise ValueError(Phrase("a config: heads of {head} tell nothing of their positions", head=head))
     return {
         "_class_name": SINGLE_STREAM,
         "num_layers": sides.blocks("transformer_blocks."),

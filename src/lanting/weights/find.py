@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lanting.core.errors import ModelError
+from lanting.core.lang import Phrase
 from lanting.specs import ModelSpec, detect, get_spec, spec_names, whole_release
 from lanting.specs.detect import SINGLE_STREAM
 from lanting.weights.checkpoint import Checkpoint, read_json
@@ -189,10 +190,10 @@ def release_of(path: Path, transformer: Checkpoint) -> tuple[ModelSpec, tuple[st
     for word in ("2511", "2509", "2512"):
         if word in words:
             spec = get_spec(f"qwen-image-{word}" if word == "2512" else f"qwen-image-edit-{word}")
-            lost = f"{path.name} has no marker of {spec.name}; its name is believed." if word == "2511" else ""
-            return _distilled(spec, words), (lost,) if lost else ()
+            lost = Phrase("{file} has no marker of {release}; its name is believed.", file=path.name, release=spec.name)
+            return _distilled(spec, words), (lost,) if word == "2511" else ()
     spec = _distilled(get_spec("qwen-image-edit" if "edit" in words else "qwen-image"), words)
-    return spec, (f"{path.name} is taken for {spec.name}, by its name alone.",)
+    return spec, (Phrase("{file} is taken for {release}, by its name alone.", file=path.name, release=spec.name),)
 
 
 def _distilled(spec: ModelSpec, words: set[str]) -> ModelSpec:
@@ -243,7 +244,10 @@ def _existing(place: str) -> Path:
 def disagreements(spec: ModelSpec, transformer: Mapping[str, Any]) -> list[str]:
     """Sentences where the folder's transformer config says otherwise than the release. The folder wins."""
     return [
-        f"{spec.name} has {key} = {value}, but this folder's config says {transformer.get(key)}; the folder wins."
+        Phrase(
+            "{release} has {key} = {value}, but this folder's config says {said}; the folder wins.",
+            **{"release": spec.name, "key": key, "value": value, "said": transformer.get(key)},
+        )
         for key, value in spec.shape.items()
         if transformer.get(key, False) != value
     ]

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lanting.core.errors import ModelError
+from lanting.core.lang import Phrase
 from lanting.nn.blocks import TYPES
 from lanting.weights.checkpoint import Checkpoint
 from lanting.weights.headers import TensorInfo
@@ -74,7 +75,8 @@ def read_forms(checkpoint: Checkpoint) -> dict[str, Form]:
     for name, info in checkpoint.infos.items():
         path, dot, part = name.rpartition(".")
         if part in UNKNOWN:
-            raise _unreadable(checkpoint, path, str(notes.get(path, {}).get("format", f"a scheme with {part}")))
+            scheme = notes.get(path, {}).get("format")
+            raise _unreadable(checkpoint, path, str(scheme) if scheme else Phrase("a scheme with {part}", part=part))
         if not dot or part != "weight" or len(info.shape) != 2:
             continue
         form = _form(checkpoint, path, info, notes.get(path, {}))
@@ -123,18 +125,25 @@ def _form(checkpoint: Checkpoint, path: str, info: TensorInfo, note: Mapping[str
     kind = _kind(checkpoint, path, info.dtype, note)
     scale_name = next((f"{path}.{part}" for part in SCALE_NAMES if f"{path}.{part}" in checkpoint.infos), None)
     if scale_name is None and (kind in ("int8", "int4") or note.get("format")):
-        raise ModelError(f"The {checkpoint.label} has no scales for {path}, which is {kind}; download it again.")
+        raise ModelError(
+            "the {label} has no scales for {path}, which is {kind}: download it again",
+            **{"label": checkpoint.label, "path": path, "kind": kind},
+        )
     scale = None if scale_name is None else checkpoint.infos[scale_name].shape
     if scale_name is not None:
         names["weight_scale"] = scale_name
         if checkpoint.infos[scale_name].dtype not in FLOATS:
-            raise _unreadable(checkpoint, path, f"{kind} with scales of type {checkpoint.infos[scale_name].dtype}")
+            what = Phrase("{kind} with scales of type {dtype}", kind=kind, dtype=checkpoint.infos[scale_name].dtype)
+            raise _unreadable(checkpoint, path, what)
     group = 0
     if kind == "int4":
         columns *= 2  # two values a byte
         group = columns // scale[1] if scale is not None and len(scale) == 2 and scale[0] == rows and scale[1] else 0
         if not group or group % 2 or columns % group:
-            raise ModelError(f"The {checkpoint.label} has scales of {scale} for {path}, which can't be; get another.")
+            raise ModelError(
+                "the {label} has scales of {scale} for {path}, which can't be: get another",
+                **{"label": checkpoint.label, "scale": scale, "path": path},
+            )
     return Form(kind, (rows, columns), scale, group, _rotation(checkpoint, path, columns, note), names)
 
 
@@ -146,7 +155,7 @@ def _kind(checkpoint: Checkpoint, path: str, dtype: str, note: Mapping[str, Any]
     kind = FORMATS[said] if said is not None else FP8.get(dtype, "int8" if dtype == "I8" else "")
     fits = {"int8": ("I8",), "int4": ("U8",), "fp8 e4m3": ("F8_E4M3", "U8"), "fp8 e5m2": ("F8_E5M2", "U8")}
     if dtype not in fits.get(kind, ()):
-        raise _unreadable(checkpoint, path, f"{said or 'numbers'} of type {dtype}")
+        raise _unreadable(checkpoint, path, Phrase("{what} of type {dtype}", what=said or "numbers", dtype=dtype))
     return kind
 
 
@@ -155,7 +164,7 @@ def _rotation(checkpoint: Checkpoint, path: str, columns: int, note: Mapping[str
         return 0
     size = note.get("convrot_groupsize", 256)
     if not isinstance(size, int) or size not in (4, 16, 64, 256) or columns % size:
-        raise _unreadable(checkpoint, path, f"rotated in blocks of {size!r}")
+        raise _unreadable(checkpoint, path, Phrase("rotated in blocks of {size}", size=repr(size)))
     return size
 
 
@@ -174,11 +183,14 @@ def _table(checkpoint: Checkpoint, value: Any, name: str) -> dict[str, Any]:
 
 
 def _damaged(checkpoint: Checkpoint, name: str) -> ModelError:
-    return ModelError(f"The {checkpoint.label} says in {name} what can't be read; download it again.")
+    return ModelError(
+        "the {label} says in {name} what can't be read: download it again", label=checkpoint.label, name=name
+    )
 
 
 def _unreadable(checkpoint: Checkpoint, path: str, what: str) -> ModelError:
     return ModelError(
-        f"The {checkpoint.label} stores {path} as {what}, which this version can't read; get a bf16, fp8, int8 or "
-        "GGUF file of the same model."
+        "the {label} stores {path} as {what}, which this version can't read: get a bf16, fp8, int8 or GGUF file of the "
+        "same model",
+        **{"label": checkpoint.label, "path": path, "what": what},
     )

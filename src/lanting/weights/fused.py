@@ -42,7 +42,10 @@ def halves(checkpoint: Checkpoint, name: str, info: TensorInfo, rows: int) -> It
         yield from (info, info)
         return
     if rows % 2 or info.size % 2:
-        raise ModelError(f"The {checkpoint.label} has {name} of shape {info.shape}, which has no halves; get another.")
+        raise ModelError(
+            "the {label} has {name} of shape {shape}, which has no halves: get another",
+            **{"label": checkpoint.label, "name": name, "shape": info.shape},
+        )
     middle, shape = info.start + info.size // 2, (rows // 2, *info.shape[1:])
     yield replace(info, shape=shape, end=middle)
     yield replace(info, shape=shape, start=middle)

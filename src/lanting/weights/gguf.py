@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from lanting.core.errors import ModelError
+from lanting.core.lang import Phrase
 from lanting.nn.blocks import BY_CODE
 from lanting.weights.headers import LARGEST_HEADER, LARGEST_SIZE, TensorInfo, damaged
 
@@ -89,23 +90,23 @@ def read_gguf(path: Path | str) -> GgufHeader:
 def parse(file: BinaryIO, size: int, path: Path) -> GgufHeader:
     """The header at the beginning of `file`, which has `size` bytes; `path` is for messages."""
     source = _Source(file, size, path)
-    if (magic := source.take(4, "its first word")) != MAGIC:
-        raise damaged(path, f"it begins with {magic!r} and not with GGUF")
+    if (magic := source.take(4, Phrase("its first word"))) != MAGIC:
+        raise damaged(path, "it begins with {magic} and not with GGUF", magic=repr(magic))
     (version,) = source.numbers("I")
     if version not in VERSIONS:
         if version & 0xFFFF == 0:
             raise damaged(path, "its numbers are big-endian, which we don't read")
-        raise damaged(path, f"it is of version {version}, and we read 2 and 3")
+        raise damaged(path, "it is of version {version}, and we read 2 and 3", version=version)
     tensors, keys = source.numbers("QQ")
     if tensors > MOST_TENSORS or tensors * 24 > size:
-        raise damaged(path, f"it claims {tensors:,} tensors in {size:,} bytes")
+        raise damaged(path, "it claims {count:,} tensors in {size:,} bytes", count=tensors, size=size)
     if keys > MOST_KEYS or keys * 13 > size:
-        raise damaged(path, f"it claims {keys:,} notes in {size:,} bytes")
+        raise damaged(path, "it claims {count:,} notes in {size:,} bytes", count=keys, size=size)
     metadata: dict[str, Value] = {}
     for _ in range(keys):
-        key = source.text(LONGEST_NAME, "the name of a note")
+        key = source.text(LONGEST_NAME, Phrase("the name of a note"))
         if key in metadata:
-            raise damaged(path, f"it has the note {key} twice")
+            raise damaged(path, "it has the note {key} twice", key=key)
         metadata[key] = _value(source, key)
     found = _tensors(source, tensors, _alignment(metadata, path))
     return GgufHeader(metadata, found)
@@ -129,14 +130,14 @@ class _Source:
         if len(self.buffer) - self.at >= count:
             return
         if self.position + count > self.size:
-            raise damaged(self.path, f"{what} goes on after its end at byte {self.size:,}")
+            raise damaged(self.path, "{what} goes on after its end at byte {size:,}", what=what, size=self.size)
         if self.position + count > LARGEST_HEADER:
-            raise damaged(self.path, f"its header is longer than {LARGEST_HEADER:,} bytes")
+            raise damaged(self.path, "its header is longer than {most:,} bytes", most=LARGEST_HEADER)
         rest = self.buffer[self.at :]
         more = self.file.read(max(STEP, count - len(rest)))
         self.before, self.at, self.buffer = self.position, 0, rest + more
         if len(self.buffer) < count:  # the file shrank while we read it
-            raise damaged(self.path, f"{what} is cut short")
+            raise damaged(self.path, "{what} is cut short", what=what)
 
     def take(self, count: int, what: str) -> bytes:
         self.need(count, what)
@@ -146,7 +147,7 @@ class _Source:
     def skip(self, count: int, what: str) -> None:
         """Pass over bytes, in steps, so that nothing long is held."""
         if self.position + count > self.size:
-            raise damaged(self.path, f"{what} goes on after its end at byte {self.size:,}")
+            raise damaged(self.path, "{what} goes on after its end at byte {size:,}", what=what, size=self.size)
         while count:
             step = min(count, STEP)
             self.take(step, what)
@@ -165,7 +166,7 @@ class _Source:
             else:
                 self.skip(length, what)
 
-    def numbers(self, form: str, what: str = "its header") -> tuple[Any, ...]:
+    def numbers(self, form: str, what: str = Phrase("its header")) -> tuple[Any, ...]:
         """Little-endian numbers, as `struct` names them."""
         layout = struct.Struct("<" + form)
         self.need(layout.size, what)
@@ -175,13 +176,13 @@ class _Source:
     def text(self, longest: int, what: str) -> str:
         (length,) = self.numbers("Q", what)
         if length > longest or length > self.size:
-            raise damaged(self.path, f"{what} claims {length:,} letters")
+            raise damaged(self.path, "{what} claims {length:,} letters", what=what, length=length)
         try:
             found = self.take(length, what).decode("utf-8")
         except UnicodeDecodeError:
-            raise damaged(self.path, f"{what} is not UTF-8") from None
+            raise damaged(self.path, "{what} is not UTF-8", what=what) from None
         if longest == LONGEST_NAME and not (found and found.isprintable()):
-            raise damaged(self.path, f"{what} is empty or has unprintable letters")
+            raise damaged(self.path, "{what} is empty or has unprintable letters", what=what)
         return found
 
 
@@ -190,13 +191,13 @@ def _value(source: _Source, key: str) -> Value:
     if kind == ARRAY:
         return _array(source, key)
     if kind == TEXT:
-        return source.text(LONGEST_TEXT, f"the note {key}")
+        return source.text(LONGEST_TEXT, Phrase("the note {key}", key=key))
     return source.numbers(_form(source, kind, key))[0]
 
 
 def _form(source: _Source, kind: int, key: str) -> str:
     if kind not in NUMBERS:
-        raise damaged(source.path, f"the note {key} is of the unknown type {kind}")
+        raise damaged(source.path, "the note {key} is of the unknown type {kind}", key=key, kind=kind)
     return NUMBERS[kind]
 
 
@@ -204,10 +205,10 @@ def _array(source: _Source, key: str) -> Value:
     """Short ones as they are; longer ones as their length."""
     kind, count = source.numbers("IQ")
     if kind == ARRAY:
-        raise damaged(source.path, f"the note {key} is an array of arrays")
+        raise damaged(source.path, "the note {key} is an array of arrays", key=key)
     if count > LONGEST_ARRAY:
-        raise damaged(source.path, f"the note {key} claims {count:,} items")
-    what = f"the note {key}"
+        raise damaged(source.path, "the note {key} claims {count:,} items", key=key, count=count)
+    what = Phrase("the note {key}", key=key)
     if kind == TEXT:
         if count <= KEPT_ITEMS:
             return tuple(source.text(LONGEST_TEXT, what) for _ in range(count))
@@ -224,7 +225,7 @@ def _alignment(metadata: Mapping[str, Value], path: Path) -> int:
     """Bytes; every tensor begins at a multiple of it."""
     found = metadata.get("general.alignment", ALIGNMENT)
     if not isinstance(found, int) or isinstance(found, bool) or not 0 < found <= 1 << 20 or found & (found - 1):
-        raise damaged(path, f"its alignment is {found!r} and not a power of two")
+        raise damaged(path, "its alignment is {found} and not a power of two", found=repr(found))
     return found
 
 
@@ -233,20 +234,22 @@ def _tensors(source: _Source, count: int, alignment: int) -> dict[str, TensorInf
     path = source.path
     entries: dict[str, tuple[str, tuple[int, ...], int, int]] = {}  # type, shape, place in the data, size
     for _ in range(count):
-        name = source.text(LONGEST_NAME, "the name of a tensor")
+        name = source.text(LONGEST_NAME, Phrase("the name of a tensor"))
         if name in entries:
-            raise damaged(path, f"it has the tensor {name} twice")
+            raise damaged(path, "it has the tensor {name} twice", name=name)
         entries[name] = _entry(source, name, alignment)
     begin = -(-source.position // alignment) * alignment
     end = 0
     found: dict[str, TensorInfo] = {}
     for name, (dtype, shape, place, size) in sorted(entries.items(), key=lambda item: (item[1][2], item[1][3])):
         if place < end:
-            raise damaged(path, f"{name} overlaps another tensor")
+            raise damaged(path, "{name} overlaps another tensor", name=name)
         end = place + size
         if begin + end > source.size:
             raise damaged(
-                path, f"{name} ends at byte {begin + end:,} and the file at {source.size:,}, so it is cut short"
+                path,
+                "{name} ends at byte {end:,} and the file at {size:,}, so it is cut short",
+                **{"name": name, "end": begin + end, "size": source.size},
             )
         found[name] = TensorInfo(dtype, shape, begin + place, begin + end)
     return found
@@ -256,17 +259,21 @@ def _entry(source: _Source, name: str, alignment: int) -> tuple[str, tuple[int, 
     path = source.path
     (count,) = source.numbers("I")
     if count > MOST_SIDES:
-        raise damaged(path, f"{name} claims {count} sides")
+        raise damaged(path, "{name} claims {count} sides", name=name, count=count)
     sides = source.numbers(f"{count}Q")
     kind, place = source.numbers("IQ")
     if max(sides, default=1) > LARGEST_SIZE or math.prod(sides) > LARGEST_SIZE:
-        raise damaged(path, f"{name} has no usable shape")
+        raise damaged(path, "{name} has no usable shape", name=name)
     if kind not in BY_CODE:
-        raise damaged(path, f"{name} is of the unknown type {kind}")
+        raise damaged(path, "{name} is of the unknown type {kind}", name=name, kind=kind)
     block = BY_CODE[kind]
     shape = tuple(reversed(sides))
     if block.packed and (not shape or not shape[-1] or shape[-1] % block.values):
-        raise damaged(path, f"{name} is {block.name} and its shape {shape} is no whole number of blocks")
+        raise damaged(
+            path,
+            "{name} is {kind} and its shape {shape} is no whole number of blocks",
+            **{"name": name, "kind": block.name, "shape": shape},
+        )
     if place % alignment or place > source.size:
-        raise damaged(path, f"{name} begins at an impossible place ({place:,})")
+        raise damaged(path, "{name} begins at an impossible place ({place:,})", name=name, place=place)
     return block.name, shape, place, math.prod(shape) // block.values * block.size

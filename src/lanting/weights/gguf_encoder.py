@@ -86,8 +86,12 @@ def _language_name(name: str) -> str:
         return f"{outside[stem]}.{ending}"
     head, _, rest = stem.removeprefix("model.layers.").partition(".")
     if not stem.startswith("model.layers.") or rest not in inside:
-        raise ModelError(f"{name} has no place in a GGUF file of Qwen2.5-VL; the model is of another kind.")
+        raise _misplaced(name)
     return f"blk.{head}.{inside[rest]}.{ending}"
+
+
+def _misplaced(name: str) -> ModelError:
+    return ModelError("{name} has no place in a GGUF file of Qwen2.5-VL: the model is of another kind", name=name)
 
 
 def _vision_entries(seen: Shapes, read: Read) -> Iterator[Entry]:
@@ -110,7 +114,7 @@ def _vision_entries(seen: Shapes, read: Read) -> Iterator[Entry]:
             stored = outside.get(stem) or f"v.blk.{head}.{inside[inner]}"
             yield Entry(f"{stored}.{ending}", shape, kind, lambda name=name: read(name))
         else:
-            raise ModelError(f"{name} has no place in a GGUF file of Qwen2.5-VL; the model is of another kind.")
+            raise _misplaced(name)
 
 
 def _language_notes(text: Mapping[str, Any], mix: str) -> dict[str, Value]:
@@ -170,7 +174,9 @@ def _tokens(folder: Path | None, count: int) -> dict[str, Value]:
         merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in table["model"]["merges"]]
         added = {int(token["id"]): token for token in table.get("added_tokens", ())}
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise ModelError(f"{place} is not a readable tokenizer ({error}); download it again.") from None
+        raise ModelError(
+            "{path} is not a readable tokenizer ({error}): download it again", path=str(place), error=str(error)
+        ) from None
     words = [f"[PAD{number}]" for number in range(count)]
     kinds = [UNUSED] * count
     for word, number in ids.items():

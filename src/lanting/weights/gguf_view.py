@@ -80,13 +80,13 @@ def view(path: Path, header: GgufHeader) -> GgufCheckpoint:
     for name, piece in pieces.items():
         info = joint_info([header.tensors[part] for part in piece.names], piece.axis)
         if info is None:
-            raise damaged(path, f"the pieces of {name} don't fit together")
+            raise damaged(path, "the pieces of {name} don't fit together", name=name)
         infos[name] = info
     used = {part for piece in pieces.values() for part in piece.names}
     for stored, info in header.tensors.items():
         name = official(stored)
         if name in infos and stored not in used:
-            raise damaged(path, f"it has two tensors for {name}")
+            raise damaged(path, "it has two tensors for {name}", name=name)
         if stored not in used:
             infos[name] = info
     metadata = {key: value for key, value in header.metadata.items() if isinstance(value, str)}
@@ -99,7 +99,10 @@ def _pair(one: GgufCheckpoint, two: GgufCheckpoint) -> GgufCheckpoint:
     """The tensors of two files as one checkpoint."""
     assert one.parts is not None and two.parts is not None
     if twins := sorted(set(one.infos) & set(two.infos)):
-        raise ModelError(f"{one.label} and {two.label} both hold {twins[0]}: they are not two halves of one encoder.")
+        raise ModelError(
+            "{one} and {two} both hold {name}: they are not two halves of one encoder",
+            **{"one": one.label, "two": two.label, "name": twins[0]},
+        )
     parts = Checkpoint(one.label, {**one.parts.where, **two.parts.where}, {**one.parts.infos, **two.parts.infos})
     return GgufCheckpoint(
         one.label,

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lanting.core.errors import ModelError
 from lanting.core.files import writing
+from lanting.core.lang import Phrase
 from lanting.nn.blocks import TYPES
 from lanting.weights.gguf import ALIGNMENT, ARRAY, MAGIC, TEXT
 from lanting.weights.gguf_mix import MIXES, tensor_bytes, tensor_types
@@ -148,7 +149,7 @@ def encode(values: Tensor, kind: str) -> Tensor:
     if kind in FLOATS:
         cast = values.to("cpu", FLOATS[kind]).contiguous().view(-1)
         if not torch.isfinite(cast).all():
-            raise ValueError("it has weights that are not finite")
+            raise ValueError(Phrase("it has weights that are not finite"))
         return cast.view(torch.uint8)
     return quantize(values, kind).view(-1)
 
@@ -162,16 +163,23 @@ def _write_tensor(file: BinaryIO, entry: Entry, path: Path, end: int, report: Re
         return
     if tuple(values.shape) != entry.shape or not values.is_floating_point():
         found = f"{values.dtype} {tuple(values.shape)}"
-        raise ModelError(f"{entry.name} is {found} and should be floats of {entry.shape}; the model is damaged.")
+        raise ModelError(
+            "{name} is {found} and should be floats of {shape}: the model is damaged",
+            **{"name": entry.name, "found": found, "shape": entry.shape},
+        )
     if entry.kind not in FLOATS and not can_quantize(entry.kind):
-        raise ModelError(f"{entry.kind} is a type we read and don't write; choose another for {entry.name}.")
+        raise ModelError(
+            "{kind} is a type we read and don't write: choose another for {name}", kind=entry.kind, name=entry.name
+        )
     rows = values.reshape(-1, entry.shape[-1]) if entry.shape else values.reshape(1, 1)
     step = max(1, ROWS // max(1, rows.shape[1]))
     for first in range(0, rows.shape[0], step):
         try:
             packed = encode(rows[first : first + step], entry.kind)
         except ValueError as error:
-            raise ModelError(f"{entry.name} can't be written as {entry.kind}: {error}.") from None
+            raise ModelError(
+                "{name} can't be written as {kind}: {error}", name=entry.name, kind=entry.kind, error=error.args[0]
+            ) from None
         file.write(packed.numpy().data)
         if report is not None:
             report(min(file.tell(), end), end)

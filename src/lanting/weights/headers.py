@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lanting.core.errors import ModelError
+from lanting.core.lang import Phrase
 
 LARGEST_HEADER = 100_000_000  # bytes; the format's own ceiling
 LARGEST_SIZE = 2**60  # elements of one tensor; far above any file, far below what could overflow
@@ -104,9 +105,11 @@ def _read_table(path: Path) -> tuple[dict[str, Any], int, int]:
             if first == b"version ":  # "version https://git-lfs.github.com/spec/v1"
                 raise ModelError("{path} is a Git LFS pointer and not the weights: run git lfs pull", path=str(path))
             if len(first) < 8:
-                raise damaged(path, f"it has only {size} bytes")
+                raise damaged(path, "it has only {size} bytes", size=size)
             if length > min(LARGEST_HEADER, size - 8):
-                raise damaged(path, f"its header claims {length:,} bytes and the file has {size:,}")
+                raise damaged(
+                    path, "its header claims {length:,} bytes and the file has {size:,}", length=length, size=size
+                )
             raw = file.read(length)
     except FileNotFoundError:
         raise ModelError("{path} does not exist", path=str(path)) from None
@@ -117,8 +120,9 @@ def _read_table(path: Path) -> tuple[dict[str, Any], int, int]:
     try:
         table = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_twins)
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        reason = str(error) if isinstance(error, _TwinError) else "its header is not JSON"
-        raise damaged(path, reason) from None
+        if isinstance(error, _TwinError):
+            raise damaged(path, "its header names the same thing twice") from None
+        raise damaged(path, "its header is not JSON") from None
     if not isinstance(table, dict):
         raise damaged(path, "its header is not a table")
     return table, 8 + length, size
@@ -131,27 +135,37 @@ class _TwinError(ValueError):
 def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) != len(pairs):
-        raise _TwinError("its header names the same thing twice")
+        raise _TwinError
     return table
 
 
 def _tensor(path: Path, name: str, entry: Any, begin: int, size: int) -> TensorInfo:
     """One checked entry; positions in the header count from the data's beginning."""
     if not isinstance(entry, Mapping) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise damaged(path, f"the entry of {name} has not just dtype, shape and data_offsets")
+        raise damaged(path, "the entry of {name} has not just dtype, shape and data_offsets", name=name)
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in BITS:
-        raise damaged(path, f"{name} has the unknown dtype {dtype!r}")
+        raise damaged(path, "{name} has the unknown dtype {dtype}", name=name, dtype=repr(dtype))
     if not _whole_numbers(shape) or math.prod(shape) > LARGEST_SIZE:
-        raise damaged(path, f"{name} has no usable shape")
+        raise damaged(path, "{name} has no usable shape", name=name)
     if not _whole_numbers(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise damaged(path, f"{name} has no usable data_offsets")
+        raise damaged(path, "{name} has no usable data_offsets", name=name)
     start, end = begin + offsets[0], begin + offsets[1]
     if end > size:
-        raise damaged(path, f"{name} ends at byte {end:,} and the file at {size:,}, so it is cut short")
+        raise damaged(
+            path,
+            "{name} ends at byte {end:,} and the file at {size:,}, so it is cut short",
+            name=name,
+            end=end,
+            size=size,
+        )
     bits = math.prod(shape) * BITS[dtype]
     if bits != (end - start) * 8:
-        raise damaged(path, f"{name} is {dtype} {tuple(shape)} and can't have {end - start:,} bytes")
+        raise damaged(
+            path,
+            "{name} is {dtype} {shape} and can't have {size:,} bytes",
+            **{"name": name, "dtype": dtype, "shape": tuple(shape), "size": end - start},
+        )
     return TensorInfo(dtype, tuple(shape), start, end)
 
 
@@ -160,11 +174,12 @@ def _check_cover(path: Path, ordered: Mapping[str, TensorInfo], begin: int, size
     place = begin
     for name, info in ordered.items():
         if info.start != place:
-            what = "overlaps another tensor" if info.start < place else "leaves a gap before it"
-            raise damaged(path, f"{name} {what}")
+            if info.start < place:
+                raise damaged(path, "{name} overlaps another tensor", name=name)
+            raise damaged(path, "{name} leaves a gap before it", name=name)
         place = info.end
     if place != size:
-        raise damaged(path, f"{size - place:,} bytes at its end belong to no tensor")
+        raise damaged(path, "{count:,} bytes at its end belong to no tensor", count=size - place)
 
 
 def _whole_numbers(value: Any) -> bool:
@@ -173,6 +188,7 @@ def _whole_numbers(value: Any) -> bool:
     return all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n <= LARGEST_SIZE for n in value)
 
 
-def damaged(path: Path, reason: str) -> ModelError:
-    """The sentence for a file that contradicts itself, to be raised by the caller."""
-    return ModelError("{path} is damaged: {reason}; download it again", path=str(path), reason=reason)
+def damaged(path: Path, reason: str, **values: object) -> ModelError:
+    """The sentence for a file that contradicts itself, to be raised by the caller; `values` fill the reason."""
+    told = Phrase(reason, **values)
+    return ModelError("{path} is damaged: {reason}; download it again", path=str(path), reason=told)

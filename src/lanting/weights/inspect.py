@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lanting.core.errors import ModelError
+from lanting.core.lang import Phrase
 from lanting.specs import detect, get_spec, spec_names
 from lanting.weights.checkpoint import Checkpoint, open_component, read_json
 from lanting.weights.find import COMPONENTS, LORAS, PARTS, base_of, disagreements, release_of
@@ -79,12 +80,14 @@ def _describe_release(name: str) -> Description:
         described = _describe_folder(folder, name, name)
         lora = lora_path(name)
         return described if lora is None else _with_file(described, lora)
-    notes = ["not on this machine: run 'lanting pull " + name + "'"] if name != "nano" else []
+    notes = [Phrase("not on this machine: run 'lanting pull {name}'", name=name)] if name != "nano" else []
     told = get_spec(name).licence
     if name != "nano" and (begun := unfinished(model_folder(name))) is not None:
         notes = [
-            f"here only in part, {gigabytes(begun.have)} of {gigabytes(begun.total)}: "
-            f"run 'lanting pull {name}' to go on"
+            Phrase(
+                "here only in part, {have} of {total}: run 'lanting pull {name}' to go on",
+                **{"have": gigabytes(begun.have), "total": gigabytes(begun.total), "name": name},
+            )
         ]
     return Description(name, None, name, notes=(*notes, told) if told else tuple(notes))
 
@@ -126,11 +129,12 @@ def _describe_pipeline(folder: Path, name: str, release: str | None) -> Descript
         found = _detect(folder, marker.repo if marker is not None else name)
         release = release or found
         if get_spec(found).tasks != get_spec(release).tasks:
-            notes.append(f"the configs are those of {found}, not of {release}; the folder wins.")
+            sides = {"found": found, "release": release}
+            notes.append(Phrase("the configs are those of {found}, not of {release}; the folder wins.", **sides))
         notes[:0] = disagreements(get_spec(release), read_json(folder / "transformer" / "config.json"))
         notes += filter(None, [get_spec(release).licence])
     except ModelError as error:
-        problems.append(str(error))
+        problems.append(told_by(error))
     return Description(
         name, folder, release, tuple(parts), _licence(folder), _source(folder), tuple(notes), tuple(problems)
     )
@@ -142,11 +146,14 @@ def _component(folder: Path) -> tuple[Part | None, tuple[str, ...], tuple[str, .
         checkpoint = open_component(folder)
         config = read_json(folder / "config.json")
     except ModelError as error:
-        return None, (), (str(error),)
+        return None, (), (told_by(error),)
     kind = guess_kind(checkpoint.infos)
     part = _part(folder.name, kind, checkpoint.infos, len(set(checkpoint.where.values())))
     if folder.name in COMPONENTS and kind.name != folder.name:
-        return part, (), (f"{folder.name} holds tensors of another kind ({kind.name}): is it mixed up?",)
+        mixed = Phrase(
+            "{name} holds tensors of another kind ({kind}): is it mixed up?", name=folder.name, kind=kind.name
+        )
+        return part, (), (mixed,)
     return part, tuple(config_notes(folder.name, kind, config, checkpoint.infos)), ()
 
 
@@ -156,7 +163,9 @@ def _describe_file(path: Path) -> Description:
             "{path} is pickled, which can run code, and is never opened: get a safetensors file", path=str(path)
         )
     if is_gguf(path) and is_projector(read_gguf(path)):
-        note = "this is the half of a text encoder that sees: leave it beside its language model's file and name that."
+        note = Phrase(
+            "this is the half of a text encoder that sees: leave it beside its language model's file and name that."
+        )
         return Description(path.name, path, None, (_file_part(path),), notes=(note,))
     found = open_file(path)
     part = _file_part(path)
@@ -164,7 +173,7 @@ def _describe_file(path: Path) -> Description:
     try:
         part = count_values(part, found)
     except ModelError as error:
-        problems.append(str(error))
+        problems.append(told_by(error))
     release, notes = part.kind.release, ()
     if "transformer" in found:
         try:
@@ -176,6 +185,11 @@ def _describe_file(path: Path) -> Description:
     return Description(path.name, path, release, (part,), notes=notes, problems=tuple(problems), runs=runs)
 
 
+def told_by(error: ModelError) -> Phrase:
+    """What is wrong, to be put into a person's language later."""
+    return Phrase(error.sentence, **error.values)
+
+
 def _files(files: Iterable[Path]) -> tuple[list[Part], list[str]]:
     """(what the readable ones are, what is wrong with the others)."""
     parts: list[Part] = []
@@ -184,7 +198,7 @@ def _files(files: Iterable[Path]) -> tuple[list[Part], list[str]]:
         try:
             parts.append(_file_part(file))
         except ModelError as error:
-            problems.append(str(error))
+            problems.append(told_by(error))
     return parts, problems
 
 

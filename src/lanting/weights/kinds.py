@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lanting.core.lang import Phrase
 from lanting.weights.headers import TensorInfo
 
 PREFIXES = (
@@ -72,7 +73,10 @@ def config_notes(name: str, kind: Kind, config: Mapping[str, Any], infos: Mappin
         found.append(("num_hidden_layers", text.get("num_hidden_layers"), _blocks(shape, "layers")))
         found.append(("vocab_size", text.get("vocab_size"), _side(shape, "embed_tokens.weight", 0)))
     return [
-        f"{name}/config.json says {key} = {said}, but the tensors say {seen}."
+        Phrase(
+            "{name}/config.json says {key} = {said}, but the tensors say {seen}.",
+            **{"name": name, "key": key, "said": said, "seen": seen},
+        )
         for key, said, seen in found
         if said is not None and seen is not None and said != seen
     ]

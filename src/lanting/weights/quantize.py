@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lanting.core.errors import ModelError
 from lanting.core.files import writing
+from lanting.core.lang import Phrase
 from lanting.weights.checkpoint import LAYER_NOTES, Checkpoint
 from lanting.weights.forms import FLAGS, Form, read_forms, shapes
 from lanting.weights.headers import BITS, read_header
@@ -131,7 +132,7 @@ def write_safetensors(
                 if tensor.numel():
                     file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
                 if file.tell() > total:
-                    raise ModelError(f"{entry.name} is not what its header says; the model is damaged.")
+                    raise ModelError("{name} is not what its header says: the model is damaged", name=entry.name)
                 if report is not None:
                     report(file.tell(), total)
         read_header(scratch)
@@ -166,13 +167,19 @@ def _values(
     else:
         values = checkpoint.read([source.name])[source.name]
     if not values.is_floating_point():
-        raise ModelError(f"The {checkpoint.label} holds {source.name} as {values.dtype}, which is no weight type.")
+        raise ModelError(
+            "the {label} holds {name} as {dtype}, which is no weight type: get another",
+            **{"label": checkpoint.label, "name": source.name, "dtype": values.dtype},
+        )
     if source.form is None:
         yield values.to({"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[entries[0].dtype])
         return
     wide = values if values.dtype.itemsize > 1 else values.float()  # torch asks that of no 8-bit floats
     if not torch.isfinite(wide).all():  # a whole row's scale would be no number, or the weight another one
-        raise ModelError(f"{source.name} can't be written as {source.form.kind}: it has weights that are not finite.")
+        raise ModelError(
+            "{name} can't be written as {kind}: {error}",
+            **{"name": source.name, "kind": source.form.kind, "error": Phrase("it has weights that are not finite")},
+        )
     linear = pack(source.form, values)
     yield linear.weight
     yield linear.state_dict()["weight_scale"]

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lanting.core.errors import ModelError
+from lanting.core.lang import Phrase
 from lanting.weights.checkpoint import Checkpoint, layer_notes, open_component
 from lanting.weights.forms import FLAGS
 from lanting.weights.fused import parted
@@ -98,7 +99,7 @@ def open_file(path: Path) -> dict[str, Checkpoint]:
 def components_of(whole: Checkpoint, path: Path) -> dict[str, Checkpoint]:
     """All tensors of a file by component, under our names."""
     return {
-        component: parted(whole.renamed(names, f"{component} in {path.name}"))
+        component: parted(whole.renamed(names, Phrase("{component} in {file}", component=component, file=path.name)))
         for component, names in split_names(whole.infos).items()
     }
 
@@ -112,7 +113,8 @@ def open_gguf(path: Path) -> dict[str, Checkpoint]:
     if any(name.startswith(("blk.", "v.")) for name in header.tensors):
         encoder, config = open_text_encoder_gguf(path)
         notes = {**encoder.metadata, OWN_NOTES: json.dumps({"config": config})} if config else encoder.metadata
-        return {"text_encoder": replace(encoder, label=f"text encoder in {path.name}", metadata=notes)}
+        label = Phrase("{component} in {file}", component="text encoder", file=path.name)
+        return {"text_encoder": replace(encoder, label=label, metadata=notes)}
     return components_of(replace(view(path, header), metadata={OWN_NOTES: _gguf_notes(path, header.metadata)}), path)
 
 
@@ -133,8 +135,11 @@ def open_weights(place: Path, component: str) -> Checkpoint:
         return parted(checkpoint.renamed(our_names(component, checkpoint.infos)))
     found = open_file(place)
     if component not in found:
-        what = ", ".join(found) or "nothing we know"
-        raise ModelError(f"{place} should hold a {component.replace('_', ' ')}, but its tensors are of: {what}.")
+        what = ", ".join(found).replace("_", " ") or "nothing this version knows"
+        raise ModelError(
+            "{path} should hold a {component}, but its tensors are of {what}: give another",
+            **{"path": str(place), "component": component.replace("_", " "), "what": what},
+        )
     return found[component]
 
 

@@ -23,7 +23,10 @@ def planned_model(folder: ModelFolder) -> Model:
         geometry = Geometry.from_configs(folder.configs)
         parameters(geometry)  # configs come from strangers: their numbers must be numbers
     except (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError) as error:
-        raise ModelError(f"A config.json of {folder.name} describes no network we know ({error}).") from None
+        raise ModelError(
+            "a config.json of {name} describes no network we know ({error}): get another",
+            **{"name": folder.name, "error": str(error)},
+        ) from None
     body, reader, vae = (folder.checkpoint(name) for name in ("transformer", "text_encoder", "vae"))
     forms = read_forms(body)
     return Model(

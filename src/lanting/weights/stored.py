@@ -156,7 +156,10 @@ class Stored(Generic[M]):
         tensor = self.checkpoint.read([name if path is None else f"{path}.weight"]).popitem()[1]
         if not tensor.is_floating_point():
             label = self.checkpoint.label
-            raise ModelError(f"The {label} holds {name} as {tensor.dtype}, which is no weight type we know.")
+            raise ModelError(
+                "the {label} holds {name} as {dtype}, which is no weight type: get another",
+                **{"label": label, "name": name, "dtype": tensor.dtype},
+            )
         if path is None:
             return {name: tensor.to(device=device, dtype=self.placing.dtype)}
         form, home = self.chosen[path][1], self.placing.device
@@ -228,7 +231,10 @@ def _swap_in(module: nn.Module, forms: Mapping[str, Form], label: str, dtype: to
             with torch.device("meta"):
                 made[path] = make_linear(form, bias)
         except ValueError as error:
-            raise ModelError(f"The {label} contradicts itself in {path}: {error}; download it again.") from None
+            raise ModelError(
+                "the {label} contradicts itself in {path} ({error}): download it again",
+                **{"label": label, "path": path, "error": str(error)},
+            ) from None
         return made[path] if isinstance(old, nn.Linear) else PackedEmbedding(made[path], dtype)
 
     swap(module, (nn.Linear, nn.Embedding), make)
