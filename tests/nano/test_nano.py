@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import closing
 from itertools import islice
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from lanting import Engine, Progress, Request, Result, read_recipe, save_picture
-from lanting.core.errors import ModelError, RequestError
+from lanting.core.errors import LantingError, ModelError, RequestError
 from lanting.core.readings import hits
 from lanting.core.recipe import restore_request
 from lanting.reading.reader import read_lines
@@ -71,6 +72,48 @@ def test_closing_the_stream_cancels_and_frees_the_engine(nano):
     stream.close()
     nano.run(Request(prompt=HELLO, seed=1, steps=1))
     assert time.perf_counter() - began < 20
+
+
+def test_a_thread_is_not_left_to_wait_for_itself():
+    """While a drawing of its own is unfinished, on an engine of its own, as a thread that waits holds it for ever."""
+    engine, asked, heard = Engine.open("nano", device="cpu"), Request(prompt=HELLO, seed=1, steps=1), []
+
+    def begun():
+        next(stream := engine.stream(asked))
+        return stream
+
+    def draw():
+        for begin in (begun, engine.together):
+            with closing(begin()):
+                for other in (lambda: engine.run(asked), engine.set_strengths, engine.together, engine.close):
+                    try:
+                        other()
+                    except LantingError as error:
+                        heard.append(str(error))
+        heard.append(engine.run(asked).images[0].size)
+
+    thread = threading.Thread(target=draw, daemon=True)
+    thread.start()
+    thread.join(60)
+    assert len(heard) == 9 and all("finish or close" in one for one in heard[:-1]), heard
+
+
+def test_a_stream_may_go_on_in_another_thread_for_which_its_first_one_waits(nano):
+    stream, rest = nano.stream(Request(prompt=HELLO, seed=1, steps=2)), []
+    next(stream)
+    going, gone_on = threading.Event(), threading.Event()
+
+    def go_on():
+        rest.append(next(stream))
+        going.set()
+        time.sleep(0.2)
+        rest.extend(stream)
+        gone_on.set()
+
+    threading.Thread(target=go_on, daemon=True).start()
+    assert going.wait(60)
+    nano.run(Request(prompt=HELLO, seed=1, steps=1))
+    assert gone_on.is_set() and isinstance(rest[-1], Result)
 
 
 def test_a_wrong_request_is_refused_before_anything_is_drawn(nano):

@@ -1,12 +1,11 @@
 """`Engine`: open a model once, then turn requests into pictures; `stream` is the whole path, `run` its last value.
 
 The path is the same for every task: settle, canvas, loop, finish. Closing the generator cancels within one step.
-An engine may be used from several threads; requests then take turns, since one device draws one picture at a time.
+An engine may be used from several threads; requests then take turns (`turn`).
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Generator, Hashable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -33,6 +32,7 @@ from lanting.engine.room import room
 from lanting.engine.studio import EngineStudio
 from lanting.engine.together import Together
 from lanting.engine.tries import until_read
+from lanting.engine.turn import Turn
 from lanting.flow.loop import Canvas, Grid, Step
 from lanting.plan import Plan
 from lanting.reading import can_read, check_reader
@@ -55,7 +55,7 @@ class Engine:
 
     def __init__(self, models: Models):
         self.models = models
-        self.turn = threading.Lock()
+        self.turn = Turn()
         self.remembered: Remembered | None = None  # what has to run in a safer way here
         self.proved: dict[tuple[Hashable, ...], bool] = {}  # common steps: were they the bits of steps alone?
         self.budget: int | None = None  # bytes of the device, where somebody gave a budget
@@ -119,7 +119,7 @@ class Engine:
     def set_strengths(self, *strengths: float) -> None:
         """One for each of the LoRAs that were asked for, -10 to 10, from the next picture on. Their files are not
         read again. Raises RequestError."""
-        with self.turn:
+        with self.turn.taken():
             self.models.set_strengths(strengths)
 
     @property
@@ -197,12 +197,12 @@ class Engine:
         """
         task = "edit" if images else "text_to_image"
         request = self.settled(Request(prompt, task, images=tuple(images), rewrite=True))
-        with self.turn, resting(self.models), sentences(self.models.device):
+        with self.turn.taken(), resting(self.models), sentences(self.models.device):
             return words_for(self.models, request)
 
     def close(self) -> None:
         """Let the weights go."""
-        with self.turn:
+        with self.turn.taken():
             self.models.close()
 
     def __enter__(self) -> Engine:
@@ -225,10 +225,10 @@ class Engine:
     def _drawing(
         self, request: Request, previews: Previews, every: int, resume: Checkpoint | None
     ) -> Iterator[Progress | Checkpoint | Result]:
-        with self.turn, resting(self.models):
+        with self.turn.taken(), resting(self.models):
             drawing = Drawing(self.models, request, self.known(), resume)
             with closing(self.drawn(drawing, request, previews, every, resume)) as events:
-                yield from (event for event in events if event is not None)
+                yield from self.turn.passed(event for event in events if event is not None)
 
     def drawn(
         self, drawing: Drawing, request: Request, previews: Previews, every: int, resume: Checkpoint | None

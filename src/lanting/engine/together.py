@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -97,7 +98,8 @@ class Together:
         self.engine, self.forced = engine, forced
         self.seats: list[Seat] = []
         self.apart = ""  # why no step can be shared any more: everybody has to go on alone, see `put_aside`
-        engine.turn.acquire()
+        self.turn = ExitStack()
+        self.turn.enter_context(engine.turn.taken())
 
     def join(self, request: Request, previews: Any = False, every: int = 4, resume: Checkpoint | None = None) -> Seat:
         """From the next step on; as `Engine.stream_resumable`. Raises RequestError for wrong values."""
@@ -139,10 +141,10 @@ class Together:
 
     def close(self) -> None:
         """Stop all drawings and give the engine back."""
-        for seat in list(self.seats):
-            self.leave(seat)
-        self.engine.models.rest()
-        self.engine.turn.release()
+        with self.turn:
+            for seat in list(self.seats):
+                self.leave(seat)
+            self.engine.models.rest()
 
     # ---------------------------------------------------------------- one after the other
     def _advance(self, seat: Seat) -> Iterator[tuple[Seat, Event]]:
