@@ -296,13 +296,19 @@ def test_chinese(capsys, monkeypatch):
         (["--threads", "0"], "threads must be a whole number from 1 to 1024, not 0"),
         (["--json", "."], "is a folder"),
         (["--json", "no/such/place.json"], "does not exist"),
+        (["--json", "-", "--threads", "0"], "threads must be"),
+        (["--json=-", "--threads", "0"], "threads must be"),
         (["--threads", "many"], "--threads"),
     ],
 )
 def test_wrong_requests_are_a_sentence(arguments, said, capsys):
     assert main(["bench", *arguments]) == 2
-    err = capsys.readouterr().err
+    out, err = capsys.readouterr()
     assert said in err and len(err.splitlines()) == 1
+    if "-" in arguments or "--json=-" in arguments:  # a program listens
+        assert said in json.loads(out)["error"]
+    else:
+        assert out == ""
 
 
 def test_a_file_is_not_overwritten(tmp_path, capsys):

@@ -19,6 +19,7 @@ import traceback
 from collections.abc import Iterable
 from contextlib import ExitStack
 from importlib import import_module
+from itertools import pairwise
 from types import FrameType
 from typing import Annotated, Any
 
@@ -177,7 +178,7 @@ def main(arguments: list[str]) -> int:
 
 def _main(arguments: list[str], speaking: ExitStack) -> int:
     flags = arguments[: arguments.index("--")] if "--" in arguments else arguments
-    debug, as_json = "--debug" in flags, "--json" in flags
+    debug, as_json = "--debug" in flags, _wants_json(flags)
     if flags and flags[0] in VERBS:
         app = command_line({flags[0]})
     else:
@@ -210,6 +211,13 @@ def _main(arguments: list[str], speaking: ExitStack) -> int:
             return _fail(say("{name} is too long to be the name of a file", name=name), 2, error, debug, as_json)
         words = say("something went wrong inside ({reason}); run again with --debug", reason=_reason(error))
         return _fail(words, 1, error, debug, as_json)
+
+
+def _wants_json(flags: list[str]) -> bool:
+    """Whether failures are told to a program: `bench` writes JSON to a file, which nobody reads for them, or to -."""
+    if flags[:1] == ["bench"]:
+        return "--json=-" in flags or ("--json", "-") in pairwise(flags)
+    return "--json" in flags
 
 
 def _defaults(flags: list[str], speaking: ExitStack) -> dict[str, Any]:
