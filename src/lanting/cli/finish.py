@@ -18,7 +18,7 @@ from lanting.cli.screen import Screen
 from lanting.core.errors import RequestError
 from lanting.core.pictures import open_picture
 from lanting.core.recipe import read_recipe, restore_request
-from lanting.core.save import unused
+from lanting.core.save import name_beside
 from lanting.core.types import Recipe, Request
 from lanting.specs import get_spec, settle, spec_names, whole_release
 
@@ -70,8 +70,7 @@ def finish(
     loras = loras_of(recipe, [], name, path.parent, screen)
     loras = tuple(filterfalse(few_step(name), loras)) if loras else ()
     refuse_finished(request, recipe, name, picture)
-    own = path.with_name(f"{path.stem}-finished.png")
-    again = output or str(own if force else unused(own))
+    again = output or str(name_beside(path, "finished", ".png", force))
     wish = Wish(name, None, device, dtype, again, force, preview, path.stem, loras=loras)
     wish = replace(wish, controlnet=controlnet_of(recipe, controlnet, path.parent, screen))
     draw(request, replace(wish, weights=Weights(quant, text_encoder, vae), limits=Limits(vram, ram)), screen)

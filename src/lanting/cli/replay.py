@@ -18,7 +18,7 @@ from lanting.core.errors import ModelError, PictureError
 from lanting.core.layered import kind_in, unpack
 from lanting.core.pictures import decode_picture, open_mask, open_picture, read_bytes
 from lanting.core.recipe import describe_picture, read_recipe, restore_request
-from lanting.core.save import unused
+from lanting.core.save import name_beside
 from lanting.core.stack import Stack, spread, stack_of
 from lanting.core.types import Recipe
 from lanting.specs import spec_names
@@ -59,8 +59,7 @@ def replay(
     request = restore_request(asked, *inputs_of(recipe, images or [], mask, Path(picture).parent, screen))
     request = replace(request, choices=request.choices or {})  # nothing was decided then, and nothing is now
     ending = kind_in(read_bytes(Path(picture))) or ".png"
-    own = Path(picture).with_name(f"{Path(picture).stem}-replay{ending}")
-    again = output or str(own if force else unused(own))
+    again = output or str(name_beside(Path(picture), "replay", ending, force))
     number = dtype if dtype else recipe.versions.get("dtype") if device is None else None
     name = model or model_of(recipe)
     loras = loras_of(recipe, lora or [], name, Path(picture).parent, screen)

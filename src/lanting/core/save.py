@@ -70,10 +70,12 @@ def plan_places(output: str | None, names: list[str], force: bool = False) -> li
     return [Place(path, given=True, force=force) for path in numbered]
 
 
-def unused(path: Path) -> Path:
-    """The same, or the first of NAME-2, NAME-3, ... that nothing is called."""
+def name_beside(picture: Path, word: str, ending: str, force: bool) -> Path:
+    """PICTURE-WORD beside a picture; where that is taken, the first of -2, -3, ... that nothing is called, unless
+    `force` overwrites it."""
+    path = picture.with_name(f"{picture.stem}-{word}{ending}")
     numbers = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in count(2))
-    return next(one for one in chain([path], numbers) if not one.exists())
+    return next(one for one in chain([path], numbers) if force or not one.exists())
 
 
 def _is_folder(output: str | None) -> bool:
