@@ -12,6 +12,7 @@ grey level; bfloat16 in `test_bfloat16_stays_close`. Where diffusers can't do wh
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,6 +30,7 @@ from lanting.flow.loop import Conditioning, denoise
 from lanting.flow.schedule import Schedule
 from lanting.specs import ModelSpec, fit_area, get_spec
 from lanting.tasks import TASKS
+from lanting.tasks.studio import Guide
 
 AREA = 64 * 64
 SEED = 7
@@ -43,7 +45,8 @@ class Desk:
     release: ModelSpec
     codec: LatentCodec
     schedule: Schedule = field(default_factory=lambda: Schedule.from_config(tiny.SCHEDULE))
-    controlnet: Any = None
+    guides: Sequence[Guide] = ()
+    blocks: int = 2
     dtype: torch.dtype = torch.float32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     shown: list[list[tuple[int, int]]] = field(default_factory=list)
@@ -417,7 +420,7 @@ def test_controlnet(asked):
         "control_guidance_start": control["control_start"],
         "control_guidance_end": control["control_end"],
     }
-    studio = desk(vae=parts["vae"], controlnet=tiny.our_controlnet(parts["controlnet"]))
+    studio = desk(vae=parts["vae"], guides=[Guide(tiny.our_controlnet(parts["controlnet"]))])
     same(ours(studio, parts["transformer"], wish), theirs("controlnet", wish, parts, **call))
 
 
@@ -433,7 +436,35 @@ def test_several_control_pictures():
         "control_guidance_start": options["control_start"],
         "control_guidance_end": options["control_end"],
     }
-    studio = desk(vae=parts["vae"], controlnet=tiny.our_controlnet(net))
+    studio = desk(vae=parts["vae"], guides=[Guide(tiny.our_controlnet(net))])
+    same(ours(studio, parts["transformer"], wish), theirs("controlnet", wish, parts, **call))
+
+
+class Several(QwenImageMultiControlNetModel):
+    """diffusers' refuses more than one net. What several say is added up at each block, as its nets do elsewhere."""
+
+    def forward(self, controlnet_cond, conditioning_scale, **rest):
+        asked = zip(self.nets, controlnet_cond, conditioning_scale, strict=True)
+        found = [net(controlnet_cond=image, conditioning_scale=scale, **rest) for net, image, scale in asked]
+        most = max(map(len, found))
+        found = [[one for one in side for _ in range(most // len(side))] for side in found]
+        return [sum(each[1:], start=each[0]) for each in zip(*found, strict=True)]
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_several_controlnets(layers):
+    nets = [tiny.controlnet(layers=2), tiny.randomise(tiny.controlnet(layers=layers), 0.1)]
+    hints = (tiny.picture(96, 64), tiny.picture(50, 80, seed=1))
+    parts = plain(controlnet=Several(nets))
+    options = {"control_scale": [0.7, 1.3], "control_start": [0.0, 0.5], "control_end": [0.5, 1.0]}
+    wish = request("controlnet", images=hints, options=options)
+    call = {
+        "control_image": list(hints),
+        "controlnet_conditioning_scale": options["control_scale"],
+        "control_guidance_start": options["control_start"],
+        "control_guidance_end": options["control_end"],
+    }
+    studio = desk(vae=parts["vae"], guides=[Guide(tiny.our_controlnet(net)) for net in nets])
     same(ours(studio, parts["transformer"], wish), theirs("controlnet", wish, parts, **call))
 
 
@@ -445,7 +476,7 @@ def test_controlnet_inpaint(prompt):
     source, hole = tiny.picture(123, 77), tiny.mask(123, 77, (30, 10, 70, 50))
     wish = request("controlnet_inpaint", prompt, images=(source,), mask=hole, options={"control_scale": 0.9})
     call = {"control_image": source, "control_mask": hole, "controlnet_conditioning_scale": 0.9}
-    studio = desk(vae=parts["vae"], controlnet=tiny.our_controlnet(parts["controlnet"]))
+    studio = desk(vae=parts["vae"], guides=[Guide(tiny.our_controlnet(parts["controlnet"]), masked=True)])
     same(ours(studio, parts["transformer"], wish), theirs("controlnet_inpaint", wish, parts, **call))
 
 

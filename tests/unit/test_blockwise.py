@@ -85,6 +85,24 @@ def test_several_pictures_are_added_up():
     assert np.abs(steered.numpy() - (x + 0.5 * each[0] + 2 * each[1])).max() < 1e-5
 
 
+def test_several_nets_are_asked_of_the_same_stream():
+    net, weights = net_of()
+    other = BlockwiseControlNet(net.config).requires_grad_(False)
+    other.load_state_dict({name: 0.5 * tensor for name, tensor in net.state_dict().items()})
+    stream, hints = torch.randn(1, 16, WIDTH), [hint(seed=1), hint(seed=2)]
+    parts = [(net, (hints[0], 0.5, (0.0, 1.0))), (other, (hints[1], 2.0, (0.0, 0.6)))]
+    at = steering(parts)
+    early, late = at(torch.tensor(0.9)), at(torch.tensor(0.5))
+    assert early is not None and late is not None
+    assert torch.equal(early(1, stream, 12), net.steer([(hints[0], 0.5)])(1, stream, 12))
+    x, half = stream.double().numpy(), {name: 0.5 * tensor for name, tensor in weights.items()}
+    added = 0.5 * formula(weights, 1, x[:, :12], hints[0].double().numpy())
+    added = added + 2 * formula(half, 1, x[:, :12], hints[1].double().numpy())
+    steered = late(1, stream, 12)
+    assert np.abs(steered[:, :12].numpy() - (x[:, :12] + added)).max() < 1e-5
+    assert torch.equal(steered[:, 12:], stream[:, 12:])
+
+
 def test_the_whole_transformer_asks_behind_every_block():
     transformer, (net, weights) = nets.transformer(), net_of()
     latents, heard = hint(), []
@@ -138,15 +156,14 @@ def test_it_acts_at_the_steps_at_which_diffsynth_s_does(steps, start, end):
 
 def test_a_picture_that_counts_for_nothing_is_not_looked_at():
     net, _ = net_of()
-    at = steering(net, [(hint(), 0.0, (0.0, 1.0)), (hint(), 1.0, (0.2, 0.5))])
+    at = steering([(net, (hint(), 0.0, (0.0, 1.0))), (net, (hint(), 1.0, (0.2, 0.5)))])
     assert at(torch.tensor(1.0)) is None and at(torch.tensor(0.1)) is None and at(torch.tensor(0.4)) is not None
-    assert steering(net, [(hint(), 0.0, (0.0, 1.0))])(torch.tensor(0.5)) is None
+    assert steering([(net, (hint(), 0.0, (0.0, 1.0)))])(torch.tensor(0.5)) is None
 
 
 # ---------------------------------------------------------------- both sides, batches, sharing
 def canvas_of(net, **options):
-    parts = [(hint(), 1.0, (0.0, 1.0))]
-    return nets.canvas(steering=steering(net, parts), **options)
+    return nets.canvas(steering=steering([(net, (hint(), 1.0, (0.0, 1.0)))]), **options)
 
 
 @pytest.mark.parametrize("references", [0, 1])
@@ -301,7 +318,7 @@ def test_without_one_every_bit_is_as_before():
     transformer, (net, _) = nets.transformer(), net_of()
     canvas = nets.canvas(guided=True)
     steered = canvas_of(net, guided=True)
-    idle = nets.canvas(guided=True, steering=steering(net, [(hint(), 0.0, (0.0, 1.0))]))
+    idle = nets.canvas(guided=True, steering=steering([(net, (hint(), 0.0, (0.0, 1.0)))]))
     ends = [[step.latents for step in denoise(transformer, each)][-1] for each in (canvas, idle, steered)]
     assert torch.equal(ends[0], ends[1]) and not torch.allclose(ends[0], ends[2], atol=1e-2)
     assert velocity(transformer, canvas, canvas.start, canvas.sigmas[0]).shape == canvas.start.shape

@@ -294,7 +294,16 @@ def test_control_pictures_reach_the_request(engine, cat, tmp_path):
     assert main([*words, "--control", str(cat), "--control-scale", "0.5", "--size", "64x48"]) == 0
     asked = engine.requests[0]
     assert asked.task == "controlnet" and len(asked.images) == 2
-    assert asked.options["control_scale"] == 0.5 and engine.controlnet == "union"
+    assert asked.options["control_scale"] == 0.5 and engine.controlnet == ("union",)
+
+
+def test_several_nets_with_a_picture_and_a_scale_each(engine, cat):
+    words = ["generate", "a cat", "--model", "qwen-image", "--size", "64x48"]
+    for name, scale in (("union", "0.5"), ("canny", "1.5")):
+        words += ["--controlnet", name, "--control", str(cat), "--control-scale", scale]
+    assert main(words) == 0
+    asked = engine.requests[0]
+    assert asked.options["control_scale"] == (0.5, 1.5) and engine.controlnet == ("union", "canny")
 
 
 def test_a_mask_makes_control_repaint(engine, cat, tmp_path):

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import tiny
 import torch
@@ -21,13 +23,13 @@ from lanting import Engine, LantingError, Request
 from lanting.cli.main import main
 from lanting.core.errors import ModelError, RequestError
 from lanting.core.recipe import read_recipe
-from lanting.engine.fit import bytes_at
 from lanting.plan.model import job_of, release
 from lanting.specs import get_spec
 from lanting.specs.settle import settle
 from lanting.weights.build import store_controlnet
 from lanting.weights.controls import check_controlnet, open_controlnet
 from lanting.weights.inspect import describe
+from lanting.weights.sized import beside
 from lanting.weights.stored import Placing
 
 ASKED: dict[str, Any] = {
@@ -68,12 +70,14 @@ def request(task: str = "controlnet", **more: Any) -> Request:
     return Request(**{**ASKED, **steered, "task": task, **more})
 
 
-def opened(here: Path, net: str | Path | None = None, **options: Any) -> Engine:
+def opened(here: Path, net: str | Path | list[str] | None = None, **options: Any) -> Engine:
     given: dict[str, Any] = {"device": "cpu", "dtype": "float32"} | options
+    if isinstance(net, list):
+        return Engine.open(str(here / "model"), controlnet=[str(here / each) for each in net], **given)
     return Engine.open(str(here / "model"), controlnet=None if net is None else str(here / net), **given)
 
 
-def draw(here: Path, net: str | Path | None, asked: Request, **options: Any) -> bytes:
+def draw(here: Path, net: str | Path | list[str] | None, asked: Request, **options: Any) -> bytes:
     with opened(here, net, **options) as engine:
         return b"".join(image.tobytes() for image in engine.run(asked).images)
 
@@ -90,7 +94,7 @@ def steered(here) -> bytes:
 # ---------------------------------------------------------------- InstantX's nets as single files
 def weights_of(here: Path, net: Path) -> dict[str, torch.Tensor]:
     with opened(here, net) as engine:
-        return {name: tensor.clone() for name, tensor in engine.models.controlnet.state_dict().items()}
+        return {name: tensor.clone() for name, tensor in engine.models.controlnets[0].state_dict().items()}
 
 
 @pytest.mark.parametrize(("folder", "task"), [("union", "controlnet"), ("hole", "controlnet_inpaint")])
@@ -147,8 +151,100 @@ def test_eight_bit_files_stay_packed(here, tmp_path, build, scale):
     with opened(here, paths[0]) as engine:
         found = engine.run(request()).images[0].tobytes()
         linears = 14 + 1 if build == "union" else 2 * LAYERS  # of a block and behind it
-        assert nets.packed_linears(engine.models.controlnet) == linears
+        assert nets.packed_linears(engine.models.controlnets[0]) == linears
     assert far(found, draw(here, paths[1], request())) <= 2
+
+
+@pytest.mark.parametrize("kind", ["F32", "BF16", "Q8_0"])
+@pytest.mark.parametrize("build", ["union", "canny"])
+def test_gguf_files_are_read_like_the_transformer_s(here, tmp_path, build, kind):
+    """Written by the `gguf` package, as converters do; packed matrices stay packed."""
+    tensors = controls.tensors_in(here / "union") if build == "union" else controls.blockwise()
+    dense, file = dict(tensors), tmp_path / "net.gguf"
+    writer = gguf.GGUFWriter(file, "qwen_image")
+    for name, tensor in tensors.items():
+        wide = "blocks." in name and tensor.ndim == 2
+        form = gguf.GGMLQuantizationType[kind if wide else "F32"]
+        raw = gguf.quants.quantize(tensor.numpy(), form)
+        dense[name] = torch.from_numpy(gguf.quants.dequantize(raw, form).reshape(tensor.shape))
+        writer.add_tensor(f"controlnet.{name}", raw, raw_dtype=form)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with opened(here, file) as engine:
+        found = engine.run(request())
+        assert nets.packed_linears(engine.models.controlnets[0]) == (
+            0 if kind != "Q8_0" else 14 + 1 if build == "union" else 2 * LAYERS
+        )
+    assert far(found.images[0].tobytes(), draw(here, controls.save(tmp_path / "d.safetensors", dense), request())) <= 2
+    assert beside((), [str(file)]) == open_controlnet(file).checkpoint.bytes() < file.stat().st_size
+
+
+# ---------------------------------------------------------------- several nets
+def test_a_net_that_is_given_twice_is_one_net(here):
+    pair = (EDGES, tiny.picture(64, 48, seed=9))
+    for net in ("union", "canny.safetensors"):
+        with opened(here, [net, net]) as engine:
+            found = engine.run(request(images=pair, options={"control_scale": (0.5, 1)}))
+            assert len(engine.models.placed_controlnets) == 1
+        assert found.images[0].tobytes() == draw(here, net, request(images=pair, options={"control_scale": (0.5, 1)}))
+
+
+def test_several_nets_draw_together(here, steered):
+    """Of both builds; one that counts for nothing changes no bit, and the order is told by the recipe."""
+    other = tiny.picture(64, 48, seed=9)
+    asked = request(images=(EDGES, other), options={"control_scale": (1, 0)})
+    assert draw(here, ["canny.safetensors", "union"], asked) == steered
+    assert draw(here, ["union", "canny.safetensors"], asked) == draw(here, "union", request())
+    both = request(images=(EDGES, other))
+    with opened(here, ["canny.safetensors", "union"]) as engine:
+        result = engine.run(both)
+        named = {name: engine.models.placed_by(name).net for name in ("controlnet", "controlnet2")}
+        assert list(named.values()) == list(engine.models.controlnets)
+    assert len({result.images[0].tobytes(), steered, draw(here, "union", request(images=(other,)))}) == 3
+    assert [net["name"] for net in result.recipes[0].controlnets] == ["canny.safetensors", "union"]
+    plan = plans.plan(blocks=LAYERS, streamed="disk", resident_blocks=0)
+    assert draw(here, ["canny.safetensors", "union"], both, plan=plan) == result.images[0].tobytes()
+
+
+def test_a_net_that_repaints_beside_one_that_follows(here):
+    other = tiny.picture(96, 48, seed=9)
+    asked = request("controlnet_inpaint", images=(other, EDGES), mask=HOLE, options={"control_scale": (0, 1)})
+    alone = request("controlnet_inpaint", mask=HOLE)
+    for follows, repaints in (
+        ("union", "hole"),
+        ("canny.safetensors", "inpaint.safetensors"),
+        ("union", "inpaint.safetensors"),
+    ):
+        found = draw(here, [follows, repaints], asked)
+        assert found == draw(here, repaints, alone) != draw(here, [follows, repaints], replace(asked, options={}))
+
+
+@pytest.mark.parametrize(
+    ("given", "more", "words"),
+    [
+        (["union", "canny.safetensors"], {}, "2 ControlNets and 1 control pictures were given: give each net one"),
+        (["union"] * 2, {"images": (EDGES,) * 3}, "2 ControlNets and 3 control pictures were given"),
+        (["union", "hole"], {"images": (EDGES,) * 2}, "the ControlNet hole repaints: give it a mask"),
+        (["hole"], {"task": "controlnet_inpaint", "mask": HOLE, "images": (EDGES,) * 2}, "repaints one picture, and 2"),
+        (
+            ["union", "canny.safetensors"],
+            {"task": "controlnet_inpaint", "mask": HOLE, "images": (EDGES,) * 2},
+            "the ControlNet union, canny.safetensors reads no mask",
+        ),
+        (
+            ["hole", "union"],
+            {"task": "controlnet_inpaint", "mask": HOLE, "images": (tiny.picture(96, 48), EDGES)},
+            "the mask is 64×48 and the picture 96×48",
+        ),
+        (["union"] * 5, {"images": (EDGES,) * 5}, "takes at most 4 pictures"),
+        (["union"] * 2, {"images": (EDGES,) * 2, "options": {"control_scale": (1, 1, 1)}}, "has 3 numbers for 2"),
+    ],
+)
+def test_what_several_nets_are_refused(here, given, more, words):
+    with opened(here, given) as engine, pytest.raises(LantingError, match=words):
+        engine.stream(request(**more))
 
 
 # ---------------------------------------------------------------- blockwise, end to end
@@ -176,7 +272,7 @@ def test_with_a_mask_the_hole_is_black_and_told(here):
         str(here / "model"), device="cpu", dtype="float32", controlnet=str(here / "inpaint.safetensors")
     ) as e:
         heard = []
-        net = e.models.controlnet
+        (net,) = e.models.controlnets
         net.img_in.register_forward_pre_hook(lambda module, args: heard.append(args[0]))
         asked = request("controlnet_inpaint", mask=HOLE)
         found = e.run(asked).images[0].tobytes()
@@ -226,7 +322,7 @@ def test_with_the_modulation_s_table(here, steered):
 def test_packed_while_it_is_loaded(here, steered):
     with opened(here, "canny.safetensors", quant="int8") as engine:
         found = engine.run(request()).images[0].tobytes()
-        assert nets.packed_linears(engine.models.controlnet) == 2 * LAYERS
+        assert nets.packed_linears(engine.models.controlnets[0]) == 2 * LAYERS
         assert nets.packed_linears(engine.models.transformer) == 14 * LAYERS
     assert found != steered
 
@@ -403,7 +499,7 @@ def test_files_that_are_no_controlnets(here, tmp_path):
             controls.save(tmp_path / "both.safetensors", both),
             "1 tensors that are no part of a ControlNet, the first is vae",
         ),
-        (tmp_path / "some.gguf", "ControlNets are read from safetensors"),
+        (tmp_path / "some.gguf", "some.gguf is damaged"),
         (tmp_path / "some.bin", "is pickled"),
         (tmp_path / "empty", "holds no safetensors weights"),
     ):
@@ -453,14 +549,13 @@ def test_show_names_them(here, capsys):
 
 
 def test_the_plan_counts_them(here, tmp_path, capsys):
-    size = (here / "canny.safetensors").stat().st_size
-    assert bytes_at(str(here / "canny.safetensors")) == size
     large = controls.save(tmp_path / "large.safetensors", controls.blockwise(LAYERS, 768))
     peaks = []
-    for more in ([], ["--controlnet", str(large)]):
+    for more in ([], ["--controlnet", str(large)], ["--controlnet", str(large), "--controlnet", str(here / "union")]):
         assert main(["plan", "qwen-image", "--device", "RTX 4090", "--json", *more]) == 0
         peaks.append(json.loads(capsys.readouterr().out)["chosen"]["peak_vram"])
     assert 0 < peaks[1] - peaks[0] < 2 * large.stat().st_size
+    assert 1 <= (peaks[2] - peaks[1]) / open_controlnet(here / "union").checkpoint.bytes() < 1.1
     assert main(["plan", "qwen-image", "--controlnet", str(tmp_path / "gone")]) == 2
     assert "there is no ControlNet at" in capsys.readouterr().err
 
@@ -488,6 +583,12 @@ def test_the_command_line_draws_and_replays(here, monkeypatch, capsys):
     finally:
         shutil.move("moved.safetensors", "canny.safetensors")
     masked = [*words[:4], "--controlnet", "inpaint.safetensors", "--control", "edges.png", "--mask", "mask.png"]
-    assert main([*masked, *more]) == 0
+    several = ["--controlnet", "union", "--control", "edges.png", "--control-scale", "0.5", "--control-scale", "0.8"]
+    assert main([*masked, *several, *more, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [net["name"] for net in told["controlnets"]] == ["inpaint.safetensors", "union"]
+    assert main(again) == 0 and "identical, pixel for pixel" in capsys.readouterr().out
+    assert main([*again, *["--controlnet", "union"] * 3]) == 2
+    assert "--controlnet is given 3 times and the recipe has 2" in capsys.readouterr().err
     assert main([*words[:4], "--in-context", "--control", "edges.png", *more]) == 2
     assert "in context a LoRA follows the control picture" in capsys.readouterr().err

@@ -23,13 +23,16 @@ NET = {"name": "union", "weights": "ab", "path": "nets/union"}
 
 
 def test_it_travels_and_old_recipes_know_none():
-    assert from_json(to_json(replace(PLAIN, controlnet=NET))).controlnet == NET
-    assert "controlnet" not in json.loads(to_json(PLAIN))
-    assert from_json(to_json(PLAIN)).controlnet is None
+    alone = to_json(replace(PLAIN, controlnets=(NET,)))
+    assert from_json(alone).controlnets == (NET,) and json.loads(alone)["controlnet"] == NET
+    assert from_json(alone).controlnet == NET and "controlnet" not in to_json(PLAIN)
+    assert from_json(to_json(PLAIN)).controlnets == () and from_json(to_json(PLAIN)).controlnet is None
+    both = replace(PLAIN, controlnets=(NET, NET | {"name": "canny"}))
+    assert from_json(to_json(both)) == both and "controlnet" not in json.loads(to_json(both))
 
 
 def test_a_server_keeps_its_folders_to_itself(tmp_path):
-    result = Result((tiny.picture(16, 16),), (replace(PLAIN, controlnet=NET),), {})
+    result = Result((tiny.picture(16, 16),), (replace(PLAIN, controlnets=(NET,)),), {})
     published(result, tmp_path / "job", False)
     assert "nets/union" not in "".join(path.read_text() for path in (tmp_path / "job").glob("*.json"))
     assert read_recipe(next((tmp_path / "job").glob("*.png"))).controlnet == NET | {"path": "union"}

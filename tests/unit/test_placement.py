@@ -18,10 +18,10 @@ import plans
 from lanting import Engine, ModelError, Request, RequestError
 from lanting.attach.vae_graphs import attach_vae_graphs
 from lanting.core.checkpoint import Checkpoint
-from lanting.engine.fit import bytes_at
 from lanting.engine.placement import Placed
 from lanting.weights.build import store_transformer
 from lanting.weights.checkpoint import open_component, read_json
+from lanting.weights.sized import beside
 from lanting.weights.stored import Placing
 
 ASKED = {"prompt": "a sign", "size": (64, 48), "seed": 5, "steps": 3, "guidance_scale": 3.0, "negative_prompt": "x"}
@@ -182,7 +182,8 @@ def test_controlnet_with_the_table(folder, tmp_path):
         wanted = pixels(engine, **asked)
     with open_engine(folder, controlnet=str(net), **TABLE, **STREAMED) as engine:
         found = pixels(engine, **asked)
-        assert engine.models.placed_controlnet.table.times == engine.models.placed_transformer.table.times
+        (placed,) = engine.models.placed_controlnets.values()
+        assert placed.table.times == engine.models.placed_transformer.table.times
     assert max(abs(a - b) for a, b in zip(found, wanted, strict=True)) <= 1
 
 
@@ -211,12 +212,16 @@ def test_a_budget_in_place_of_a_plan(folder, plain):
 
 
 def test_files_beside_the_model_are_counted(tmp_path):
-    (tmp_path / "net").mkdir()
-    (tmp_path / "net" / "a.safetensors").write_bytes(b"12345")
+    """LoRAs by their files, ControlNets by their tensors, and each once."""
+    nets = [str(tiny.save_controlnet(tmp_path / name, layers=layers)) for name, layers in (("a", 1), ("b", 2))]
+    (tmp_path / "a" / "other.safetensors").write_bytes(b"12345")
+    sizes = [4 * sum(weight.numel() for weight in tiny.controlnet(layers=layers).parameters()) for layers in (1, 2)]
+    assert beside((), nets) == sum(sizes) and beside((), [nets[0]] * 2) == sizes[0]
     (tmp_path / "ink.safetensors").write_bytes(b"123")
-    assert bytes_at(str(tmp_path / "net")) == 5
-    assert bytes_at(f"{tmp_path}/ink.safetensors:0.5") == bytes_at(f"{tmp_path}/ink.safetensors") == 3
-    assert bytes_at("lightning") == bytes_at("lightning:0.5") == 0
+    assert beside([f"{tmp_path}/ink.safetensors:0.5"], ()) == beside([f"{tmp_path}/ink.safetensors"], ()) == 3
+    assert beside(["lightning", "lightning:0.5"], ()) == 0
+    with pytest.raises(ModelError, match="there is no ControlNet"):
+        beside((), [str(tmp_path / "gone")])
 
 
 def test_loras_over_streamed_blocks_and_the_table(folder, tmp_path, plain):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,9 +16,10 @@ from lanting.core import TASK_NAMES, ModelError, Request, RequestError
 from lanting.flow.latents import LatentCodec
 from lanting.flow.loop import Conditioning, denoise
 from lanting.flow.schedule import Schedule
+from lanting.nn.mmdit import through
 from lanting.specs import ModelSpec, get_spec, settle
 from lanting.tasks import TASKS
-from lanting.tasks.controlnet import active_span, per_hint
+from lanting.tasks.controlnet import active_span, per_hint, spread
 from lanting.tasks.pictures import (
     box_around,
     contain,
@@ -28,6 +30,7 @@ from lanting.tasks.pictures import (
     pixels_of,
     to_mode,
 )
+from lanting.tasks.studio import Guide
 
 
 class BlockVAE(nn.Module):
@@ -50,7 +53,8 @@ class BlockVAE(nn.Module):
 class FakeStudio:
     release: ModelSpec
     channels: int = 3
-    controlnet: Any = None
+    guides: Sequence[Guide] = ()
+    blocks: int = 60
     schedule: Schedule = field(default_factory=Schedule)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
@@ -244,7 +248,7 @@ def test_an_idle_net_is_not_run():
         return [torch.zeros_like(latents)]
 
     options = {"control_start": 0.5, "control_scale": 1.0}
-    finished(studio(controlnet=net), wish("controlnet", images=(ramp(),), steps=4, count=2, options=options))
+    finished(studio(guides=[Guide(net)]), wish("controlnet", images=(ramp(),), steps=4, count=2, options=options))
     assert seen == [(0.5, (2, 12, 64)), (0.25, (2, 12, 64))]
 
 
@@ -256,11 +260,82 @@ def test_the_hole_is_a_seventeenth_channel():
         return [torch.zeros_like(latents)]
 
     mask = hole(64, 48, (32, 0, 64, 48))
-    finished(studio(controlnet=net), wish("controlnet_inpaint", images=(grey(level=255),), mask=mask))
+    finished(studio(guides=[Guide(net, masked=True)]), wish("controlnet_inpaint", images=(grey(level=255),), mask=mask))
     channels = hints[0].unflatten(2, (17, 4))  # (1, 12, 17, 4)
     left = torch.tensor([True, True, False, False]).repeat(3)
     assert channels[0, left, 16].unique().tolist() == [1.0] and channels[0, ~left, 16].unique().tolist() == [0.0]
     assert channels[0, left, 0].unique().tolist() == [1.0] and channels[0, ~left, 0].unique().tolist() == [-1.0]
+
+
+def test_several_nets_have_a_picture_each_and_are_added_up():
+    """A net that repaints among them gets the hole."""
+    seen = {}
+
+    def net_of(name, depth):
+        def net(latents, hint, *rest):
+            seen[name] = hint
+            return [torch.full_like(latents, 10.0**name + index) for index in range(depth)]
+
+        return net
+
+    given = []
+
+    def model(latents, *rest, control=(), **more):
+        given.append([residual[0, 0, 0].item() for residual in control])
+        return torch.zeros_like(latents)
+
+    guides = [Guide(net_of(1, 2), masked=True), Guide(net_of(2, 2)), Guide(net_of(3, 3))]
+    images, mask = (grey(level=255), ramp(), grey(level=0)), hole(64, 48, (32, 0, 64, 48))
+    scales = {"control_scale": (1, 2, 1), "control_start": (0, 0, 0.5)}
+    desk = studio(guides=guides, blocks=12)
+    finished(desk, wish("controlnet_inpaint", images=images, mask=mask, steps=2, options=scales), model)
+    assert [seen[name].shape[2] for name in (1, 2, 3)] == [68, 64, 64]
+    assert torch.equal(seen[3], desk.codec.encode(pixels_of(images[2], (64, 48))).data)
+    assert given == [[210.0, 213.0], [1210.0, 1210.0, 1211.0, 1214.0, 1215.0, 1215.0]]
+
+
+@pytest.mark.parametrize(("blocks", "lengths"), [(60, (5, 6)), (7, (2, 3)), (4, (1, 2)), (12, (4, 6, 12))])
+def test_residuals_of_nets_of_several_depths_meet_each_block_as_alone(blocks, lengths):
+    sides = [[torch.tensor(float(64**i + j)) for j in range(length)] for i, length in enumerate(lengths)]
+    stack = [lambda img, txt, ctx: (img, txt)] * blocks
+
+    def met(control):
+        """What is added behind each block."""
+        ctx = SimpleNamespace(control=tuple(control), steer=None)
+        walks = [through(stack, torch.zeros((), dtype=torch.float64), None, ctx, i, i + 1)[0] for i in range(blocks)]
+        return torch.stack(walks)
+
+    found = spread(sides, blocks)
+    assert torch.equal(met(found), sum(met(side) for side in sides))
+    assert len({id(one) for one in found}) < sum(lengths) and len(spread([sides[0]], blocks)) == lengths[0]
+
+
+def test_grey_of_a_mask_is_told_to_those_who_know_it():
+    """DiffSynth's net reads it as it is; the hole has an edge half-way for both."""
+
+    class Behind:
+        def steer(self, hints, beside=()):
+            self.hints = hints
+            return lambda index, img, target_tokens: img
+
+    hints = []
+
+    def net(latents, hint, *rest):
+        hints.append(hint)
+        return [torch.zeros_like(latents)]
+
+    behind = Behind()
+    mask = Image.new("L", (64, 48), 102)
+    mask.paste(204, (32, 0, 64, 48))
+    for guide in (Guide(net, masked=True), Guide(behind, masked=True)):
+        asked = wish("controlnet_inpaint", images=(grey(level=255),), mask=mask)
+        finished(studio(guides=[guide]), asked, lambda latents, *rest, **more: torch.zeros_like(latents))
+    told = [each.unflatten(2, (17, 4)) for each in (hints[0], behind.hints[0][0])]
+    left = torch.tensor([True, True, False, False]).repeat(3)
+    for side, levels in ((left, (1.0, 0.6)), (~left, (0.0, 0.2))):
+        for each, level in zip(told, levels, strict=True):
+            assert torch.allclose(each[0, side, 16], torch.tensor(level))
+    assert torch.equal(told[0][:, :, :16], told[1][:, :, :16])  # the same hole
 
 
 def test_one_number_or_one_for_each_picture():

@@ -44,7 +44,7 @@ class Fault:
 class Sentinel:
     """Over one drawing. Enter it before others hang on the networks; leaving it takes everything off.
 
-    nets    by name: "transformer", "controlnet"
+    nets    by name: "transformer", "controlnet", "controlnet2", ...
     dtype   of the networks
     known   part -> way, from earlier drawings: so from the first step on
     told    (step, part, way) of the drawing whose choices are made again, in place of `known`; -1: from the start

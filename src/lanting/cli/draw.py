@@ -26,7 +26,7 @@ from lanting.cli.screen import Screen
 from lanting.core.files import replace_file
 from lanting.core.lang import say
 from lanting.core.quality import REUSED, computed
-from lanting.core.recipe import describe_request, request_of_picture
+from lanting.core.recipe import control_entries, describe_request, request_of_picture
 from lanting.core.save import places_for, save_all
 from lanting.core.types import Progress, Recipe, Request, Result, words_of
 from lanting.specs import ModelSpec, parse_size, settle
@@ -65,7 +65,7 @@ class Wish:
     force: bool = False
     preview: bool = False
     title: str = ""  # names the file where the prompt is empty
-    controlnet: str | None = None
+    controlnets: tuple[str, ...] = ()
     loras: tuple[str, ...] = ()  # FILE[:STRENGTH]
     weights: Weights = Weights()
     limits: Limits = NO_LIMITS
@@ -100,14 +100,14 @@ def open_engine(
     model: str,
     device: str | None,
     dtype: str | None,
-    controlnet: str | None = None,
+    controlnets: tuple[str, ...] | None = None,
     loras: tuple[str, ...] = (),
     **weights: Any,
 ) -> Engine:
     """The engine; tests put a fake one here. `weights` are `Weights.options`, and the plan."""
     from lanting.engine import Engine
 
-    return Engine.open(model, device=device, dtype=dtype, controlnet=controlnet, loras=loras, **weights)
+    return Engine.open(model, device=device, dtype=dtype, controlnet=controlnets, loras=loras, **weights)
 
 
 def draw(request: Request, wish: Wish, screen: Screen, more: Callable[[Drawn], dict[str, Any]] | None = None) -> Drawn:
@@ -132,7 +132,7 @@ def opened(request: Request, wish: Wish, screen: Screen) -> Iterator[tuple[Engin
     """The engine for a request, closed at the end, and the wish with the model that is meant."""
     wish = _as_draft(_tell_default(wish, screen))
     options = wish.weights.options() | fit(request, wish, screen)
-    engine = open_engine(wish.model, wish.device, wish.dtype, wish.controlnet, wish.loras, **options)
+    engine = open_engine(wish.model, wish.device, wish.dtype, wish.controlnets, wish.loras, **options)
     try:
         for note in engine.notes:
             screen.note("note: {note}", note=note)
@@ -278,7 +278,7 @@ def _as_json(drawn: Drawn, total: float) -> dict[str, Any]:
         "request": describe_request(drawn.request),
         "versions": dict(first.versions),
         "loras": [dict(lora) for lora in first.loras],
-        **({"controlnet": dict(first.controlnet)} if first.controlnet else {}),
+        **control_entries(first),
         "seconds": seconds,
     }
 

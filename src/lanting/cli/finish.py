@@ -13,7 +13,7 @@ from lanting.cli import options as o
 from lanting.cli.drafts import few_step
 from lanting.cli.draw import Weights, Wish, draw
 from lanting.cli.fit import Limits
-from lanting.cli.replay import controlnet_of, inputs_of, loras_of, model_of
+from lanting.cli.replay import controlnets_of, inputs_of, loras_of, model_of
 from lanting.cli.screen import Screen
 from lanting.core.errors import RequestError
 from lanting.core.pictures import open_picture
@@ -36,7 +36,7 @@ def finish(
         list[str] | None, typer.Option("--image", help="An input picture that has moved; repeat in order.")
     ] = None,
     mask: o.Mask = None,
-    controlnet: o.MovedControlNet = None,
+    controlnet: o.MovedControlNets = None,
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Default: the one that the draft's was distilled from.")
     ] = None,
@@ -72,7 +72,7 @@ def finish(
     refuse_finished(request, recipe, name, picture)
     again = output or str(name_beside(path, "finished", ".png", force))
     wish = Wish(name, None, device, dtype, again, force, preview, path.stem, loras=loras)
-    wish = replace(wish, controlnet=controlnet_of(recipe, controlnet, path.parent, screen))
+    wish = replace(wish, controlnets=controlnets_of(recipe, controlnet or [], path.parent, screen))
     draw(request, replace(wish, weights=Weights(quant, text_encoder, vae), limits=Limits(vram, ram)), screen)
 
 

@@ -7,7 +7,6 @@ torch knows, is left to the engine, whose sentences say what is wrong.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lanting.core.errors import LantingError, ModelError, RequestError
@@ -66,10 +65,11 @@ def planned(request: Request, wish: Wish, machine: Machine, budget: Budget) -> P
     """The plan for a request. Raises ModelError where there is no such model here."""
     from lanting.plan import job_of, plan
     from lanting.weights.find import locate
-    from lanting.weights.sized import planned_model
+    from lanting.weights.sized import beside, planned_model
 
     folder = locate(wish.model, {"text_encoder": wish.weights.text_encoder, "vae": wish.weights.vae})
-    model = replace(planned_model(folder), precision=precision(wish.dtype), extra=extras(wish))
+    extra = beside(wish.loras, wish.controlnets)
+    model = replace(planned_model(folder), precision=precision(wish.dtype), extra=extra)
     size = parse_size(wish.size, folder.spec) if wish.size else request.size
     settled = settle(replace(request, size=size), model.spec)
     try:
@@ -84,20 +84,6 @@ def precision(asked: str | None) -> str | None:
     words = [part.strip().removeprefix("transformer=") for part in (asked or "").split(",")]
     names = [PRECISIONS.get(word, word) for word in words]
     return next((name for name in names if name in PRECISIONS.values()), None)
-
-
-def extras(wish: Wish) -> int:
-    """Bytes of LoRA files and of a ControlNet; a LoRA that a model brings is small and not counted."""
-    paths = [Path(lora.rpartition(":")[0] or lora).expanduser() for lora in wish.loras]
-    paths += [Path(lora).expanduser() for lora in wish.loras]
-    paths += control_files(wish.controlnet) if wish.controlnet else []
-    return sum(path.stat().st_size for path in dict.fromkeys(paths) if path.is_file())
-
-
-def control_files(controlnet: str) -> list[Path]:
-    """What a ControlNet's weights are in: a file, or those of its folder."""
-    place = Path(controlnet).expanduser()
-    return sorted(place.glob("*.safetensors")) if place.is_dir() else [place]
 
 
 def model_named(name: str) -> Model:

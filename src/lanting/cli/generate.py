@@ -36,9 +36,9 @@ def generate(
     rewrite: o.Rewrite = False,
     draft: o.Draft = False,
     lora: o.Lora = None,
-    controlnet: o.ControlNet = None,
+    controlnet: o.ControlNets = None,
     control: o.Control = None,
-    control_scale: o.ControlScale = None,
+    control_scale: o.ControlScales = None,
     in_context: o.InContext = False,
     mask: o.Mask = None,
     device: o.Device = None,
@@ -61,12 +61,12 @@ def generate(
     words = piped() if prompt == "-" else prompt or ""
     request = Request(words, negative_prompt=negative, steps=steps, guidance_scale=guidance, seed=seed, count=count)
     request = replace(request, quality=quality, rewrite=rewrite, tries=tries)
-    if control or controlnet or mask or in_context or control_scale is not None:
-        request = controlled(request, control or [], mask, control_scale, in_context)
+    if control or controlnet or mask or in_context or control_scale:
+        request = controlled(request, control or [], mask, control_scale or [], in_context)
     loras = tuple(lora or ())
     weights = Weights(quant, text_encoder, vae)
-    wish = Wish(model, size, device, dtype, output, force, preview, controlnet=controlnet, loras=loras, weights=weights)
-    wish = replace(wish, limits=Limits(vram, ram), draft=draft)
+    wish = Wish(model, size, device, dtype, output, force, preview, loras=loras, weights=weights)
+    wish = replace(wish, controlnets=tuple(controlnet or ()), limits=Limits(vram, ram), draft=draft)
     screen = Screen(quiet, json)
     if prompts is not None:
         draw_many(prompts, read_lines(prompts, request, size), wish, screen)
@@ -85,14 +85,14 @@ def piped() -> str:
         raise RequestError("the prompt holds bytes that are not UTF-8: retype it") from None
 
 
-def controlled(request: Request, control: list[str], mask: str | None, scale: float | None, aside: bool) -> Request:
-    """The request with control pictures; with a mask the one picture is repainted by the inpainting net. `aside`: a
-    LoRA follows it in context."""
+def controlled(request: Request, control: list[str], mask: str | None, scales: list[float], aside: bool) -> Request:
+    """The request with control pictures; with a mask a net that repaints gets its picture with a hole. `scales`: one
+    for all pictures, or one for each. `aside`: a LoRA follows the picture in context."""
     if mask and not control:
         raise RequestError("--mask needs --control pictures here: 'lanting edit PICTURE --mask' repaints a picture")
-    if scale is not None and not control:
+    if scales and not control:
         raise RequestError("--control-scale needs --control pictures")
-    options: dict[str, Any] = {} if scale is None else {"control_scale": scale}
+    options: dict[str, Any] = {"control_scale": scales[0] if len(scales) == 1 else tuple(scales)} if scales else {}
     return replace(
         request,
         task="controlnet_inpaint" if mask else "controlnet",

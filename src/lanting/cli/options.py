@@ -141,7 +141,17 @@ ControlNet = Annotated[
     str | None,
     typer.Option("--controlnet", metavar="FILE|FOLDER", help="A ControlNet, which draws along the --control pictures."),
 ]
-MovedControlNet = Annotated[str | None, typer.Option("--controlnet", help="The ControlNet, where it has moved.")]
+ControlNets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--controlnet",
+        metavar="FILE|FOLDER",
+        help="A ControlNet, which draws along the --control pictures. Repeatable, with a picture for each, in order.",
+    ),
+]
+MovedControlNets = Annotated[
+    list[str] | None, typer.Option("--controlnet", help="A ControlNet that has moved; repeat in order.")
+]
 Control = Annotated[
     list[str] | None,
     typer.Option("--control", help="A control picture (edges, depth, pose); with --mask, the picture to repaint."),
@@ -152,8 +162,12 @@ InContext = Annotated[
         "--in-context", help="A --lora, made for it (In-Context-Control-Union), follows the --control picture."
     ),
 ]
-ControlScale = Annotated[
-    float | None, typer.Option("--control-scale", help="How strongly the control pictures steer, 0 to 10; default 1.")
+ControlScales = Annotated[
+    list[float] | None,
+    typer.Option(
+        "--control-scale",
+        help="How strongly the control pictures steer, 0 to 10; default 1. Once for all, or once for each.",
+    ),
 ]
 Lora = Annotated[
     list[str] | None,

@@ -39,7 +39,8 @@ def plan(
         bool, typer.Option("--rewrite", help="With the text encoder's head, which rewrites prompts.")
     ] = False,
     controlnet: Annotated[
-        str | None, typer.Option("--controlnet", metavar="FILE|FOLDER", help="With a ControlNet beside the model.")
+        list[str] | None,
+        typer.Option("--controlnet", metavar="FILE|FOLDER", help="With a ControlNet beside the model; repeatable."),
     ] = None,
     quant: Annotated[str | None, typer.Option("--quant", help="Consider this kind of weights only.")] = None,
     json: o.Json = False,
@@ -52,13 +53,14 @@ def plan(
     """
     from lanting.plan import plan as choose
     from lanting.plan import survey, usual_job
+    from lanting.weights.sized import beside
 
     whole("references", references, 0, 10)
     found, budget = model_named(model), Limits(vram, ram).budget()
     if task is not None and task not in found.spec.tasks:
         able = ", ".join(found.spec.tasks)
         raise RequestError("{model} can't do {task}; it does {able}", model=found.name, task=task, able=able)
-    found = replace(found, extra=measured(controlnet) if controlnet else 0)
+    found = replace(found, extra=beside((), controlnet or ()))
     job = usual_job(found, parse_size(size, found.spec) if size else None, references, task)
     if rewrite:
         check_writes(found.spec)
@@ -67,11 +69,8 @@ def plan(
     chosen = choose(found, job, machine, budget, name, quant)
     rows = survey(found, job, machine, budget, name)
     screen = Screen(quiet, json)
-    if json:
-        screen.raw(json_.dumps(table(chosen, rows), ensure_ascii=False))
-        return
-    if quiet:
-        screen.raw(chosen.sentence())
+    if json or quiet:
+        screen.raw(json_.dumps(table(chosen, rows), ensure_ascii=False) if json else chosen.sentence())
         return
     where = machine.device(name)
     memory = say("{size} VRAM", size=_size(where.free)) + ", " if where.own_memory else ""
@@ -81,13 +80,6 @@ def plan(
         "{model} · {shape} · {device}, {memory} free", model=found.name, shape=shape, device=where.title, memory=memory
     )
     show(screen, chosen, rows, job.steps)
-
-
-def measured(controlnet: str) -> int:
-    """Bytes of a ControlNet. Raises ModelError where it is none."""
-    from lanting.weights.controls import open_controlnet
-
-    return open_controlnet(controlnet).checkpoint.bytes()
 
 
 def place(device: str | None, budget: Budget) -> tuple[Machine, str | None, Budget]:

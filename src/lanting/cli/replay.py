@@ -36,7 +36,7 @@ def replay(
     lora: Annotated[
         list[str] | None, typer.Option("--lora", help="A LoRA that has moved, in the recipe's order; more are added.")
     ] = None,
-    controlnet: o.MovedControlNet = None,
+    controlnet: o.MovedControlNets = None,
     model: Annotated[str | None, typer.Option("--model", "-m", help="Default: the recipe's.")] = None,
     device: o.Device = None,
     dtype: o.DtypeFlag = None,
@@ -65,8 +65,8 @@ def replay(
     loras = loras_of(recipe, lora or [], name, Path(picture).parent, screen)
     weights = Weights(quant or recipe.versions.get("quant", "auto"), text_encoder, vae)
     wish = Wish(name, None, device, number, again, force, preview, Path(picture).stem, loras=loras, weights=weights)
-    net = controlnet_of(recipe, controlnet, Path(picture).parent, screen)
-    wish = replace(wish, limits=Limits(vram, ram), controlnet=net)
+    nets = controlnets_of(recipe, controlnet or [], Path(picture).parent, screen)
+    wish = replace(wish, limits=Limits(vram, ram), controlnets=nets)
     drawn = draw(request, wish, screen, lambda drawn: compared(Path(picture), recipe, drawn))
     if not json:
         tell(compared(Path(picture), recipe, drawn), screen)
@@ -138,15 +138,25 @@ def loras_of(recipe: Recipe, given: list[str], model: str, beside: Path, screen:
     return (*found, *given[len(found) :])
 
 
-def controlnet_of(recipe: Recipe, given: str | None, beside: Path, screen: Screen) -> str | None:
-    """The recipe's ControlNet: as given now, or where it was, or beside the picture; told when its weights have
-    changed. Recipes of before it was recorded know of none. Raises ModelError when it is nowhere."""
-    record = recipe.controlnet
-    if record is None:
-        return given
+def controlnets_of(recipe: Recipe, given: list[str], beside: Path, screen: Screen) -> tuple[str, ...]:
+    """The recipe's ControlNets: as given now, or where they were, or beside the picture; told when weights have
+    changed. Recipes of before they were recorded know of none. Raises ModelError when one is nowhere."""
+    records = recipe.controlnets
+    if not records:
+        return tuple(given)
+    if len(given) > len(records):
+        raise ModelError(
+            "{flag} is given {given} times and the recipe has {count} such inputs: leave out what is too many",
+            **{"flag": "--controlnet", "given": len(given), "count": len(records)},
+        )
+    places = [[place] for place in given]
+    places += [[str(one["path"]), str(beside / str(one["name"]))] for one in records[len(given) :]]
+    return tuple(_controlnet(*pair, screen) for pair in zip(records, places, strict=True))
+
+
+def _controlnet(record: Mapping[str, Any], places: list[str], screen: Screen) -> str:
     from lanting.weights.controls import open_controlnet
 
-    places = [given] if given else [str(record["path"]), str(beside / str(record["name"]))]
     here = [place for place in places if os.path.exists(Path(place).expanduser())]
     if not here:
         raise ModelError("the ControlNet {name} is not here any more: give it with --controlnet", name=places[0])

@@ -98,8 +98,14 @@ def to_json(recipe: Recipe) -> str:
         "task": recipe.task,
         "versions": dict(recipe.versions),
     } | ({"loras": [dict(lora) for lora in recipe.loras]} if recipe.loras else {})
-    table |= {"controlnet": dict(recipe.controlnet)} if recipe.controlnet else {}
+    table |= control_entries(recipe)
     return json.dumps(table, ensure_ascii=False, separators=(",", ":"))
+
+
+def control_entries(recipe: Recipe) -> dict[str, Any]:
+    """The ControlNets that drew along, as JSON has them: one by itself, several in a list."""
+    nets = [dict(net) for net in recipe.controlnets]
+    return {"controlnets": nets} if len(nets) > 1 else {"controlnet": nets[0]} if nets else {}
 
 
 def from_json(text: str, name: str = "the picture") -> Recipe:
@@ -117,8 +123,9 @@ def from_json(text: str, name: str = "the picture") -> Recipe:
                 raise ValueError("an input picture without hash or size")
         versions = {str(k): str(v) for k, v in table["versions"].items()}
         loras = tuple(_lora(entry) for entry in table.get("loras", []))
-        net = _controlnet(table["controlnet"]) if table.get("controlnet") else None
-        return Recipe(request, str(table["model"]), str(table["weights"]), str(table["task"]), versions, loras, net)
+        alone = [table["controlnet"]] if table.get("controlnet") else []
+        nets = tuple(_controlnet(entry) for entry in table.get("controlnets") or alone)
+        return Recipe(request, str(table["model"]), str(table["weights"]), str(table["task"]), versions, loras, nets)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError) as error:
         reason = (str(error).strip() or type(error).__name__)[:120]
         raise PictureError("the recipe in {name} can't be read: {reason}", name=name, reason=reason) from None

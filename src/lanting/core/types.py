@@ -94,7 +94,12 @@ class Recipe:
     task: str
     versions: Mapping[str, str]  # lanting, torch, python, device, dtype
     loras: tuple[Mapping[str, Any], ...] = ()  # {"name", "sha256", "strength", "path"} of each, as it was given
-    controlnet: Mapping[str, Any] | None = None  # {"name", "weights", "path"} of the one that drew along
+    controlnets: tuple[Mapping[str, Any], ...] = ()  # {"name", "weights", "path"} of each that drew along, in order
+
+    @property
+    def controlnet(self) -> Mapping[str, Any] | None:
+        """The only one, or the first; None where there was none."""
+        return self.controlnets[0] if self.controlnets else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -84,8 +84,9 @@ class Drawing:
         """Hang everything on the networks that the steps need."""
         models = self.models
         nets: dict[str, nn.Module] = {"transformer": models.transformer}
-        if models.controlnet is not None and (canvas.control is not None or canvas.steering is not None):
-            nets["controlnet"] = models.controlnet
+        if canvas.control is not None or canvas.steering is not None:
+            placed = models.placed_controlnets.values()
+            nets |= {f"controlnet{number if number > 1 else ''}": one.net for number, one in enumerate(placed, start=1)}
         told = None if self.told_before is None else [(s - self.done if s else -1, p, w) for s, p, w in self._safe()]
         watch = Sentinel(nets, models.dtype, self.remembered.ways, told, mend=self._mend, calm=self._calm)
         self.sentinel = self.hung.enter_context(watch)
@@ -220,7 +221,7 @@ class Drawing:
             placed: Any = self.models.placed_encoder
             inside = f"{PARTS[name]}.{inside}"
         else:
-            placed = self.models.placed_transformer if name == "transformer" else self.models.placed_controlnet
+            placed = self.models.placed_by(name)
         module = placed.net.get_submodule(inside)
         part = Part(module, inside)
         here = [name for name, tensor in part.tensors() if tensor.device.type != "meta"]

@@ -26,7 +26,7 @@ from lanting.engine.models import Models
 from lanting.engine.parallel import Crew
 from lanting.engine.phases import Phases, Previews, sentences
 from lanting.engine.remembered import Remembered
-from lanting.engine.resume import controlnet_of, go_on, mark_of, put_aside
+from lanting.engine.resume import controlnets_of, go_on, mark_of, put_aside
 from lanting.engine.rewriting import check_room, prepare, rewritten, words_for
 from lanting.engine.room import room
 from lanting.engine.studio import EngineStudio
@@ -42,6 +42,7 @@ from lanting.tasks.pictures import pictures_from, resize, to_mode
 from lanting.tasks.studio import size_of
 from lanting.weights.find import ModelFolder, locate
 from lanting.weights.lora_file import Lora
+from lanting.weights.sized import beside
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -68,7 +69,7 @@ class Engine:
         *,
         device: str | None = None,
         dtype: str | None = None,
-        controlnet: str | None = None,
+        controlnet: str | Sequence[str] | None = None,
         loras: Sequence[str] = (),
         parts: Mapping[str, str | None] | None = None,
         quant: str = "auto",
@@ -81,7 +82,7 @@ class Engine:
                     None: the best one present
         dtype       "bfloat16", "float16", "float32", or by component "vae=float32,transformer=bfloat16";
                     None: bfloat16, or float32 for small models on a CPU
-        controlnet  a ControlNet, its folder or file, for the tasks `controlnet` and `controlnet_inpaint`
+        controlnet  a ControlNet, its folder or file, for tasks of that name; of several each follows its own picture
         loras       LoRA files or names of LoRAs the model brings, with a strength if it is not 1: "ink.safetensors:0.8"
         parts       "text_encoder" and "vae": a file or folder that replaces the model's own, or that a file lacks
         quant       "int8", "fp8" or "int4": pack Linears that are stored in 16 or 32 bits while they are loaded;
@@ -92,9 +93,9 @@ class Engine:
         Raises ModelError or RequestError in one sentence.
         """
         folder, devices = locate(model, parts), devices_of(device)
-        wish = {"device": device, "quant": quant}
-        plan = planned(folder, fit, (controlnet, *loras), **wish)
-        models = Models(folder, devices[0] if devices else None, dtype, controlnet, loras, quant, plan)
+        nets = (controlnet,) if isinstance(controlnet, str) else tuple(controlnet or ())
+        plan = planned(folder, fit, lambda: beside(loras, nets), device=device, quant=quant)
+        models = Models(folder, devices[0] if devices else None, dtype, nets, loras, quant, plan)
         hold(models.device, fit.get("vram"))
         if len(devices) > 1:
             models.crew = Crew(models, devices, fit.get("vram"))
@@ -280,7 +281,7 @@ class Engine:
         if (request.task or "").startswith("edit"):
             models.see_pictures()
         prepare(models, request, drawing)
-        _ = models.codec, models.controlnet  # built once, kept
+        _ = models.codec, models.controlnets  # built once, kept
         if not models.take_turns:
             models.look_ahead()
         width, height = request.size or (0, 0)
@@ -321,7 +322,7 @@ class Engine:
         prompts = 1 if isinstance(request.prompt, str) else len(request.prompt)
         batch = prompts * request.count
         each = images // batch
-        versions, net = versions_of(self.models) | dict(more), controlnet_of(request, self.models)
+        versions, nets = versions_of(self.models) | dict(more), controlnets_of(request, self.models)
         loras = tuple(lora.describe() for lora in self.models.loras)
         return tuple(
             Recipe(
@@ -331,7 +332,7 @@ class Engine:
                 task=request.task or "text_to_image",
                 versions=versions,
                 loras=loras,
-                controlnet=net,
+                controlnets=nets,
             )
             for i in range(images)
         )

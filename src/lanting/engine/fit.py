@@ -6,8 +6,8 @@ knows the request, plans for that and hands the plan over.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
@@ -28,11 +28,11 @@ class Fit(TypedDict, total=False):
     rewrite: bool
 
 
-def planned(folder: ModelFolder, fit: Fit, files: tuple[str | None, ...], **wish: Any) -> Plan | None:
+def planned(folder: ModelFolder, fit: Fit, beside: Callable[[], int] = lambda: 0, **wish: Any) -> Plan | None:
     """The plan that was given, or the best one within the budgets; None where there is neither.
 
-    files  LoRAs ("ink.safetensors:0.8") and a ControlNet's folder, which take their size beside the model
-    wish   `device` and `quant`, as `lanting.plan.plan` takes them
+    beside  bytes of LoRAs and ControlNets, which take their size beside the model
+    wish    `device` and `quant`, as `lanting.plan.plan` takes them
     Raises RequestError where nothing fits, and for a budget that is no number.
     """
     budget = Budget(*(in_bytes(fit.get(name)) for name in ("vram", "ram")))
@@ -43,7 +43,7 @@ def planned(folder: ModelFolder, fit: Fit, files: tuple[str | None, ...], **wish
         check_copies(given, copies)
     if given is not None or (free and copies < 2):
         return given
-    model = replace(planned_model(folder), extra=sum(map(bytes_at, filter(None, files))))
+    model = replace(planned_model(folder), extra=beside())
     machine = detect()
     if free and not machine.ram_free:  # not known here
         return None
@@ -65,15 +65,6 @@ def check_copies(given: Plan, copies: int) -> None:
 def in_bytes(amount: str | int | None) -> int | None:
     """ "12G", "850M" or a number."""
     return parse_bytes(amount) if isinstance(amount, str) else amount
-
-
-def bytes_at(place: str) -> int:
-    """What is stored in a file, with a strength behind its name or without, or in a folder."""
-    names = (place, *([place.rpartition(":")[0]] if ":" in place else []))
-    path = next((each for name in names if (each := Path(name).expanduser()).exists()), None)
-    if path is None or path.is_file():
-        return 0 if path is None else path.stat().st_size
-    return sum(file.stat().st_size for file in path.glob("*.safetensors"))
 
 
 def hold(device: torch.device, vram: str | int | None) -> None:

@@ -12,6 +12,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -75,7 +76,7 @@ class Models:
         folder: ModelFolder,
         device: str | None,
         dtype: str | None,
-        controlnet: str | None = None,
+        controlnets: Sequence[str] = (),
         loras: Sequence[str] = (),
         quant: str = "auto",
         plan: Plan | None = None,
@@ -105,9 +106,7 @@ class Models:
         self.schedule = self._schedule()
         self.ahead = Ahead()
         self.crew: Crew | None = None  # processes on other devices that draw along
-        self.control = None
-        if controlnet is not None:
-            self.control = check_controlnet(open_controlnet(controlnet), folder.configs["transformer"])
+        self.controls = [check_controlnet(open_controlnet(net), folder.configs["transformer"]) for net in controlnets]
 
     @property
     def single_stream(self) -> bool:
@@ -258,8 +257,8 @@ class Models:
         if self.take_turns:
             self._leave("placed_encoder")
         self.placed_transformer.come()
-        for placed in (self.placed_transformer, self.placed_controlnet):
-            if placed is not None and placed.table is not None:
+        for placed in (self.placed_transformer, *self.placed_controlnets.values()):
+            if placed.table is not None:
                 placed.table.prepare(model_timestep(sigmas[:-1], self.dtype).to(placed.stored.placing.dtype))
                 tidy()
         if self.crew is not None:
@@ -280,8 +279,10 @@ class Models:
         """Let all weights go; they are read again when they are needed."""
         if self.crew is not None:
             self.crew.close()
-        for name in ("placed_transformer", "placed_encoder", "placed_controlnet"):
+        for name in ("placed_transformer", "placed_encoder"):
             self._close(name)
+        for placed in self.__dict__.pop("placed_controlnets", {}).values():
+            placed.close()
         for name in ("codec", "encoder", "preview"):
             self.__dict__.pop(name, None)
         self.prompts.clear()
@@ -306,17 +307,26 @@ class Models:
         return None
 
     @cached_property
-    def placed_controlnet(self) -> Placed[ControlNet] | None:
-        if self.control is None:
-            return None
-        stored = store_controlnet(self.control.checkpoint, self.control.config, self.placing("controlnet"))
-        placed = place_controlnet(stored, self.plan)
-        speed_up(placed.net, self.device)
-        return placed
+    def placed_controlnets(self) -> dict[Path, Placed[ControlNet]]:
+        """By where they are: one that is asked for twice is here once."""
+        found: dict[Path, Placed[ControlNet]] = {}
+        for file in self.controls:
+            if file.path not in found:
+                stored = store_controlnet(file.checkpoint, file.config, self.placing("controlnet"))
+                found[file.path] = placed = place_controlnet(stored, self.plan)
+                speed_up(placed.net, self.device)
+        return found
 
     @property
-    def controlnet(self) -> ControlNet | None:
-        return None if self.placed_controlnet is None else self.placed_controlnet.net
+    def controlnets(self) -> tuple[ControlNet, ...]:
+        """In the order in which they were asked for."""
+        return tuple(self.placed_controlnets[file.path].net for file in self.controls)
+
+    def placed_by(self, name: str) -> Placed[Any]:
+        """A network of the steps: "transformer", "controlnet", "controlnet2", ..."""
+        if name == "transformer":
+            return self.placed_transformer
+        return list(self.placed_controlnets.values())[int(name.removeprefix("controlnet") or 1) - 1]
 
     @cached_property
     def fingerprint(self) -> str:

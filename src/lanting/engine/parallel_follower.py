@@ -142,7 +142,7 @@ def opened(device: str, opening: Opening, strengths: Sequence[float], patience: 
         torch.set_num_threads(opening.threads)
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
-    given = (opening.folder, device, opening.dtype, None, opening.loras, opening.quant, opening.plan)
+    given = (opening.folder, device, opening.dtype, (), opening.loras, opening.quant, opening.plan)
     models = Models(*given)
     hold(models.device, opening.vram)
     models.set_strengths(strengths)

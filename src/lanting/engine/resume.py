@@ -26,22 +26,21 @@ if TYPE_CHECKING:
 
 def mark_of(request: Request, models: Models) -> str:
     """A hash of everything that decides the pixels: the settled request, weights, what they are packed as while they
-    are loaded, LoRAs, the ControlNet where it draws along, device and dtypes."""
+    are loaded, LoRAs, ControlNets where they draw along, device and dtypes."""
     loras = [lora.describe() for lora in models.loras]
-    net = controlnet_of(request, models)
     dtypes = {name: str(dtype) for name, dtype in models.dtypes.items()}
     what: list[Any] = [describe_request(request), models.fingerprint, loras, dtypes, models.device.type]
     what += [[name, kind] for name in ("text_encoder", "transformer") if (kind := models.kind(name)) != "none"]
-    what += [net["weights"], models.kind("controlnet")] if net else []
+    what += [word for net in controlnets_of(request, models) for word in (net["weights"], models.kind("controlnet"))]
     return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
-def controlnet_of(request: Request, models: Models) -> dict[str, str] | None:
-    """The ControlNet for a recipe, where it draws along; `weights` is a hash as the model's own."""
-    net = models.control
-    if net is None or not (request.task or "").startswith("controlnet"):
-        return None
-    return {"name": net.path.name, "weights": net.checkpoint.fingerprint(), "path": str(net.path)}
+def controlnets_of(request: Request, models: Models) -> tuple[dict[str, str], ...]:
+    """The ControlNets for a recipe, where they draw along; `weights` is a hash as the model's own."""
+    if not (request.task or "").startswith("controlnet"):
+        return ()
+    nets = [(net.path, net.checkpoint.fingerprint()) for net in models.controls]
+    return tuple({"name": path.name, "weights": print_, "path": str(path)} for path, print_ in nets)
 
 
 def put_aside(step: Step, done: int, mark: str, choices: Mapping[str, Any] | None = None) -> Checkpoint:

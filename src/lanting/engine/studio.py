@@ -14,6 +14,7 @@ import torch
 
 from lanting.engine.models import Models
 from lanting.flow.loop import Conditioning
+from lanting.tasks.studio import Guide
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -37,7 +38,8 @@ class EngineStudio:
         self.release = models.spec
         self.codec = models.codec
         self.schedule = models.schedule
-        self.controlnet = models.controlnet
+        self.blocks = int(models.folder.configs["transformer"].get("num_layers", 60))
+        self.guides = [Guide(net, file.masked) for net, file in zip(models.controlnets, models.controls, strict=True)]
         self.device, self.dtype = models.device, models.dtype
 
     def encode_prompt(self, prompts: Sequence[str], images: Sequence[Image] = ()) -> Conditioning:

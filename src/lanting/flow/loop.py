@@ -160,6 +160,7 @@ class Question:
         copies = len(prompt.embeds) // self.batch  # 2 when both sides of the guidance go in one call
         more: dict[str, Any] = {"places": prompt.places} if prompt.places else {}
         more |= {} if self.steer is None else {"steer": self.steer}
+        control = {id(r): stacked(r, copies) for r in self.residuals}  # blocks may share one
         prediction = self.model(
             stacked(self.seen, copies),
             stacked(self.timestep, copies),
@@ -167,7 +168,7 @@ class Question:
             prompt.mask,
             self.grids,
             self.tokens,
-            control=[stacked(r, copies) for r in self.residuals],
+            control=[control[id(r)] for r in self.residuals],
             branch=branch,
             **more,
         )

@@ -55,14 +55,21 @@ class BlockwiseControlNet(nn.Module):
         first: BlockwiseBlock = self.controlnet_blocks[0]  # type: ignore[assignment]
         return first.x_rms.weight.dtype  # a norm's: `img_in` may be packed
 
-    def steer(self, hints: Sequence[tuple[Tensor, float]]) -> Steer:
+    def steer(
+        self, hints: Sequence[tuple[Tensor, float]], beside: Sequence[tuple[BlockwiseControlNet, Tensor, float]] = ()
+    ) -> Steer:
         """What a Stack is to do behind its blocks. `hints`: packed latents (B or 1, N, in_channels) of each control
-        picture, and how much it counts; their corrections are added up."""
-        return partial(self.behind, [(self.img_in(latents.to(self.dtype)), scale) for latents, scale in hints])
+        picture, and how much it counts; `beside`: those that other nets see. All corrections are added up."""
+        every = [*((self, *hint) for hint in hints), *beside]
+        return partial(behind, [(net, net.img_in(latents.to(net.dtype)), scale) for net, latents, scale in every])
 
-    def behind(self, seen: Sequence[tuple[Tensor, float]], index: int, img: Tensor, target_tokens: int) -> Tensor:
-        """The picture stream (B, N + R, D) behind block `index`, corrected where the target is."""
-        target, block = img[:, :target_tokens], self.controlnet_blocks[index]
-        found = sum((block(target, one) * scale for one, scale in seen), start=torch.zeros_like(target))
-        steered = target + found.to(target.dtype)
-        return steered if target_tokens == img.shape[1] else torch.cat([steered, img[:, target_tokens:]], 1)
+
+def behind(
+    seen: Sequence[tuple[BlockwiseControlNet, Tensor, float]], index: int, img: Tensor, target_tokens: int
+) -> Tensor:
+    """The picture stream (B, N + R, D) behind block `index`, corrected where the target is; every net is asked of the
+    stream as the block left it."""
+    target = img[:, :target_tokens]
+    each = (net.controlnet_blocks[index](target, one) * scale for net, one, scale in seen)
+    steered = target + sum(each, start=torch.zeros_like(target)).to(target.dtype)
+    return steered if target_tokens == img.shape[1] else torch.cat([steered, img[:, target_tokens:]], 1)

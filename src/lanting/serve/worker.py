@@ -221,7 +221,7 @@ def published(result: Result, target: Path, wait: bool) -> dict[str, Any]:
         replace(
             one,
             loras=tuple({**lora, "path": lora["name"]} for lora in one.loras),
-            controlnet=one.controlnet and {**one.controlnet, "path": one.controlnet["name"]},
+            controlnets=tuple({**net, "path": net["name"]} for net in one.controlnets),
         )
         for one in result.recipes
     )

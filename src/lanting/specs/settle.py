@@ -137,7 +137,7 @@ def _check_pictures(request: Request, task: str, spec: ModelSpec) -> None:
 
 
 def _most_pictures(task: str, spec: ModelSpec) -> int:
-    if task == "controlnet":
+    if task.startswith("controlnet"):
         return MOST_CONTROLS
     return max(spec.defaults.max_pictures, 1) if task.startswith("edit") else 1
 
@@ -148,13 +148,20 @@ def _check_mask(request: Request, task: str) -> None:
         raise RequestError("{task} needs a mask: a picture that is white where to draw anew", task=task)
     if task not in NEEDS_MASK:
         raise RequestError("{task} takes no mask", task=task)
-    if mask.size != request.images[0].size:
-        ours, theirs = (f"{w}×{h}" for w, h in (mask.size, request.images[0].size))
+    repainted = request.images if task == "controlnet_inpaint" else request.images[:1]  # of several nets, whichever's
+    if all(mask.size != image.size for image in repainted):
+        check_mask_size(mask, repainted[0])
+    if _brightest(mask) < 128:  # the mask is cut at half
+        raise RequestError("the mask is black everywhere, so nothing would change: paint white what to draw anew")
+
+
+def check_mask_size(mask: Image, picture: Image) -> None:
+    """Raises RequestError where a mask is not as large as the picture that it belongs to."""
+    if mask.size != picture.size:
+        ours, theirs = (f"{w}×{h}" for w, h in (mask.size, picture.size))
         raise RequestError(
             "the mask is {mask} and the picture {picture}: make them the same size", mask=ours, picture=theirs
         )
-    if _brightest(mask) < 128:  # the mask is cut at half
-        raise RequestError("the mask is black everywhere, so nothing would change: paint white what to draw anew")
 
 
 def _brightest(mask: Image) -> int:

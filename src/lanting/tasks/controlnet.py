@@ -1,15 +1,18 @@
 """Follow the structure of a picture (edges, depth, pose) through a ControlNet's residuals.
 
 Union: every picture of the request is a control picture. Inpainting: the picture with a hole, and the hole as
-a 17th latent channel. Control is data of the canvas, so it combines with any other task by `replace`. Nets of both
-builds are asked for the same things; those that hang on the blocks act at the steps at which DiffSynth has them act.
+a 17th latent channel. Of several nets each has its own picture, in order, and what they say is added up. Control is
+data of the canvas, so it combines with any other task by `replace`. Nets of both builds are asked for the same things;
+those that hang on the blocks act at the steps at which DiffSynth has them act.
 In context there is no net: a LoRA has taught the transformer to follow a picture that stands behind the target.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +22,13 @@ from lanting.core import ModelError, Request, RequestError
 from lanting.core.types import words_of
 from lanting.flow.latents import pack
 from lanting.flow.loop import Canvas, Conditioning, Control, Grid, Steer, Steering
-from lanting.tasks.pictures import mask_of, pixels_of
-from lanting.tasks.studio import Blockwise, Residuals, Studio, begin, look_at, size_of
+from lanting.tasks.pictures import Size, levels_of, pixels_of
+from lanting.tasks.studio import Blockwise, Guide, Residuals, Studio, begin, look_at, size_of
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Part = tuple[Tensor, float, tuple[float, float]]  # a hint, its scale, and the noise levels between which it is active
 IN_CONTEXT = "Context_Control. "  # the words with which the LoRA was trained
 NEAR = 1e-4  # of progress: where a step counts as begun or over
 
@@ -31,38 +38,60 @@ def controlnet(studio: Studio, request: Request) -> Canvas:
     if request.options.get("in_context"):
         return in_context(studio, request)
     size = size_of(request)
-    hints = [look_at(studio, image, size).data for image in request.images]
-    return with_control(studio, request, hints)
+    return with_control(studio, request, [look_at(studio, image, size).data for image in request.images])
 
 
 def controlnet_inpaint(studio: Studio, request: Request) -> Canvas:
-    """White of the mask is drawn anew, from noise; the net sees the rest. Options as in `controlnet`."""
+    """White of the mask is drawn anew, from noise; nets that repaint see the rest, others follow their picture as
+    ever. Options as in `controlnet`."""
     if request.mask is None:
         raise RequestError("{task} needs a mask: a picture that is white where to draw anew", task=request.task)
-    size, codec = size_of(request), studio.codec
-    mask = mask_of(request.mask, size)  # (1, 1, H, W)
-    hole = pixels_of(request.images[0], size, codec.pixel_channels).masked_fill(mask > 0.5, -1.0)
-    latents = codec.latents(hole)  # (1, z, H/8, W/8)
-    known = 1 - F.interpolate(mask, size=latents.shape[-2:]).to(latents.device)
-    hint = pack(torch.cat([latents, known], 1))  # (1, N, 4 (z + 1))
-    return with_control(studio, request, [hint.to(studio.device, studio.dtype)])
+    size, guides = size_of(request), guides_for(studio, request)
+    hints = [
+        hole_in(studio, image, request.mask, size, soft=isinstance(guide.net, Blockwise))
+        if guide.masked
+        else look_at(studio, image, size).data
+        for image, guide in zip(request.images, guides, strict=True)
+    ]
+    return with_control(studio, request, hints)
+
+
+def hole_in(studio: Studio, picture: Image, mask: Image, size: Size, *, soft: bool) -> Tensor:
+    """What a net that repaints sees of a picture: (1, N, 4 (z + 1)), without what is white in the mask.
+
+    soft  grey of the mask is told as it is, by DiffSynth's nets; InstantX's know black and white. The hole itself has
+          an edge either way, half-way between the two
+    """
+    codec, levels = studio.codec, levels_of(mask, size)  # (1, 1, H, W)
+    white = levels >= 0.5
+    latents = codec.latents(pixels_of(picture, size, codec.pixel_channels).masked_fill(white, -1.0))  # (1, z, H/8, W/8)
+    known = 1 - F.interpolate(levels if soft else white.float(), size=latents.shape[-2:]).to(latents.device)
+    return pack(torch.cat([latents, known], 1)).to(studio.device, studio.dtype)
+
+
+def guides_for(studio: Studio, request: Request) -> Sequence[Guide]:
+    """The net of each control picture: one follows all of them."""
+    if not studio.guides:
+        raise ModelError("{task} needs a ControlNet: open the model together with one", task=request.task)
+    return studio.guides if len(studio.guides) > 1 else [studio.guides[0]] * len(request.images)
 
 
 def with_control(studio: Studio, request: Request, hints: Sequence[Tensor]) -> Canvas:
     """Text-to-image whose model is steered by `hints` (1, N, C), added up."""
-    net = studio.controlnet
-    if net is None:
-        raise ModelError("{task} needs a ControlNet: open the model together with one", task=request.task)
+    guides = guides_for(studio, request)
     canvas = begin(studio, request, studio.codec.grid(*size_of(request)))
     option = request.options.get
     scales = per_hint(option("control_scale", 1.0), len(hints))
     starts, ends = (per_hint(option(f"control_{side}", at), len(hints)) for side, at in (("start", 0), ("end", 1)))
-    span = progress_span if isinstance(net, Blockwise) else active_span
-    spans = [span(canvas.sigmas, start, end) for start, end in zip(starts, ends, strict=True)]
-    parts = list(zip(hints, scales, spans, strict=True))
-    if isinstance(net, Blockwise):
-        return replace(canvas, steering=steering(net, parts))
-    return replace(canvas, control=steer(net, parts))
+    behind: list[tuple[Blockwise, Part]] = []
+    beside: list[tuple[Residuals, Part]] = []
+    for guide, hint, scale, start, end in zip(guides, hints, scales, starts, ends, strict=True):
+        if isinstance(guide.net, Blockwise):
+            behind.append((guide.net, (hint, scale, progress_span(canvas.sigmas, start, end))))
+        else:
+            beside.append((guide.net, (hint, scale, active_span(canvas.sigmas, start, end))))
+    canvas = replace(canvas, steering=steering(behind)) if behind else canvas
+    return replace(canvas, control=steer(beside, studio.blocks)) if beside else canvas
 
 
 def in_context(studio: Studio, request: Request) -> Canvas:
@@ -73,32 +102,60 @@ def in_context(studio: Studio, request: Request) -> Canvas:
     return replace(canvas, references=(look_at(studio, picture, size),))
 
 
-def steering(net: Blockwise, parts: Sequence[tuple[Tensor, float, tuple[float, float]]]) -> Steering:
-    """As `steer`, for a net that is asked block by block."""
+def steering(parts: Sequence[tuple[Blockwise, Part]]) -> Steering:
+    """As `steer`, for nets that are asked block by block."""
 
     def at(sigma: Tensor) -> Steer | None:
-        hints = [(hint, scale) for hint, scale, (low, high) in parts if scale and low <= float(sigma) <= high]
-        return net.steer(hints) if hints else None
+        active = [
+            (net, hint, scale) for net, (hint, scale, (low, high)) in parts if scale and low <= float(sigma) <= high
+        ]
+        if not active:
+            return None
+        first = active[0][0]
+        own = [(hint, scale) for net, hint, scale in active if net is first]
+        return first.steer(own, [part for part in active if part[0] is not first])
 
     return at
 
 
-def steer(net: Residuals, parts: Sequence[tuple[Tensor, float, tuple[float, float]]]) -> Control:
-    """The canvas's control: per part a hint, a scale, and the noise levels between which it is active."""
+def steer(parts: Sequence[tuple[Residuals, Part]], blocks: int) -> Control:
+    """The canvas's control: a net and its part of each picture, added up for a transformer of so many blocks."""
 
     def residuals(
         latents: Tensor, timestep: Tensor, sigma: Tensor, prompt: Conditioning, grids: Sequence[Grid]
     ) -> list[Tensor]:
-        total: list[Tensor] = []
-        for hint, scale, (low, high) in parts:
+        totals: dict[int, list[Tensor]] = {}  # of nets that give as many
+        for net, (hint, scale, (low, high)) in parts:
             if scale == 0 or not low <= float(sigma) <= high:
                 continue
             cond = hint.expand(len(latents), -1, -1)
             found = [r * scale for r in net(latents, cond, timestep, prompt.embeds, prompt.mask, grids)]
-            total = [a + b for a, b in zip(total, found, strict=True)] if total else found
-        return total
+            total = totals.get(len(found))
+            totals[len(found)] = [a + b for a, b in zip(total, found, strict=True)] if total else found
+        return spread(list(totals.values()), blocks)
 
     return residuals
+
+
+def spread(sides: Sequence[list[Tensor]], blocks: int) -> list[Tensor]:
+    """Residuals of nets of different depths as one list, for whoever spreads that evenly over the blocks.
+
+    Each is spread over all of them on its own, and what meets at a block is added up. Blocks of one sum share its
+    tensor.
+    """
+    if len(sides) < 2:
+        return sides[0] if sides else []
+    count = math.lcm(*map(len, sides))
+    count = blocks if blocks % count else count
+    known: dict[tuple[int, ...], Tensor] = {}
+    found: list[Tensor] = []
+    for block in range(0, blocks, blocks // count):
+        places = tuple(block // math.ceil(blocks / len(side)) for side in sides)
+        if places not in known:
+            first, *others = (side[place] for side, place in zip(sides, places, strict=True))
+            known[places] = sum(others, start=first)
+        found.append(known[places])
+    return found
 
 
 def active_span(sigmas: Tensor, start: float, end: float) -> tuple[float, float]:

@@ -81,11 +81,16 @@ def pixels_of(picture: Picture, size: Size, channels: int = 3) -> Tensor:
     return 2.0 * torch.from_numpy(values).permute(2, 0, 1)[None] - 1.0
 
 
+def levels_of(mask: Picture, size: Size) -> Tensor:
+    """Resized to `size` -> (1, 1, H, W) float32 from 0, black, to 1, white."""
+    values = np.asarray(resize(eight_bits(mask), size).convert("L"), dtype=np.float32) / 255.0
+    return torch.from_numpy(values)[None, None]
+
+
 def mask_of(mask: Picture, size: Size) -> Tensor:
     """Resized to `size` -> (1, 1, H, W) float32: 1 where the picture is to be drawn anew (half-white and
     up)."""
-    values = np.asarray(resize(eight_bits(mask), size).convert("L"), dtype=np.float32) / 255.0
-    return torch.from_numpy((values >= 0.5).astype(np.float32))[None, None]
+    return (levels_of(mask, size) >= 0.5).float()
 
 
 def pictures_from(pixels: Tensor) -> list[Picture]:

@@ -7,6 +7,7 @@ devices nor networks, and a test can hand them a few tensors instead of an engin
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
@@ -32,12 +33,22 @@ Residuals = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, Sequence[Gr
 class Blockwise(Protocol):
     """A ControlNet that is asked behind every block of the transformer, see `lanting.nn.blockwise`."""
 
-    def steer(self, hints: Sequence[tuple[Tensor, float]]) -> Steer:
-        """From (control latents, scale) of each control picture."""
+    def steer(
+        self, hints: Sequence[tuple[Tensor, float]], beside: Sequence[tuple[Blockwise, Tensor, float]] = ()
+    ) -> Steer:
+        """From (control latents, scale) of each control picture, and of those that other nets follow."""
         ...
 
 
 ControlNet = Residuals | Blockwise
+
+
+@dataclass(frozen=True, slots=True)
+class Guide:
+    """A ControlNet, and whether it repaints: it reads a picture with a hole, and where that is."""
+
+    net: ControlNet
+    masked: bool = False
 
 
 class Studio(Protocol):
@@ -53,7 +64,14 @@ class Studio(Protocol):
     def schedule(self) -> Schedule: ...
 
     @property
-    def controlnet(self) -> ControlNet | None: ...
+    def blocks(self) -> int:
+        """Of the transformer."""
+        ...
+
+    @property
+    def guides(self) -> Sequence[Guide]:
+        """One follows all control pictures; of several each has its own."""
+        ...
 
     @property
     def device(self) -> torch.device: ...

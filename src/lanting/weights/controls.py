@@ -1,9 +1,10 @@
 """ControlNets as people have them: a folder or a single file, of InstantX's kind or blockwise; told by their tensors.
 
 InstantX publishes folders in diffusers' layout; ComfyUI's users have the same tensors as one file without a config,
-bare or behind a prefix. DiffSynth publishes one `model.safetensors`, which ComfyUI keeps as a model patch under the
-same names. No flag says which it is: the names do, and the shapes tell depth, width and whether a mask is read. No
-torch: `lanting replay` and `show` ask here, too. Whether a net fits a model is told before any weight is read.
+safetensors or GGUF, bare or behind a prefix. DiffSynth publishes one `model.safetensors`, which ComfyUI keeps as a
+model patch under the same names. No flag says which it is: the names do, and the shapes tell depth, width and whether a
+mask is read. No torch: `lanting replay` and `show` ask here, too. Whether a net fits a model is told before any weight
+is read.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from lanting.core.errors import ModelError
+from lanting.core.lang import Phrase
 from lanting.specs.detect import SINGLE_STREAM
 from lanting.weights.checkpoint import Checkpoint, layer_notes, open_component, read_json
 from lanting.weights.configs import BLOCKWISE, config_of
+from lanting.weights.gguf_view import open_gguf
 from lanting.weights.headers import read_file
 from lanting.weights.single import SIGNS, sniff, split_names
 
@@ -72,10 +75,10 @@ def open_controlnet(place: str | Path) -> ControlFile:
 
 
 def _file(path: Path) -> Checkpoint:
+    label = Phrase("{component} in {file}", component="ControlNet", file=path.name)
     if sniff(path) == "gguf":
-        raise ModelError("{path} is GGUF, and ControlNets are read from safetensors: get that file", path=str(path))
+        return replace(open_gguf(path), label=label)
     infos, metadata = read_file(path)
-    label = f"ControlNet in {path.name}"
     return Checkpoint(label, dict.fromkeys(infos, path), infos, metadata, layer_notes(path, metadata))
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
 
 from lanting.core.errors import ModelError
 from lanting.plan.geometry import Geometry
 from lanting.plan.model import Model
 from lanting.plan.sizes import parameters
 from lanting.weights.checkpoint import Checkpoint
+from lanting.weights.controls import open_controlnet
 from lanting.weights.find import ModelFolder
 from lanting.weights.fits import with_writing
 from lanting.weights.forms import Form, read_forms
@@ -40,6 +43,14 @@ def planned_model(folder: ModelFolder) -> Model:
         files=body.bytes() + reader.bytes() + vae.bytes(),
         here=True,
     )
+
+
+def beside(loras: Iterable[str], controlnets: Iterable[str]) -> int:
+    """Bytes of what is hung on a transformer: LoRA files ("ink.safetensors:0.8"; one that a model brings by name is
+    small and not counted), and the tensors of ControlNets, each net once. Raises ModelError for one that is none."""
+    files = (Path(place).expanduser() for lora in loras for place in (lora, lora.rpartition(":")[0]) if place)
+    nets = {net.path: net.checkpoint.bytes() for net in map(open_controlnet, controlnets)}
+    return sum(path.stat().st_size for path in set(files) if path.is_file()) + sum(nets.values())
 
 
 def kind_of(checkpoint: Checkpoint, forms: dict[str, Form]) -> str | None:

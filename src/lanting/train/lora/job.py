@@ -83,7 +83,7 @@ class LoraTraining:
         given = in_bytes(own.vram if device.type == "cuda" else own.ram)
         budget = given or int(SPARE * free_bytes(device))
         fit: Any = {"vram": budget, "ram": own.ram} if device.type == "cuda" else {"ram": budget}
-        plan = None if small else planned(folder, fit, (), device=own.device, quant="auto")  # of those who see examples
+        plan = None if small else planned(folder, fit, device=own.device, quant="auto")  # of those who see examples
         self.models = Models(folder, own.device, own.dtype or usual_dtype(device), plan=plan)
         tokens = own.run.batch * max(tokens_of(one, self.models.spec.defaults) for one in own.examples)
         self.need = choose(self.models, own.quant, budget, tokens, own.run)
