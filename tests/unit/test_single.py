@@ -305,6 +305,31 @@ def test_a_lone_transformer_says_what_it_lacks(tmp_path):
     assert describe(str(path)).runs.endswith(" --text-encoder FILE --vae FILE")
 
 
+def test_a_folder_here_that_is_called_like_another_model(tmp_path, monkeypatch):
+    """Releases are meant by their names, then folders, then what was pulled; and what else is called so is said."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "qwen-image").symlink_to(NANO)
+    with pytest.raises(ModelError, match=r"or say \./qwen-image for the folder"):
+        locate("qwen-image")
+    assert locate("./qwen-image").path == Path("qwen-image")
+    installed = model_folder("qwen-image")
+    installed.parent.mkdir(parents=True, exist_ok=True)
+    installed.symlink_to(NANO)
+    found = locate("qwen-image")
+    assert found.path == installed and found.notes[-1].endswith("for the folder of that name here say ./qwen-image")
+    assert describe("qwen-image").notes[-1] == found.notes[-1]
+
+    pulled = model_folder("maker/signs")
+    pulled.parent.mkdir(parents=True, exist_ok=True)
+    pulled.symlink_to(NANO)
+    (tmp_path / "maker" / "signs").mkdir(parents=True)  # no model in it
+    assert locate("maker/signs").path == describe("maker/signs").path == pulled
+    (tmp_path / "maker" / "signs").rmdir()
+    (tmp_path / "maker" / "signs").symlink_to(NANO)
+    found = locate("maker/signs")
+    assert found.path == Path("maker/signs") and found.notes[-1].endswith(f"and not the model in {pulled}")
+
+
 def test_the_rest_is_given_or_installed(tmp_path):
     path = bare(tmp_path / "qwen_image_bf16.safetensors")
     parts = {"text_encoder": str(NANO / "text_encoder"), "vae": str(NANO)}

@@ -63,16 +63,18 @@ def locate(model: str, parts: Mapping[str, str | None] | None = None) -> ModelFo
 
 def _locate_folder(model: str) -> ModelFolder:
     if model in spec_names():
-        path = embedded_nano() if model == "nano" else downloaded(model)
-        if path is None or not (path / "model_index.json").is_file():
-            raise ModelError("{model} is not downloaded yet: run 'lanting pull {model}', or give a folder", model=model)
-        return open_folder(path, name=model, spec=get_spec(model))
+        return _locate_release(model)
     path = Path(model).expanduser()
-    if path.is_dir():
-        return open_folder(path, name=path.resolve().name)
+    pulled = downloaded(model) if REPO.fullmatch(model) else None
+    if path.is_dir() and (pulled is None or (path / "model_index.json").is_file()):
+        found = open_folder(path, name=path.resolve().name)
+        if pulled is None:
+            return found
+        twins = Phrase("{name} is the folder here, and not the model in {path}", name=model, path=pulled)
+        return replace(found, notes=(*found.notes, twins))
     if REPO.fullmatch(model):
-        if (path := downloaded(model)) is not None:
-            return open_folder(path, name=model)
+        if pulled is not None:
+            return open_folder(pulled, name=model)
         raise ModelError(
             "{model} is neither a folder here nor a model we have: run 'lanting pull {model}' to get it", model=model
         )
@@ -84,6 +86,25 @@ def _locate_folder(model: str) -> ModelFolder:
         )
     get_spec(model)  # an unknown name: raises, naming the closest ones
     raise ModelError("{model} is neither a known release nor a folder: 'lanting list' has the names", model=model)
+
+
+def _locate_release(name: str) -> ModelFolder:
+    path = embedded_nano() if name == "nano" else downloaded(name)
+    if path is not None and (path / "model_index.json").is_file():
+        found = open_folder(path, name, get_spec(name))
+        return replace(found, notes=(*found.notes, *namesakes(name)))
+    if namesakes(name):
+        raise ModelError(
+            "{name} is not downloaded yet: run 'lanting pull {name}', or say ./{name} for the folder", name=name
+        )
+    raise ModelError("{model} is not downloaded yet: run 'lanting pull {model}', or give a folder", model=name)
+
+
+def namesakes(release: str) -> tuple[Phrase, ...]:
+    """What to know where a model's folder here is called like a release: the release is meant."""
+    if not (Path(release) / "model_index.json").is_file():
+        return ()
+    return (Phrase("{name} is the release: for the folder of that name here say ./{name}", name=release),)
 
 
 def open_folder(path: Path, name: str, spec: ModelSpec | None = None) -> ModelFolder:

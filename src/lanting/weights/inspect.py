@@ -18,7 +18,7 @@ from lanting.core.errors import ModelError
 from lanting.core.lang import Phrase
 from lanting.specs import detect, get_spec, spec_names
 from lanting.weights.checkpoint import Checkpoint, open_component, read_json
-from lanting.weights.find import COMPONENTS, LORAS, PARTS, base_of, disagreements, release_of
+from lanting.weights.find import COMPONENTS, LORAS, PARTS, base_of, disagreements, namesakes, release_of
 from lanting.weights.forms import read_forms, side_tensors
 from lanting.weights.gguf import is_gguf, read_gguf
 from lanting.weights.gguf_names import is_projector
@@ -63,12 +63,13 @@ def describe(model: str) -> Description:
     path = Path(model).expanduser()
     if model in spec_names():
         return _describe_release(model)
-    if path.is_dir():
+    pulled = downloaded(model) if REPO.fullmatch(model) else None
+    if path.is_dir() and (pulled is None or (path / "model_index.json").is_file()):
         return _describe_folder(path, path.resolve().name, None)
     if path.is_file():
         return _describe_file(path)
-    if REPO.fullmatch(model) and (found := downloaded(model)) is not None:
-        return _describe_folder(found, model, None)
+    if pulled is not None:
+        return _describe_folder(pulled, model, None)
     if "/" in model or "\\" in model or path.suffix in (".safetensors", ".gguf", *PICKLES):
         raise ModelError("{path} does not exist", path=model)
     return _describe_release(get_spec(model).name)  # raises, naming the closest ones
@@ -78,6 +79,7 @@ def _describe_release(name: str) -> Description:
     folder = embedded_nano() if name == "nano" else downloaded(name)
     if folder is not None and (folder / "model_index.json").is_file():
         described = _describe_folder(folder, name, name)
+        described = replace(described, notes=(*described.notes, *namesakes(name)))
         lora = lora_path(name)
         return described if lora is None else _with_file(described, lora)
     notes = [Phrase("not on this machine: run 'lanting pull {name}'", name=name)] if name != "nano" else []
@@ -89,7 +91,7 @@ def _describe_release(name: str) -> Description:
                 **{"have": gigabytes(begun.have), "total": gigabytes(begun.total), "name": name},
             )
         ]
-    return Description(name, None, name, notes=(*notes, told) if told else tuple(notes))
+    return Description(name, None, name, notes=(*notes, *([told] if told else []), *namesakes(name)))
 
 
 def _describe_folder(folder: Path, name: str, release: str | None) -> Description:
