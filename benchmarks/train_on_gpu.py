@@ -35,13 +35,12 @@ from lanting.train.journal import NAME as LOG
 from lanting.train.journal import entries
 from lanting.train.loop import train
 from lanting.train.nano_run import CLOSING, NanoRun
-from lanting.train.portable import STATE, pack
+from lanting.train.portable import RUN, STATE, VAE, pack
 from lanting.train.stopwatch import FILE as PROFILE
 from lanting.train.stopwatch import profiled
-from lanting.train.vae import FROZEN
+from lanting.train.vae import CHECKPOINT
 from lanting.train.workers import kept_atlas
 
-UNFINISHED = "train.pt"  # the autoencoder's checkpoint, brought back when a slice ends inside stage 1
 MOST_FILES, MOST_BYTES = 8, 16 * 2**20
 PROFILED = (40, 400)  # steps from which on a profile is taken: while shapes are new, and when most are known
 
@@ -111,18 +110,19 @@ def seconds_on_gpu(work: Any, times: int = 10) -> float:
 
 
 class Keeper(threading.Thread):
-    """Leaves the latest checkpoint in `out`, so that a call that is cut off has not been for nothing."""
+    """Leaves the latest checkpoint in `out`, of either stage, so that a call that is cut off was not for nothing."""
 
     def __init__(self, run: NanoRun, out: Path, every: float = 20.0):
         super().__init__(daemon=True)
         self.run_of, self.out, self.every, self.done = run, out, every, threading.Event()
 
     def run(self) -> None:
-        kept, path = 0.0, self.run_of.folder / "checkpoint.pt"
+        kept, paths = 0.0, (self.run_of.folder / "checkpoint.pt", self.run_of.vae / CHECKPOINT)
         while not self.done.wait(self.every):
             try:
-                if (self.run_of.vae / FROZEN).exists() and path.stat().st_mtime > kept:
-                    kept = path.stat().st_mtime
+                newest = max((path.stat().st_mtime for path in paths if path.exists()), default=0.0)
+                if newest > kept:
+                    kept = newest
                     pack(self.run_of.folder, self.out, 0)
             except (OSError, RuntimeError, LantingError) as error:
                 print(f"not kept: {error}", file=sys.stderr, flush=True)
@@ -216,7 +216,8 @@ def the_run(asked: argparse.Namespace) -> NanoRun:
 
 
 def goes_on(source: Path | None) -> bool:
-    return source is not None and (source / "run.json").is_file()
+    """Whether an earlier slice left something to go on from: of a first call there may be an empty folder."""
+    return source is not None and any((source / name).is_file() for name in (RUN, VAE, CHECKPOINT))
 
 
 def rehearsal(run: NanoRun) -> NanoRun:
@@ -239,13 +240,13 @@ def rehearsal(run: NanoRun) -> NanoRun:
 
 def layers_of(source: str) -> int:
     """Layers of what is brought; those of a rehearsal where there is nothing."""
-    if not source:
+    if not source or not (Path(source) / RUN).is_file():
         return 1
-    return json.loads((Path(source) / "run.json").read_text())["config"]["transformer"]["num_layers"]
+    return json.loads((Path(source) / RUN).read_text())["config"]["transformer"]["num_layers"]
 
 
 def prepare(asked: argparse.Namespace) -> None:
-    """Put the atlas and an unfinished stage 1 where the run looks for them."""
+    """Put the atlas where the run looks for it."""
     vae = asked.folder / "vae"
     vae.mkdir(parents=True, exist_ok=True)
     for place in (asked.folder / "atlas.npz", vae / "atlas.npz"):
@@ -254,17 +255,15 @@ def prepare(asked: argparse.Namespace) -> None:
     kept_atlas(asked.folder / "atlas.npz")
     if not (vae / "atlas.npz").exists():
         shutil.copyfile(asked.folder / "atlas.npz", vae / "atlas.npz")
-    if asked.resume_from and (asked.resume_from / UNFINISHED).is_file() and not (vae / UNFINISHED).exists():
-        shutil.copyfile(asked.resume_from / UNFINISHED, vae / UNFINISHED)
 
 
 def bring_back(run: NanoRun, out: Path, report: dict[str, Any]) -> list[Path]:
     """Everything worth keeping, in `out`; raises SystemExit where it is more than a rented machine gives back."""
     out.mkdir(parents=True, exist_ok=True)
-    if (run.portable / "run.json").is_file():
+    if run.portable.is_dir():
         shutil.copytree(run.portable, out, dirs_exist_ok=True)
-    elif (run.vae / UNFINISHED).is_file():
-        shutil.copyfile(run.vae / UNFINISHED, out / UNFINISHED)
+        if not (run.portable / CHECKPOINT).is_file():  # kept while stage 1 was on
+            (out / CHECKPOINT).unlink(missing_ok=True)
     sheets = latest_sheets(run.folder / "sheets")
     if sheets:
         one_sheet(sheets).save(out / "sheet.png", optimize=True)

@@ -16,6 +16,7 @@ import torch
 
 from lanting import Engine, Request
 from lanting.core.errors import ModelError, OutputError, RequestError
+from lanting.core.lang import Phrase
 from lanting.nn.mmdit import Attend
 from lanting.nn.qwen_language import Attend as CausalAttend
 from lanting.train.course import Budget
@@ -311,6 +312,8 @@ def test_cost_is_told_and_nonsense_refused(tmp_path):
         ({"minutes": float("nan")}, "from 0 on"),
         ({"minutes": float("inf")}, "from 0 on"),
         ({"warm": "/nowhere"}, "/nowhere holds no nano"),
+        ({"seed": -1}, "--seed must be a whole number from 0 to 9223372036854775807"),
+        ({"seed": 2**63}, "--seed must be"),
     ],
 )
 def test_values_that_nothing_can_be_trained_with_are_a_sentence(tmp_path, wrong, words):
@@ -319,7 +322,8 @@ def test_values_that_nothing_can_be_trained_with_are_a_sentence(tmp_path, wrong,
     assert settled(small_run(tmp_path, concepts=1087, feeders=-1)).concepts == 1087
 
 
-def test_the_log_is_for_people_and_plots(tmp_path):
+def test_the_log_is_for_people_and_plots(tmp_path, monkeypatch):
+    monkeypatch.setenv("LANTING_LANG", "en")
     said: list[str] = []
     journal = Journal(tmp_path, said.append, lambda: {"queue": 0.5, "waited": 0.0, "feeding": 0.1, "reuse": 8.2})
     entry = {"step": 1200, "seen": 96000, "seconds": 3725, "left": 600, "per_second": 157.2, "lr": 0.002}
@@ -334,13 +338,18 @@ def test_the_log_is_for_people_and_plots(tmp_path):
     assert [e.get("note") for e in entries(tmp_path / "log.jsonl")] == [None, "hello", "going on"]
     assert b"\n\n" not in (tmp_path / "log.jsonl").read_bytes()
     assert clock(7) == "0:07" and in_words({"note": "x"}) == "x"
+    monkeypatch.setenv("LANTING_LANG", "zh")
+    journal(entry | {"wide loss": 0.5})
+    journal.note(Phrase("a first stock of designs after {seconds:.0f} s", seconds=3.2), step=4)
+    assert said[-2].startswith("1:02:05 / 1:12:05  第 1,200 步") and said[-1] == "3 秒后有了第一批图样"
+    assert entries(tmp_path / "log.jsonl")[-1] == {"note": "a first stock of designs after 3 s", "step": 4}
 
 
 def test_sheets_of_samples_and_their_scores(tmp_path):
     told = []
     trainer = Trainer(small_net(), Budget(), tmp_path)
     watch = Watch(
-        tmp_path, Reader(small_tokenizer()), small_vae(), 8.0, lambda words, **f: told.append(f), lambda p, t: 0.25
+        tmp_path, Reader(small_tokenizer()), small_vae(), 8.0, lambda *words, **f: told.append(f), lambda p, t: 0.25
     )
     watch.sets = {name: (size, drawn[:4]) for name, (size, drawn) in list(watch.sets.items())[:1]}
     watch(trainer)  # not yet time

@@ -17,11 +17,11 @@ from lanting.train.export import export_nano
 from lanting.train.journal import entries
 from lanting.train.loop import Trainer
 from lanting.train.model import NanoConfig, NanoNet
-from lanting.train.nano import main, vae_recipe
+from lanting.train.nano import decoder_recipe, main, vae_recipe
 from lanting.train.nano_run import settled
-from lanting.train.portable import EMA, STATE, pack, read_parts, slim, unpack, write_parts
+from lanting.train.portable import EMA, STATE, VAE, pack, read_parts, slim, unpack, write_parts
 from lanting.train.presets import on_gpu
-from lanting.train.vae import CHECKPOINT, FROZEN, VAERecipe, load_vae, train_vae
+from lanting.train.vae import CHECKPOINT, DECODER, FROZEN, UNTUNED, VAERecipe, load_vae, train_vae
 from training import begun, gradients, lighten, small_net, small_run
 
 HEADS = {"what", "where", "ink", "drawn", "read", "scene", "named"}  # that only help training
@@ -172,6 +172,37 @@ def test_a_slice_may_end_in_the_autoencoder(tmp_path, capsys, monkeypatch):
     run = small_run(tmp_path / "run", vae_minutes=60.0, slice_minutes=1.0, until=time.monotonic())
     assert main(run) == tmp_path / "run"
     assert "autoencoder is not finished" in capsys.readouterr().err
+    elsewhere = tmp_path / "elsewhere"
+    assert unpack(run.portable, elsewhere) and not unpack(run.portable, elsewhere)
+    brought, here = (torch.load(f / "vae" / CHECKPOINT, weights_only=True) for f in (elsewhere, tmp_path / "run"))
+    assert brought["clock"] == here["clock"] and (run.portable / CHECKPOINT).stat().st_size < 16e6
+
+
+def test_a_slice_may_end_in_the_autoencoder_of_weights_that_begin_anew(run, tmp_path):
+    """What it brings back is all that is needed, the transformer that waits too."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    pack(run, first)
+    assert unpack(first, second, vae_anew=True)
+    quick = VAERecipe(batch=2, crop=32, canvas_share=0.0, processes=1, judged=1, until=0.0)
+    train_vae(second / "vae", 60.0, recipe=quick, log=lambda line: None)
+    shutil.copytree(first, tmp_path / "back")
+    pack(second, tmp_path / "back")
+    assert not (tmp_path / "back" / VAE).exists()  # that of the slice before
+    third = moved_to(tmp_path / "third", tmp_path / "back")
+    assert third.clock.step == 7 and not (tmp_path / "third" / "vae" / FROZEN).exists()
+    assert torch.load(tmp_path / "third" / "vae" / CHECKPOINT, weights_only=True)["clock"][0] == 1
+
+
+def test_a_slice_may_end_while_the_decoder_is_sharpened(run, tmp_path, capsys):
+    shutil.copytree(run / "vae", tmp_path / "run" / "vae")
+    asked = {"decoder_minutes": 60.0, "slice_minutes": 1.0, "until": 0.0, "seed": 5}
+    here = small_run(tmp_path / "run", **asked)
+    recipe = decoder_recipe(settled(here))
+    assert (recipe.until, recipe.seed, recipe.device, recipe.processes, recipe.lr) == (0.0, 6, "cpu", 1, 1e-3)
+    assert main(here) == here.folder and "autoencoder is not finished" in capsys.readouterr().err
+    assert unpack(here.portable, tmp_path / "elsewhere")
+    names = {path.name for path in (tmp_path / "elsewhere" / "vae").iterdir()}
+    assert {UNTUNED, FROZEN} <= names and DECODER not in names
 
 
 def test_the_autoencoder_takes_large_batches_on_a_gpu(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +56,10 @@ def test_two_processes_train_and_stop_together(tmp_path, monkeypatch):
     """One that stopped a step before the other would leave it waiting for gradients, and the run would fail."""
     lighten(monkeypatch)
     run = begun(tmp_path / "run")
-    train_transformer(small_run(run, workers=2, minutes=0.01))
+    with socket.socket() as other:  # a port that follows from numbers of processes may be somebody else's
+        other.bind(("127.0.0.1", 29500 + os.getpid() % 1000))
+        other.listen()
+        train_transformer(small_run(run, workers=2, minutes=0.01))
     clock = torch.load(run / "checkpoint.pt", weights_only=True)["clock"]
     assert clock["step"] >= 1 and clock["seen"] % 2 == 0
 

@@ -16,6 +16,7 @@ from lanting.train.vae import (
     CHECKPOINT,
     DECODER,
     FROZEN,
+    UNTUNED,
     VAERecipe,
     VAETrainer,
     finetune_decoder,
@@ -68,6 +69,9 @@ def test_both_stages_and_the_frozen_encoder(tmp_path):
     assert min(first.config.latents_std) > 0
     again = train_vae(tmp_path, 99.0, recipe=QUICK)  # finished: nothing is trained any more
     assert again.config == first.config
+    ended = replace(QUICK, until=0.0, seed=2**63)
+    finetune_decoder(tmp_path, 60.0, recipe=ended, log=said.append)
+    assert (tmp_path / UNTUNED).exists() and not (tmp_path / DECODER).exists()  # its slice was over
     tuned = finetune_decoder(tmp_path, BLINK, recipe=QUICK, log=said.append)
     changed = {n for n, t in tuned.state_dict().items() if not torch.equal(t, first.state_dict()[n])}
     assert changed and all(name.startswith(("decoder.", "post_quant_conv.")) for name in changed)

@@ -161,7 +161,10 @@ def break_lines(text: str, most: int = 12) -> tuple[str, ...]:
             joined = f"{lines[-1]} {word}".strip()
             lines[-1:] = [joined] if len(joined) <= most else [lines[-1], word]
     if not words or max(map(len, lines)) > most or len(lines) > MAX_LINES or not lines[0]:
-        raise RequestError(f"A design has 1 to {MAX_LINES} lines of at most {most} characters; shorten {text!r}.")
+        raise RequestError(
+            "a design has 1 to {lines} lines of at most {most} characters: shorten {text}",
+            **{"lines": MAX_LINES, "most": most, "text": repr(text)},
+        )
     return tuple(lines)
 
 
@@ -200,7 +203,10 @@ def _placed(design: Content) -> Placement:
     tall = TEXT * scale
     block = tall * len(widths) + stacked
     if block > high or max(widths, default=0) * scale > zone or len(widths) > MAX_LINES or not all(design.lines):
-        raise RequestError(f"These lines do not fit {design.size[0]} by {design.size[1]}: {list(design.lines)}.")
+        raise RequestError(
+            "these lines don't fit {width}x{height}: {lines}",
+            **{"width": design.size[0], "height": design.size[1], "lines": list(design.lines)},
+        )
     top = _top(design.place, high, block)
     first = top + (stacked if design.side == "above" else 0)
     boxes = tuple(
@@ -262,7 +268,9 @@ def _pictograms(design: Content, wide: int, high: int, top: int, bottom: int) ->
         y = top if design.side == "above" else bottom
     beside = design.side in ("left", "right") and bool(design.lines)
     if x < 0 or (beside and design.count > 1) or not 1 <= design.count <= 3:
-        raise RequestError(f"{design.count} pictograms do not fit; ask for fewer, or for them above the text.")
+        raise RequestError(
+            "{count} pictograms don't fit: ask for fewer, or for them above the text", count=design.count
+        )
     return tuple((x + PICTOGRAM * i, y) for i in range(design.count))
 
 

@@ -117,7 +117,7 @@ def export_nano(run: Path, out: Path) -> Path:
     """Write `out` from a run's averaged weights; raises ModelError when the run has none yet."""
     checkpoint = run / "checkpoint.pt"
     if not checkpoint.exists():
-        raise ModelError(f"{run} holds no trained weights yet; run 'lanting train nano' first.")
+        raise ModelError("{folder} holds no trained weights yet; run 'lanting train nano' first", folder=run)
     kept = read_checkpoint(checkpoint)
     state, config = kept["average"], NanoConfig.from_dict(kept["config"])
     part = out.with_name(out.name + ".part")

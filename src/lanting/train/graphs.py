@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from lanting.core.lang import Phrase, say
+
 if TYPE_CHECKING:
     from lanting.train.loop import Trainer
     from lanting.train.replay import Batch
@@ -52,7 +54,9 @@ class Attempt:
                 raise  # recording fails, not compiling
             self.failed = True
             words = str(error).strip().splitlines()[:1]
-            print(f"{self.what} not compiled ({type(error).__name__}: {words})", file=sys.stderr, flush=True)
+            reason = f"{type(error).__name__}: {' '.join(words)}"
+            told = say("{what} not compiled, so that training is slower ({reason})", what=self.what, reason=reason)
+            print(told, file=sys.stderr, flush=True)
         return self.plain(*given)
 
 
@@ -171,7 +175,9 @@ class Playback:
         except Exception as error:
             self.failed = True
             words = str(error).strip().splitlines()[:1]
-            print(f"{self.what} not recorded ({type(error).__name__}: {words})", file=sys.stderr, flush=True)
+            reason = f"{type(error).__name__}: {' '.join(words)}"
+            told = say("{what} not recorded, so that training is slower ({reason})", what=self.what, reason=reason)
+            print(told, file=sys.stderr, flush=True)
 
     def place(self, number: int, like: Tensor) -> Tensor:
         key = (number, like.shape, like.dtype)
@@ -198,7 +204,7 @@ def record_updates(optimizers: Sequence[object], records: Recorder) -> None:
     """Let optimizers record their work."""
     for optimizer in optimizers:
         if isinstance(optimizer, Playing):
-            optimizer.playback = Playback(records, "updates are")
+            optimizer.playback = Playback(records, Phrase("updates are"))
 
 
 class Passes(Protocol):
@@ -244,7 +250,7 @@ class Recorded:
     """
 
     def __init__(self, trainer: Trainer, records: Recorder | None = None):
-        self.trainer, self.playback = trainer, Playback(records or recorder(), "batches are", MOST)
+        self.trainer, self.playback = trainer, Playback(records or recorder(), Phrase("batches are"), MOST)
         record_updates(trainer.optimizers, self.playback.recorder)
         self.parameters = list(trainer.net.parameters())
         self.leaves = list(trainer.fast.parameters())  # of the copy that a GPU computes with

@@ -11,10 +11,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lanting.core.lang import Phrase, say
+
 if TYPE_CHECKING:
     from lanting.train.loop import Trainer
 
 NAME = "log.jsonl"
+MEANS = {  # of all kinds of batches, what is said
+    "loss": Phrase("loss {mean:.3f}"),
+    "read": Phrase("read {mean:.0%}"),
+    "placed": Phrase("placed {mean:.0%}"),
+}
 
 
 class Meter:
@@ -48,7 +55,8 @@ class Meter:
 
 
 class Journal:
-    """Keeps every entry as one line of JSON and says it in words. The figures of `more()` join those of the loop."""
+    """Keeps every entry as one line of JSON and says it in words, those in the person's language. The figures of
+    `more()` join those of the loop."""
 
     def __init__(self, folder: Path, say: Callable[[str], None], more: Callable[[], dict[str, float]] = dict):
         self.path, self.say, self.more = folder / NAME, say, more
@@ -56,33 +64,43 @@ class Journal:
     def __call__(self, entry: dict[str, Any]) -> None:
         if "left" in entry:
             entry = entry | self.more()
+        self.keep(entry)
+        self.say(in_words(entry))
+
+    def keep(self, entry: dict[str, Any]) -> None:
         with self.path.open("a+b") as file:  # reads anywhere, writes at the end
             file.seek(max(0, file.tell() - 1))
             torn = file.read(1) not in (b"", b"\n")  # half a line that a killed run left: this entry must not join it
             file.write(b"\n" * torn + json.dumps(entry, ensure_ascii=False).encode() + b"\n")
-        self.say(in_words(entry))
 
-    def note(self, words: str, **figures: Any) -> None:
-        """A remark, with figures that plots may want."""
-        self({"note": words, **figures})
+    def note(self, *words: str, **figures: Any) -> None:
+        """A remark of one or more parts, with figures that plots may want."""
+        self.keep({"note": "  ".join(words), **figures})
+        self.say("  ".join(map(said, words)))
 
 
 def in_words(entry: dict[str, Any]) -> str:
     """An entry for people: how far, how fast, how well, how long still."""
     if "note" in entry:
-        return str(entry["note"])
+        return said(entry["note"])
     parts = [
-        f"{clock(entry['seconds'])} of {clock(entry['seconds'] + entry['left'])}",
-        f"step {entry['step']:,}",
-        f"{entry['seen']:,} designs, {entry['per_second']:,.0f}/s",
+        Phrase("{now} of {end}", now=clock(entry["seconds"]), end=clock(entry["seconds"] + entry["left"])),
+        Phrase("step {step:,}", step=entry["step"]),
+        Phrase("{seen:,} designs, {rate:,.0f}/s", seen=entry["seen"], rate=entry["per_second"]),
     ]
-    for name, form in (("loss", "{:.3f}"), ("read", "{:.0%}"), ("placed", "{:.0%}")):
+    for name, form in MEANS.items():
         found = [value for key, value in entry.items() if key.endswith(" " + name)]
         if found:
-            parts.append(f"{name} {form.format(sum(found) / len(found))}")
+            parts.append(Phrase(form, mean=sum(found) / len(found)))
     if "queue" in entry:
-        parts.append(f"queue {entry['queue']:.0%}, feeding {entry['feeding']:.0%}, each met {entry['reuse']:.0f}x")
-    return "  ".join(parts)
+        figures = {key: entry[key] for key in ("queue", "feeding", "reuse")}
+        parts.append(Phrase("queue {queue:.0%}, feeding {feeding:.0%}, each met {reuse:.0f}x", **figures))
+    return "  ".join(map(said, parts))
+
+
+def said(words: str) -> str:
+    """A note in the person's language."""
+    return say(words.template, **words.values) if isinstance(words, Phrase) else say(words)
 
 
 def clock(seconds: float) -> str:

@@ -63,7 +63,7 @@ def student_of(teacher: nn.Module, rank: int, targets: str, seed: int) -> tuple[
             up = torch.zeros(module.out_features, rank)
             parts[path] = [Factors(down.to(weight.device), up.to(weight.device))]
     if not parts:
-        raise RequestError(f"No Linear of this model is called {targets!r}; try the default.")
+        raise RequestError("no Linear of this model is called {targets}: try the default", targets=repr(targets))
     attach(student, parts)
     wrapped = {path: module for path in parts if isinstance(module := student.get_submodule(path), LoraLinear)}
     for module in wrapped.values():
@@ -165,7 +165,9 @@ class Distiller:
             return False
         state = read_checkpoint(checkpoint, self.models.device)
         if state["kind"] != self.kind():
-            raise ModelError(f"{checkpoint} was begun with another model or settings; remove it or write elsewhere.")
+            raise ModelError(
+                "{path} was begun with another model or settings: remove it, or write elsewhere", path=checkpoint
+            )
         with torch.no_grad():
             for path, halves in state["lora"].items():
                 self.loras[path].down.copy_(halves["down"])

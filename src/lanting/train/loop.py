@@ -23,6 +23,7 @@ from torch import Tensor
 
 from lanting.core.errors import ModelError
 from lanting.core.files import replace_file
+from lanting.core.lang import Phrase
 from lanting.train.assets import concepts
 from lanting.train.course import STOCK, Budget, Clock, Course
 from lanting.train.graphs import Passes, passes_for
@@ -220,7 +221,7 @@ class Trainer:
         shapes = {k: v.shape for k, v in fresh.items()}
         if {k: v.shape for k, v in state["net"].items()} != shapes:
             raise ModelError(
-                f"{path} holds a network of another shape; give its --width and --layers, or another folder."
+                "{path} holds a network of another shape: give its --width and --layers, or another folder", path=path
             )
         self.net.load_state_dict(state["net"])
         self.average = state["average"]
@@ -270,7 +271,7 @@ def train(
         trainer.save()
         if meter.recent:
             log(meter.entry())
-        log({"note": "done" if done else "slice done"})
+        log({"note": Phrase("done") if done else Phrase("slice done")})
     return done
 
 

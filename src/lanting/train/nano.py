@@ -9,6 +9,7 @@ each), on one GPU and on several.
 from __future__ import annotations
 
 import os
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ from tokenizers import Tokenizer
 
 from lanting.core.errors import LantingError
 from lanting.core.files import unwritable
+from lanting.core.lang import Phrase
 from lanting.nn.vae import AutoencoderKLQwenImage
 from lanting.train.course import Budget, Course
 from lanting.train.designs import DesignMaker, Mix
@@ -42,7 +44,7 @@ from lanting.train.progress import Watch
 from lanting.train.replay import EditReplay, Reader, Replay
 from lanting.train.speed import compile_for_gpu, prepare_for_gpu
 from lanting.train.twin import twin_of
-from lanting.train.vae import FROZEN, VAERecipe, finetune_decoder, load_vae, train_vae
+from lanting.train.vae import DECODER, FROZEN, VAERecipe, finetune_decoder, load_vae, train_vae
 from lanting.train.vocabulary import VOCAB_SIZE, build_tokenizer
 from lanting.train.warm import continue_from, seed_embeddings, seed_names
 from lanting.train.workers import kept_atlas
@@ -66,13 +68,14 @@ def main(run: NanoRun) -> Path:
     if not (run.tokenizer / "tokenizer.json").is_file():
         build_tokenizer(run.tokenizer)
     if run.resume_from and not unpack(Path(run.resume_from), run.folder, run.width, run.anew, run.vae_anew):
-        run.say(f"{run.folder} has a checkpoint of its own and goes on from that")
+        run.say("{folder} has a checkpoint of its own and goes on from that", folder=run.folder)
     train_vae(run.vae, run.vae_minutes, recipe=vae_recipe(run), log=run.say)
-    if not (run.vae / FROZEN).exists():
+    if run.decoder_minutes and (run.vae / FROZEN).exists():
+        finetune_decoder(run.vae, run.decoder_minutes, recipe=decoder_recipe(run), log=run.say)
+    if not (run.vae / (DECODER if run.decoder_minutes else FROZEN)).exists():
         run.say("slice done; the autoencoder is not finished yet")
+        pack(run.folder, run.portable)
         return run.folder
-    if run.decoder_minutes:
-        finetune_decoder(run.vae, run.decoder_minutes, log=run.say)
     train_transformer(run)
     if run.slice_minutes:
         pack(run.folder, run.portable)
@@ -88,6 +91,11 @@ def vae_recipe(run: NanoRun) -> VAERecipe:
     return replace(recipe, device="cuda", processes=1, batch=512, canvas_batch=48, feeders=feeders, warmup_steps=100)
 
 
+def decoder_recipe(run: NanoRun) -> VAERecipe:
+    """The decoder alone, in one process, on other pictures than before; where and until when as all of stage 1."""
+    return replace(vae_recipe(run), lr=1e-3, processes=1, warm="", seed=run.seed + 1)
+
+
 def train_transformer(run: NanoRun) -> None:
     """Stage 2 in one process per core or GPU."""
     run = settled(run)
@@ -97,13 +105,15 @@ def train_transformer(run: NanoRun) -> None:
         return
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     told = mp.get_context("spawn").SimpleQueue()
-    try:
-        mp.spawn(one_of, args=(world, run, work, told), nprocs=world, join=True)
-    except mp.ProcessRaisedException:
-        if told.empty():
-            raise
-        kind, sentence, values = told.get()
-        raise kind(sentence, **values) from None
+    with tempfile.TemporaryDirectory() as meeting:
+        run = replace(run, meeting=str(Path(meeting) / "here"))
+        try:
+            mp.spawn(one_of, args=(world, run, work, told), nprocs=world, join=True)
+        except mp.ProcessRaisedException:
+            if told.empty():
+                raise
+            kind, sentence, values = told.get()
+            raise kind(sentence, **values) from None
 
 
 def one_of(rank: int, world: int, run: NanoRun, job: Callable[[int, int, NanoRun], None], told: Any) -> None:
@@ -187,23 +197,22 @@ def end_with_parent(every: float = 2.0) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def join(rank: int, world: int, device: str) -> str:
-    """Meet the other processes; returns the device of this one."""
+def join(rank: int, world: int, device: str, meeting: str) -> str:
+    """Meet the other processes in a file, so that no port has to be free; returns the device of this one."""
     own = f"cuda:{rank}" if device == "cuda" else "cpu"
     if device == "cuda":
         torch.cuda.set_device(rank)
     if world > 1:
         end_with_parent()
-        address = f"tcp://127.0.0.1:{29500 + os.getppid() % 1000}"
         backend = "nccl" if device == "cuda" else "gloo"
-        dist.init_process_group(backend, init_method=address, rank=rank, world_size=world)
+        dist.init_process_group(backend, store=dist.FileStore(meeting, world), rank=rank, world_size=world)
     return own
 
 
 def work(rank: int, world: int, run: NanoRun) -> None:
     """One process of stage 2."""
     chosen = run.preset(world)
-    device = join(rank, world, run.device)
+    device = join(rank, world, run.device, run.meeting)
     if rank == 0 and chosen.feeders:
         kept_atlas(run.folder / "atlas.npz")
     if world > 1:
@@ -278,7 +287,7 @@ def go(run: NanoRun, trainer: Trainer, kinds: Sequence[Course], feed: Feed | Non
         watch(trainer)
 
     if feed is not None:
-        journal.note(f"a first stock of designs after {feed.fill():.0f} s")
+        journal.note(Phrase("a first stock of designs after {seconds:.0f} s", seconds=feed.fill()))
     curriculum(kinds, trainer, feed)
     train(trainer, kinds, journal, run.seed, every)
     if run.slice_minutes and run.watch_minutes and trainer.rank == 0:

@@ -11,6 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lanting.core.errors import RequestError
+from lanting.core.lang import say
+from lanting.specs.numbers import whole
+from lanting.specs.settle import LARGEST_SEED
 from lanting.train.assets import concepts
 from lanting.train.model import NanoConfig, language_config, transformer_config
 from lanting.train.presets import GIB_PER_TIMES, Preset, pick_device, preset, processes
@@ -49,6 +52,7 @@ class NanoRun:
     lr: float = 0.0  # highest learning rate; 0: what suits the device
     scorer: Scorer | None = None  # share of lines that an optical reader finds in pictures
     until: float = float("inf")  # time.monotonic() at which the slice ends; set by `settled`
+    meeting: str = ""  # file in which several processes meet; set by `train_transformer`
     quiet: bool = False
 
     @property
@@ -76,10 +80,10 @@ class NanoRun:
             chosen = replace(chosen, turn=(0.0, 0.1), decay_share=0.8)
         return replace(chosen, capacity=self.capacity) if self.capacity else chosen
 
-    def say(self, words: str) -> None:
-        """Progress goes to stderr, as everywhere."""
+    def say(self, words: str, **values: object) -> None:
+        """Progress goes to stderr, as everywhere, in the person's language."""
         if not self.quiet:
-            print(words, file=sys.stderr, flush=True)
+            print(say(words, **values), file=sys.stderr, flush=True)
 
     def config(self) -> NanoConfig:
         shape = transformer_config(self.width, self.layers)
@@ -99,6 +103,7 @@ class Cost:
 
 def settled(run: NanoRun) -> NanoRun:
     """The run on a device that is there. Raises RequestError for values that can't be trained with."""
+    whole("--seed", run.seed, 0, LARGEST_SEED)
     amounts = (run.minutes, run.vae_minutes, run.decoder_minutes, run.slice_minutes, run.watch_minutes, run.lr)
     if not all(0 <= amount < float("inf") for amount in amounts):
         raise RequestError(

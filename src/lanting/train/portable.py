@@ -3,7 +3,7 @@
 Rented GPUs come bare, for minutes, and give back little: files of 16 MB and no more than a handful. `pack` writes the
 average weights in bfloat16 first, then, while there is room, the weights as they are, then the optimizers. `unpack`
 makes a checkpoint of whatever was brought: without weights the run goes on from the average, without optimizers its
-rate warms up again.
+rate warms up again. Of an autoencoder that is still being trained its checkpoint travels as it is.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lanting.core.errors import ModelError
 from lanting.core.files import replace_file
 from lanting.train.journal import NAME as LOG
 from lanting.train.kept import read_checkpoint
-from lanting.train.vae import BEGUN, CONFIG, FROZEN, WEIGHTS, shipped_vae
+from lanting.train.vae import BEGUN, CHECKPOINT, CONFIG, DECODER, FROZEN, UNTUNED, WEIGHTS, shipped_vae
 from lanting.train.warm import shipped
 from lanting.train.widen import widen
 from lanting.weights.find import embedded_nano
@@ -62,7 +62,7 @@ def read_parts(folder: Path, stem: str) -> dict[str, Tensor]:
     paths = sorted(folder.glob(f"{stem}-*.safetensors"))
     counts = {int(match[1]) for path in paths if (match := re.search(r"-of-(\d+)\.", path.name))}
     if paths and counts != {len(paths)}:
-        raise ModelError(f"{folder} lacks some of the files {stem}-*.safetensors; bring all of them.")
+        raise ModelError("{folder} lacks some of the files {stem}-*.safetensors: bring all", folder=folder, stem=stem)
     tensors: dict[str, Tensor] = {}
     for path in paths:
         tensors |= load_file(str(path))
@@ -71,14 +71,13 @@ def read_parts(folder: Path, stem: str) -> dict[str, Tensor]:
 
 def pack(folder: Path, out: Path, most: int = TOTAL) -> list[Path]:
     """Write what a run in `folder` needs to go on into `out`; returns the files. Raises ModelError for an empty run."""
-    if not (folder / "checkpoint.pt").is_file():
-        raise ModelError(f"{folder} holds no checkpoint yet; run 'lanting train nano' first.")
-    state = read_checkpoint(folder / "checkpoint.pt")
-    out.mkdir(parents=True, exist_ok=True)
-    files = [pack_vae(folder / "vae", out / VAE)]
+    files = pack_stage(folder / "vae", out)
     if (folder / LOG).is_file():
         replace_file(out / LOG, lambda part: shutil.copyfile(folder / LOG, part))
         files.append(out / LOG)
+    if not (folder / "checkpoint.pt").is_file():
+        return files
+    state = read_checkpoint(folder / "checkpoint.pt")
     average = {k: v.bfloat16() for k, v in state["average"].items()}
     carried = {f"net.{k}": v.bfloat16() for k, v in state["net"].items()}
     momenta = {
@@ -99,6 +98,22 @@ def pack(folder: Path, out: Path, most: int = TOTAL) -> list[Path]:
     about = {"clock": state["clock"], "config": state["config"]}
     replace_file(out / RUN, lambda part: part.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8"))
     return [*files, out / RUN]
+
+
+def pack_stage(folder: Path, out: Path) -> list[Path]:
+    """The autoencoder, finished or not. Raises ModelError where there is none yet."""
+    done = (folder / FROZEN).is_file()
+    kept = [name for name in ((UNTUNED, DECODER) if done else (CHECKPOINT,)) if (folder / name).is_file()]
+    if not done and not kept:
+        raise ModelError("{folder} holds no checkpoint yet; run 'lanting train nano' first", folder=folder.parent)
+    out.mkdir(parents=True, exist_ok=True)
+    for name in kept:
+        replace_file(out / name, lambda part, name=name: shutil.copyfile(folder / name, part))
+    files = [pack_vae(folder, out / VAE)] if done else []
+    files += [out / name for name in kept]
+    for old in {out / name for name in (VAE, CHECKPOINT, UNTUNED, DECODER)} - set(files):
+        old.unlink(missing_ok=True)
+    return files
 
 
 def slim(source: Path, out: Path) -> list[Path]:
@@ -127,7 +142,10 @@ def unfold_vae(model: Path, folder: Path) -> None:
 
 def _about(source: Path) -> dict[str, Any]:
     if not (source / RUN).is_file():
-        raise ModelError(f"{source} holds no packed run ({RUN} is missing); give the folder that a slice wrote.")
+        raise ModelError(
+            "{folder} holds no packed run ({file} is missing): give the folder that a slice wrote",
+            **{"folder": source, "file": RUN},
+        )
     return json.loads((source / RUN).read_text(encoding="utf-8"))
 
 
@@ -146,11 +164,28 @@ def pack_vae(folder: Path, path: Path) -> Path:
 def unpack(source: Path, folder: Path, width: int = 0, anew: bool = False, vae_anew: bool = False) -> bool:
     """Put what `pack` wrote where a run looks for it, unless that run has a checkpoint of its own; whether it did so.
 
-    A transformer narrower than `width` is widened. `anew`: its weights begin a new run, with the clock at zero;
-    `vae_anew`: so do the autoencoder's. Raises ModelError where `source` is no packed run.
+    A transformer narrower than `width` is widened; where the autoencoder is not finished, there may be none. `anew`:
+    its weights begin a new run, with the clock at zero; `vae_anew`: so do the autoencoder's. Raises ModelError where
+    `source` is no packed run.
     """
-    if (folder / "checkpoint.pt").exists():
+    vae = folder / "vae"
+    begun = any((source / name).is_file() for name in (VAE, CHECKPOINT)) and not (source / RUN).is_file()
+    own = [folder / "checkpoint.pt", *((vae / name for name in (FROZEN, CHECKPOINT)) if begun else ())]
+    if any(path.exists() for path in own):
         return False
+    state = None if begun else _state(source, width, anew)
+    if (source / HEADS).is_file():
+        unfold_vae(embedded_nano(), vae)
+    unpack_stage(source, vae, vae_anew)
+    if (source / LOG).is_file() and not (folder / LOG).exists():
+        shutil.copyfile(source / LOG, folder / LOG)
+    if state is not None:
+        replace_file(folder / "checkpoint.pt", lambda part: torch.save(state, part))
+    return True
+
+
+def _state(source: Path, width: int, anew: bool) -> dict[str, Any]:
+    """The checkpoint of stage 2. Raises ModelError."""
     about = _about(source)
     embedded = (source / HEADS).is_file()
     trained = load_file(str(source / HEADS)) | shipped(embedded_nano()) if embedded else read_parts(source / EMA, EMA)
@@ -172,17 +207,7 @@ def unpack(source: Path, folder: Path, width: int = 0, anew: bool = False, vae_a
         shape["num_attention_heads"] = width // shape["attention_head_dim"]
     if anew:
         state |= {"clock": {"step": 0, "seen": about["clock"]["seen"], "seconds": 0.0}, "optimizers": []}
-    if embedded:
-        unfold_vae(embedded_nano(), folder / "vae")
-    else:
-        unpack_vae(source / VAE, folder / "vae")
-    if vae_anew:
-        (folder / "vae" / FROZEN).unlink()
-        (folder / "vae" / WEIGHTS).rename(folder / "vae" / BEGUN)
-    if (source / LOG).is_file() and not (folder / LOG).exists():
-        shutil.copyfile(source / LOG, folder / LOG)
-    replace_file(folder / "checkpoint.pt", lambda part: torch.save(state, part))
-    return True
+    return state
 
 
 def _optimizers(extra: Mapping[str, Tensor]) -> list[dict[str, Any]]:
@@ -193,6 +218,22 @@ def _optimizers(extra: Mapping[str, Tensor]) -> list[dict[str, Any]]:
             _, number, index, name = key.split(".")
             found.setdefault(int(number), {}).setdefault(int(index), {})[name] = value.float()
     return [{"state": found[number]} for number in sorted(found)]
+
+
+def unpack_stage(source: Path, folder: Path, anew: bool) -> None:
+    """Undo `pack_stage`. `anew`: an autoencoder that is finished is trained on, and the decoder that was sharpened for
+    it goes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if (source / VAE).is_file():
+        unpack_vae(source / VAE, folder)
+    for name in (CHECKPOINT, UNTUNED, DECODER):
+        if (source / name).is_file():
+            replace_file(folder / name, lambda part, name=name: shutil.copyfile(source / name, part))
+    if anew and (folder / FROZEN).is_file():
+        (folder / FROZEN).unlink()
+        (folder / WEIGHTS).rename(folder / BEGUN)
+        for name in (UNTUNED, DECODER):
+            (folder / name).unlink(missing_ok=True)
 
 
 def unpack_vae(path: Path, folder: Path) -> None:

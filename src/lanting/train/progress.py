@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lanting.core.lang import Phrase
 from lanting.flow.latents import unpack
 from lanting.train.design import SQUARE, WIDE, place
 from lanting.train.designs import DesignMaker, Labelled
@@ -78,7 +79,7 @@ Scorer = Callable[[Sequence["np.ndarray"], Sequence[Sequence[str]]], float]
 class Watch:
     """Draws held-out prompts with the running average every `minutes` (0: never), keeps the sheet and tells the score.
 
-    `note(words, **figures)` is told. `scorer(pictures, lines)` may be an optical reader: pictures (H, W, 3) uint8 and
+    `note(*words, **figures)` is told. `scorer(pictures, lines)` may be an optical reader: pictures (H, W, 3) uint8 and
     the lines asked of each -> the share of lines read.
     """
 
@@ -96,9 +97,9 @@ class Watch:
         self.last = time.monotonic()
         maker, rng = DesignMaker(9, held_out=True), random.Random(9)
         self.sets = {
-            "english": (WIDE, [maker.sample(rng, WIDE, "en") for _ in range(12)]),
-            "chinese": (WIDE, [maker.sample(rng, WIDE, "zh") for _ in range(12)]),
-            "square": (SQUARE, [maker.sample(rng, SQUARE) for _ in range(12)]),
+            Phrase("english"): (WIDE, [maker.sample(rng, WIDE, "en") for _ in range(12)]),
+            Phrase("chinese"): (WIDE, [maker.sample(rng, WIDE, "zh") for _ in range(12)]),
+            Phrase("square"): (SQUARE, [maker.sample(rng, SQUARE) for _ in range(12)]),
         }
 
     def __call__(self, trainer: Trainer) -> None:
@@ -111,7 +112,7 @@ class Watch:
         net = NanoNet(NanoConfig.from_dict(trainer.net.config.to_dict())).to(trainer.device)
         net.load_state_dict(trainer.average)
         net.stack.run = plain_block  # not worth compiling for
-        words = [f"step {trainer.clock.step}, {trainer.clock.seen} samples:"]
+        words = [Phrase("step {step:,}", step=trainer.clock.step)]
         figures: dict[str, float] = {}
         for name, (size, drawn) in self.sets.items():
             batch = prompts_batch(self.reader, drawn, size).to(trainer.device)
@@ -119,12 +120,12 @@ class Watch:
             pictures = decode(self.vae, latents, batch.grid).cpu()
             self.keep(name, trainer.clock.step, pictures, render([d.design for d in drawn]).cpu())
             figures[f"ink {name}"] = round(self.score(drawn, pictures), 3)
-            words.append(f"{name} {figures[f'ink {name}']:.0%} of the ink right")
+            words.append(Phrase("{set}: {share:.0%} of the ink right", set=name, share=figures[f"ink {name}"]))
             if self.scorer is not None:
                 lines = [d.design.lines for d in drawn]
                 figures[f"lines {name}"] = round(self.scorer([p.numpy() for p in pictures], lines), 3)
-                words.append(f"{figures[f'lines {name}']:.0%} of the lines read")
-        self.note("  ".join(words), step=trainer.clock.step, seen=trainer.clock.seen, **figures)
+                words.append(Phrase("{share:.0%} of the lines read", share=figures[f"lines {name}"]))
+        self.note(*words, step=trainer.clock.step, seen=trainer.clock.seen, **figures)
         self.last = time.monotonic()
         return figures
 

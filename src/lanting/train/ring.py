@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lanting.core.lang import Phrase
 from lanting.nn.qwen_vl import picture_positions
 from lanting.nn.rope import Grid
 from lanting.nn.vae import AutoencoderKLQwenImage
@@ -91,7 +92,7 @@ class Ring:
         columns = [i for i, token in enumerate(silent) if token == self.image_token]
         self.columns = torch.tensor(columns, dtype=torch.long, device=self.device)
         self.playback = (
-            Playback(recorder(), "pictures to be encoded are") if MOST and self.device.type == "cuda" else None
+            Playback(recorder(), Phrase("pictures to be encoded are")) if MOST and self.device.type == "cuda" else None
         )
         pictures, patches = kind.pictures, self.patch_grid[0] * self.patch_grid[1]
         self.latents = self.room(self.tokens * (1 + pictures), 64, dtype=torch.float16)

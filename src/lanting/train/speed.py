@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from lanting.core.lang import Phrase
 from lanting.nn.mmdit import Attend, Context
 from lanting.nn.qwen_language import Attend as CausalAttend
 from lanting.nn.qwen_language import expand_cache
@@ -64,7 +65,9 @@ def compiled_block(plain: Run) -> Run:
     The first block would be compiled apart from the others, since it gets views: it gets copies instead.
     """
     compiled: Run = torch.compile(plain, dynamic=True)
-    return Attempt(lambda block, img, txt, ctx: compiled(block, whole(img), whole(txt), ctx), plain, "the blocks are")
+    return Attempt(
+        lambda block, img, txt, ctx: compiled(block, whole(img), whole(txt), ctx), plain, Phrase("the blocks are")
+    )
 
 
 def whole(x: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lanting.core.files import replace_file
+from lanting.core.lang import say
 from lanting.nn.vae import AttentionBlock, AutoencoderKLQwenImage, ResidualBlock, VAEConfig, to_image_weights
 from lanting.train.kept import read_checkpoint
 from lanting.train.losses import redrawn
@@ -37,7 +38,7 @@ from lanting.train.redraw import held_out_designs, latent_statistics, psnr, to_t
 from lanting.train.vae_speed import sped_up
 
 WEIGHTS, DECODER, CONFIG = "vae.safetensors", "decoder_ft.safetensors", "config.json"
-CHECKPOINT, FROZEN, BEGUN = "train.pt", "ENCODER_FROZEN", "begun.safetensors"
+CHECKPOINT, UNTUNED, FROZEN, BEGUN = "train.pt", "decoder.pt", "ENCODER_FROZEN", "begun.safetensors"
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class VAERecipe:
     warmup_steps: int = 40
     processes: int = 2
     seed: int = 0
-    judged: int = 12  # held-out dedesigns per log line
+    judged: int = 12  # held-out designs per log line
     measured: int = 256  # signs behind the statistics of the latents
     log_every: float = 20.0
     warm: str = ""  # model folder whose autoencoder is continued instead of random weights
@@ -169,7 +170,7 @@ class VAETrainer:
 
     def run(self, checkpoint: Path, log: Callable[[str], None]) -> None:
         """Train until the budget or the slice is spent, saving to `checkpoint` every `save_every` seconds."""
-        seed = self.recipe.seed * 1_000_003 + self.step * self.recipe.processes + self.rank
+        seed = (self.recipe.seed * 1_000_003 + self.step * self.recipe.processes + self.rank) % 2**63
         torch.manual_seed(seed)
         recipe, folder = self.recipe, checkpoint.parent
         with scraps_for(recipe.feeders, recipe.crop, seed, folder, self.device) as scraps:
@@ -201,8 +202,12 @@ class VAETrainer:
             self.save(checkpoint)
 
     def report(self, loss: float, judged: list[Tensor]) -> str:
-        clock = f"{self.seconds:.0f} s, step {self.step}, lr {self.rate():.1e}"
-        return f"vae {self.part}: {clock}, loss {loss:.4f}, held-out designs {psnr(self.vae, judged):.2f} dB"
+        told = {"seconds": self.seconds, "step": self.step, "rate": self.rate(), "loss": loss}
+        told["db"] = psnr(self.vae, judged)
+        return say(
+            "autoencoder: {seconds:.0f} s, step {step}, rate {rate:.1e}, loss {loss:.4f}, held-out designs {db:.2f} dB",
+            **told,
+        )
 
     def save(self, path: Path) -> None:
         """Everything a resumed run needs; a kill at any moment leaves the old or the new file whole."""
@@ -302,8 +307,8 @@ def _train_together(
 
 
 def _join(rank: int, meeting: Path, recipe: VAERecipe) -> None:
-    address = f"file://{meeting / 'gloo'}"
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=recipe.processes)
+    store = dist.FileStore(str(meeting / "gloo"), recipe.processes)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=recipe.processes)
 
 
 def _follow(rank: int, meeting: Path, out: Path, minutes: float, recipe: VAERecipe) -> None:
@@ -330,20 +335,16 @@ def _train_rank(rank: int, out: Path, minutes: float, recipe: VAERecipe, log: Ca
 
 
 def finetune_decoder(
-    out: Path,
-    minutes: float,
-    *,
-    resume: bool = True,
-    recipe: VAERecipe | None = None,
-    log: Callable[[str], None] = print,
+    out: Path, minutes: float, *, recipe: VAERecipe | None = None, log: Callable[[str], None] = print
 ) -> AutoencoderKLQwenImage:
-    """Sharpen the decoder that `train_vae` left in `out`; writes `decoder_ft.safetensors`."""
-    recipe = recipe or VAERecipe(lr=1e-3, processes=1, seed=1)
+    """Sharpen the decoder that `train_vae` left in `out`; `decoder_ft.safetensors` is there when `minutes` are over."""
+    recipe, checkpoint = recipe or VAERecipe(lr=1e-3, processes=1, seed=1), out / UNTUNED
     torch.set_num_threads(1)
     trainer = VAETrainer(load_vae(out), recipe, minutes, "decoder")
-    checkpoint = out / "decoder.pt"
-    if resume and checkpoint.exists():
+    if checkpoint.exists():
         trainer.load(checkpoint)
-    trainer.run(checkpoint, log)
-    save_vae(trainer.vae, out / DECODER)
-    return trainer.vae
+    if trainer.agreed < 60 * minutes:
+        trainer.run(checkpoint, log)
+    if trainer.agreed >= 60 * minutes:
+        save_vae(trainer.vae, out / DECODER)
+    return trainer.vae.cpu()

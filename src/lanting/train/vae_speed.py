@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx.experimental import _config as shapes
 
+from lanting.core.lang import Phrase
 from lanting.nn.vae import AutoencoderKLQwenImage, ChannelNorm, ResidualBlock
 from lanting.nn.vae import channel_norm as normed
 from lanting.train import graphs
@@ -41,7 +42,7 @@ class Compiled(Attempt):
             with shapes.patch(use_duck_shape=False):  # pyright: ignore[reportAttributeAccessIssue]
                 return compiled(x, gamma, scale)
 
-        super().__init__(fast, plain, "norms are")
+        super().__init__(fast, plain, Phrase("norms are"))
 
     def __call__(self, x: Tensor, gamma: Tensor, scale: float) -> Tensor:
         known = x.dtype in (torch.bfloat16, torch.float16)
@@ -70,7 +71,7 @@ class RecordedSteps:
     """Forward and backward pass of an autoencoder's trainer, recorded for each of its few shapes of batches."""
 
     def __init__(self, trainer: VAETrainer, records: Recorder | None = None):
-        self.trainer, self.playback = trainer, Playback(records or Recorder(), "steps are")
+        self.trainer, self.playback = trainer, Playback(records or Recorder(), Phrase("steps are"))
         self.sums = [torch.zeros_like(p) for p in trainer.params]
         record_updates(trainer.optimizers, self.playback.recorder)
 

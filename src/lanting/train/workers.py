@@ -42,7 +42,7 @@ def kept_atlas(path: Path) -> Atlas:
         default_atlas().save(path, CARRIED)
     atlas = Atlas.load(path, CARRIED)
     if atlas is None:
-        raise ModelError(f"{path} is no atlas kept by a training run; remove it.")
+        raise ModelError("{path} is no atlas kept by a training run: remove it", path=path)
     return atlas
 
 
@@ -107,7 +107,9 @@ class Workers:
     @staticmethod
     def _checked(made: Any) -> Any:
         if isinstance(made, str):
-            raise ModelError(f"A process that makes up designs failed ({made}); run the command again to go on.")
+            raise ModelError(
+                "a process that makes up designs failed ({reason}): run the command again to go on", reason=made
+            )
         return made
 
     def level(self) -> float:
