@@ -30,6 +30,7 @@ from lanting.train.design import (
     readable_pairs,
 )
 from lanting.train.designs import KINDS, DesignMaker, Labelled, Mix, pick
+from lanting.train.nano import MIX
 from lanting.train.sign_texts import is_held_out, words
 from lanting.train.wording import describe, locate, locate_concept, without_quotes
 from lanting.train.wording_en import FACES as FACE_WORDS
@@ -136,6 +137,17 @@ def test_three_chinese_characters_are_phrases_unless_random(held_out: bool) -> N
     """Too short to have a split, like shorter ones: on both sides they say something."""
     maker, rng = DesignMaker(0, held_out, Mix(random_text=0.0)), random.Random(1)
     assert {maker.chinese(rng, 3) for _ in range(20)} <= set(phrases())
+
+
+def test_lines_of_both_scripts_may_have_spaces() -> None:
+    """But a lone line never holds exactly two words, which would be two lines; held-out sets keep theirs without."""
+    drawn = [
+        [maker.sample(size=WIDE, kind="mixed").design.lines for _ in range(200)]
+        for maker in (DesignMaker(0, mix=Mix()), DesignMaker(0, mix=MIX))
+    ]
+    without, within = ([" " in line for lines in each for line in lines] for each in drawn)
+    assert not any(without) and 0.15 < sum(within) / len(within) < 0.5
+    assert all(len(lines) > 1 or len(lines[0].split()) != 2 for lines in drawn[1])
 
 
 def test_held_out_words_of_a_set_are_no_short_ones_with_a_mark() -> None:

@@ -52,6 +52,7 @@ class Mix:
     random_text: float = 0.35  # of the texts that are random strings or characters
     dense: float = 0.3  # of the designs whose lines are as many and as long as fit
     open: float = 0.45  # how often what may be left to the seed is more than plain
+    gap: float = 0.0  # of the lines of both scripts that have a space between them; 0: they have no spaces at all
     faces: dict[str, float] = field(default_factory=lambda: dict(FACE_WEIGHTS))
 
 
@@ -179,7 +180,7 @@ class DesignMaker:
         dense = rng.random() < self.mix.dense
         count = most if dense else pick(rng, range(1, most + 1), (5, 4, 2, 2)[:most])
         if kind == "mixed":
-            return tuple(self._mixed(rng, min(columns, 12)) for _ in range(count))
+            return tuple(self._mixed(rng, min(columns, 12), count == 1) for _ in range(count))
         if language == "zh":
             longest = max(1, min(8, columns // 2))
             lengths = [
@@ -221,13 +222,20 @@ class DesignMaker:
         pool = _hanzi(self.mix.hanzi)
         return "".join([rng.choice(pool) for _ in range(length)])
 
-    def _mixed(self, rng: random.Random, units: int) -> str:
-        """A line of both scripts, `units` half-width cells at most."""
+    def _mixed(self, rng: random.Random, units: int, alone: bool) -> str:
+        """A line of both scripts, `units` half-width cells at most. A lone line of two words would be two lines."""
         head = rng.randint(1, max(1, min(3, (units - 2) // 2)))
         rest = units - 2 * head
-        latin = self._texts.lines(rng, [rng.randint(1, max(1, min(6, rest)))])[0].replace(" ", "")
+        latin = self._texts.lines(rng, [rng.randint(1, max(1, min(6, rest)))])[0]
+        if not self.mix.gap:
+            latin = latin.replace(" ", "")
         hanzi = self.chinese(rng, head)
-        return hanzi + latin if rng.random() < 0.5 else latin + hanzi
+        gap = " " if self._apart(rng, len(latin) < rest and (not alone or " " in latin)) else ""
+        return hanzi + gap + latin if rng.random() < 0.5 else latin + gap + hanzi
+
+    def _apart(self, rng: random.Random, may: bool) -> bool:
+        """Whether a space stands between two scripts; no number is drawn where none ever does."""
+        return bool(self.mix.gap) and rng.random() < self.mix.gap and may
 
     def label(self, rng: random.Random, design: Design, kind: str) -> Labelled:
         """Decide what is said, bring the design in line with it, and phrase it."""

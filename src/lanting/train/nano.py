@@ -50,7 +50,7 @@ from lanting.train.warm import continue_from, seed_embeddings, seed_names
 from lanting.train.workers import kept_atlas
 
 # of a thousand pictograms each must be met as often as a character is, though a design shows one of them only
-MIX = Mix(kinds=(0.32, 0.32, 0.05, 0.31), pictogram=0.3)
+MIX = Mix(kinds=(0.32, 0.32, 0.05, 0.31), pictogram=0.3, gap=0.4)
 # progress at which a stage of the curriculum begins, and how many Chinese characters it draws from
 HANZI = ((0.0, 1200), (0.04, 3500))
 
