@@ -135,14 +135,15 @@ def test_weights_that_move_are_found(monkeypatch, kind):
     before = draw(net)
     block = net.transformer_blocks[1]
     parts = [block.attn.to_q, block.txt_mlp.net[2], block.attn.to_out[0], block.attn.norm_k]
-    for part in parts:
-        for table in (part._parameters, part._buffers):
-            for name, x in [*table.items()]:
-                if x is not None:
-                    old, moved = x, x.clone()
-                    table[name] = nn.Parameter(moved, requires_grad=False) if isinstance(x, nn.Parameter) else moved
-                    old.fill_(1)  # whoever still reads there draws something else
-    assert torch.equal(draw(net), before)
+    for every in (("bias",), ("weight",), ("weight", "weight_scale", "bias")):  # together, or one while others stay
+        for part in parts:
+            for table in (part._parameters, part._buffers):
+                for name, x in [*table.items()]:
+                    if x is not None and name in every:
+                        old, moved = x, x.clone()
+                        table[name] = nn.Parameter(moved, requires_grad=False) if isinstance(x, nn.Parameter) else moved
+                        old.fill_(1)  # whoever still reads there draws something else
+        assert torch.equal(draw(net), before), every
     block.attn.to_k.bias.data.add_(1)
     block.attn.to_k.bias = copy.deepcopy(block.attn.to_k.bias)
     for name in compute.KEPT:

@@ -5,6 +5,7 @@ It is kept in the module's own dictionary, where no state_dict looks, and found 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +54,7 @@ class Affine:
     """A Linear for C. It says where tensors lie and keeps none of them, so that streamed weights can go; a copy of the
     module makes its own."""
 
-    at: tuple[object, ...] = ()
+    at: object = None
     struct: Any = None
     dense: bool = False
 
@@ -61,18 +62,25 @@ class Affine:
         return Affine()
 
 
-def addresses(module: nn.Module) -> tuple[int | None, ...]:
-    """Where a Linear's or a norm's tensors lie."""
-    own = module._parameters if "weight" in module._parameters else module._buffers
-    found = own.get("weight"), own.get("weight_scale"), own.get("bias")
-    return tuple(None if x is None else x.data_ptr() for x in found)
+def lying(module: nn.Module) -> Iterator[tuple[Any, str, int]]:
+    """A Linear's or a norm's tensors: the table, the name there, where it lies. A packed weight is a buffer, and its
+    bias may be a parameter all the same."""
+    for own in (module._parameters, module._buffers):
+        for name, x in own.items():
+            if x is not None:
+                yield own, name, x.data_ptr()
+
+
+def addresses(module: nn.Module) -> dict[str, int]:
+    """Where a Linear's tensors lie."""
+    return {name: at for _, name, at in lying(module)}
 
 
 def affine(linear: Any, dtype: torch.dtype) -> Affine | None:
     """A Linear as part of a larger call, for activations in `dtype`; None where kernels can't multiply it as it is."""
     if getattr(linear, "weight", None) is None:  # a LoRA around a Linear
         return None
-    kept, at = linear.__dict__.get("affine"), (dtype, *addresses(linear))
+    kept, at = linear.__dict__.get("affine"), (dtype, addresses(linear))
     if kept is None or kept.at != at:
         found = packed(linear, dtype) if not getattr(linear, "rotate", 0) else None
         if found is None:

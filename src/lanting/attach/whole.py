@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lanting.attach.held import Affine, affine, floats
+from lanting.attach.held import Affine, affine, floats, lying
 from lanting.kernels import calls, library
 from lanting.nn.mmdit import Block, Context
 
@@ -56,9 +56,8 @@ class Seen:
     def add(self, place: Any, name: str, made: str) -> None:
         """One of the modules of a table, of which something was made."""
         module = place[name]
-        own = module._parameters if "weight" in module._parameters else module._buffers
         self.things.extend([(place, name, module), (vars(module), made, vars(module).get(made))])
-        self.lie.extend((own, key, x.data_ptr()) for key, x in own.items() if x is not None)
+        self.lie.extend(lying(module))
 
     def still(self) -> bool:
         """Whether all of that is as it was."""
