@@ -107,8 +107,9 @@ def test_the_same_idempotency_key_is_the_same_job(server):
     key = {"Idempotency-Key": "order-1"}
     first = server.submit("a sign", headers=key)
     assert server.submit("a sign", headers=key)["id"] == first["id"]
-    other = server.post("/api/jobs", {"prompt": "another"}, headers=key)
-    assert other.status_code == 409 and other.json()["error"]["code"] == "idempotency_conflict"
+    for more in ({"prompt": "another"}, {"priority": "low"}, {"priority": "normal"}, {"timeout": 60}):
+        other = server.post("/api/jobs", {"prompt": "a sign"} | more, headers=key)
+        assert other.status_code == 409 and other.json()["error"]["code"] == "idempotency_conflict", more
     server.ended(first["id"])
     assert server.submit("a sign", headers=key)["state"] == "done"
     long = server.post("/api/jobs", {"prompt": "a sign"}, headers={"Idempotency-Key": "x" * 300})

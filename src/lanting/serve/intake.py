@@ -79,6 +79,8 @@ def prepare(order: Order, spec: ModelSpec, model: str, caller: Caller, settings:
 def digest_of(asked: Mapping[str, Any], order: Order) -> str:
     """The same for requests that are the same."""
     whole = [asked, order.request.rewrite, order.model, order.dialect]
+    if (order.priority, order.timeout) != (None, None):  # else as older servers wrote it down
+        whole += [order.priority, order.timeout]
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
 
