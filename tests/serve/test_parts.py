@@ -278,6 +278,28 @@ def test_cancelling_a_job_that_is_being_put_back_cancels_it(tmp_path):
     asyncio.run(use())
 
 
+def test_places_are_right_in_the_moment_in_which_somebody_comes_begins_or_ends(tmp_path):
+    """They are computed now and then; what was told meanwhile was one too many or too few."""
+
+    async def use() -> None:
+        desk = open_house(Settings(tmp_path)).desk
+        jobs = [await desk.submit(Order(Request("a sign")), LOCAL) for _ in range(3)]
+
+        def ahead() -> list[int]:
+            return [place.ahead for job in jobs if (place := desk.place(job)) is not None]
+
+        assert ahead() == [0, 1, 2]
+        assert desk.line.take("nano", time.time()) is not None and ahead() == [0, 1, 2]  # one is drawn
+        jobs.append(await desk.submit(Order(Request("a sign")), LOCAL))
+        assert ahead() == [0, 1, 2, 3]
+        desk.line.finished(jobs.pop(0).id)
+        assert ahead() == [0, 1, 2]
+        await desk.cancel(jobs.pop(1).id, LOCAL)
+        assert ahead() == [0, 1]
+
+    asyncio.run(use())
+
+
 def test_log_lines_are_json_with_their_values():
     import json
 

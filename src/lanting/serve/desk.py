@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from lanting.serve.meters import Meters
 
 T = TypeVar("T")
-FRESH = 0.2  # seconds that computed places are good for
+FRESH = 0.2  # seconds that computed places are good for, where nobody began or ended meanwhile
 logger = logging.getLogger("lanting.serve")
 
 
@@ -191,28 +191,34 @@ class Desk:
         return await self.ledger.read(lambda db: history(db, search))
 
     def place(self, job: Job) -> Place | None:
-        """None for a job that has ended. A little old where many wait."""
+        """None for a job that has ended. A little old where many wait, and the last one for whom has just come."""
         if job.over:
             return None
-        places = self.places(job.model)
-        return places.get(job.id) or Place(len(self.line) + len(self.runs), len(self.line), None)
+        if (place := self.places(job.model).get(job.id)) is not None:
+            return place
+        waiting = sum(entry.model == job.model for entry in self.line.waiting.values())
+        drawn = sum(entry.model == job.model for entry in self.line.drawing.values())
+        return Place(max(drawn + waiting - 1, 0), waiting, None)
 
     def places(self, name: str) -> dict[str, Place]:
         """Of every unfinished job of a model."""
         model = self.models.get(name)
         if model is None:
             return {}
-        if time.monotonic() - model.places[0] > FRESH:
-            model.places = (time.monotonic(), self._places(model))
-        return model.places[1]
+        at, moved, places = model.places
+        if moved != self.line.moved or time.monotonic() - at > FRESH:
+            places = self._places(model)
+            model.places = (time.monotonic(), self.line.moved, places)
+        return places
 
     def _places(self, model: Model) -> dict[str, Place]:
         waiting = [*self.line.order(model.served.name, time.time())]
-        runs = [run for run in self.runs.values() if run.job.model == model.served.name]
-        places = {run.job.id: Place(0, len(waiting), left(run, model.pace)) for run in runs}
-        etas = ends([entry.cost for entry in waiting], model, runs)
+        drawn = [entry.id for entry in self.line.drawing.values() if entry.model == model.served.name]
+        runs = {id_: self.runs[id_] for id_ in drawn if id_ in self.runs}  # a worker is about to take the others
+        etas = ends([entry.cost for entry in waiting], model, [*runs.values()])
+        places = {id_: Place(0, len(waiting), left(runs[id_], model.pace) if id_ in runs else None) for id_ in drawn}
         for index, (entry, eta) in enumerate(zip(waiting, etas, strict=True)):
-            places[entry.id] = Place(len(runs) + index, len(waiting), eta)
+            places[entry.id] = Place(len(drawn) + index, len(waiting), eta)
         return places
 
     # ---------------------------------------------------------------- watch

@@ -46,6 +46,7 @@ class Line:
         self.waiting: dict[str, Entry] = {}
         self.served: dict[str, float] = {}  # owner -> cost / share of what was begun
         self.drawing: dict[str, Entry] = {}
+        self.moved = 0  # how often somebody began, ended or left: those behind stand elsewhere since
 
     def __len__(self) -> int:
         return len(self.waiting)
@@ -65,6 +66,7 @@ class Line:
 
     def remove(self, job: str) -> Entry | None:
         """The entry, if it was waiting."""
+        self.moved += 1
         return self.waiting.pop(job, None)
 
     def take(self, model: str, now: float) -> Entry | None:
@@ -73,18 +75,21 @@ class Line:
         if entry is not None:
             del self.waiting[entry.id]
             self.drawing[entry.id] = entry
+            self.moved += 1
             self.served[entry.owner] = self.served.get(entry.owner, 0.0) + entry.cost / entry.share
         return entry
 
     def finished(self, job: str) -> None:
         """A job that was taken has ended, or went back into the line by `add`."""
         self.drawing.pop(job, None)
+        self.moved += 1
         if not self.waiting and not self.drawing:
             self.served.clear()
 
     def returned(self, entry: Entry) -> None:
         """A job that was taken and not finished: it waits again, and its key is not charged twice."""
         self.drawing.pop(entry.id, None)
+        self.moved += 1
         self.add(entry)
         self.served[entry.owner] -= entry.cost / entry.share
 

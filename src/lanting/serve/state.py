@@ -54,7 +54,7 @@ class Model:
     loras: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     notes: list[str] = field(default_factory=list[str])
     reads: bool = False  # its workers can read pictures back
-    places: tuple[float, dict[str, Place]] = (0.0, {})
+    places: tuple[float, int, dict[str, Place]] = (0.0, 0, {})  # when they were computed, `Line.moved` then
 
     @property
     def workers(self) -> int:
