@@ -44,23 +44,39 @@ def test_img2img_with_and_without_mask(client, server):
 
 
 def test_progress_and_interrupt(client, server):
-    failed = []
+    """What is drawn ends, with all its pictures, and the client's next request begins, as with A1111; one that waits
+    behind somebody else's ends as well: it was drawn, whatever its client had said."""
+    failed, drawn = [], []
 
-    def draw():
+    def draw(prompt: str, steps: int) -> None:
         try:
-            client.txt2img(prompt="slow", steps=100, width=64, height=32)
+            drawn.append(client.txt2img(prompt=prompt, steps=steps, n_iter=2, width=64, height=32))
         except RuntimeError as error:
             failed.append(str(error))
 
     assert client.get_progress()["progress"] == 0
-    thread = threading.Thread(target=draw)
+    thread = threading.Thread(target=draw, args=("slow", 100))
     thread.start()
     told = wait_for(lambda: found if (found := client.get_progress())["state"]["sampling_step"] > 2 else None)
     assert 0 < told["progress"] < 1 and told["state"]["sampling_steps"] == 100
     assert told["current_image"].startswith("iVBOR")
+    after = threading.Thread(target=draw, args=("after", 2))
+    after.start()
+    wait_for(lambda: server.get("/api/models").json()["waiting"])
     client.interrupt()
     thread.join(10)
-    assert failed and "409" in failed[0]
+    after.join(10)
+    assert len(failed) == 1 and "409" in failed[0] and len(drawn) == 1
+
+    other = server.submit("slow", steps=100)["id"]
+    wait_for(lambda: server.get(f"/api/jobs/{other}").json()["state"] == "running")
+    behind = threading.Thread(target=draw, args=("behind", 2))
+    behind.start()
+    wait_for(lambda: server.get("/api/models").json()["waiting"])
+    client.interrupt()
+    behind.join(5)
+    assert len(failed) == 2 and server.get(f"/api/jobs/{other}").json()["state"] == "running"
+    server.post(f"/api/jobs/{other}/cancel")
 
 
 def test_what_menus_are_filled_with(client):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
-from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import APIRouter
@@ -76,6 +76,14 @@ class Ask(BaseModel):
     force_task_id: str | None = None
 
 
+@dataclass
+class Clients:
+    """What is known of callers as long as the server lives."""
+
+    chosen: dict[str, str] = field(default_factory=dict[str, str])  # caller -> the model picked with /options
+    asked: dict[str, Job] = field(default_factory=dict[str, Job])  # id -> of requests not answered yet
+
+
 class Options(BaseModel):
     """Only the model can be chosen, and only among those served."""
 
@@ -134,17 +142,20 @@ async def mask_of(house: House, ask: Ask, size: tuple[int, int]) -> Pillow.Image
     return mask
 
 
-async def draw(house: House, ask: Ask, request: HttpRequest, chosen: Mapping[str, str]) -> dict[str, Any]:
+async def draw(house: House, ask: Ask, request: HttpRequest, clients: Clients) -> dict[str, Any]:
     """Submit, wait, answer."""
     caller = caller_of(request)
     if any(0xD800 <= ord(letter) <= 0xDFFF for letter in json.dumps(ask.override_settings, ensure_ascii=False)):
         raise RequestError("the prompt holds bytes that are not UTF-8: retype it")  # they are echoed
-    named = (ask.override_settings or {}).get("sd_model_checkpoint") or chosen.get(caller.id)
+    named = (ask.override_settings or {}).get("sd_model_checkpoint") or clients.chosen.get(caller.id)
     model = None if named is None else str(named)
     wish, lora = await request_of(house, ask, model)
     job = await house.desk.submit(Order(wish, model, DIALECT, lora, once=once_of(request)), caller)
-    job = await finished(house, request, job)
-    return await result(house, ask, job)
+    clients.asked[job.id] = job
+    try:
+        return await result(house, ask, await finished(house, request, job))
+    finally:
+        clients.asked.pop(job.id, None)
 
 
 async def result(house: House, ask: Ask, job: Job) -> dict[str, Any]:
@@ -176,15 +187,22 @@ async def result(house: House, ask: Ask, job: Job) -> dict[str, Any]:
     return {"images": images, "parameters": parameters, "info": json.dumps(info, ensure_ascii=False)}
 
 
-def run_of(house: House, caller: Caller) -> Run | None:
-    """What this client's picture is at."""
-    own = (run for run in house.desk.runs.values() if run.job.owner == caller.id and run.job.dialect == DIALECT)
-    return next(own, None)
+def runs_of(house: House, caller: Caller) -> list[Run]:
+    """What is being drawn for this client."""
+    return [run for run in house.desk.runs.values() if run.job.owner == caller.id and run.job.dialect == DIALECT]
+
+
+async def interrupt(house: House, caller: Caller, clients: Clients) -> None:
+    """End what is being drawn for the caller, with all its pictures; where nothing is, the request whose turn comes
+    first. Its others are drawn: theirs, too, ends the job at hand, and the next begins."""
+    waiting = [job.id for job in clients.asked.values() if job.owner == caller.id]
+    for job in [run.job.id for run in runs_of(house, caller)] or waiting[:1]:
+        await house.desk.cancel(job, caller)
 
 
 def progress(house: House, caller: Caller, skip: bool) -> dict[str, Any]:
     """Of the caller's job that is being drawn, else of nothing. The picture is still a JPEG's bytes: see `as_png`."""
-    run, waiting = run_of(house, caller), len(house.desk.line)
+    run, waiting = next(iter(runs_of(house, caller)), None), len(house.desk.line)
     state = {"skipped": False, "interrupted": False, "job": "", "job_count": waiting, "job_no": 0}
     state |= {"job_timestamp": "0", "sampling_step": 0, "sampling_steps": 0}
     if run is None:
@@ -210,26 +228,25 @@ def png_info(data: bytes) -> dict[str, Any]:
 
 
 def router(house: House) -> APIRouter:
-    """The routes. `chosen` is the model that each caller picked with /options; it lives as long as the server."""
-    routes = APIRouter(prefix="/sdapi/v1", tags=["a1111"])
-    chosen: dict[str, str] = {}
+    """The routes."""
+    routes, clients = APIRouter(prefix="/sdapi/v1", tags=["a1111"]), Clients()
 
     @routes.post("/txt2img", summary="Draw pictures")
     async def txt2img(ask: Ask, request: HttpRequest) -> dict[str, Any]:
-        return await draw(house, ask.model_copy(update={"init_images": None, "mask": None}), request, chosen)
+        return await draw(house, ask.model_copy(update={"init_images": None, "mask": None}), request, clients)
 
     @routes.post("/img2img", summary="Change pictures")
     async def img2img(ask: Ask, request: HttpRequest) -> dict[str, Any]:
         if not ask.init_images:
             raise RequestError("init_images is empty: send the picture to change")
-        return await draw(house, ask, request, chosen)
+        return await draw(house, ask, request, clients)
 
-    around(house, routes, chosen)
+    around(house, routes, clients)
     lists(house, routes)
     return routes
 
 
-def around(house: House, routes: APIRouter, chosen: dict[str, str]) -> None:
+def around(house: House, routes: APIRouter, clients: Clients) -> None:
     """Routes of the caller's picture and of the model it chose."""
 
     @routes.get("/progress", summary="Of your picture")
@@ -238,9 +255,8 @@ def around(house: House, routes: APIRouter, chosen: dict[str, str]) -> None:
 
     @routes.post("/interrupt", summary="Cancel your picture")
     @routes.post("/skip", summary="Cancel your picture")
-    async def interrupt(request: HttpRequest) -> dict[str, Any]:
-        if (run := run_of(house, caller_of(request))) is not None:
-            await house.desk.cancel(run.job.id, caller_of(request))
+    async def stop(request: HttpRequest) -> dict[str, Any]:
+        await interrupt(house, caller_of(request), clients)
         return {}
 
     @routes.post("/png-info", summary="The recipe in a picture")
@@ -249,13 +265,13 @@ def around(house: House, routes: APIRouter, chosen: dict[str, str]) -> None:
 
     @routes.get("/options", summary="The chosen model")
     async def options(request: HttpRequest) -> dict[str, Any]:
-        name = chosen.get(caller_of(request).id) or house.settings.models[0].name
+        name = clients.chosen.get(caller_of(request).id) or house.settings.models[0].name
         return {"sd_model_checkpoint": name, "sd_checkpoint_hash": "", "samples_format": "png"}
 
     @routes.post("/options", summary="Choose the model")
     async def choose(ask: Options, request: HttpRequest) -> dict[str, Any]:
         if ask.sd_model_checkpoint is not None:
-            chosen[caller_of(request).id] = house.desk.model(ask.sd_model_checkpoint).served.name
+            clients.chosen[caller_of(request).id] = house.desk.model(ask.sd_model_checkpoint).served.name
         return {}
 
 
