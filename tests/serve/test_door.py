@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -17,8 +18,9 @@ from pathlib import Path
 import httpx
 import pytest
 import uvicorn
-from fakeserve import running
+from fakeserve import Server, running
 from PIL import Image
+from starlette.datastructures import Headers
 from starlette.routing import BaseRoute
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
@@ -44,6 +46,12 @@ def client_for(folder: Path, **settings) -> TestClient:
     """An application that is never started: requests meet the guard and the routes, no worker."""
     house = open_house(Settings(folder, (Served("nano", "nano"),), **settings))
     return TestClient(build_app(house), base_url=LOCALHOST, raise_server_exceptions=False)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> TestClient:
+    """One without further settings, which nobody gives a job."""
+    return client_for(tmp_path_factory.mktemp("plain"))
 
 
 def paths(routes: list[BaseRoute]) -> list[tuple[str, str]]:
@@ -129,8 +137,8 @@ def test_whoever_lets_others_in_needs_keys(tmp_path, settings, needed):
 @pytest.mark.parametrize(
     "host", ["evil.com", "127.0.0.1.evil.com", "localhost.evil.com:8353", "", "[::ffff:1.2.3.4]", "a b"]
 )
-def test_a_page_that_rebinds_its_name_is_refused(tmp_path, host):
-    answer = client_for(tmp_path).get("/api/jobs", headers={"Host": host})
+def test_a_page_that_rebinds_its_name_is_refused(plain, host):
+    answer = plain.get("/api/jobs", headers={"Host": host})
     assert answer.status_code == 403 and "--allow-host" in answer.json()["error"]["message"]
 
 
@@ -143,9 +151,8 @@ def test_hosts_that_are_allowed(tmp_path):
     assert bare("[::1]:80") == "::1" and bare("HOST:80") == "host" and bare("::1") == "::1"
 
 
-def test_pages_of_other_sites_are_refused_and_get_no_cors(tmp_path):
-    client = client_for(tmp_path)
-    own = client.get("/api/jobs", headers={"Origin": "http://127.0.0.1"})
+def test_pages_of_other_sites_are_refused_and_get_no_cors(plain):
+    own = plain.get("/api/jobs", headers={"Origin": "http://127.0.0.1"})
     assert own.status_code == 200 and "access-control-allow-origin" not in own.headers
     for headers in (
         {"Origin": "http://evil.com"},
@@ -160,7 +167,7 @@ def test_pages_of_other_sites_are_refused_and_get_no_cors(tmp_path):
             ("POST", "/sdapi/v1/interrupt"),
             ("OPTIONS", "/v1/models"),
         ):
-            answer = client.request(method, path, headers=headers)
+            answer = plain.request(method, path, headers=headers)
             assert answer.status_code == 403 and "access-control-allow-origin" not in answer.headers, (headers, path)
 
 
@@ -204,13 +211,12 @@ DRAWING = ("/api/jobs", "/api/generate", "/v1/images/generations", "/sdapi/v1/tx
 
 @pytest.mark.parametrize("kind", FORMS)
 @pytest.mark.parametrize("browser", BROWSERS, ids=str)
-def test_a_form_of_another_site_changes_nothing(tmp_path, browser, kind):
+def test_a_form_of_another_site_changes_nothing(plain, browser, kind):
     """What a page can send without asking first: text/plain and forms."""
-    client = client_for(tmp_path)
     for path in DRAWING:
-        answer = client.post(path, content=b'{"prompt": "x"}', headers={"Content-Type": kind, **browser})
+        answer = plain.post(path, content=b'{"prompt": "x"}', headers={"Content-Type": kind, **browser})
         assert answer.status_code in (400, 403, 422), path
-    assert client.get("/api/jobs").json()["jobs"] == []
+    assert plain.get("/api/jobs").json()["jobs"] == []
 
 
 @pytest.mark.parametrize("kind", [*FORMS[:3], "", None])
@@ -245,22 +251,39 @@ def test_bodies_are_bounded_before_they_are_read(tmp_path):
     assert client.post("/api/jobs", headers={"Content-Length": "-1"}).status_code in (400, 413)
 
 
-def test_a_body_that_never_ends_is_given_up(tmp_path):
-    with (
-        running(tmp_path, caps={"body_seconds": 0.5}) as server,
-        socket.create_connection(("127.0.0.1", server.port)) as sock,
-    ):
-        lines = (
-            "POST /api/jobs HTTP/1.1",
-            "Host: localhost",
-            "Content-Type: application/json",
-            "Content-Length: 99",
-            "",
-            "{",
-        )
+def test_the_values_of_a_body_are_bounded(tmp_path):
+    """A million short ones in two megabytes held everybody up for seconds, and a gigabyte with them."""
+    client = client_for(tmp_path)
+    for path in ("/api/jobs", "/v1/images/generations", "/v1/images/edits", "/sdapi/v1/txt2img", "/api/generate"):
+        for value in (b"1", b"[]", b"{}"):
+            body = b'{"prompt": "x", "images": [' + b",".join([value] * 15_000 * (2 if value == b"1" else 1)) + b"]}"
+            answer = client.post(path, content=body, headers={"Content-Type": "application/json"})
+            assert answer.status_code == 413 and "more than 20,000 values" in answer.text, (path, value)
+    assert client.post("/api/jobs", json={"prompt": "a, b, " * 900}).status_code == 202
+
+
+def sent_in_full(port: int, size: int, *headers: str, path: str = "/api/jobs") -> bytes:
+    """What is answered to whoever sends a whole body, and reads only then."""
+    lines = (f"POST {path} HTTP/1.1", "Host: localhost", f"Content-Length: {size}", *headers, "", "")
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as sock:
         sock.sendall("\r\n".join(lines).encode())
-        sock.settimeout(5)
-        assert b" 413 " in sock.recv(1000)
+        for at in range(0, size, 1 << 20):
+            sock.sendall(b" " * min(1 << 20, size - at))
+        return b"".join(iter(lambda: sock.recv(1 << 16), b""))
+
+
+def test_a_body_that_never_ends_is_given_up_and_a_refusal_is_heard(tmp_path):
+    """A connection that is closed over unread bytes is reset, and nobody hears why."""
+    json_ = "Content-Type: application/json"
+    with running(tmp_path, caps={"body_seconds": 0.5, "body": 1 << 20}) as server:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=5) as sock:
+            lines = ("POST /api/jobs HTTP/1.1", "Host: localhost", json_, "Content-Length: 99", "", "{")
+            sock.sendall("\r\n".join(lines).encode())
+            assert b" 413 " in sock.recv(1000)
+        for headers in ((json_, "Connection: close"), (json_,)):  # the first: as proxies ask
+            assert b" 413 " in sent_in_full(server.port, 8 << 20, *headers)
+        stranger = (json_, "Origin: https://evil.com", "Connection: close")
+        assert b" 403 " in sent_in_full(server.port, 1 << 20, *stranger)
 
 
 async def upload(client: httpx.AsyncClient, size: int, rest: asyncio.Event | None = None) -> httpx.Response:
@@ -306,6 +329,7 @@ def test_bodies_are_bounded_together(tmp_path, monkeypatch):
 def test_a_body_that_was_understood_takes_no_room(tmp_path):
     """Its client may wait long for the picture."""
     room, pieces = Room(1_000_000), iter([b"x" * 400_000, b"x" * 100_000])
+    head = Headers({"content-length": "500000"})
 
     async def use() -> None:
         async def receive() -> dict[str, object]:
@@ -314,7 +338,7 @@ def test_a_body_that_was_understood_takes_no_room(tmp_path):
                 return {"type": "http.disconnect"}
             return {"type": "http.request", "body": piece, "more_body": len(piece) == 400_000}
 
-        body = Arriving(Caps(), room, receive)  # type: ignore[arg-type]
+        body = Arriving(Caps(), room, receive, head)  # type: ignore[arg-type]
         await body()
         await body()
         assert room.held == 500_000 - SMALL
@@ -347,8 +371,8 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_pictures_that_are_none_are_refused_by_every_dialect(tmp_path, name):
-    client, data = client_for(tmp_path), base64.b64encode(BAD[name]).decode()
+def test_pictures_that_are_none_are_refused_by_every_dialect(plain, name):
+    client, data = plain, base64.b64encode(BAD[name]).decode()
     answers = [
         client.post("/v1/images/edits", data={"prompt": "x"}, files={"image": ("a.png", BAD[name], "image/png")}),
         client.post("/v1/images/variations", files={"image": ("a.png", BAD[name], "image/png")}),
@@ -400,10 +424,9 @@ def test_prompts_and_keys_are_not_in_the_log(tmp_path):
 @pytest.mark.parametrize(
     "path", ["../../etc/passwd", "..%2f..%2fqueue.sqlite", "%2e%2e/%2e%2e/queue.sqlite", "0/images/..%2f0"]
 )
-def test_paths_lead_nowhere(tmp_path, path):
-    client = client_for(tmp_path)
+def test_paths_lead_nowhere(plain, path):
     for prefix in ("/api/jobs/", "/v1/models/", "/"):
-        assert client.get(prefix + path).status_code in (404, 422)
+        assert plain.get(prefix + path).status_code in (404, 422)
 
 
 def test_signed_addresses_are_for_one_picture_and_an_hour(monkeypatch):
@@ -448,6 +471,19 @@ def test_a_head_that_does_not_end_is_cut(tmp_path):
         assert all(server.get("/healthz", headers=long).status_code == 200 for _ in range(3))
         body = {"prompt": "x", "images": [base64.b64encode(png((900, 900))).decode()] * 2}
         assert server.post("/api/jobs", body).status_code in (202, 400)
+        assert answered_meanwhile(server, b'{"prompt": "x", "images": ["' + b"A" * (12 << 20) + b'"]}') > 5
+
+
+def answered_meanwhile(server: Server, body: bytes) -> int:
+    """How often the server said that it lives while three such bodies were taken in."""
+    how = {"content": body, "headers": {"Content-Type": "application/json"}, "timeout": 60}
+    with ThreadPoolExecutor() as pool, httpx.Client(base_url=server.url, timeout=5) as client:
+        uploads = [pool.submit(httpx.post, f"{server.url}/api/jobs", **how) for _ in range(3)]
+        answers = 0
+        while not all(upload.done() for upload in uploads):
+            answers += client.get("/healthz").status_code == 200
+        assert {upload.result().status_code for upload in uploads} == {400}
+    return answers
 
 
 def test_who_says_nothing_is_not_waited_for(monkeypatch):
@@ -585,18 +621,10 @@ def test_a_name_is_resolved_once_and_pinned(monkeypatch, web):
     assert asked[0] == "pictures.example.com" and set(asked[1:]) <= {"127.0.0.1"} and connected == [("127.0.0.1", port)]
 
 
-def test_fetching_is_off_unless_asked_for(tmp_path):
+def test_fetching_is_off_unless_asked_for(plain):
     for url in ("http://example.com/x.png", "HTTPS://example.com/x.png"):
-        answer = client_for_once(tmp_path).post("/api/jobs", json={"prompt": "x", "images": [url]})
+        answer = plain.post("/api/jobs", json={"prompt": "x", "images": [url]})
         assert answer.status_code == 400 and "fetches no addresses" in answer.text
-
-
-def client_for_once(folder: Path) -> TestClient:
-    """One that gives its folder back."""
-    house = open_house(Settings(folder))
-    client = TestClient(build_app(house), base_url=LOCALHOST, raise_server_exceptions=False)
-    house.lock.release()
-    return client
 
 
 def test_settings_are_checked(tmp_path):
@@ -652,10 +680,10 @@ WRONG = {  # body -> what is said of it
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])
-def test_what_is_wrong_with_a_request_is_said_in_our_words(tmp_path, monkeypatch, language):
+def test_what_is_wrong_with_a_request_is_said_in_our_words(plain, monkeypatch, language):
     """They were pydantic's and the framework's: "size.str: Input should be a valid string", "Method Not Allowed"."""
     monkeypatch.setenv("LANTING_LANG", language)
-    client = client_for(tmp_path)
+    client = plain
     answers = [(client.post("/api/jobs", content=body), words) for body, words in WRONG.items()]
     for query, words in (("limit=0", "at least 1"), ("limit=201", "at most 200"), ("search=" + "x" * 201, "200 char")):
         answers.append((client.get(f"/api/jobs?{query}"), words))

@@ -39,6 +39,7 @@ OPEN = ("/healthz", "/readyz")  # for whoever watches that the server lives; the
 LOGIN = ("POST", "/login")  # where the studio's form sends the key; there only with the studio
 COOKIE = "lanting_key"  # which no script reads and no other site sends
 JSON_ONLY = ("/api/", "/v1/images/generations", "/sdapi/")  # what is sent there can't be anything else
+CLOSE = (b"connection", b"close")  # after a body of which who knows how much is to come
 FROM_PAGES = ("origin", "referer", "sec-fetch-site", "cookie")  # headers that browsers send, and programs don't
 logger = logging.getLogger("lanting.serve.http")
 
@@ -66,19 +67,22 @@ class Guard:
         if scope["type"] not in ("http", "websocket"):
             await self.app(scope, receive, send)
             return
-        door, began, status = self.door(), time.perf_counter(), 0
-        body = Arriving(door.settings.caps, door.room, receive)
+        door, began, status, scope = self.door(), time.perf_counter(), 0, as_meant(scope)
+        body = Arriving(door.settings.caps, door.room, receive, Headers(scope=scope))
 
         async def sent(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
                 body.leave()
-                message.setdefault("headers", []).extend(ALWAYS)
+                message.setdefault("headers", []).extend(ALWAYS if status != 413 else (*ALWAYS, CLOSE))
                 door.meters.answer.observe(time.perf_counter() - began)
+            elif message["type"] == "http.response.body" and not message.get("more_body") and not body.whole:
+                await send({**message, "more_body": True})  # all that the client is told; it may still be sending
+                await body.drop()
+                message = {"type": "http.response.body"}
             await send(message)
 
-        scope = as_meant(scope)
         try:
             scope.setdefault("state", {})["caller"] = await admitted(door, scope)
         except LantingError as error:
