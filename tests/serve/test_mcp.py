@@ -31,8 +31,21 @@ async def use(session: ClientSession) -> dict:
     )
     told = json.loads(drawn.content[-1].text)
     edited = await session.call_tool("edit_image", {"prompt": "red", "images": told["images"]})
-    wrong = await session.call_tool("generate_image", {"prompt": "x", "size": "1x1"})
+    wrong = [(await session.call_tool(tool, wish)) for tool, wish, _ in WRONG]
     return {"names": names, "steps": steps, "drawn": drawn, "edited": edited, "wrong": wrong, "told": told}
+
+
+WRONG = (  # tool, arguments, how the sentence begins; the SDK had its own words around it, or pydantic's
+    ("generate_image", {"prompt": "x", "size": "1x1"}, "the size 1×1 can't be drawn"),
+    ("generate_image", {"prompt": "x", "steps": "many"}, "steps must be a whole number"),
+    ("generate_image", {"prompt": 5}, "prompt must be a text"),
+    ("generate_image", {}, "prompt is missing: the tool needs it"),
+    ("generate_image", {"prompt": "boom"}, "something went wrong inside; the server's log has it under"),
+    ("edit_image", {"prompt": "x", "images": "x"}, "images must be a list"),
+    ("edit_image", {"prompt": "x", "images": ["x", 5]}, "images.1 must be a text"),
+    ("edit_image", {"prompt": "x", "images": []}, "images is empty"),
+    ("paint", {}, "there is no tool 'paint'"),
+)
 
 
 def check(got: dict) -> None:
@@ -43,7 +56,9 @@ def check(got: dict) -> None:
     assert image.size == (64, 32) and image.getpixel((0, 0))[0] == 7
     assert got["steps"] == [(step, 5) for step in range(1, 6)]
     assert not got["edited"].is_error and got["edited"].content[0].type == "image"
-    assert got["wrong"].is_error and "can't be drawn" in got["wrong"].content[0].text
+    for one, (*_, words) in zip(got["wrong"], WRONG, strict=True):
+        told = one.content[0].text
+        assert one.is_error and told.startswith(words) and "\n" not in told, told
 
 
 def test_over_http(server):

@@ -15,14 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from mcp.server.mcpserver import Context, Image, MCPServer
-from mcp.server.mcpserver.exceptions import ToolError
+from mcp.server.mcpserver.exceptions import ToolError, UnexpectedToolError
 from mcp.server.transport_security import TransportSecuritySettings
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from lanting.core.errors import LantingError, RequestError
-from lanting.core.lang import explain
+from lanting.core.lang import explain, say
 from lanting.core.types import Request
 from lanting.serve.common import caller_of, read_in, result_path, revised, with_picture
+from lanting.serve.errors import misread
 from lanting.serve.hand import processes
 from lanting.serve.house import Hire, House, open_house
 from lanting.serve.intake import Order
@@ -57,11 +58,33 @@ Sources = Annotated[list[str], Field(description="Base64, data URLs, or job:ID/I
 Hole = Annotated[str | None, Field(description="Base64 of a picture as large as the first: white is drawn anew.")]
 
 
+class Server(MCPServer[Any]):
+    """The SDK's, but what went wrong is said in our words alone."""
+
+    async def call_tool(self, name: str, arguments: dict[str, Any], context: Context[Any, Any] | None = None) -> Any:
+        try:
+            return await super().call_tool(name, arguments, context)
+        except UnexpectedToolError as error:  # which the SDK logs, with its cause
+            raise UnexpectedToolError(say("something went wrong inside; the server's log has it")) from error.__cause__
+        except ToolError as error:
+            raise ToolError(in_our_words(name, error.__cause__)) from None
+
+
+def in_our_words(tool: str, cause: BaseException | None) -> str:
+    """A failure that the SDK put its own words around."""
+    if isinstance(cause, ToolError):
+        return str(cause)
+    if not isinstance(cause, ValidationError):
+        return explain(RequestError("there is no tool {name}: ask for the list of tools", name=repr(tool[:40])))
+    first = cause.errors(include_url=False)[0]
+    if first["type"] == "missing":
+        return explain(RequestError("{name} is missing: the tool needs it", name=first["loc"][0]))
+    return explain(misread([first]))
+
+
 def tools(house: House) -> MCPServer[Any]:
     """The MCP server over a house."""
-    from mcp.server.mcpserver import MCPServer
-
-    server: MCPServer[Any] = MCPServer("lanting", instructions=ABOUT)
+    server = Server("lanting", instructions=ABOUT)
 
     @server.tool(description="Draw a picture from words.", structured_output=False)
     async def generate_image(  # noqa: PLR0913  what clients are shown
