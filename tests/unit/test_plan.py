@@ -33,10 +33,11 @@ from lanting.plan import (
 )
 from lanting.plan import activations as a
 from lanting.plan.activations import Job
+from lanting.plan.cards import Card, amd_cards, large, nvidia_cards, shown_by_hip
 from lanting.plan.costs import Bill, Way
 from lanting.plan.geometry import Geometry, Language, Transformer, Vae, Vision
 from lanting.plan.kinds import KINDS
-from lanting.plan.machine import cgroup_memory, gpus, parse_meminfo, parse_nvidia
+from lanting.plan.machine import cgroup_memory, gpus, parse_meminfo
 from lanting.plan.planner import SPARE, rank
 from lanting.plan.sizes import (
     Reader,
@@ -313,8 +314,8 @@ def test_meminfo():
 
 
 def test_nvidia_smi():
-    found = parse_nvidia("0, NVIDIA GeForce RTX 3060, 12288, 11872\n1, Odd, [N/A], 5\n")
-    assert found == [Device("cuda", "NVIDIA GeForce RTX 3060", 12288 * 2**20, 11872 * 2**20)]
+    found = nvidia_cards("0, NVIDIA GeForce RTX 3060, 12288, 11872\n1, Odd, [N/A], 5\nNo devices were found\n")
+    assert found == [Card("", Device("cuda", "NVIDIA GeForce RTX 3060", 12288 * 2**20, 11872 * 2**20)), Card("", None)]
 
 
 def test_what_would_do_for_several_devices_does():
@@ -346,15 +347,109 @@ def test_cards_are_shown_by_number_or_by_uuid(monkeypatch):
         ("1", ["B"]),
         ("1,0", ["B", "A"]),
         ("GPU-2c-d", ["B"]),
-        ("GPU-2c, GPU-1a", ["B", "A"]),
+        ("GPU-2c,GPU-1a", ["B", "A"]),
+        ("GPU-2c, GPU-1a", ["B"]),
+        (" 1gpu,+0", ["B", "A"]),
         ("", []),
         ("-1", []),
         ("7", []),
+        ("1,7,0", ["B"]),
+        ("1,-1,0", ["B"]),
+        ("0,0", []),
+        ("0,7,7", []),
+        ("GPU-2c-d,1,1", ["B"]),
+        ("0,GPU-2c", ["A"]),
         ("GPU-3", []),
+        ("GPU-", []),
+        ("GPU-2c,GPU-2c-d", []),
+        ("MIG-1a", []),
+        ("NoDevFiles", []),
     ):
         found = gpus({} if said is None else {"CUDA_VISIBLE_DEVICES": said})
         assert [card.title for card in found] == titles, said
         assert [card.name for card in found] == ["cuda", "cuda:1"][: len(titles)]
+
+
+SLICED = """GPU 0: NVIDIA A100-SXM4-40GB (UUID: GPU-1a)
+  MIG 3g.20gb     Device  0: (UUID: MIG-aa-1)
+  MIG 1g.5gb      Device  1: (UUID: MIG-bb-2)
+GPU 1: NVIDIA A100-SXM4-40GB (UUID: GPU-2c)
+"""
+XML = """<nvidia_smi_log>
+<gpu id="00000000:01:00.0"><fb_memory_usage><total>40960 MiB</total></fb_memory_usage><mig_devices>
+<mig_device><index>0</index><fb_memory_usage><total>20096 MiB</total><used>6 MiB</used><free>20090 MiB</free>
+</fb_memory_usage></mig_device>
+<mig_device><index>1</index><fb_memory_usage><total>4864 MiB</total><free>4861 MiB</free></fb_memory_usage></mig_device>
+</mig_devices></gpu><gpu id="00000000:41:00.0"><fb_memory_usage><total>40960 MiB</total></fb_memory_usage></gpu>
+</nvidia_smi_log>"""
+
+
+@pytest.mark.parametrize(
+    ("said", "titles", "memory"),
+    [
+        (None, ["MIG 3g.20gb"], 20096),  # one, and no other card beside it
+        ("0", ["MIG 3g.20gb"], 20096),
+        ("1", ["A100-SXM4-40GB"], 40960),
+        ("GPU-1a", ["MIG 3g.20gb"], 20096),
+        ("MIG-bb-2", ["MIG 1g.5gb"], 4864),
+        ("MIG-bb,MIG-aa-1", ["MIG 1g.5gb"], 4864),
+        ("MIG-cc", [], 0),
+    ],
+)
+def test_of_a_card_in_slices_one_is_shown(said, titles, memory, monkeypatch):
+    table = "0, NVIDIA A100-SXM4-40GB, 40960, 40000, GPU-1a\n1, NVIDIA A100-SXM4-40GB, 40960, 40000, GPU-2c\n"
+    environ = {} if said is None else {"CUDA_VISIBLE_DEVICES": said}
+    monkeypatch.setattr("lanting.plan.machine.cut_into_slices", lambda told, environ, place: True)
+    for details in (XML, ""):  # drivers that say less
+        told = {"-L": SLICED, "-q": details}
+        monkeypatch.setattr("lanting.plan.machine._run", lambda *command, told=told: told.get(command[1], table))
+        found = gpus(environ)
+        assert [card.title.removeprefix("NVIDIA ").removeprefix("A100-SXM4-40GB ") for card in found] == titles
+        if found:
+            assert found[0].name == "cuda" and 0.85 < found[0].memory / (memory * 2**20) <= 1
+            assert details == "" or found[0].memory == memory * 2**20
+
+
+def test_slices_are_asked_for_where_there_may_be_some(monkeypatch, tmp_path):
+    asked = []
+    whole, hidden = (
+        "0, A, 12288, 11872, GPU-1a\n",
+        "0, A, [Insufficient Permissions], [Insufficient Permissions], GPU-1a\n",
+    )
+    monkeypatch.setattr("lanting.plan.machine.CAPABILITIES", tmp_path)
+    for table, environ in ((whole, {}), (hidden, {}), (whole, {"CUDA_VISIBLE_DEVICES": "MIG-aa"})):
+        monkeypatch.setattr("lanting.plan.machine._run", lambda *c, table=table: asked.append(c[1]) or table)
+        gpus(environ)
+    assert [word for word in asked if word == "-L"] == ["-L"] * 2
+    (tmp_path / "gpu0" / "mig" / "gi1").mkdir(parents=True)
+    gpus({})
+    assert asked[-2:] == ["-L", "-q"]
+
+
+def test_amd_s_cards_are_shown_by_two_variables(tmp_path):
+    """A processor's own graphics are counted by HIP, and hold no model."""
+    for name, size, own in (("card0", 24, "a1"), ("card2", 16, "b2"), ("card10", 8, "c3"), ("card3", 0.5, "d4")):
+        place = tmp_path / name / "device"
+        place.mkdir(parents=True)
+        (place / "mem_info_vram_total").write_text(f"{int(size * 2**30)}\n")
+        (place / "product_name").write_text(f"{name}\n")
+        (place / "unique_id").write_text(f"{own}\n")
+    (tmp_path / "card0-DP-1").mkdir()
+    cards = amd_cards(tmp_path)
+    assert [card.uuid for card in cards] == ["GPU-a1", "GPU-b2", "GPU-d4", "GPU-c3"]
+    for environ, titles in (
+        ({}, ["card0", "card2", None, "card10"]),
+        ({"HIP_VISIBLE_DEVICES": "1"}, ["card2"]),
+        ({"CUDA_VISIBLE_DEVICES": "3,0"}, ["card10", "card0"]),
+        ({"CUDA_VISIBLE_DEVICES": "0", "HIP_VISIBLE_DEVICES": "1,2"}, ["card2", None]),
+        ({"ROCR_VISIBLE_DEVICES": "1,3", "HIP_VISIBLE_DEVICES": "1"}, ["card10"]),
+        ({"ROCR_VISIBLE_DEVICES": "3,GPU-a1", "CUDA_VISIBLE_DEVICES": "1,0"}, ["card0", "card10"]),
+        ({"ROCR_VISIBLE_DEVICES": "GPU-c3"}, ["card10"]),
+        ({"ROCR_VISIBLE_DEVICES": "0", "HIP_VISIBLE_DEVICES": "1"}, []),
+        ({"HIP_VISIBLE_DEVICES": "-1"}, []),
+    ):
+        found = [device and device.title for device in large(shown_by_hip(cards, environ))]
+        assert found == titles, environ
 
 
 def test_a_containers_limit_is_the_machine(tmp_path):

@@ -43,14 +43,17 @@ def facts() -> dict[str, Any]:
 
 def capabilities() -> Iterator[tuple[int, int]]:
     """Compute capabilities of NVIDIA's cards, in the order of `gpus`; (0, 0) for what is none."""
-    from lanting.plan.machine import visible
+    from lanting.plan.cards import Card, cut_into_slices, shown_by_cuda, slices
+    from lanting.plan.machine import CAPABILITIES
 
     told = ask("nvidia-smi", "--query-gpu=compute_cap,uuid", "--format=csv,noheader").splitlines()
     rows = [line.partition(", ") for line in told]
     rows = [(*word.strip().partition("."), uuid.strip()) for word, _, uuid in rows]
     rows = [(int(a), int(b), uuid) for a, dot, b, uuid in rows if dot and (a + b).isdigit()]
-    shown = visible([uuid for *_, uuid in rows], os.environ)
-    return chain((rows[index][:2] for index in shown), repeat((0, 0)))
+    listing = ask("nvidia-smi", "-L") if cut_into_slices("\n".join(told), os.environ, CAPABILITIES) else ""
+    parts = slices(listing, "", [""] * len(rows))
+    cards = [Card(uuid, None, cut) for (*_, uuid), cut in zip(rows, parts, strict=True)]
+    return chain((rows[index][:2] for index, _ in shown_by_cuda(cards, os.environ)), repeat((0, 0)))
 
 
 def computes(device: Device, capability: tuple[int, int]) -> dict[str, Any]:

@@ -70,9 +70,9 @@ def torch() -> Torch | None:
 
 def cards() -> Cards:
     """GPUs, whether CUDA_VISIBLE_DEVICES hides them or not."""
-    from lanting.plan.machine import amd_cards
+    from lanting.plan.cards import amd_cards, large
 
-    amd = next((device.title for device in amd_cards()), "")
+    amd = next((device.title for device in large(amd_cards()) if device is not None), "")
     apple = f"{ask('sysctl', '-n', 'machdep.cpu.brand_string')[1]} GPU" if on_apple() else ""
     code, rows = ask("nvidia-smi", "--query-gpu=name,driver_version,compute_cap", "--format=csv,noheader")
     found = [line.split(", ") for line in rows.splitlines() if line.count(", ") >= 2] if code == 0 else []

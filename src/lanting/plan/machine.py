@@ -11,33 +11,29 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from lanting.core.errors import RequestError
+from lanting.plan.cards import (
+    Card,
+    Device,
+    amd_cards,
+    cut_into_slices,
+    large,
+    number_in,
+    numbered,
+    nvidia_cards,
+    read,
+    shown_by_cuda,
+    shown_by_hip,
+)
 from lanting.plan.devices import names_of
 
-GIB = 2**30
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
-UNTOLD = ("[N/A]", "N/A", "[Not Supported]")  # what nvidia-smi says of memory that is not the card's own
+CAPABILITIES = Path("/proc/driver/nvidia/capabilities")  # where NVIDIA's driver shows the slices of cards
 APPLE_SHARE = 0.7  # of a Mac's memory that its GPU may hold: the system's own limit is 2/3 to 3/4
-
-
-@dataclass(frozen=True, slots=True)
-class Device:
-    """One place to compute. `memory` and `free` are bytes of its own memory; 0 where it uses the computer's. `shared`:
-    they are the part of the computer's that is planned for it (NVIDIA's chips whose GPU has none: Jetson, GB10)."""
-
-    name: str  # cpu, cuda, cuda:1, mps
-    title: str
-    memory: int = 0
-    free: int = 0
-    shared: bool = False
-
-    @property
-    def own_memory(self) -> bool:
-        return self.name.startswith("cuda")
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +103,7 @@ def memory() -> tuple[int, int]:
         return total, _mac_available(_run("vm_stat")) or total
     if sys.platform == "win32":
         return _windows_memory()
-    return parse_meminfo(_read(Path("/proc/meminfo")))
+    return parse_meminfo(read(Path("/proc/meminfo")))
 
 
 def parse_meminfo(text: str) -> tuple[int, int]:
@@ -122,18 +118,18 @@ def cgroup_memory(root: Path = Path("/sys/fs/cgroup"), own: str | None = None) -
 
     Pages of files count as used there but can be taken back, so inactive ones count as left.
     """
-    lines = (_read(Path("/proc/self/cgroup")) if own is None else own).splitlines()
+    lines = (read(Path("/proc/self/cgroup")) if own is None else own).splitlines()
     path = next((line.split(":", 2)[2] for line in lines if line.startswith("0::")), "/")
     folder = root / path.strip("/")
     best: tuple[int | None, int | None] = (None, None)
     for place in (folder, *folder.parents):
         if not place.is_relative_to(root):
             break
-        limit = _number(place / "memory.max") or _number(place / "memory/memory.limit_in_bytes")
+        limit = number_in(place / "memory.max") or number_in(place / "memory/memory.limit_in_bytes")
         if limit is None or limit >= 2**60:
             continue
-        used = _number(place / "memory.current") or _number(place / "memory/memory.usage_in_bytes") or 0
-        stat = _read(place / "memory.stat") or _read(place / "memory/memory.stat")  # of version 2, of 1
+        used = number_in(place / "memory.current") or number_in(place / "memory/memory.usage_in_bytes") or 0
+        stat = read(place / "memory.stat") or read(place / "memory/memory.stat")  # of version 2, of 1
         files = re.search(r"^total_inactive_file (\d+)", stat, re.MULTILINE)
         files = files or re.search(r"^inactive_file (\d+)", stat, re.MULTILINE)
         left = max(limit - used + (int(files[1]) if files else 0), 0)
@@ -143,57 +139,19 @@ def cgroup_memory(root: Path = Path("/sys/fs/cgroup"), own: str | None = None) -
 
 
 def gpus(environ: Mapping[str, str], share: tuple[int, int] = (0, 0)) -> tuple[Device, ...]:
-    """NVIDIA's cards by nvidia-smi, else AMD's by the kernel's own files. `share`: memory, and free memory, of those
-    that use the computer's."""
-    query = "--query-gpu=index,name,memory.total,memory.free,uuid"
-    told = _run("nvidia-smi", query, "--format=csv,noheader,nounits")
-    found = parse_nvidia(told, share) or amd_cards()
-    uuids = [row[4].strip() if len(row) == 5 else "" for row in _rows(told)]
-    shown = visible([*uuids, *[""] * len(found)][: len(found)], environ)
-    named = (replace(found[index], name=f"cuda:{i}" if i else "cuda") for i, index in enumerate(shown))
-    return tuple(named)
+    """NVIDIA's cards by nvidia-smi, else AMD's by the kernel's own files, as torch shows them. `share`: memory, and
+    free memory, of those that use the computer's."""
+    if cards := nvidia(environ, share):
+        return numbered([card.device for _, card in shown_by_cuda(cards, environ)])
+    return numbered(large(shown_by_hip(amd_cards(), environ)))
 
 
-def visible(uuids: Sequence[str], environ: Mapping[str, str]) -> list[int]:
-    """The numbers of the cards that CUDA shows a process. CUDA_VISIBLE_DEVICES has numbers, or beginnings of UUIDs,
-    which is what schedulers write."""
-    told = environ.get("CUDA_VISIBLE_DEVICES")
-    if told is None:
-        return [*range(len(uuids))]
-    found: list[int] = []
-    for word in filter(None, map(str.strip, told.split(","))):
-        numbers = [int(word)] if word.isdigit() else [i for i, uuid in enumerate(uuids) if uuid.startswith(word)]
-        found += [index for index in numbers[:1] if index < len(uuids)]
-    return found
-
-
-def parse_nvidia(text: str, share: tuple[int, int] = (0, 0)) -> list[Device]:
-    """Lines of "0, NVIDIA GeForce RTX 3060, 12288, 11872" (MiB), or of "0, NVIDIA GB10, [N/A], [N/A]"."""
-    return [
-        Device("cuda", row[1].strip(), *share, shared=True)
-        if row[2].strip() in UNTOLD
-        else Device("cuda", row[1].strip(), int(row[2]) * 2**20, int(row[3]) * 2**20)
-        for row in _rows(text)
-    ]
-
-
-def _rows(text: str) -> list[list[str]]:
-    """Those lines that tell a card's memory, or that it has none of its own; a UUID may follow."""
-    rows = [line.split(", ") for line in text.splitlines()]
-    told = [[word.strip() for word in row[2:4]] for row in rows]
-    known = (all(word.isdigit() for word in pair) or all(word in UNTOLD for word in pair) for pair in told)
-    return [row for row, good in zip(rows, known, strict=True) if len(row) in (4, 5) and good]
-
-
-def amd_cards(root: Path = Path("/sys/class/drm")) -> list[Device]:
-    """Cards of AMD with memory of their own; torch calls them cuda too."""
-    found = []
-    for folder in sorted(root.glob("card[0-9]*/device")):
-        total, used = _number(folder / "mem_info_vram_total"), _number(folder / "mem_info_vram_used") or 0
-        if total and total > 2 * GIB:
-            title = _read(folder / "product_name").strip() or "AMD GPU"
-            found.append(Device("cuda", title, total, max(total - used, 0)))
-    return found
+def nvidia(environ: Mapping[str, str], share: tuple[int, int] = (0, 0)) -> list[Card]:
+    """NVIDIA's cards with their slices, shown or not."""
+    told = _run("nvidia-smi", "--query-gpu=index,name,memory.total,memory.free,uuid", "--format=csv,noheader,nounits")
+    if not cut_into_slices(told, environ, CAPABILITIES):
+        return nvidia_cards(told, share)
+    return nvidia_cards(told, share, _run("nvidia-smi", "-L"), _run("nvidia-smi", "-q", "-x"))
 
 
 def apple(ram: int, free: int) -> tuple[Device, ...]:
@@ -208,7 +166,7 @@ def cpu_title() -> str:
     """The processor's own name for itself."""
     if sys.platform == "darwin":
         return _run("sysctl", "-n", "machdep.cpu.brand_string").strip() or "CPU"
-    match = re.search(r"^model name\s*:\s*(.+)$", _read(Path("/proc/cpuinfo")), re.MULTILINE)
+    match = re.search(r"^model name\s*:\s*(.+)$", read(Path("/proc/cpuinfo")), re.MULTILINE)
     return match[1].strip() if match else "CPU"
 
 
@@ -234,15 +192,3 @@ def _run(*command: str) -> str:
     except (OSError, subprocess.SubprocessError):
         return ""
     return done.stdout if done.returncode == 0 else ""
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
-
-
-def _number(path: Path) -> int | None:
-    text = _read(path).strip()
-    return int(text) if text.isdigit() else None

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from lanting.plan.machine import APPLE_SHARE, GIB, Device, Machine
+from lanting.plan.cards import GIB
+from lanting.plan.machine import APPLE_SHARE, Device, Machine
 
 EFFICIENCY = 0.45  # of the dense rate; public runs: 0.38 (plain torch) to 0.59 (compiled) on an H100, 0.46 on a 4090
 APPLE_EFFICIENCY = 0.6  # of the float32 rate that Apple states
