@@ -38,10 +38,14 @@ def test_a_file_of_prompts_makes_a_lora(folder, tmp_path):
         (("--prompts", __file__), "--size"),
         (("--model", "no-such-model"), "no-such-model"),
         (("--device", "abacus"), "abacus"),
+        (("--seed", "-1"), "--seed must be a whole number from 0"),
+        (("--minutes", "nan"), "--minutes must be a number from 0"),  # which ended at once, with a LoRA of nothing
+        (("--guidance", "-1"), "--guidance must be a number from 0"),
+        (("--out", "fast.pt"), "end it with .safetensors"),
     ],
 )
 def test_wrong_values_are_a_sentence(words, said, folder, capsys):
     model = () if "--model" in words else ("--model", folder)
-    assert main(["train", "lightning", *map(str, model), "--minutes", "0", *words]) == 2
+    assert main(["train", "lightning", "--minutes", "0", *map(str, model), *words]) == 2
     told = capsys.readouterr().err
     assert said in told and "Traceback" not in told

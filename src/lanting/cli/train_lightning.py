@@ -52,11 +52,15 @@ def lightning(
     goes to stderr. A killed run goes on where it was (OUT with the ending .checkpoint): run the same command again.
     Draw with it: lanting generate PROMPT --model MODEL --lora OUT.
     """
+    from lanting.cli.train_lora import check
+    from lanting.specs.numbers import number
     from lanting.train.lightning import distil
     from lanting.train.presets import pick_device
     from lanting.train.walks import LightningRun
     from lanting.weights.find import locate
 
+    check(out, seed)
+    minutes, guidance = number("--minutes", minutes, 0, 1e6), number("--guidance", guidance, 0, 100)
     found, chosen = locate(model), pick_device(device)
     asked = designs() if prompts is None else from_file(prompts, size, found.spec)
     values = {"teacher_steps": teacher_steps, "guidance_scale": guidance, "seed": seed, "device": chosen}

@@ -75,7 +75,7 @@ class Preset:
 def pick_device(asked: str) -> str:
     """ "cpu" or "cuda" for "auto", "cpu" or "cuda". Raises RequestError where it can't be had."""
     if asked not in ("auto", "cpu", "cuda"):
-        raise RequestError("nano can't be trained on {device}; use auto, cpu or cuda", device=repr(asked))
+        raise RequestError("nothing can be trained on {device}; use auto, cpu or cuda", device=repr(asked))
     present = torch.cuda.is_available()
     if asked == "cuda" and not present:
         raise RequestError("torch sees no CUDA device here; use --device cpu, or install a torch built for your GPU")

@@ -82,7 +82,7 @@ Row = tuple[Path, str | None, tuple[Path, ...]]
 def from_files(folder: Path) -> Iterator[Row]:
     """Pictures with a text file beside each."""
     sources = by_stem(folder / REFERENCES)
-    for picture in sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES):
+    for picture in sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file()):
         words = picture.with_suffix(".txt")
         yield picture, read_caption(words) if words.is_file() else None, sources.get(picture.stem, ())
 
@@ -105,7 +105,8 @@ def from_metadata(folder: Path) -> Iterator[Row]:
             continue
         try:
             row: dict[str, Any] = json.loads(line)
-            names = [row["file_name"], *row.get("references", ())]
+            beside = row.get("references") or []
+            names = [row["file_name"], *([beside] if isinstance(beside, str) else beside)]
             paths = [inside(folder, name) for name in names]
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise RequestError(

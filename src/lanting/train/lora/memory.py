@@ -19,7 +19,7 @@ from lanting.nn.linears import LINEARS, PackedLinear
 from lanting.specs import Defaults
 from lanting.specs.sizes import reference_size
 from lanting.train.lora.dataset import Example
-from lanting.train.lora.net import pattern_of
+from lanting.train.lora.net import none_called, pattern_of
 from lanting.weights.build import store_transformer
 from lanting.weights.stored import Stored
 
@@ -135,9 +135,11 @@ def tensors(module: nn.Module) -> Iterator[Tensor]:
 
 
 def learnt(module: nn.Module, targets: str, rank: int) -> int:
-    """Numbers of the LoRAs."""
+    """Numbers of the LoRAs. Raises RequestError where there would be none, before an example is prepared."""
     wanted = pattern_of(targets)
     linears = [m for path, m in module.named_modules() if isinstance(m, LINEARS) and wanted.fullmatch(path)]
+    if not linears:
+        raise none_called(targets)
     return sum(rank * (int(m.in_features) + int(m.out_features)) for m in linears)  # type: ignore[call-overload]
 
 

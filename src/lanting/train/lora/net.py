@@ -116,10 +116,7 @@ class LoraNet:
 
         swap(self.net, LINEARS, make)
         if not self.loras:
-            raise RequestError(
-                "no Linear of this model is called {targets}: use one of {known}, or a pattern that fits some",
-                **{"targets": targets, "known": ", ".join(TARGETS)},
-            )
+            raise none_called(targets)
         for module in self.net.modules():
             if isinstance(module, PackedLinear):
                 module.product = frozen
@@ -181,6 +178,14 @@ def pattern_of(targets: str) -> re.Pattern[str]:
             "{targets} is no pattern ({reason}): use one of {known}, or a regular expression",
             **{"targets": targets, "reason": error, "known": ", ".join(TARGETS)},
         ) from None
+
+
+def none_called(targets: str) -> RequestError:
+    """Where no Linear is what `targets` says."""
+    return RequestError(
+        "no Linear of this model is called {targets}: use one of {known}, or a pattern that fits some",
+        **{"targets": targets, "known": ", ".join(TARGETS)},
+    )
 
 
 def padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
