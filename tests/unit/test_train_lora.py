@@ -396,6 +396,7 @@ def test_too_little_memory_is_a_sentence_and_nothing_is_lost(tmp_path, monkeypat
         (["SET", "--targets", "("], "no pattern"),
         (["SET", "--quant", "int3"], "int3"),
         (["SET", "--device", "tpu"], "tpu"),
+        (["SET", "--dtype", "float16"], "use bfloat16 or float32"),
         (["BARE"], "has no caption"),
         (["BROKEN"], "broken.png"),
     ],

@@ -85,6 +85,8 @@ class LoraTraining:
         fit: Any = {"vram": budget, "ram": own.ram} if device.type == "cuda" else {"ram": budget}
         plan = None if small else planned(folder, fit, device=own.device, quant="auto")  # of those who see examples
         self.models = Models(folder, own.device, own.dtype or usual_dtype(device), plan=plan)
+        if self.models.dtype == torch.float16:
+            raise RequestError("no LoRA can be taught in float16, whose gradients vanish: use bfloat16 or float32")
         tokens = own.run.batch * max(tokens_of(one, self.models.spec.defaults) for one in own.examples)
         self.need = choose(self.models, own.quant, budget, tokens, own.run)
         hold(device, own.vram)
