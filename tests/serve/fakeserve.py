@@ -17,10 +17,10 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from types import ModuleType, SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
-import httpx
+from nursery import Born, nurse
 from PIL import Image
 
 from lanting.core.checkpoint import Checkpoint
@@ -29,9 +29,20 @@ from lanting.core.recipe import describe_request, request_of_picture
 from lanting.core.types import Notice, Progress, Recipe, Request, Result, note
 from lanting.specs import get_spec, settle
 
+if TYPE_CHECKING:
+    import httpx  # workers need no client, and it takes as long to load as all that they need
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 VERSIONS = {"lanting": "0.1.0", "torch": "0", "python": "3", "device": "fake", "dtype": "float32"}
+
+
+def without_torch() -> None:
+    """Let files of the engine's room be imported alone: the room itself brings torch, which takes seconds to load."""
+    if "lanting.engine" not in sys.modules:
+        room = ModuleType("lanting.engine")
+        room.__path__ = [str(ROOT / "src" / "lanting" / "engine")]
+        sys.modules["lanting.engine"] = room
 
 
 @dataclass
@@ -63,7 +74,8 @@ class FakeEngine:
         if settled.tries is None:
             return self._draw(settled, every, resume)
 
-        from lanting.engine.tries import until_read  # which brings torch
+        without_torch()
+        from lanting.engine.tries import until_read
 
         def draw(one: Request, first: bool) -> Iterator[Any]:
             return self._draw(one, every, resume if first else None)
@@ -191,15 +203,21 @@ def open_engine(model: str, **options: Any) -> FakeEngine:
     return FakeEngine(get_spec(options.get("release", "nano")), loras, journal=journal, **how)
 
 
+def client_of() -> httpx.Client:
+    import httpx
+
+    return httpx.Client(timeout=30)
+
+
 @dataclass
 class Server:
     """A server in a process of its own."""
 
-    process: subprocess.Popen[str]
+    process: Born | subprocess.Popen[str]
     url: str
     folder: Path
     log: Path
-    client: httpx.Client = field(default_factory=lambda: httpx.Client(timeout=30))
+    client: httpx.Client = field(default_factory=client_of)
 
     @property
     def port(self) -> int:
@@ -252,25 +270,42 @@ def wait_for(look: Any, seconds: float = 10, pause: float = 0.02) -> Any:
     raise AssertionError(f"nothing after {seconds} s")
 
 
-def start(folder: Path, **settings: Any) -> Server:
-    """A server over fake engines; `settings` as in `Settings`, plain values."""
+def start(folder: Path, *, anew: bool = False, **settings: Any) -> Server:
+    """A server over fake engines; `settings` as in `Settings`, plain values. `anew`: as from the shell, not forked."""
     folder.mkdir(parents=True, exist_ok=True)
-    log = folder / "server.log"
+    log, said = folder / "server.log", folder / "server.port"
     env = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}:{HERE}", "OMP_NUM_THREADS": "1", "LANTING_LANG": "en"}
     words = json.dumps({"data": str(folder / "data"), "port": 0, **settings})
-    with log.open("a") as errors:
-        process = subprocess.Popen(
-            [sys.executable, str(HERE / "serving.py"), words], stdout=subprocess.PIPE, stderr=errors, text=True, env=env
-        )
-    assert process.stdout is not None
-    port = process.stdout.readline().strip()
+    log.touch()
+    said.write_text("")
+    if anew or "ray" in settings:
+        with log.open("a") as errors, said.open("w") as out:
+            command = [sys.executable, str(HERE / "serving.py"), words]
+            process = subprocess.Popen(command, stdout=out, stderr=errors, text=True, env=env)
+    else:
+        process = nurse().bear(words, env, said, log)
+    port = wait_for(lambda: told_in(said, process), 300, 0.005)
     assert port.isdigit(), log.read_text()
     server = Server(process, f"http://127.0.0.1:{port}", folder, log)
     wait_for(lambda: alive(server), 20)
     return server
 
 
+def told_in(said: Path, process: Born | subprocess.Popen[str]) -> str | None:
+    """The port, when it is there; a word that is none where the server ended before."""
+    text = said.read_text()
+    if text.endswith("\n"):
+        return text.strip()
+    try:
+        process.wait(0)
+    except subprocess.TimeoutExpired:
+        return None
+    return said.read_text().strip() or "nothing"
+
+
 def alive(server: Server) -> bool:
+    import httpx
+
     try:
         return server.get("/readyz").status_code in (200, 503)
     except httpx.HTTPError:
@@ -288,6 +323,8 @@ def running(folder: Path, **settings: Any) -> Iterator[Server]:
 
 def events(server: Server, job: str, **how: Any) -> Iterator[tuple[str, int, dict[str, Any]]]:
     """(kind, number, body) of a job's events, until it is over."""
+    import httpx
+
     with httpx.stream("GET", f"{server.url}/api/jobs/{job}/events", timeout=30, **how) as answer:
         kind, number = "", 0
         with closing(answer.iter_lines()) as lines:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -11,14 +12,17 @@ from lanting.serve.run import serve
 from lanting.serve.settings import Caps, Served, Settings
 
 
-def main() -> None:
-    told = json.loads(sys.argv[1])
+def main(words: str) -> None:
+    told = json.loads(words)
     options = told.pop("options", {})
     names = told.pop("names", ["nano"])
     models = tuple(Served(name, name, options) for name in names)
     caps = Caps(**told.pop("caps", {}))
     for name in ("hosts", "origins"):
         told[name] = tuple(told.get(name, ()))
+    for path, value in told.pop("patch", {}).items():  # seconds that nothing sets, shorter
+        module, _, name = path.rpartition(".")
+        setattr(importlib.import_module(module), name, value)
     opener = told.pop("opener", "fakeserve:open_engine")
     ray, cpus = told.pop("ray", None), told.pop("cpus", None)
     settings = Settings(data=Path(told.pop("data")), models=models, caps=caps, opener=opener, **told)
@@ -37,4 +41,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1])

@@ -231,8 +231,8 @@ def test_nano_killed_among_others_is_nano_alone(tmp_path):
     words = ['a red sign that says "STAY"', "a sign", "绿色招牌“茶馆”"]
     settings = {"opener": "lanting.serve.worker:open_engine", "options": {"device": "cpu"}, "every": 1}
     server = start(tmp_path, **settings)
-    jobs = [server.submit(prompt, seed=seed, steps=30, size="128x128")["id"] for seed, prompt in enumerate(words)]
-    wait_for(lambda: begun(server, jobs[0], 6), 60)
+    jobs = [server.submit(prompt, seed=seed, steps=16, size="128x128")["id"] for seed, prompt in enumerate(words)]
+    wait_for(lambda: begun(server, jobs[0], 4), 60)
     server.kill()
     with running(tmp_path, **settings) as again:
         told = [again.ended(job, 90) for job in jobs]
@@ -240,7 +240,7 @@ def test_nano_killed_among_others_is_nano_alone(tmp_path):
         assert "resumed" in [kind for kind, _, _ in events(again, jobs[0])]
     with Engine.open("nano", device="cpu") as engine:
         for seed, (prompt, picture) in enumerate(zip(words, pictures, strict=True)):
-            whole = engine.run(Request(prompt, seed=seed, steps=30, size=(128, 128))).images[0]
+            whole = engine.run(Request(prompt, seed=seed, steps=16, size=(128, 128))).images[0]
             assert np.array_equal(np.asarray(Image.open(io.BytesIO(picture))), np.asarray(whole))
         if engine.room(Request("a sign", size=(128, 128))) > 1:  # sharing keeps the bits on this machine
             starts, ends = ([one[name] for one in told] for name in ("started", "ended"))

@@ -150,11 +150,11 @@ def test_pictures_are_those_of_a_worker_beside_the_server(nano, beside):
 
 
 def test_previews_and_steps_come_as_they_do_from_beside(nano):
-    job = nano.submit("a sign", steps=30, size="192x192")["id"]
+    job = nano.submit("a sign", steps=10, size="192x192")["id"]
     told = list(events(nano, job))
-    assert [body["step"] for kind, _, body in told if kind == "step"] == list(range(1, 31))
+    assert [body["step"] for kind, _, body in told if kind == "step"] == list(range(1, 11))
     kinds = [kind for kind, _, _ in told]
-    assert kinds.count("checkpoint") == 29 and kinds[-1] == "done"
+    assert kinds.count("checkpoint") == 9 and kinds[-1] == "done"
 
 
 # -------------------------------------------------------------------- room

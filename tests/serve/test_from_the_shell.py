@@ -185,6 +185,8 @@ def test_answers_do_not_wait_for_drawings(shell):
             began = time.perf_counter()
             client.post("/api/jobs", json={"prompt": "a sign", "steps": 1}).raise_for_status()
             spent.append(time.perf_counter() - began)
+        for job in client.get("/api/jobs", params={"limit": 31}).json()["jobs"]:  # nobody waits for them
+            client.post(f"/api/jobs/{job['id']}/cancel").raise_for_status()
     assert sorted(spent)[27] < 0.25  # 0.01 s where nobody else uses the processor
 
 

@@ -152,7 +152,7 @@ def test_an_earlier_result_is_edited_by_its_name(server):
 def test_prompts_reach_the_worker_whatever_the_locale(tmp_path, monkeypatch):
     """Orders are UTF-8, also where the machine reads and writes something else."""
     monkeypatch.setenv("PYTHONIOENCODING", "gb18030")
-    with running(tmp_path) as server:
+    with running(tmp_path, anew=True) as server:
         job = server.ended(server.submit("蓝色招牌“兰亭”")["id"])
     assert job["recipes"][0]["request"]["prompt"] == "蓝色招牌“兰亭”"
 

@@ -25,6 +25,7 @@ T = TypeVar("T")
 Act = Callable[[sqlite3.Connection], T]
 VERSION = 1
 TOGETHER = 500  # acts that share a commit
+BUSY = 5.0  # seconds that a database which another program writes is waited for
 LAZY = 0.25  # seconds an act that nobody waits for may wait for company
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS jobs (
@@ -50,7 +51,7 @@ def connect(path: Path, reading: bool = False) -> sqlite3.Connection:
     """A connection in WAL mode, every commit on the disk before it returns. Raises StoreError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5)
+        db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=BUSY)
         db.row_factory = sqlite3.Row
         if reading:
             db.execute("PRAGMA query_only = ON")
