@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 from tokenizers import Tokenizer
 
 from lanting.nn.vae import AutoencoderKLQwenImage
@@ -85,6 +86,15 @@ def lighten(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(nano, "kinds", strips)
     patch.setattr(nano, "glyph_shapes", no_shapes)
     patch.setattr(nano, "work", light_work)
+
+
+def imported(patch: pytest.MonkeyPatch) -> None:
+    """New processes are forked from one that has imported all of it: by themselves they take seconds for that, each."""
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # theirs is the environment of the first that asked
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["torch._dynamo", "lanting.train.nano"])
+    patch.setattr(mp, "get_context", lambda _=None: context)
+    patch.setattr(mp, "spawn", partial(mp.start_processes, start_method="forkserver"))
 
 
 def begun(folder: Path, seconds: float = 0.0) -> Path:

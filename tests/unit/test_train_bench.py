@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from lanting.train import nano, vae_speed
-from training import lighten
+from training import imported, lighten
 
 ROOT = Path(__file__).parents[2]
 
@@ -53,6 +53,7 @@ def test_a_slice_comes_back_and_another_machine_goes_on(tmp_path, monkeypatch):
     told = (tmp_path / "first" / "profile.txt").read_text()
     assert "forward and backward" in told and "Self CPU" in told and "no profile" not in told
 
+    imported(monkeypatch)
     lighten(monkeypatch)
     monkeypatch.setattr(nano, "seed_embeddings", nano.seed_embeddings)  # the script changes these two for good
     monkeypatch.setattr(vae_speed, "COMPILED", vae_speed.COMPILED)

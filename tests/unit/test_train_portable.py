@@ -22,7 +22,7 @@ from lanting.train.nano_run import settled
 from lanting.train.portable import EMA, STATE, VAE, pack, read_parts, slim, unpack, write_parts
 from lanting.train.presets import on_gpu
 from lanting.train.vae import CHECKPOINT, DECODER, FROZEN, UNTUNED, VAERecipe, load_vae, train_vae
-from training import begun, gradients, lighten, small_net, small_run
+from training import begun, gradients, imported, lighten, small_net, small_run
 
 HEADS = {"what", "where", "ink", "drawn", "read", "scene", "named"}  # that only help training
 
@@ -212,7 +212,8 @@ def test_the_autoencoder_takes_large_batches_on_a_gpu(tmp_path, monkeypatch):
     assert (large.processes, large.feeders, large.device) == (1, 14, "cuda") and large.batch > 40 * small.batch
 
 
-def test_the_autoencoder_fed_by_other_processes(tmp_path):
+def test_the_autoencoder_fed_by_other_processes(tmp_path, monkeypatch):
+    imported(monkeypatch)
     quick = VAERecipe(batch=4, crop=32, processes=1, judged=1, measured=2, feeders=1, canvas_batch=1, log_every=0.0)
     told: list[str] = []
     train_vae(tmp_path, 1e-4, recipe=quick, log=told.append)

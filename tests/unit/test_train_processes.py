@@ -19,10 +19,11 @@ from lanting.train.journal import entries
 from lanting.train.loop import Trainer
 from lanting.train.nano import train_transformer
 from lanting.train.workers import Workers
-from training import begun, flat, gradients, lighten, one_of_two, small_net, small_run
+from training import begun, flat, gradients, imported, lighten, one_of_two, small_net, small_run
 
 
-def test_two_processes_have_the_gradients_of_the_union_of_their_batches(tmp_path):
+def test_two_processes_have_the_gradients_of_the_union_of_their_batches(tmp_path, monkeypatch):
+    imported(monkeypatch)
     mp.spawn(one_of_two, args=(tmp_path,), nprocs=2, join=True)
     kept = torch.load(tmp_path / "gradients.pt", weights_only=True)
     alone = Trainer(small_net(), Budget(), tmp_path)
@@ -47,6 +48,7 @@ def test_processes_go_by_the_time_they_agreed_on(tmp_path, monkeypatch):
 
 
 def test_what_stops_one_of_two_processes_is_a_sentence(tmp_path, monkeypatch):
+    imported(monkeypatch)
     lighten(monkeypatch)
     with pytest.raises(ModelError, match="give its --width and --layers"):
         train_transformer(small_run(begun(tmp_path / "run"), workers=2, layers=3))
@@ -65,6 +67,7 @@ def test_two_processes_train_and_stop_together(tmp_path, monkeypatch):
 
 
 def test_a_run_fed_by_another_process(tmp_path, monkeypatch):
+    imported(monkeypatch)
     lighten(monkeypatch)
     run = begun(tmp_path / "run")
     train_transformer(small_run(run, feeders=1, minutes=0.01))
@@ -90,7 +93,8 @@ class Numbers:
         return hanzi, os.getpid()
 
 
-def test_workers_fill_their_queue_pause_and_end():
+def test_workers_fill_their_queue_pause_and_end(monkeypatch):
+    imported(monkeypatch)
     workers = Workers(Numbers(), 1, ahead=3, hanzi=7)
     assert workers.wait()[0] == 7 and workers.waited > 0
     deadline = time.monotonic() + 60
@@ -104,7 +108,8 @@ def test_workers_fill_their_queue_pause_and_end():
     assert not any(process.is_alive() for process in workers.processes)
 
 
-def test_a_worker_that_fails_is_a_sentence():
+def test_a_worker_that_fails_is_a_sentence(monkeypatch):
+    imported(monkeypatch)
     workers = Workers(Numbers(fails=True), 1)
     try:
         with pytest.raises(ModelError, match="no fonts"):

@@ -25,6 +25,7 @@ from lanting.train.vae import (
     nano_config,
     train_vae,
 )
+from training import imported
 
 QUICK = VAERecipe(batch=2, crop=32, canvas_share=0.0, processes=1, log_every=60.0, judged=2, measured=4)
 BLINK = 1e-4  # minutes: one step
@@ -96,7 +97,8 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
     assert not list(tmp_path.glob("*.part"))
 
 
-def test_two_processes_average_and_stop_together(tmp_path):
+def test_two_processes_average_and_stop_together(tmp_path, monkeypatch):
+    imported(monkeypatch)
     train_vae(tmp_path, BLINK, recipe=replace(QUICK, processes=2), log=lambda line: None)
     assert (tmp_path / FROZEN).exists()
 
