@@ -38,7 +38,7 @@ from lanting.train.nano_run import CLOSING, NanoRun
 from lanting.train.portable import RUN, STATE, VAE, pack
 from lanting.train.stopwatch import FILE as PROFILE
 from lanting.train.stopwatch import profiled
-from lanting.train.vae import CHECKPOINT
+from lanting.train.vae import CHECKPOINT, FROZEN
 from lanting.train.workers import kept_atlas
 
 MOST_FILES, MOST_BYTES = 8, 16 * 2**20
@@ -121,7 +121,7 @@ class Keeper(threading.Thread):
         while not self.done.wait(self.every):
             try:
                 newest = max((path.stat().st_mtime for path in paths if path.exists()), default=0.0)
-                if newest > kept:
+                if newest > kept and any((self.run_of.vae / name).exists() for name in (FROZEN, CHECKPOINT)):
                     kept = newest
                     pack(self.run_of.folder, self.out, 0)
             except (OSError, RuntimeError, LantingError) as error:

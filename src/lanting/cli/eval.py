@@ -22,6 +22,8 @@ from lanting.cli.screen import Screen
 from lanting.core.errors import RequestError
 from lanting.core.types import Request
 from lanting.specs import parse_size, settle
+from lanting.specs.numbers import whole
+from lanting.specs.settle import LARGEST_SEED
 
 if TYPE_CHECKING:
     from lanting.engine import Engine
@@ -248,6 +250,7 @@ def opened(setup: Setup, screen: Screen, task: str) -> Iterator[tuple[Engine, Ho
         if task not in engine.spec.tasks:
             able = ", ".join(engine.spec.tasks)
             raise RequestError("{model} can't do {task}; it does {able}", model=engine.spec.name, task=task, able=able)
+        whole("--seed", setup.seed, 0, LARGEST_SEED - setup.number + 1)  # each picture has the next one
         size = parse_size(setup.size, engine.spec) if setup.size else None
         probe = Request("x", size=size, steps=setup.steps, guidance_scale=setup.guidance, seed=setup.seed)
         if task == "text_to_image":
@@ -277,7 +280,11 @@ def readers(ocr: str, language: str, screen: Screen) -> list[Judge]:
     """The asked readers that are installed; those that are not are named, and one at least must be there."""
     from lanting.evals.ocr import judges
 
-    ready, missing = judges(listed(ocr, [reader.value for reader in Reader]), language)
+    known = [reader.value for reader in Reader]
+    asked = tuple(dict.fromkeys(listed(ocr, known)))
+    if not asked:
+        raise RequestError("{word} is none we know; use {known}", word=repr(ocr), known=", ".join(known))
+    ready, missing = judges(asked, language)
     if not ready:
         raise RequestError(
             "{asked} is not installed: pip install 'lanting[eval]' brings PP-OCR, the reader pp", asked=ocr

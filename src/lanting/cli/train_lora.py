@@ -82,16 +82,13 @@ def lora(
     streams through. A killed run goes on from its last checkpoint: run the same command again. Progress goes to stderr
     as JSON; `probe` is the number that should fall. Draw with it: lanting generate PROMPT --model MODEL --lora OUT.
     """
-    from lanting.core.errors import RequestError
     from lanting.specs.numbers import number
     from lanting.train.lora.dataset import DatasetOptions, read_folder
     from lanting.train.lora.job import LoraJob, LoraTraining
     from lanting.train.lora.run import LoraRun
     from lanting.weights.find import locate
 
-    check(out, seed)
-    if noise not in ("shift", "even"):
-        raise RequestError("--noise takes shift or even, not {word}", word=repr(noise))
+    check(out, seed, noise)
     how: dict[str, Any] = {"batch": batch, "accumulate": accumulate, "targets": targets, "levels": noise, "seed": seed}
     how |= {
         "lr": number("--lr", lr, 1e-8, 1.0),
@@ -111,9 +108,9 @@ def lora(
     screen.raw(str(out))
 
 
-def check(out: Path, seed: int) -> None:
+def check(out: Path, seed: int, noise: str = "shift") -> None:
     """Raises LantingError for what any training of a LoRA refuses before it looks for a model."""
-    from lanting.core.errors import OutputError
+    from lanting.core.errors import OutputError, RequestError
     from lanting.core.save import check_folder
     from lanting.specs.numbers import whole
     from lanting.specs.settle import LARGEST_SEED
@@ -121,6 +118,8 @@ def check(out: Path, seed: int) -> None:
     whole("--seed", seed, 0, LARGEST_SEED)
     if out.suffix != ".safetensors":
         raise OutputError("{path} can't be a LoRA's name: end it with .safetensors", path=out)
+    if noise not in ("shift", "even"):
+        raise RequestError("--noise takes shift or even, not {word}", word=repr(noise))
     if out.parent.exists():
         check_folder(out.parent)
 

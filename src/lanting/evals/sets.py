@@ -223,11 +223,11 @@ def open_cases(count: int, seed: int = 0) -> list[Case]:
 
 
 def _gather(drawn: Callable[[int], Case | None], count: int) -> Iterator[Case]:
-    """Draws until `count` are kept; a rule that nothing meets is our mistake."""
+    """Draws until `count` are kept. Raises RequestError where nothing meets the rule: a canvas may be too small."""
     for index in range(count):
         for _ in range(TRIES):
             if (case := drawn(index)) is not None:
                 yield case
                 break
         else:
-            raise RuntimeError(f"no design in {TRIES} belongs to this set")
+            raise RequestError("of {count} designs none belongs to this set: choose another --size", count=TRIES)

@@ -37,7 +37,7 @@ from lanting.train.sign_texts import WORD_MIN, TextMaker, is_held_out
 
 KINDS = ("en", "zh", "mixed", "pictogram")
 FACE_WEIGHTS = {"mono": 34, "typewriter": 10, "sans": 20, "serif": 18, "handwritten": 18}
-TRIES = 40
+TRIES, ROUNDS = 40, 25  # designs drawn until one fits, of the kind that is asked; and how often as many in all
 T = TypeVar("T")
 
 
@@ -64,6 +64,13 @@ class Labelled:
     said: Said
     prompt: str
     language: str
+
+
+def too_small(size: tuple[int, int]) -> RequestError:
+    """Where nothing that is asked fits a canvas."""
+    return RequestError(
+        "no such design fits {width}x{height}: choose another size", **{"width": size[0], "height": size[1]}
+    )
 
 
 def pick(rng: random.Random, values: Sequence[T], weights: tuple[float, ...]) -> T:
@@ -115,17 +122,19 @@ class DesignMaker:
     def sample(
         self, rng: random.Random | None = None, size: tuple[int, int] = SQUARE, kind: str | None = None
     ) -> Labelled:
-        """A random labelled design of one canvas size and, if given, of one kind."""
+        """A random labelled design of one canvas size and, if given, of one kind; of English text where none fits.
+        Raises RequestError where that doesn't either."""
         rng = rng or self._own
         chosen = kind or pick(rng, KINDS, self._kinds)
-        for _ in range(TRIES):
+        for number in range(ROUNDS * TRIES):
+            chosen = "en" if number == TRIES else chosen
             design = self.design(rng, size, chosen)
             try:
                 place(design)
             except RequestError:
                 continue
             return self.label(rng, design, chosen)
-        return self.sample(rng, size, "en")
+        raise too_small(size)
 
     def design(self, rng: random.Random, size: tuple[int, int], kind: str) -> Design:
         """One design that may not fit yet."""

@@ -28,7 +28,7 @@ from lanting.train.design import (
     place,
     readable_pairs,
 )
-from lanting.train.designs import DesignMaker, Mix
+from lanting.train.designs import DesignMaker, Mix, too_small
 
 Box = tuple[int, int, int, int]  # x, y, width, height in pixels
 ONE_PICTURE = (
@@ -51,6 +51,7 @@ KINDS = ONE_PICTURE + TWO_PICTURES
 # needs glyphs or pictograms drawn again often. Rewrites most: they teach where text goes in a picture that is given
 WEIGHTS = (9, 1, 1, 2.5, 1, 2.5, 2, 5, 3, 1.5, 1.5, 1, 0.5, 2, 3)
 SIZES = (WIDE, SQUARE)
+TRIES = 2000  # edits made up until one fits its canvas: of the rarest kind one in ten does
 MARKS = 6  # ornaments that are multiples of it show no marks in the corners
 
 
@@ -84,9 +85,10 @@ class EditMaker:
     def sample(
         self, rng: random.Random | None = None, size: tuple[int, int] = WIDE, kind: str | None = None, pictures: int = 0
     ) -> Edit:
-        """A random edit; `pictures` (1 or 2) limits the kinds to those with that many references."""
+        """A random edit; `pictures` (1 or 2) limits the kinds to those with that many references. Raises RequestError
+        where none fits the canvas."""
         rng = rng or self._own
-        while True:
+        for _ in range(TRIES):
             chosen = kind or self._kind(rng, pictures)
             source = as_seen(self._plainer(rng, self.designs.sample(rng, size).design))
             made = self._make(rng, chosen, source)
@@ -99,6 +101,7 @@ class EditMaker:
             except RequestError:
                 continue
             return self._phrased(rng, chosen, sources, target)
+        raise too_small(size)
 
     @staticmethod
     def _kind(rng: random.Random, pictures: int) -> str:
