@@ -159,6 +159,9 @@ def test_chinese_on_a_phone_in_the_dark(server, visit, shot):
     assert urlsplit(page.url).path == "/zh/" and page.eval_on_selector("html", "e => e.lang") == "zh-CN"
     assert page.inner_text(OPEN) == "画图" and page.get_by_text("想画什么？").is_visible()
     shot(page, "phone-zh-dark")
+    for name, label in (("model", "模型"), ("search", "搜索作品")):  # as readers of the screen are told
+        told = page.text_content(f"#{name}")
+        assert label in told and "Dropdown" not in told and "Textbox" not in told
     drawn(page, "红色招牌，黄色的字“恭喜发财”")
     loaded(page, "#draw-stage .shown")
     shot(page, "phone-zh-dark-done", whole=True)

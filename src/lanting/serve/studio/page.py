@@ -101,8 +101,8 @@ def laid_out(clerk: Clerk) -> Page:
     with gr.Row(elem_id="top"):
         gr.HTML(header(clerk), apply_default_css=False)
         model = gr.Dropdown(
-            list(models), value=first.served.name, show_label=False, container=False, elem_id="model",
-            visible=len(models) > 1, min_width=160, scale=0,
+            list(models), value=first.served.name, label=say("Model"), show_label=False, container=False,
+            elem_id="model", visible=len(models) > 1, min_width=160, scale=0,
         )  # fmt: skip
     able = tabs_of(first.spec)
     hidden = gr.HTML(
@@ -114,8 +114,8 @@ def laid_out(clerk: Clerk) -> Page:
             each[LAYERS] = layers_tab(clerk)
         with gr.Column(scale=1, min_width=200, elem_id="history"):
             search = gr.Textbox(
-                placeholder=say("Search your pictures"), show_label=False, container=False, elem_id="search", lines=1,
-                max_lines=1,
+                label=say("Search your pictures"), placeholder=say("Search your pictures"), show_label=False,
+                container=False, elem_id="search", lines=1, max_lines=1,
             )  # fmt: skip
             gallery = html("", elem_id="gallery")
     states = gr.State(PAGE), gr.State(""), gr.State(able[0])
