@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 import sys
@@ -59,7 +60,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_unconfigure() -> None:
-    gc.unfreeze()  # libraries complain of what is still there at the end
+    """Libraries complain of what is still there at the end; but pytest looks through all of it five times before."""
+    atexit.register(gc.unfreeze)
 
 
 def pytest_collection_finish() -> None:
