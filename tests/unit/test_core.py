@@ -338,7 +338,7 @@ def test_languages(monkeypatch):
 # calls whose first argument (of `damaged` the second) is read by people
 SAYING = ("say", "line", "note", "fine", "remark", "problem", "advice", "Phrase", "damaged")
 ROOMS = ["core", "specs", "plan", "weights", "text", "reading", "attach", "engine", "bench", "serve", "cluster"]
-ROOMS += ["train", "evals", "defaults", "doctor", "cli"]
+ROOMS += ["train", "evals", "defaults", "doctor", "cli", "flow", "tasks"]
 
 
 def said(room: str) -> Iterator[ast.expr]:

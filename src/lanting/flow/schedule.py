@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lanting.core import ModelError, RequestError
+from lanting.core.lang import Phrase
 
 CLASS_NAME = "FlowMatchEulerDiscreteScheduler"
 TRAIN_TIMESTEPS = 1000
@@ -58,14 +59,17 @@ class Schedule:
         """Read `scheduler_config.json`. Raises ModelError for a schedule we can't follow."""
         name = config.get("_class_name", CLASS_NAME)
         if name != CLASS_NAME:
-            raise _wrong("its scheduler is {value}, and lanting follows only {known}", value=name, known=CLASS_NAME)
+            raise _wrong(
+                Phrase("its scheduler is {value}, and lanting follows only {known}", value=name, known=CLASS_NAME)
+            )
         for key in UNSUPPORTED:
             if config.get(key):
-                raise _wrong("{key} is set, which lanting doesn't support: set it to false", key=key)
+                raise _wrong(Phrase("{key} is set, which lanting doesn't support: set it to false", key=key))
         if (steps := config.get("num_train_timesteps", TRAIN_TIMESTEPS)) != TRAIN_TIMESTEPS:
-            raise _wrong("num_train_timesteps is {value}: Qwen-Image models use {known}", value=steps, known=1000)
+            told = Phrase("num_train_timesteps is {value}: Qwen-Image models use {known}", value=steps, known=1000)
+            raise _wrong(told)
         if (kind := config.get("time_shift_type", "exponential")) not in ("exponential", "linear"):
-            raise _wrong("time_shift_type is {value}: it must be exponential or linear", value=kind)
+            raise _wrong(Phrase("time_shift_type is {value}: it must be exponential or linear", value=kind))
         return cls(**{f.name: config[f.name] for f in fields(cls) if f.name in config})
 
     def mu(self, tokens: int) -> float:
@@ -129,8 +133,8 @@ def check_custom(custom: Sequence[float]) -> np.ndarray:
     return line
 
 
-def _wrong(what: str, **values: object) -> ModelError:
-    return ModelError("scheduler_config.json can't be followed: " + what, **values)
+def _wrong(reason: Phrase) -> ModelError:
+    return ModelError("scheduler_config.json can't be followed: {reason}", reason=reason)
 
 
 def skipped_steps(steps: int, strength: float) -> int:
