@@ -15,20 +15,26 @@ import sys
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from lanting.nn.dequant import dequantize
+from lanting.nn.fourbit import small_floats
 from lanting.nn.linears import Fp8Linear, Int4Linear, Int8Linear
-from lanting.plan.kinds import KINDS
+from lanting.plan.kinds import KINDS, STORED
 from lanting.weights.kquants import quantize
 
 SHAPES = ((3072, 3072), (12288, 3072))  # in, out
 ROWS = 512  # of the weight; rows are independent, so some stand for all
 APART = 0.03
+BITSANDBYTES = Path(__file__).parent.parent / "tests" / "packed" / "bitsandbytes.safetensors"
 
 
 def packed(weight: Tensor, kind: str) -> Tensor:
-    """The weight after packing and expanding, as `lanting quantize` packs it."""
+    """The weight after packing and expanding, as `lanting quantize` packs it, or for kinds that we only read in the
+    plainest way: to the nearest code under the largest scale."""
+    if kind in STORED:
+        return others(weight, kind)
     if kind == "int8":
         return Int8Linear.from_dense(weight).dense(torch.float32)
     if kind == "int4":
@@ -36,6 +42,26 @@ def packed(weight: Tensor, kind: str) -> Tensor:
     if kind == "fp8":
         return Fp8Linear.from_dense(weight, scale="tensor").dense(torch.float32)
     return dequantize(quantize(weight, kind.upper()), kind.upper(), torch.float32)
+
+
+def others(weight: Tensor, kind: str) -> Tensor:
+    """Tables of bitsandbytes come from a file that it wrote."""
+    if kind == "mxfp8":
+        blocks = weight.unflatten(1, (-1, 32))
+        scale = torch.exp2((blocks.abs().amax(-1, keepdim=True) / 448).log2().ceil())
+        return ((blocks / scale).to(torch.float8_e4m3fn).float() * scale).flatten(1)
+    if kind == "nvfp4":
+        table = small_floats(torch.arange(16), exponent=2, mantissa=1)
+        blocks = weight.unflatten(1, (-1, 16))
+        every = weight.abs().max() / (448 * 6)
+        scale = (blocks.abs().amax(-1, keepdim=True) / 6 / every).to(torch.float8_e4m3fn).float() * every
+    else:
+        table = load_file(BITSANDBYTES)[f"{kind}-16x64.weight.quant_map"]
+        blocks = weight.unflatten(1, (-1, 64))
+        scale = blocks.abs().amax(-1, keepdim=True)
+    steps, order = table.sort()
+    codes = torch.bucketize(blocks / scale, (steps[1:] + steps[:-1]) / 2)
+    return (table[order][codes] * scale).flatten(1)
 
 
 def error(kind: str, samples: int) -> float:
@@ -56,7 +82,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     wish = parser.parse_args()
     found, wrong = {}, []
-    for kind in (each for each in KINDS.values() if each.packed):
+    for kind in (each for each in (KINDS | STORED).values() if each.packed):
         found[kind.name] = error(kind.name, wish.samples)
         apart = found[kind.name] / kind.error - 1
         wrong += [kind.name] if abs(apart) > APART else []

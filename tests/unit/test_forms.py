@@ -236,7 +236,7 @@ def test_shapes_are_those_of_values(folder, plain, tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({f"{ONE}.comfy_quant": note({"format": "nvfp4"})}, "'nvfp4'"),
+        ({f"{ONE}.comfy_quant": note({"format": "svdquant_w4a4"})}, "'svdquant_w4a4'"),
         ({f"{ONE}.comfy_quant": note({"format": "lanting_int4"})}, "type I8"),
         ({f"{ONE}.comfy_quant": note([1])}, "what can't be read"),
         ({f"{ONE}.comfy_quant": torch.tensor([1, 2, 3], dtype=torch.uint8)}, "what can't be read"),

@@ -74,6 +74,15 @@ KINDS = {
         Kind("q2_k", 256, 84, error=0.2660, scratch=4),
     )
 }
+STORED = {  # kinds that files come in and none is written in; the bytes of scales differ a little between files
+    kind.name: kind
+    for kind in (
+        Kind("mxfp8", 32, 34, error=0.0265, scratch=4),
+        Kind("nvfp4", 16, 9, error=0.0949, scratch=4),
+        Kind("nf4", 64, 33, error=0.0924, scratch=4),
+        Kind("fp4", 64, 33, error=0.1234, scratch=4),
+    )
+}
 OURS = ("int8", "fp8", "int4")  # kinds that any model can be brought to while it loads
 
 

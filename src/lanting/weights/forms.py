@@ -5,7 +5,9 @@ read here:
     plain 8-bit floats                        a whole file cast down, no scales
     `scaled_fp8`, `X.scale_weight`            ComfyUI's older scheme; `X.scale_input` is for kernels of fp8 inputs
     `X.weight_scale`, `X.comfy_quant`         ComfyUI's newer one, a JSON note per layer as bytes or one for all in the
-                                              file's `_quantization_metadata`: fp8, int8 (also rotated), and our int4
+                                              file's `_quantization_metadata`: fp8, int8 (also rotated), NVFP4, MXFP8,
+                                              and our int4
+    `X.weight.quant_state...`, `X.SCB`        bitsandbytes' (`weights.bnb`)
     a GGUF block type                         its own bytes
 A missing scale or an unknown scheme is refused: it would load, and draw plausible noise.
 """
@@ -20,12 +22,14 @@ from typing import Any
 from lanting.core.errors import ModelError
 from lanting.core.lang import Phrase
 from lanting.nn.blocks import TYPES
+from lanting.weights import bnb
 from lanting.weights.checkpoint import Checkpoint
 from lanting.weights.headers import TensorInfo
 
 SCALE_NAMES = ("weight_scale", "scale_weight")
 UNUSED = ("scale_input", "input_scale", "comfy_quant")  # beside a weight, and of no use for its value
-UNKNOWN = ("weight_scale_2", "pre_quant_scale", "weight_s_rel", "weight_s_channel", "weight_codebook")
+SECOND = "weight_scale_2"  # NVFP4's, one number for all
+UNKNOWN = ("pre_quant_scale", "weight_s_rel", "weight_s_channel", "weight_codebook", "qweight", "wscales")
 FLAGS = ("scaled_fp8", "__index_timestep_zero__")  # tensors that only say something by being there
 STRAYS = ("logit_scale",)  # a number of CLIP's that ComfyUI saves beside every text encoder, and none reads
 FP8 = {"F8_E4M3": "fp8 e4m3", "F8_E5M2": "fp8 e5m2"}
@@ -35,7 +39,10 @@ FORMATS = {  # what ComfyUI calls them, and what we do
     "int8_tensorwise": "int8",
     "int8_blockwise": "int8",
     "lanting_int4": "int4",
+    "nvfp4": "nvfp4",
+    "mxfp8": "mxfp8",
 }
+TILED = {"nvfp4": (16, ("F8_E4M3",)), "mxfp8": (32, ("F8_E8M0", "U8"))}  # inputs that share a scale, and its types
 FLOATS = ("F16", "BF16", "F32", "F64")
 
 
@@ -43,11 +50,13 @@ FLOATS = ("F16", "BF16", "F32", "F64")
 class Form:
     """How one weight (out, in) is stored.
 
-    kind    "int8", "int4", "fp8 e4m3", "fp8 e5m2", or a GGUF block type such as "Q4_K"
+    kind    "int8", "int4", "fp8 e4m3", "fp8 e5m2", "nvfp4", "mxfp8", bitsandbytes' "nf4" and "fp4", or a GGUF block
+            type such as "Q4_K"
     shape   (out, in) of the values
-    scale   the shape of its scales; None: it has none
-    group   int4: inputs that share a scale
+    scale   the shape of its scales in memory; None: it has none
+    group   int4, nf4, fp4: weights that share a scale
     rotate  block of the Hadamard rotation it went through; 0: none
+    nested  nf4, fp4: scales that share a number, and what is added; None: scales are floats
     names   what its parts are called in the file: "weight", and "weight_scale" where it has scales
     """
 
@@ -56,6 +65,7 @@ class Form:
     scale: tuple[int, ...] | None = None
     group: int = 0
     rotate: int = 0
+    nested: tuple[int, float] | None = None
     names: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def words(self) -> str:
@@ -74,8 +84,8 @@ def read_forms(checkpoint: Checkpoint) -> dict[str, Form]:
     forms: dict[str, Form] = {}
     for name, info in checkpoint.infos.items():
         path, dot, part = name.rpartition(".")
-        if part in UNKNOWN:
-            scheme = notes.get(path, {}).get("format")
+        scheme = notes.get(path, {}).get("format")
+        if part in UNKNOWN or (part == SECOND and scheme != "nvfp4"):
             raise _unreadable(checkpoint, path, str(scheme) if scheme else Phrase("a scheme with {part}", part=part))
         if not dot or part != "weight" or len(info.shape) != 2:
             continue
@@ -87,7 +97,7 @@ def read_forms(checkpoint: Checkpoint) -> dict[str, Form]:
 
 def side_tensors(infos: Mapping[str, TensorInfo]) -> set[str]:
     """The names that are no part of the network itself: scales, notes, flags and strays."""
-    endings = tuple(f".{part}" for part in (*SCALE_NAMES, *UNUSED))
+    endings = tuple(f".{part}" for part in (*SCALE_NAMES, *UNUSED, SECOND, *bnb.SIDES))
     return {name for name in infos if name.endswith(endings) or name in (*FLAGS, *STRAYS)}
 
 
@@ -122,19 +132,15 @@ def _form(checkpoint: Checkpoint, path: str, info: TensorInfo, note: Mapping[str
         return Form(info.dtype, (rows, columns), names=names)
     if info.dtype in FLOATS:
         return None  # a scale beside it, if any, is a 1 that older converters wrote for every layer
+    if (four := bnb.four_bits(checkpoint, path)) is not None:
+        names |= {part: f"{path}.weight.{part}" for part in four.parts}
+        return Form(four.kind, four.shape, group=four.group, nested=four.nested, names=names)
     kind = _kind(checkpoint, path, info.dtype, note)
-    scale_name = next((f"{path}.{part}" for part in SCALE_NAMES if f"{path}.{part}" in checkpoint.infos), None)
-    if scale_name is None and (kind in ("int8", "int4") or note.get("format")):
-        raise ModelError(
-            "the {label} has no scales for {path}, which is {kind}: download it again",
-            **{"label": checkpoint.label, "path": path, "kind": kind},
-        )
+    if kind in TILED:
+        return _tiled(checkpoint, path, kind, info)
+    scale_name = _scales(checkpoint, path, kind, bool(note.get("format")))
     scale = None if scale_name is None else checkpoint.infos[scale_name].shape
-    if scale_name is not None:
-        names["weight_scale"] = scale_name
-        if checkpoint.infos[scale_name].dtype not in FLOATS:
-            what = Phrase("{kind} with scales of type {dtype}", kind=kind, dtype=checkpoint.infos[scale_name].dtype)
-            raise _unreadable(checkpoint, path, what)
+    names |= {} if scale_name is None else {"weight_scale": scale_name}
     group = 0
     if kind == "int4":
         columns *= 2  # two values a byte
@@ -144,7 +150,44 @@ def _form(checkpoint: Checkpoint, path: str, info: TensorInfo, note: Mapping[str
                 "the {label} has scales of {scale} for {path}, which can't be: get another",
                 **{"label": checkpoint.label, "scale": scale, "path": path},
             )
-    return Form(kind, (rows, columns), scale, group, _rotation(checkpoint, path, columns, note), names)
+    return Form(kind, (rows, columns), scale, group, _rotation(checkpoint, path, columns, note), names=names)
+
+
+def _scales(checkpoint: Checkpoint, path: str, kind: str, noted: bool) -> str | None:
+    """The name of a weight's scales; 8-bit floats that no note speaks of may have none."""
+    beside = (f"{path}.{part}" for part in (*SCALE_NAMES, bnb.ROWS))
+    name = next((name for name in beside if name in checkpoint.infos), None)
+    if name is None and (kind in ("int8", "int4") or noted):
+        raise ModelError(
+            "the {label} has no scales for {path}, which is {kind}: download it again",
+            **{"label": checkpoint.label, "path": path, "kind": kind},
+        )
+    if name is None:
+        return None
+    if name.endswith(bnb.ROWS) and not bnb.in_rows(checkpoint, path):
+        raise _unreadable(checkpoint, path, Phrase("8 bits in the layout of one GPU"))
+    if checkpoint.infos[name].dtype not in FLOATS:
+        what = Phrase("{kind} with scales of type {dtype}", kind=kind, dtype=checkpoint.infos[name].dtype)
+        raise _unreadable(checkpoint, path, what)
+    return name
+
+
+def _tiled(checkpoint: Checkpoint, path: str, kind: str, info: TensorInfo) -> Form:
+    """NVFP4 or MXFP8: an 8-bit scale for every few inputs, kept in tiles of 128 x 4."""
+    group, types = TILED[kind]
+    rows, columns = info.shape[0], info.shape[1] * (2 if kind == "nvfp4" else 1)
+    names = {"weight": f"{path}.weight", "weight_scale": f"{path}.weight_scale"}
+    names |= {SECOND: f"{path}.{SECOND}"} if kind == "nvfp4" else {}
+    found = [checkpoint.infos.get(name) for name in names.values()]
+    padded = -(-rows // 128) * 128 * -(-(columns // group) // 4) * 4
+    counts = [None if one is None else one.count for one in found[1:]]
+    scales = found[1]
+    if columns % group or counts != [padded, 1][: len(counts)] or scales is None or scales.dtype not in types:
+        raise ModelError(
+            "the {label} has no scales for {path}, which is {kind}: download it again",
+            **{"label": checkpoint.label, "path": path, "kind": kind},
+        )
+    return Form(kind, (rows, columns), (rows, columns // group), names=names)
 
 
 def _kind(checkpoint: Checkpoint, path: str, dtype: str, note: Mapping[str, Any]) -> str:
@@ -154,6 +197,7 @@ def _kind(checkpoint: Checkpoint, path: str, dtype: str, note: Mapping[str, Any]
         raise _unreadable(checkpoint, path, repr(said))
     kind = FORMATS[said] if said is not None else FP8.get(dtype, "int8" if dtype == "I8" else "")
     fits = {"int8": ("I8",), "int4": ("U8",), "fp8 e4m3": ("F8_E4M3", "U8"), "fp8 e5m2": ("F8_E5M2", "U8")}
+    fits |= {"nvfp4": ("U8",), "mxfp8": ("F8_E4M3", "U8")}
     if dtype not in fits.get(kind, ()):
         raise _unreadable(checkpoint, path, Phrase("{what} of type {dtype}", what=said or "numbers", dtype=dtype))
     return kind

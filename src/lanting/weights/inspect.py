@@ -19,7 +19,7 @@ from lanting.core.lang import Phrase
 from lanting.specs import detect, get_spec, spec_names
 from lanting.weights.checkpoint import Checkpoint, open_component, read_json
 from lanting.weights.find import COMPONENTS, LORAS, PARTS, base_of, disagreements, namesakes, release_of
-from lanting.weights.forms import read_forms, side_tensors
+from lanting.weights.forms import read_forms, shapes, side_tensors
 from lanting.weights.gguf import is_gguf, read_gguf
 from lanting.weights.gguf_names import is_projector
 from lanting.weights.gguf_view import open_gguf
@@ -156,7 +156,11 @@ def _component(folder: Path) -> tuple[Part | None, tuple[str, ...], tuple[str, .
             "{name} holds tensors of another kind ({kind}): is it mixed up?", name=folder.name, kind=kind.name
         )
         return part, (), (mixed,)
-    return part, tuple(config_notes(folder.name, kind, config, checkpoint.infos)), ()
+    try:
+        part = count_values(part, {folder.name: checkpoint})
+        return part, tuple(config_notes(folder.name, kind, config, shapes(checkpoint))), ()
+    except ModelError as error:
+        return part, (), (told_by(error),)
 
 
 def _describe_file(path: Path) -> Description:

@@ -26,7 +26,7 @@ PREFIXES = (
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")  # endings of files that can run code when they are opened
 LORA = re.compile(r"(\.lora_(A|B|down|up|a|b)\b|lora_(down|up)\.weight|\.(hada|lokr)_w\d)")
 DOWN = re.compile(r"(lora_A|lora_down|lora_a)(\.|$)")
-SCALES = (".weight_scale", ".scale_weight", ".comfy_quant", ".weight_scale_2")
+SCALES = (".weight_scale", ".scale_weight", ".comfy_quant", ".weight_scale_2", ".weight.absmax", ".SCB")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +53,10 @@ def guess_kind(infos: Mapping[str, TensorInfo]) -> Kind:
     return Kind("unknown")
 
 
-def config_notes(name: str, kind: Kind, config: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -> list[str]:
-    """Sentences where a component's config says otherwise than its tensors."""
+def config_notes(name: str, kind: Kind, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Sentences where a component's config says otherwise than its tensors, of which `shapes` are the values'."""
     found: list[tuple[str, object, object]] = []  # (key, what the config says, what the tensors say)
-    shape = {_strip(key): info.shape for key, info in infos.items()}
+    shape = {_strip(key): sides for key, sides in shapes.items()}
     if kind.name in ("transformer", "controlnet"):
         found.append(("num_layers", config.get("num_layers"), _blocks(shape, "transformer_blocks")))
         found.append(("joint_attention_dim", config.get("joint_attention_dim"), _side(shape, "txt_in.weight", 1)))

@@ -66,7 +66,12 @@ def kind_of(checkpoint: Checkpoint, forms: dict[str, Form]) -> str | None:
 
 def held_bytes(checkpoint: Checkpoint, forms: dict[str, Form]) -> dict[str, int]:
     """Bytes of every tensor in memory: packed ones as they are, the others in 16 bits."""
-    return {name: _held(info, name.rpartition(".")[0] in forms) for name, info in checkpoint.infos.items()}
+    return {name: _held(info, _path(name) in forms) for name, info in checkpoint.infos.items()}
+
+
+def _path(name: str) -> str:
+    """The module of a tensor; bitsandbytes' side tensors are called `X.weight.absmax`."""
+    return name.partition(".weight.")[0] if ".weight." in name else name.rpartition(".")[0]
 
 
 def _held(info: TensorInfo, packed: bool) -> int:

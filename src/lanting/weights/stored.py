@@ -18,10 +18,12 @@ from torch.overrides import TorchFunctionMode
 
 from lanting.core.errors import ModelError
 from lanting.nn.blocks import TYPES
+from lanting.nn.fourbit import Nvfp4Linear, TableLinear, untiled
 from lanting.nn.linears import FP8, Fp8Linear, GgufLinear, Int4Linear, Int8Linear, PackedEmbedding, PackedLinear
 from lanting.nn.swap import swap
+from lanting.weights import bnb
 from lanting.weights.checkpoint import Checkpoint
-from lanting.weights.forms import Form, read_forms, side_tensors
+from lanting.weights.forms import SECOND, TILED, Form, read_forms, side_tensors
 
 M = TypeVar("M", bound=nn.Module)
 Choose = Callable[[str, tuple[int, int]], Form | None]
@@ -183,6 +185,12 @@ def make_linear(form: Form, bias: bool) -> PackedLinear:
         return Int4Linear(columns, rows, bias, form.group, form.rotate)
     if form.kind.startswith("fp8 "):
         return Fp8Linear(columns, rows, bias, form.kind.split()[1], form.scale, form.rotate)
+    if form.kind == "mxfp8":
+        return Fp8Linear(columns, rows, bias, "e4m3", form.scale)
+    if form.kind == "nvfp4":
+        return Nvfp4Linear(columns, rows, bias)
+    if form.kind in bnb.NOTES.values():
+        return TableLinear(columns, rows, bias, form.kind, form.group, form.nested)
     return GgufLinear(columns, rows, bias, form.kind, TYPES[form.kind].row_bytes(columns))
 
 
@@ -248,11 +256,25 @@ def _packed(
     parts = checkpoint.read(form.names.values())
     state: dict[str, Tensor] = {}
     for part, name in form.names.items():
-        tensor = parts[name]
-        if part == "weight" and isinstance(linear, Fp8Linear):  # a file may call the bytes of 8-bit floats uint8
-            tensor = tensor.view(linear.stored)
+        tensor = _as_held(linear, form, part, parts[name])
         state[f"{path}.{part}".lstrip(".")] = kept_for(tensor, home)
     return state
+
+
+def _as_held(linear: PackedLinear, form: Form, part: str, stored: Tensor) -> Tensor:
+    """A part of a packed weight as the Linear holds it: mostly as it is stored."""
+    if part == "weight":
+        # a file may call the bytes of 8-bit floats uint8, and bitsandbytes keeps 4 bits in one column
+        tensor = stored.view(linear.stored) if isinstance(linear, Fp8Linear) else stored
+        return tensor.view(linear.weight.shape) if form.kind in bnb.NOTES.values() else tensor
+    if part != "weight_scale":
+        return stored.reshape(()) if part == SECOND else stored
+    if form.names[part].endswith(f".{bnb.ROWS}"):
+        return stored.float() / 127
+    if form.kind in TILED and form.scale is not None:
+        scale = untiled(stored.view(torch.uint8), *form.scale)
+        return scale if form.kind == "nvfp4" else torch.exp2(scale.float() - 127).bfloat16()  # exponents: exact
+    return stored
 
 
 def has_no_floats(form: Form, device: torch.device) -> bool:
