@@ -74,7 +74,7 @@ def opened(here: Path, net: str | Path | list[str] | None = None, **options: Any
     given: dict[str, Any] = {"device": "cpu", "dtype": "float32"} | options
     if isinstance(net, list):
         return Engine.open(str(here / "model"), controlnet=[str(here / each) for each in net], **given)
-    return Engine.open(str(here / "model"), controlnet=None if net is None else str(here / net), **given)
+    return Engine.open(str(here / "model"), controlnet=None if net is None else here / net, **given)
 
 
 def draw(here: Path, net: str | Path | list[str] | None, asked: Request, **options: Any) -> bytes:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Generator, Hashable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from os import PathLike
 from typing import TYPE_CHECKING, Unpack, cast
 
 import torch
@@ -93,7 +94,7 @@ class Engine:
         Raises ModelError or RequestError in one sentence.
         """
         folder, devices = locate(model, parts), devices_of(device)
-        nets = (controlnet,) if isinstance(controlnet, str) else tuple(controlnet or ())
+        nets = (str(controlnet),) if isinstance(controlnet, str | PathLike) else tuple(controlnet or ())
         plan = planned(folder, fit, lambda: beside(loras, nets), device=device, quant=quant)
         models = Models(folder, devices[0] if devices else None, dtype, nets, loras, quant, plan)
         hold(models.device, fit.get("vram"))
