@@ -25,6 +25,7 @@ from lanting.train.designs import DesignMaker
 from lanting.train.draw import INK
 from lanting.train.export import export_nano
 from lanting.train.journal import Journal, Meter, clock, entries, in_words
+from lanting.train.kept import alone
 from lanting.train.labels import SCENE, SHAPE, WHAT, WHERE
 from lanting.train.loop import Trainer, make_smaller
 from lanting.train.losses import judged
@@ -231,6 +232,13 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
     assert trainer.resume() and trainer.clock.step >= 1 and trainer.clock.seconds > 30.0
     assert trainer.agreed == trainer.clock.seconds and trainer.warm_from == 0
     assert all("momentum" in state for state in trainer.optimizers[0].state_dict()["state"].values())
+
+
+def test_two_runs_do_not_take_turns_at_one_checkpoint(tmp_path):
+    (tmp_path / "run").mkdir()
+    with alone(tmp_path / "run"), pytest.raises(ModelError, match="run is in training already"):
+        main(small_run(tmp_path / "run"))
+    assert [path.name for path in tmp_path.rglob("*")] == ["run"]  # and no lock stays
 
 
 def test_another_network_is_refused(tmp_path):

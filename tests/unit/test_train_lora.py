@@ -26,6 +26,7 @@ from lanting.nn.linears import Int8Linear
 from lanting.nn.mmdit import Attend, QwenImageTransformer, TransformerConfig
 from lanting.nn.swap import swap
 from lanting.specs import get_spec
+from lanting.train.kept import alone
 from lanting.train.lora import memory
 from lanting.train.lora.cache import load, prepare
 from lanting.train.lora.dataset import DatasetOptions, batches, read_folder, size_for
@@ -359,10 +360,14 @@ def test_the_command_teaches_nano_and_goes_on(tmp_path, capsys):
     assert main([*told, "--steps", "2"]) == 0
     first = capsys.readouterr()
     assert first.out.strip() == str(out) and "GB of memory" in first.err
+    (beside := tmp_path / "beside").touch()
+    assert out.stat().st_mode == beside.stat().st_mode  # others may read it, too
     steps = [json.loads(line) for line in first.err.splitlines() if line.startswith("{")]
     assert steps[-1]["step"] == 2 and steps[-1]["probe"] > 0
     assert main(["lora", "show", str(out)]) == 0 and "zxq" in capsys.readouterr().out
     assert main([*told, "--steps", "2"]) == 0 and '"step"' not in capsys.readouterr().err
+    with alone(out):
+        assert main([*told, "--steps", "3"]) == 2 and "in training already" in capsys.readouterr().err
 
 
 def test_too_little_memory_is_a_sentence_and_nothing_is_lost(tmp_path, monkeypatch, capsys):

@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lanting.core.errors import ModelError
 from lanting.nn.qwen_language import LanguageConfig
 from lanting.nn.qwen_vl import QwenVL, QwenVLConfig
 from lanting.nn.vae import to_video_weights
-from lanting.train.kept import read_checkpoint
+from lanting.train.kept import read_checkpoint, write_tensors
 from lanting.train.model import NanoConfig
 from lanting.train.vae import DECODER, WEIGHTS, load_vae
 
@@ -156,7 +155,7 @@ def text_weights(state: Mapping[str, Tensor], encoder: Mapping[str, Any]) -> dic
 def write_component(folder: Path, stem: str, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {k: v.detach().to(torch.bfloat16).contiguous() for k, v in state.items()}
-    save_file(tensors, str(folder / f"{stem}.safetensors"), metadata={"format": "pt"})
+    write_tensors(folder / f"{stem}.safetensors", tensors, {"format": "pt"})
     write_json(folder / "config.json", config)
 
 

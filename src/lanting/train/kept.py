@@ -1,4 +1,4 @@
-"""Reading what an earlier run of training kept, in a sentence where that can't be done.
+"""What runs of training keep: one run at a time, and read again in a sentence where that can't be done.
 
 Runs replace their checkpoints whole, so one that is torn was copied by half, or its disk was full or lost power.
 """
@@ -6,12 +6,51 @@ Runs replace their checkpoints whole, so one that is torn was copied by half, or
 from __future__ import annotations
 
 import pickle
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
+from torch import Tensor
 
 from lanting.core.errors import ModelError
+from lanting.core.files import unwritable
+
+
+@contextmanager
+def alone(result: Path) -> Iterator[None]:
+    """Nobody else trains `result`, a file or a folder, meanwhile: two would take turns at one checkpoint.
+
+    The system lets go of the lock of a process that is killed. Raises ModelError where another holds it, OutputError
+    where nothing can be written.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(result / ".lock" if result.is_dir() else result.with_name(f".{result.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ModelError("{path} is in training already: wait for that, or write elsewhere", path=result) from None
+    except NotImplementedError:  # a file system without locks
+        yield
+        return
+    except OSError as error:
+        raise unwritable(result, error) from None
+    try:
+        yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, str] | None = None) -> None:
+    """A safetensors file for whom the person's files are: `save_file` alone lets nobody but the owner read it."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(dict(tensors), str(path), metadata=dict(notes) if notes else None)
+    path.chmod(mode)
 
 
 def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> Any:

@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lanting.core.errors import ModelError, NotFiniteError, RequestError
@@ -36,7 +35,7 @@ from lanting.flow.loop import Canvas, velocity
 from lanting.nn.lora import Factors, LoraLinear, attach
 from lanting.nn.mmdit import Attend
 from lanting.nn.swap import swap
-from lanting.train.kept import read_checkpoint
+from lanting.train.kept import alone, read_checkpoint, write_tensors
 from lanting.train.model import PlainAttend
 from lanting.train.walks import LightningRun, Prompts, Teacher, Walk, in_fast_numbers, together
 from lanting.weights.find import locate
@@ -189,7 +188,7 @@ def export(loras: dict[str, LoraLinear], out: Path, run: LightningRun) -> Path:
     wishes = {"lanting.steps": run.steps, "lanting.guidance_scale": 1.0, "lanting.shift": run.shift}
     notes = {"format": "pt"} | {key: str(value) for key, value in wishes.items()}
     out.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(out, lambda part: save_file(tensors, str(part), metadata=notes))
+    replace_file(out, lambda part: write_tensors(part, tensors, notes))
     return out
 
 
@@ -205,11 +204,13 @@ def distil(
     """Distil the model in `model_folder` into the LoRA file `out`, for `minutes` summed over resumed runs.
 
     The file is written anew with every checkpoint (`out` with the ending .checkpoint), so there is always one to try.
-    Raises RequestError for values that can't be trained with, ModelError for a folder or checkpoint that can't be used.
+    Raises RequestError for values that can't be trained with, ModelError for a folder or checkpoint that can't be used,
+    and where another process trains `out`.
     """
     if minutes < 0 or rank < 1 or run.steps < 1 or min(run.batch, run.fresh) < 1:
         raise RequestError("Minutes can't be negative; rank, steps, batch and fresh must be at least 1.")
-    with threads(run.threads):
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with alone(out), threads(run.threads):
         distiller = Distiller(Models(locate(str(model_folder)), run.device, "float32"), prompts, rank, run)
         checkpoint = out.with_suffix(".checkpoint")
         distiller.resume(checkpoint)

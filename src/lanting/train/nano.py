@@ -32,7 +32,7 @@ from lanting.train.edits import EditMaker
 from lanting.train.export import export_nano
 from lanting.train.feed import Feed, FeedOrder, edit_mix
 from lanting.train.journal import Journal
-from lanting.train.kept import read_checkpoint
+from lanting.train.kept import alone, read_checkpoint
 from lanting.train.labels import concept_pictures, glyph_shapes
 from lanting.train.loop import Trainer, train
 from lanting.train.model import NanoNet, compile_blocks, start
@@ -58,13 +58,20 @@ HANZI = ((0.0, 1200), (0.04, 3500))
 def main(run: NanoRun) -> Path:
     """All three stages; returns the model folder, or the run's folder where a slice ended before there is a model.
 
-    Raises RequestError for values that can't be trained with, OutputError for a folder that can't be made.
+    Raises RequestError for values that can't be trained with, OutputError for a folder that can't be made, ModelError
+    for one in which another run is under way.
     """
     run = settled(run)
     try:
         run.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise unwritable(run.folder, error) from None
+    with alone(run.folder):
+        return stages(run)
+
+
+def stages(run: NanoRun) -> Path:
+    """`main`, where nothing is in the way."""
     if not (run.tokenizer / "tokenizer.json").is_file():
         build_tokenizer(run.tokenizer)
     if run.resume_from and not unpack(Path(run.resume_from), run.folder, run.width, run.anew, run.vae_anew):

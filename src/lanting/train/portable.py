@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from lanting.core.errors import ModelError
 from lanting.core.files import replace_file
 from lanting.train.journal import NAME as LOG
-from lanting.train.kept import read_checkpoint
+from lanting.train.kept import read_checkpoint, write_tensors
 from lanting.train.vae import BEGUN, CHECKPOINT, CONFIG, DECODER, FROZEN, UNTUNED, WEIGHTS, shipped_vae
 from lanting.train.warm import shipped
 from lanting.train.widen import widen
@@ -51,7 +51,7 @@ def write_parts(folder: Path, stem: str, tensors: Mapping[str, Tensor], limit: i
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{stem}-{i:05d}-of-{len(shares):05d}.safetensors" for i in range(1, len(shares) + 1)]
     for path, share in zip(paths, shares, strict=True):
-        replace_file(path, lambda part, share=share: save_file(share, str(part), metadata={"format": "pt"}))
+        replace_file(path, lambda part, share=share: write_tensors(part, share, {"format": "pt"}))
     for old in set(folder.glob(f"{stem}-*.safetensors")) - set(paths):
         old.unlink()
     return paths
@@ -124,7 +124,7 @@ def slim(source: Path, out: Path) -> list[Path]:
     about = _about(source)
     heads = {k: v for k, v in read_parts(source / EMA, EMA).items() if k.split(".")[0] not in SHIPPED}
     out.mkdir(parents=True, exist_ok=True)
-    replace_file(out / HEADS, lambda part: save_file(heads, str(part), metadata={"format": "pt"}))
+    replace_file(out / HEADS, lambda part: write_tensors(part, heads, {"format": "pt"}))
     if (source / LOG).is_file():
         replace_file(out / LOG, lambda part: shutil.copyfile(source / LOG, part))
     replace_file(out / RUN, lambda part: part.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8"))
@@ -135,7 +135,7 @@ def unfold_vae(model: Path, folder: Path) -> None:
     """The autoencoder of an exported model folder, where stage 1 leaves its own."""
     folder.mkdir(parents=True, exist_ok=True)
     state = shipped_vae(model)
-    replace_file(folder / WEIGHTS, lambda part: save_file(state, str(part)))
+    replace_file(folder / WEIGHTS, lambda part: write_tensors(part, state))
     replace_file(folder / CONFIG, lambda part: shutil.copyfile(model / "vae" / "config.json", part))
     (folder / FROZEN).write_text("taken from the embedded model\n")
 
@@ -157,7 +157,7 @@ def pack_vae(folder: Path, path: Path) -> Path:
     """The trained autoencoder as one file: its configuration and what froze it are in the file's header."""
     words = {"config": (folder / CONFIG).read_text(), "frozen": (folder / FROZEN).read_text()}
     tensors = load_file(str(folder / WEIGHTS))
-    replace_file(path, lambda part: save_file(tensors, str(part), metadata=words))
+    replace_file(path, lambda part: write_tensors(part, tensors, words))
     return path
 
 
@@ -241,7 +241,7 @@ def unpack_vae(path: Path, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with safe_open(str(path), "pt") as file:
         words = file.metadata()
-    replace_file(folder / WEIGHTS, lambda part: save_file(load_file(str(path)), str(part)))
+    replace_file(folder / WEIGHTS, lambda part: write_tensors(part, load_file(str(path))))
     for name, key in ((CONFIG, "config"), (FROZEN, "frozen")):
         replace_file(folder / name, lambda part, key=key: part.write_text(words[key]))
 

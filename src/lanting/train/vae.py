@@ -24,13 +24,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lanting.core.files import replace_file
 from lanting.core.lang import say
 from lanting.nn.vae import AttentionBlock, AutoencoderKLQwenImage, ResidualBlock, VAEConfig, to_image_weights
-from lanting.train.kept import read_checkpoint
+from lanting.train.kept import read_checkpoint, write_tensors
 from lanting.train.losses import redrawn
 from lanting.train.optim import Muon, average_gradients
 from lanting.train.pieces import Scraps, scraps_for
@@ -230,7 +230,7 @@ class VAETrainer:
 def save_vae(vae: AutoencoderKLQwenImage, path: Path) -> None:
     """Image-form weights (4-D kernels, official names) as safetensors."""
     state = {name: tensor.detach().contiguous() for name, tensor in vae.state_dict().items()}
-    replace_file(path, lambda part: save_file(state, str(part)))
+    replace_file(path, lambda part: write_tensors(part, state))
 
 
 def save_config(config: VAEConfig, path: Path) -> None:

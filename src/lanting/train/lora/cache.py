@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lanting.core.files import replace_file
@@ -26,6 +25,7 @@ from lanting.flow.loop import Conditioning, Grid
 from lanting.tasks.edit import for_reader, references
 from lanting.tasks.pictures import cover, to_mode
 from lanting.tasks.studio import look_at
+from lanting.train.kept import write_tensors
 from lanting.train.lora.dataset import Example
 
 VERSION = "1"  # of these files
@@ -90,7 +90,7 @@ def save(seen: CachedExample, path: Path) -> None:
         tensors[name] = side.embeds.cpu()
         tensors[f"{name}.places"] = torch.tensor(side.places, dtype=torch.long)
     tensors["grids"] = torch.tensor([seen.grid, *seen.grids])
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(path))
+    write_tensors(path, {name: tensor.contiguous() for name, tensor in tensors.items()})
 
 
 def load(path: Path) -> CachedExample:

@@ -22,6 +22,7 @@ from lanting.engine.studio import EngineStudio
 from lanting.flow.loop import Canvas, denoise
 from lanting.specs import settle
 from lanting.tasks import TASKS
+from lanting.train.kept import alone
 from lanting.train.lora.cache import prepare
 from lanting.train.lora.dataset import Example
 from lanting.train.lora.memory import Need, blocks_of, bytes_of, choose, stored, tokens_of
@@ -96,8 +97,10 @@ class LoraTraining:
 
         Raises LantingError; what was learnt until the last checkpoint is there then.
         """
+        self.job.out.parent.mkdir(parents=True, exist_ok=True)
         try:
-            yield from self._run(tell)
+            with alone(self.job.out):
+                yield from self._run(tell)
         except torch.OutOfMemoryError:
             raise RequestError(
                 "{device} has too little memory for this after all: allow less with --vram, or take a smaller "
@@ -107,7 +110,6 @@ class LoraTraining:
 
     def _run(self, tell: Callable[[int, int], None]) -> Iterator[Report]:
         own, models = self.job, self.models
-        own.out.parent.mkdir(parents=True, exist_ok=True)
         files = prepare(models, own.examples, own.out.with_suffix(".cache"), tell)
         canvases = [self.canvas(prompt) for prompt in own.samples]
         schedule, same = models.schedule, {"model": models.fingerprint}

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lanting.core.errors import ModelError, NotFiniteError
@@ -26,6 +25,7 @@ from lanting.core.files import replace_file
 from lanting.engine.placement import Placed
 from lanting.flow.loop import Conditioning
 from lanting.flow.schedule import Schedule
+from lanting.train.kept import write_tensors
 from lanting.train.lora.cache import CachedExample, load
 from lanting.train.lora.dataset import batches
 from lanting.train.lora.net import LoraNet, padded
@@ -263,5 +263,5 @@ def export(net: LoraNet, out: Path, notes: Mapping[str, str]) -> Path:
         tensors[f"transformer.{path}.lora_A.weight"] = down.to(torch.bfloat16).contiguous()
         tensors[f"transformer.{path}.lora_B.weight"] = up.to(torch.bfloat16).contiguous()
     out.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(out, lambda part: save_file(tensors, str(part), metadata={"format": "pt", **notes}))
+    replace_file(out, lambda part: write_tensors(part, tensors, {"format": "pt", **notes}))
     return out
