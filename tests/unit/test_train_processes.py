@@ -118,6 +118,33 @@ def test_a_worker_that_fails_is_a_sentence(monkeypatch):
         workers.close()
 
 
+@dataclass(frozen=True)
+class Large:
+    """Work that no pipe holds."""
+
+    def maker(self, number: int) -> Large:
+        return self
+
+    def make(self, hanzi: int) -> bytes:
+        return bytes(4_000_000)
+
+
+def test_no_worker_leaves_in_the_middle_of_a_piece(monkeypatch):
+    """Whoever closed the workers and had read its beginning waited for the rest for ever."""
+    imported(monkeypatch)
+    workers = Workers(Large(), 1, ahead=1)
+    (process,) = workers.processes
+    assert len(workers.wait()) == 4_000_000
+    deadline = time.monotonic() + 60
+    while workers.level() < 1 and time.monotonic() < deadline:  # the next is being sent
+        time.sleep(0.02)
+    workers.stop.set()
+    process.join(2.0)
+    assert process.is_alive()
+    workers.close()
+    assert not process.is_alive()
+
+
 def leave_workers(pipe) -> None:
     """A trainer that is killed while its worker works."""
     workers = Workers(Numbers(), 1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 from queue import Empty, Full
@@ -52,7 +53,6 @@ def work(order: Order, number: int, queue: Any, hanzi: Any, stop: Any) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)
     parent = os.getppid()
-    queue.cancel_join_thread()
     try:
         maker = order.maker(number)
         while not stop.is_set() and os.getppid() == parent:
@@ -65,7 +65,18 @@ def work(order: Order, number: int, queue: Any, hanzi: Any, stop: Any) -> None:
                     continue
     except Exception as error:
         queue.put(f"{type(error).__name__}: {error}")
-        time.sleep(1.0)  # the queue sends in the background
+    finally:
+        leave(queue, parent)
+
+
+def leave(queue: Any, parent: int) -> None:
+    """Send what was put, as long as there is a trainer: one that reads would wait for ever for the rest of a piece."""
+    queue.close()
+    sending = threading.Thread(target=queue.join_thread, daemon=True)
+    sending.start()
+    while sending.is_alive() and os.getppid() == parent:
+        sending.join(0.2)
+    queue.cancel_join_thread()
 
 
 class Workers:
