@@ -24,6 +24,7 @@ from lanting.weights.build import build_transformer, store_transformer
 from lanting.weights.checkpoint import open_component
 from lanting.weights.forms import read_forms, shapes
 from lanting.weights.inspect import describe
+from lanting.weights.single import open_file
 from lanting.weights.sized import held_bytes, kind_of
 from lanting.weights.stored import Placing, expand
 
@@ -269,6 +270,17 @@ def test_floats_of_few_bits_are_torchs():
     meant, found = codes.view(torch.float8_e4m3fn).float(), small_floats(codes, exponent=4, mantissa=3)
     assert torch.equal(found[~meant.isnan()], meant[~meant.isnan()])
     assert small_floats(torch.arange(16), 2, 1).tolist() == [*E2M1, *(-value for value in E2M1)]
+
+
+@pytest.mark.parametrize(("beside", "said"), [("smooth_factor", "SVDQuant"), ("qzeros", "AWQ / GPTQ")])
+def test_whole_files_that_nothing_here_reads_are_named(beside, said, tmp_path):
+    path, name = tmp_path / "svdq-int4_r32.safetensors", "transformer_blocks.0.attn.to_qkv"
+    zeros = torch.zeros(16, 8, dtype=torch.int8)
+    save_file({f"{name}.qweight": zeros, f"{name}.{beside}": torch.zeros(16), "txt_norm.weight": torch.ones(8)}, path)
+    with pytest.raises(ModelError, match=f"packed as {said}.*get a bf16"):
+        open_file(path)
+    told = describe(str(path))
+    assert said in told.parts[0].kind.detail and said in str(told.problems[0])
 
 
 def test_tiles_that_are_none():

@@ -173,10 +173,9 @@ def _describe_file(path: Path) -> Description:
             "this is the half of a text encoder that sees: leave it beside its language model's file and name that."
         )
         return Description(path.name, path, None, (_file_part(path),), notes=(note,))
-    found = open_file(path)
-    part = _file_part(path)
-    problems = []
+    part, found, problems = _file_part(path), {}, []
     try:
+        found = open_file(path)
         part = count_values(part, found)
     except ModelError as error:
         problems.append(told_by(error))

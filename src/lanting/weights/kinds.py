@@ -50,7 +50,15 @@ def guess_kind(infos: Mapping[str, TensorInfo]) -> Kind:
         if (kind := judge(bare)) is not None:
             quantized = " with scales" if any(name.endswith(SCALES) for name in bare) else ""
             return Kind(kind.name, kind.detail + quantized, kind.release)
-    return Kind("unknown")
+    return Kind("unknown", foreign(infos))
+
+
+def foreign(names: Iterable[str]) -> str:
+    """How tensors are packed that nothing here reads, "" where they aren't: whole files have names of their own."""
+    parts = {name.rpartition(".")[2] for name in names}
+    if "qweight" not in parts:
+        return ""
+    return "SVDQuant (nunchaku)" if parts & {"smooth_factor", "smooth", "proj_down", "lora_down"} else "AWQ / GPTQ"
 
 
 def config_notes(name: str, kind: Kind, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:

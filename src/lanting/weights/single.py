@@ -19,6 +19,7 @@ from lanting.weights.checkpoint import Checkpoint, layer_notes, open_component
 from lanting.weights.forms import FLAGS
 from lanting.weights.fused import parted
 from lanting.weights.headers import damaged, read_file
+from lanting.weights.kinds import foreign
 
 OWN_NOTES = "lanting"  # in a safetensors file's metadata: a JSON table of ours
 COMPONENTS = ("transformer", "vae", "text_encoder")
@@ -91,9 +92,15 @@ def open_file(path: Path) -> dict[str, Checkpoint]:
     if sniff(path) == "gguf":
         return open_gguf(path)
     infos, metadata = read_file(path)
-    return components_of(
-        Checkpoint(path.name, dict.fromkeys(infos, path), infos, metadata, layer_notes(path, metadata)), path
-    )
+    whole = Checkpoint(path.name, dict.fromkeys(infos, path), infos, metadata, layer_notes(path, metadata))
+    found = components_of(whole, path)
+    if not found and (packing := foreign(infos)):
+        raise ModelError(
+            "{path} is packed as {packing}, which this version can't read: get a bf16, fp8, int8, NF4 or GGUF file of "
+            "the same model",
+            **{"path": str(path), "packing": packing},
+        )
+    return found
 
 
 def components_of(whole: Checkpoint, path: Path) -> dict[str, Checkpoint]:
