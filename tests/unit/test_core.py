@@ -343,7 +343,10 @@ ROOMS += ["train", "evals", "defaults", "doctor", "cli", "flow", "tasks"]
 
 def said(room: str) -> Iterator[ast.expr]:
     """What calls of a room are given to be read by people."""
-    errors = {e.__name__ for e in (LantingError, *LantingError.__subclasses__())} | {"RefusalError", "MissingJudgeError"}
+    errors = {e.__name__ for e in (LantingError, *LantingError.__subclasses__())} | {
+        "RefusalError",
+        "MissingJudgeError",
+    }
     errors |= {error.__name__ for error in ServeError.__subclasses__()} | {"HttpError"}
     for path in (Path(lanting.__file__).parent / room).rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
