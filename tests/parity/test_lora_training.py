@@ -5,6 +5,7 @@ Tolerance: 1e-5 of the largest gradient, float32, small random checkpoints.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -115,6 +116,8 @@ def test_one_stream_learns_too(tmp_path):
         tiny.picture(64, 64, seed=i + 5).save(data / "references" / f"{i}.png")
     found = locate(str(model))
     assert found.spec.name == get_spec("qwen-image-2.1").name
+    small = replace(found.spec.defaults, vl_area=64 * 64, vae_area=64 * 64)  # of references; else a megapixel each
+    found = replace(found, spec=replace(found.spec, defaults=small))
     examples = read_folder(data, DatasetOptions(caption="make it so"), found.spec.defaults)
     run = LoraRun(steps=6, rank=4, batch=2, lr=1e-2, warmup=1, probe_every=3, targets="all")
     job = LoraJob(found, examples, tmp_path / "one.safetensors", run, device="cpu", dtype="float32")
