@@ -296,9 +296,8 @@ def test_configs_are_read_off_shapes(tmp_path):
 # ---------------------------------------------------------------- the rest of the model
 def test_a_lone_transformer_says_what_it_lacks(tmp_path):
     path = bare(tmp_path / "qwen_image_bf16.safetensors")
-    with pytest.raises(
-        ModelError, match="'lanting pull qwen-image' for the rest, or give files with --text-encoder, --vae"
-    ):
+    pull = "'lanting pull qwen-image --without transformer' for the rest"
+    with pytest.raises(ModelError, match=f"{pull}, or give files with --text-encoder, --vae"):
         locate(str(path))
     with pytest.raises(ModelError, match="give files with --vae"):
         locate(str(path), {"text_encoder": str(NANO / "text_encoder")})

@@ -66,14 +66,15 @@ def put(screen: Screen, content: Content, key: Key, typed: str) -> int:
 def tell_model(screen: Screen, key: Key, model: str) -> None:
     """For which verbs it counts, and whether it is here."""
     from lanting.specs import spec_names
-    from lanting.weights.home import REPO, downloaded
+    from lanting.weights.home import REPO, downloaded, file_in, path_of
 
     verbs = [verb for verb in key.verbs if able(verb, model)]
     if "." not in key.name and len(verbs) < len(key.verbs):
         others = ", ".join(verb for verb in key.verbs if verb not in verbs)
         screen.line("it counts for {verbs}; {others} can't use it", verbs=", ".join(verbs), others=others)
     named = model in spec_names() or (REPO.fullmatch(model) and not os.path.exists(model))
-    if model != "nano" and named and downloaded(model) is None:
+    gone = downloaded(model) is None if named else file_in(model) is not None and not path_of(model).exists()
+    if model != "nano" and gone:
         screen.line("it is not here yet: lanting pull {model}", model=model)
 
 

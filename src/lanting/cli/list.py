@@ -29,6 +29,7 @@ def list_models(json: o.Json = False, quiet: o.Quiet = False, debug: o.Debug = F
     screen = Screen(quiet, json)
     rows = [*_releases()]
     rows += _others({row.path for row in rows})
+    rows += _files()
     if screen.json:
         screen.raw(json_.dumps([asdict(row) for row in rows], ensure_ascii=False))
         return
@@ -75,6 +76,18 @@ def _others(known: set[str | None]) -> Iterator[Row]:
                 yield Row(repo, None, (), where, str(path), folder_size(path))
             continue
         yield Row(repo, spec.name, spec.tasks, where, str(path), folder_size(path))
+
+
+def _files() -> Iterator[Row]:
+    """Single files that were pulled."""
+    from lanting.weights.home import home, read_marker
+
+    for folder in sorted((home() / "files").glob("*/")):
+        marker = read_marker(folder)
+        for name in sorted(marker.files if marker is not None else ()):
+            path = folder / name
+            if marker is not None and path.is_file():
+                yield Row(f"{marker.repo}/{name}", None, (), "here", str(path), path.stat().st_size)
 
 
 def _show(screen: Screen, row: Row, width: int) -> None:

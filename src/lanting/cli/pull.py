@@ -29,7 +29,12 @@ class Source(StrEnum):
 
 
 def pull(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A release (see 'lanting list'), or OWNER/NAME.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME", help="A release (see 'lanting list'), OWNER/NAME, or OWNER/NAME/FILE for one of its files."
+        ),
+    ],
     to: Annotated[Path | None, typer.Option("--to", help="A folder for it. Default: one in LANTING_HOME.")] = None,
     revision: Annotated[str | None, typer.Option("--revision", help="A branch, tag or commit.")] = None,
     source: Annotated[Source, typer.Option("--from", help="The hub.")] = Source.huggingface,
@@ -37,6 +42,10 @@ def pull(
         str | None, typer.Option("--endpoint", help="A mirror's address. Default: HF_ENDPOINT.")
     ] = None,
     offline: Annotated[bool, typer.Option("--offline", help="Ask nobody: say whether all of it is here.")] = False,
+    without: Annotated[
+        list[str] | None,
+        typer.Option("--without", metavar="PART", help="Leave out the weights of transformer, text_encoder or vae."),
+    ] = None,
     check: Annotated[bool, typer.Option("--check", help="Read every file again and replace damaged ones.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say the size and the free space, fetch nothing.")] = False,
     json: o.Json = False,
@@ -52,8 +61,9 @@ def pull(
     if is_offline(offline):
         _done(screen, name, have_offline(name, to), "")
         return
-    plan = plan_pull(name, to, revision, endpoint, source.value, recheck=check)
+    plan = plan_pull(name, to, revision, endpoint, source.value, recheck=check, without=without or ())
     _announce(screen, plan)
+    _offer(screen, plan, every=dry_run)
     if dry_run:
         screen.raw(json_.dumps(_summary(plan))) if json else None
         return
@@ -63,7 +73,7 @@ def pull(
         except KeyboardInterrupt:
             screen.note("what has arrived is kept: pull again to go on")
             raise
-    _done(screen, name, plan.folder, plan.jobs[0].listing.commit)
+    _done(screen, name, plan.path, plan.jobs[0].listing.commit)
 
 
 def _summary(plan: PullPlan) -> dict[str, object]:
@@ -72,7 +82,8 @@ def _summary(plan: PullPlan) -> dict[str, object]:
         "name": plan.name,
         "repo": listing.repo,
         "commit": listing.commit,
-        "path": str(plan.folder),
+        "path": str(plan.path),
+        "files": {file.path: file.size for file in listing.files},
         "bytes": plan.total,
         "to_download": plan.left,
         "free": plan.free,
@@ -101,6 +112,24 @@ def _announce(screen: Screen, plan: PullPlan) -> None:
             free=gigabytes(plan.free),
             folder=str(plan.folder),
         )
+
+
+def _offer(screen: Screen, plan: PullPlan, every: bool) -> None:
+    """A repository of several files of weights, each a model by itself or in another kind: one may be enough."""
+    from lanting.weights.home import WEIGHTS
+    from lanting.weights.pull import gigabytes
+
+    listing = plan.jobs[0].listing
+    weights = sorted((file for file in listing.files if file.path.endswith(WEIGHTS)), key=lambda file: file.size)
+    if (
+        plan.file
+        or len(weights) < 2
+        or any(file.path.endswith(("index.json", "config.json")) for file in listing.files)
+    ):
+        return
+    for file in weights if every else ():
+        screen.note("{size}  {file}", size=gigabytes(file.size), file=file.path)
+    screen.note("one of them alone: lanting pull {repo}/{file}", repo=listing.repo, file=weights[0].path)
 
 
 def _done(screen: Screen, name: str, folder: Path, commit: str) -> None:

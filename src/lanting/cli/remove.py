@@ -16,14 +16,24 @@ from lanting.core.lang import say
 
 
 def remove(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A release, or OWNER/NAME, that was pulled.")],
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="A release, OWNER/NAME, or OWNER/NAME/FILE, that was pulled.")
+    ],
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Don't ask.")] = False,
     quiet: o.Quiet = False,
     debug: o.Debug = False,
 ) -> None:
     """Delete a downloaded model, finished or not. Only what lanting pulled is ever deleted."""
     from lanting.specs import get_spec, spec_names
-    from lanting.weights.home import folder_size, lora_path, model_folder, models_folder
+    from lanting.weights.home import (
+        file_in,
+        files_folder,
+        folder_size,
+        forget_file,
+        lora_path,
+        model_folder,
+        models_folder,
+    )
     from lanting.weights.pull import gigabytes
 
     if name == "nano":
@@ -31,7 +41,8 @@ def remove(
     if "/" not in name:
         get_spec(name)  # an unknown name: raises, naming the closest ones
     lora = lora_path(name) if name in spec_names() else None
-    target = model_folder(name) if lora is None else lora  # a distilled release: only what is its own
+    single = file_in(name)
+    target = files_folder(single[0]) / single[1] if single else lora or model_folder(name)  # only what is its own
     if not target.exists():
         raise ModelError("{name} is not in {folder}: there is nothing to delete", name=name, folder=models_folder())
     size = gigabytes(folder_size(target) if target.is_dir() else target.stat().st_size)
@@ -39,6 +50,8 @@ def remove(
     if not yes and not (sys.stdin.isatty() and typer.confirm(question, err=True)):
         raise ModelError("nothing was deleted: {path} stays; say --yes to delete it unasked", path=str(target))
     _delete(target)
+    if single is not None:
+        forget_file(files_folder(single[0]), single[1])
     Screen(quiet).line("deleted: {path}, {size}", path=str(target), size=size)
 
 

@@ -167,7 +167,7 @@ def served(model: str, options: dict[str, Any], here: bool = True) -> Served:
     """A model under the name clients call it by: a release's own, else that of its file or folder. Raises ModelError
     where there is none `here`; whether it can be opened, its worker will tell."""
     from lanting.serve.settings import Served
-    from lanting.weights.home import REPO, downloaded
+    from lanting.weights.home import REPO, downloaded, file_in, path_of
 
     if model == "nano":
         return Served(model, model, options)
@@ -175,8 +175,10 @@ def served(model: str, options: dict[str, Any], here: bool = True) -> Served:
         if here and downloaded(model) is None and not Path(model).expanduser().is_dir():
             raise ModelError("{name} is not here yet: run 'lanting pull {name}', or give a folder", name=model)
         return Served(model, model, options)
-    path = Path(model).expanduser()
+    path = path_of(model)
     if here and not path.exists():
+        if file_in(model):
+            raise ModelError("{name} is not here yet: run 'lanting pull {name}', or give a folder", name=model)
         raise ModelError("{path} does not exist", path=model)
     return Served(path.resolve().name, model, options)
 

@@ -162,14 +162,14 @@ def wrong_value(name: str, error: RequestError) -> RequestError:
 def model_meant(name: str) -> str:
     """A release, a repository, or the full path of what is here."""
     from lanting.specs import get_spec, spec_names
-    from lanting.weights.home import REPO
+    from lanting.weights.home import REPO, file_in
 
     if name in spec_names():
         return name
     path = Path(name).expanduser()
     if path.exists():
         return str(path.resolve())
-    if not REPO.fullmatch(name):
+    if not REPO.fullmatch(name) and file_in(name) is None:
         if "/" in name or "\\" in name:
             raise RequestError("{path} does not exist", path=name)
         get_spec(name)  # raises, naming the closest ones

@@ -19,6 +19,7 @@ from lanting.weights.forms import shapes
 from lanting.weights.gguf_encoder import write_text_encoder
 from lanting.weights.gguf_mix import MIXES
 from lanting.weights.gguf_write import write_transformer
+from lanting.weights.home import path_of
 from lanting.weights.linear_names import transformer_linears
 from lanting.weights.lora_file import find_lora, open_lora, split_strength
 from lanting.weights.merge import merge_loras
@@ -68,7 +69,7 @@ def quantize_model(model: str, out: Path, target: Target, report: Report | None 
     before, (checkpoint, merged) = checkpoint.bytes(), _with_loras(checkpoint, model, config, target)
     about = merged | {"component": target.component, "release": release, "to": target.kind, "config": dict(config)}
     if gguf and target.component == "text_encoder":
-        about["tokenizer"] = None if Path(model).expanduser().is_file() else locate(model).tokenizer
+        about["tokenizer"] = None if path_of(model).is_file() else locate(model).tokenizer
         write_text_encoder(out, shapes(checkpoint), dense_reader(checkpoint), target.kind, about, report)
     elif gguf:
         write_transformer(out, shapes(checkpoint), dense_reader(checkpoint), target.kind, about, report)
@@ -96,7 +97,7 @@ def _with_loras(
         return checkpoint, {}
     if target.component != "transformer":
         raise RequestError("a LoRA changes the transformer: say --component transformer, or leave --lora away")
-    path = Path(model).expanduser()
+    path = path_of(model)
     folder = path.parent if path.is_file() else locate(model).path
     linears, split = transformer_linears(config), [split_strength(text) for text in target.loras]
     loras = [open_lora(find_lora(folder, name), linears, name, strength) for name, strength in split]
@@ -108,7 +109,7 @@ def _open(model: str, component: str) -> tuple[Checkpoint, Any, str | None]:
     from lanting.weights.configs import config_of
     from lanting.weights.find import release_of
 
-    path = Path(model).expanduser()
+    path = path_of(model)
     if not path.is_file():
         folder = locate(model)
         return folder.checkpoint(component), folder.configs[component], folder.spec.name

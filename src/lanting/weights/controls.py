@@ -21,6 +21,7 @@ from lanting.weights.checkpoint import Checkpoint, layer_notes, open_component, 
 from lanting.weights.configs import BLOCKWISE, config_of
 from lanting.weights.gguf_view import open_gguf
 from lanting.weights.headers import read_file
+from lanting.weights.home import path_of
 from lanting.weights.single import SIGNS, sniff, split_names
 
 USUAL = {  # of the releases, where a config leaves them out
@@ -55,7 +56,7 @@ class ControlFile:
 
 def open_controlnet(place: str | Path) -> ControlFile:
     """A folder or a file. Raises ModelError where it is neither, or holds something else."""
-    path = Path(place).expanduser()
+    path = path_of(str(place))
     if not path.exists():
         raise ModelError("there is no ControlNet at {path}: give a file, or a folder with safetensors", path=str(place))
     whole = open_component(path) if path.is_dir() else _file(path)

@@ -19,7 +19,7 @@ from lanting.specs import ModelSpec, detect, get_spec, spec_names, whole_release
 from lanting.specs.detect import SINGLE_STREAM
 from lanting.weights.checkpoint import Checkpoint, read_json
 from lanting.weights.configs import SCHEDULER, config_of, own_notes
-from lanting.weights.home import REPO, downloaded, embedded_nano
+from lanting.weights.home import REPO, downloaded, embedded_nano, file_in, path_of
 from lanting.weights.single import COMPONENTS, open_file, open_weights
 
 LORAS = "lora"  # inside a model's folder: the LoRAs it brings, which may be called by name
@@ -54,7 +54,7 @@ def locate(model: str, parts: Mapping[str, str | None] | None = None) -> ModelFo
     Raises ModelError: unknown name, release not downloaded, or a path that holds no model.
     """
     given = {part: _existing(place) for part, place in (parts or {}).items() if place}
-    path = Path(model).expanduser()
+    path = path_of(model)
     if model not in spec_names() and path.is_file():
         return open_single(path, given)
     folder = _locate_folder(model)
@@ -72,9 +72,9 @@ def _locate_folder(model: str) -> ModelFolder:
             return found
         twins = Phrase("{name} is the folder here, and not the model in {path}", name=model, path=pulled)
         return replace(found, notes=(*found.notes, twins))
-    if REPO.fullmatch(model):
-        if pulled is not None:
-            return open_folder(pulled, name=model)
+    if pulled is not None:
+        return open_folder(pulled, name=model)
+    if REPO.fullmatch(model) or file_in(model):
         raise ModelError(
             "{model} is neither a folder here nor a model we have: run 'lanting pull {model}' to get it", model=model
         )
@@ -142,7 +142,7 @@ def open_single(path: Path, given: Mapping[str, Path]) -> ModelFolder:
     base = base_of(spec, parts)
     if base is None and (lacking := [part for part in PARTS if part not in parts]):
         options = ", ".join(f"--{part.replace('_', '-')}" for part in lacking)
-        pull = whole_release(spec.name)
+        pull = whole_release(spec.name) + "".join(f" --without {part}" for part in COMPONENTS if part in parts)
         raise ModelError(
             "{file} holds {parts} of {release} and nothing else: run 'lanting pull {pull}' for the rest, or give files "
             "with {flags}",
@@ -256,7 +256,7 @@ def _tokenizer_beside(path: Path, text_encoder: Path, spec: ModelSpec) -> Path:
 
 
 def _existing(place: str) -> Path:
-    path = Path(place).expanduser()
+    path = path_of(place)
     if not path.exists():
         raise ModelError("{path} does not exist", path=place)
     return path

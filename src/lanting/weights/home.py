@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import resources
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -23,6 +24,7 @@ from lanting.specs import get_spec, release_in, spec_names
 MARKER = "lanting.json"
 STAGING = ".lanting-pull"  # inside a model's folder: what a pull has fetched so far
 REPO = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+WEIGHTS = (".safetensors", ".gguf")  # files of weights; other kinds are never read
 SEGMENT = re.compile(r"[A-Za-z0-9_\-][A-Za-z0-9._+@=,() \-]{0,200}")
 
 
@@ -78,6 +80,29 @@ def lora_path(name: str) -> Path | None:
     owner, repo, *path = spec.lora.split("/")
     folder = home() / "loras" / check_repo(f"{owner}/{repo}").replace("/", "--")
     return inside(folder, "/".join(path))
+
+
+def file_in(name: str) -> tuple[str, str] | None:
+    """("owner/name", path) of a single file of a repository, "owner/name/path/file.gguf"; None for other words."""
+    parts = name.split("/")
+    repo, path = "/".join(parts[:2]), parts[2:]
+    plain = path and name.endswith(WEIGHTS) and all(SEGMENT.fullmatch(part) for part in path)
+    known = plain and REPO.fullmatch(repo) and not any(word in repo for word in ("..", "--"))
+    return (repo, "/".join(path)) if known else None
+
+
+def files_folder(repo: str) -> Path:
+    """Where single files of a repository are kept."""
+    return home() / "files" / check_repo(repo).replace("/", "--")
+
+
+def path_of(given: str) -> Path:
+    """A path as it was given; where nothing is there, that of a pulled file of this name, "owner/name/file.gguf",
+    which came alone or with its repository."""
+    path = Path(given).expanduser()
+    found = None if path.exists() else file_in(given)
+    folders = [] if found is None else [files_folder(found[0]), model_folder(found[0])]
+    return next((kept for folder in folders if found and (kept := folder / found[1]).is_file()), path)
 
 
 def embedded_nano() -> Path:
@@ -226,6 +251,16 @@ def inside(folder: Path, name: str) -> Path:
             name=repr(name),
         )
     return path
+
+
+def forget_file(folder: Path, name: str) -> None:
+    """Strike a deleted file from the marker of its folder; a folder of which nothing is left goes, too."""
+    marker = read_marker(folder)
+    left = {} if marker is None else {path: entry for path, entry in marker.files.items() if path != name}
+    if marker is not None and left:
+        write_marker(folder, replace(marker, files=left))
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def folder_size(folder: Path) -> int:

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from urllib.parse import quote, urlsplit
 
 from lanting.core.errors import ModelError
+from lanting.weights.home import WEIGHTS
 
 HUGGING_FACE = "https://huggingface.co"
 MODELSCOPE = "https://www.modelscope.cn"
 YES = {"1", "ON", "YES", "TRUE"}
-WEIGHTS = (".safetensors", ".gguf")
 WANTED = (*WEIGHTS, ".json", ".txt", ".model", ".jinja", "README.md", "LICENSE", "LICENSE.md", "NOTICE")
 
 

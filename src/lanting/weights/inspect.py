@@ -24,7 +24,16 @@ from lanting.weights.gguf import is_gguf, read_gguf
 from lanting.weights.gguf_names import is_projector
 from lanting.weights.gguf_view import open_gguf
 from lanting.weights.headers import TensorInfo, read_header
-from lanting.weights.home import REPO, downloaded, embedded_nano, lora_path, model_folder, read_marker, unfinished
+from lanting.weights.home import (
+    REPO,
+    downloaded,
+    embedded_nano,
+    lora_path,
+    model_folder,
+    path_of,
+    read_marker,
+    unfinished,
+)
 from lanting.weights.kinds import PICKLES, Kind, config_notes, guess_kind
 from lanting.weights.pull import gigabytes
 from lanting.weights.single import open_file
@@ -60,7 +69,7 @@ class Description:
 
 def describe(model: str) -> Description:
     """A release by name (also when it is not here), "owner/name" that was pulled, a folder, or a file."""
-    path = Path(model).expanduser()
+    path = path_of(model)
     if model in spec_names():
         return _describe_release(model)
     pulled = downloaded(model) if REPO.fullmatch(model) else None

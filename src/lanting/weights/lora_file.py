@@ -15,6 +15,7 @@ from lanting.specs.numbers import number
 from lanting.weights.checkpoint import read_json
 from lanting.weights.find import LORAS, ModelFolder
 from lanting.weights.headers import read_header, read_metadata
+from lanting.weights.home import path_of
 from lanting.weights.kinds import PICKLES
 from lanting.weights.linear_names import transformer_linears
 from lanting.weights.lora_names import Sides
@@ -75,7 +76,7 @@ def find_lora(folder: Path, name: str) -> Path:
     own = {path.stem: path for path in sorted((folder / LORAS).glob("*.safetensors"))}
     if name in own:
         return own[name]
-    path = Path(name).expanduser()
+    path = path_of(name)
     if path.suffix in PICKLES:
         raise ModelError(
             "{path} is pickled, which can run code, and is never opened: get a safetensors file", path=name

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from hashlib import sha256
 from pathlib import Path
 
@@ -17,8 +19,11 @@ from lanting.specs import get_spec, spec_names
 from lanting.weights.fetch import digest_of
 from lanting.weights.home import (
     STAGING,
+    WEIGHTS,
     check_repo,
     downloaded,
+    file_in,
+    files_folder,
     inside,
     lora_path,
     missing_files,
@@ -52,10 +57,16 @@ class PullPlan:
     name: str
     jobs: tuple[Job, ...]
     free: int  # on the disk of the first folder
+    file: str = ""  # the only one that is asked for, in the first folder
 
     @property
     def folder(self) -> Path:
         return self.jobs[0].folder
+
+    @property
+    def path(self) -> Path:
+        """What there will be to give to other commands."""
+        return inside(self.folder, self.file) if self.file else self.folder
 
     @property
     def total(self) -> int:
@@ -78,25 +89,61 @@ def plan_pull(
     endpoint: str | None = None,
     source: str = "huggingface",
     recheck: bool = False,
+    without: Sequence[str] = (),
 ) -> PullPlan:
-    """Ask the hub what `name` (a release or "owner/name") holds and compare with what is here.
+    """Ask the hub what `name` (a release, "owner/name", or one file of it) holds and compare with what is here.
 
-    `recheck` reads every file again instead of trusting the marker. Raises ModelError.
+    `recheck` reads every file again instead of trusting the marker; the weights of parts in `without` (transformer,
+    text_encoder, vae) are left out. Raises ModelError.
     """
-    repo = repo_of(name)
+    single = file_in(name)
+    repo = check_repo(single[0]) if single is not None else repo_of(name)
     lister = {"huggingface": list_hugging_face, "modelscope": list_modelscope}.get(source)
     if lister is None:
         raise ModelError("models come from huggingface or modelscope, not from {source}", source=source)
+    if single is not None:
+        if without:
+            raise ModelError("{name} is one file: leave --without out", name=name)
+        place = (folder or files_folder(repo)).expanduser()
+        job = _compare(only(lister(repo, revision, endpoint), single[1]), place, recheck)
+        return PullPlan(name, (job,), _free(place), single[1])
     place = (folder or model_folder(name)).expanduser()
-    jobs = [_compare(lister(repo, revision, endpoint), place, recheck)]
+    jobs = [_compare(less(lister(repo, revision, endpoint), without), place, recheck)]
     if name in spec_names() and (target := lora_path(name)) is not None:
         owner, short, *path = get_spec(name).lora.split("/")
-        listing = lister(f"{owner}/{short}", None, endpoint)
-        only = tuple(file for file in listing.files if file.path == "/".join(path))
-        if not only:
-            raise ModelError("{repo} no longer holds {file}", repo=listing.repo, file="/".join(path))
-        jobs.append(_compare(replace(listing, files=only), target.parents[len(path) - 1], recheck))
+        listing = only(lister(f"{owner}/{short}", None, endpoint), "/".join(path))
+        jobs.append(_compare(listing, target.parents[len(path) - 1], recheck))
     return PullPlan(name, tuple(jobs), _free(place))
+
+
+def less(listing: Listing, parts: Sequence[str]) -> Listing:
+    """A repository as if it did not hold the weights of these parts; their configs are small, and wanted. Raises
+    ModelError for a part it doesn't have."""
+    found = listing.files
+    for part in parts:
+        left = tuple(file for file in found if not (file.path.startswith(f"{part}/") and file.path.endswith(WEIGHTS)))
+        if len(left) == len(found):
+            folders = sorted(
+                {file.path.split("/")[0] for file in found if "/" in file.path and file.path.endswith(WEIGHTS)}
+            )
+            raise ModelError(
+                "{repo} has no weights in a folder {part}; parts are {folders}",
+                **{"repo": listing.repo, "part": part, "folders": ", ".join(folders) or "-"},
+            )
+        found = left
+    return replace(listing, files=found)
+
+
+def only(listing: Listing, path: str) -> Listing:
+    """A repository as if it held this file alone. Raises ModelError where it doesn't, with the nearest one it does."""
+    found = tuple(file for file in listing.files if file.path == path)
+    if not found:
+        weights = [file.path for file in listing.files if file.path.endswith(WEIGHTS)]
+        near = get_close_matches(path, weights, 1, cutoff=0) or [""]
+        raise ModelError(
+            "{repo} holds no {file}; the nearest is {near}", **{"repo": listing.repo, "file": path, "near": near[0]}
+        )
+    return replace(listing, files=found)
 
 
 def repo_of(name: str) -> str:
@@ -125,6 +172,11 @@ def check_space(plan: PullPlan) -> None:
 
 def have_offline(name: str, folder: Path | None = None) -> Path:
     """The folder of a finished model without asking anybody, or a ModelError that says what is missing."""
+    if (single := file_in(name)) is not None:
+        place = (folder or files_folder(single[0])).expanduser() / single[1]
+        if not place.is_file():
+            raise ModelError("{repo} is not on this machine: pull it with a connection", repo=name)
+        return place
     repo = repo_of(name)
     place = (folder or model_folder(name)).expanduser()
     if folder is None and (found := downloaded(name)) is not None:

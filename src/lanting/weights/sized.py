@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from pathlib import Path
 
 from lanting.core.errors import ModelError
 from lanting.plan.geometry import Geometry
@@ -16,6 +15,7 @@ from lanting.weights.find import ModelFolder
 from lanting.weights.fits import with_writing
 from lanting.weights.forms import Form, read_forms
 from lanting.weights.headers import TensorInfo
+from lanting.weights.home import path_of
 
 PLAIN = {"BF16": "bf16", "F32": "fp32", "F16": "fp16", "F64": "fp32"}
 
@@ -48,7 +48,7 @@ def planned_model(folder: ModelFolder) -> Model:
 def beside(loras: Iterable[str], controlnets: Iterable[str]) -> int:
     """Bytes of what is hung on a transformer: LoRA files ("ink.safetensors:0.8"; one that a model brings by name is
     small and not counted), and the tensors of ControlNets, each net once. Raises ModelError for one that is none."""
-    files = (Path(place).expanduser() for lora in loras for place in (lora, lora.rpartition(":")[0]) if place)
+    files = (path_of(place) for lora in loras for place in (lora, lora.rpartition(":")[0]) if place)
     nets = {net.path: net.checkpoint.bytes() for net in map(open_controlnet, controlnets)}
     return sum(path.stat().st_size for path in set(files) if path.is_file()) + sum(nets.values())
 
