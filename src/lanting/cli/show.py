@@ -13,7 +13,7 @@ import typer
 from lanting.cli import options as o
 from lanting.cli.screen import Screen
 from lanting.core.errors import RequestError
-from lanting.core.lang import say
+from lanting.core.lang import said, say
 from lanting.specs import get_spec
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def _parts(screen: Screen, parts: tuple[Part, ...]) -> None:
     cells = [
         (
             part.name,
-            ", ".join(filter(None, (part.kind.name, part.kind.detail))),
+            ", ".join(filter(None, (part.kind.name, said(part.kind.detail)))),
             say("{count} tensors", count=f"{part.tensors:,}"),
             say("{count} parameters", count=_count(part.parameters)),
             "+".join(part.dtypes) or "-",

@@ -69,6 +69,11 @@ def say(sentence: str, **values: object) -> str:
     return template.format(**values) if values else template
 
 
+def said(words: str) -> str:
+    """A part of a sentence by itself, in the person's language."""
+    return say(words.template, **words.values) if isinstance(words, Phrase) else say(words)
+
+
 def _said(value: object, table: Mapping[str, str]) -> object:
     if isinstance(value, Phrase):
         return say(value.template, **value.values)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lanting.core.lang import Phrase
@@ -44,12 +44,12 @@ def guess_kind(infos: Mapping[str, TensorInfo]) -> Kind:
         return _lora(infos)
     sorts = {name.split(".", 1)[0] for name in infos if name.startswith(("model.diffusion_model.", "vae.", "text_enc"))}
     if len(sorts) > 1:
-        return Kind("all-in-one", "transformer, VAE and text encoder in one file")
+        return Kind("all-in-one", Phrase("transformer, VAE and text encoder in one file"))
     bare = {_strip(name): info for name, info in infos.items()}
     for judge in (_blockwise, _transformer, _vae, _text_encoder):
         if (kind := judge(bare)) is not None:
-            quantized = " with scales" if any(name.endswith(SCALES) for name in bare) else ""
-            return Kind(kind.name, kind.detail + quantized, kind.release)
+            scaled = any(name.endswith(SCALES) for name in bare)
+            return replace(kind, detail=Phrase("{what} with scales", what=kind.detail)) if scaled else kind
     return Kind("unknown", foreign(infos))
 
 
@@ -93,59 +93,69 @@ def config_notes(name: str, kind: Kind, config: Mapping[str, Any], shapes: Mappi
 def _lora(infos: Mapping[str, TensorInfo]) -> Kind:
     ranks = sorted({min(info.shape) for name, info in infos.items() if DOWN.search(name) and len(info.shape) >= 2})
     blocks = _blocks(infos, "transformer_blocks")
-    rank = f"rank {ranks[0]}" + (f" to {ranks[-1]}" if len(ranks) > 1 else "") if ranks else "no plain ranks"
-    return Kind("lora", f"{rank}, {blocks} blocks" if blocks else rank)
+    rank = Phrase("no plain ranks")
+    if ranks:
+        several = len(ranks) > 1
+        rank = Phrase("rank {a} to {b}", a=ranks[0], b=ranks[-1]) if several else Phrase("rank {a}", a=ranks[0])
+    return Kind("lora", Phrase("{rank}, {count} blocks", rank=rank, count=blocks) if blocks else rank)
 
 
 def _blockwise(bare: Mapping[str, TensorInfo]) -> Kind | None:
     """DiffSynth's ControlNets."""
     if "controlnet_blocks.0.y_rms.weight" not in bare or "img_in.weight" not in bare:
         return None
-    return Kind("controlnet", f"blockwise, {_blocks(bare, 'controlnet_blocks')} blocks{_mask(bare, 'img_in.weight')}")
+    what = Phrase("blockwise, {count} blocks", count=_blocks(bare, "controlnet_blocks"))
+    return Kind("controlnet", _with_mask(what, bare, "img_in.weight"))
 
 
-def _mask(bare: Mapping[str, TensorInfo], entrance: str) -> str:
+def _with_mask(what: Phrase, bare: Mapping[str, TensorInfo], entrance: str) -> Phrase:
     """The mask of a net that repaints are 4 channels beyond the latents' 16 by 4."""
     channels = _side({name: info.shape for name, info in bare.items()}, entrance, 1) or 0
-    return ", reads a mask" if channels % 16 else ""
+    return Phrase("{what}, reads a mask", what=what) if channels % 16 else what
 
 
 def _transformer(bare: Mapping[str, TensorInfo]) -> Kind | None:
     if "txt_in.text_norm.weight" in bare and "modulation.1.weight" in bare:
-        return Kind("transformer", f"{_blocks(bare, 'transformer_blocks')} blocks of one stream", "qwen-image-2.1")
+        count = _blocks(bare, "transformer_blocks")
+        return Kind("transformer", Phrase("{count} blocks of one stream", count=count), "qwen-image-2.1")
     if "transformer_blocks.0.img_mod.1.weight" not in bare or "txt_norm.weight" not in bare:
         return None
     blocks = _blocks(bare, "transformer_blocks")
+    plain = Phrase("{count} blocks", count=blocks)
     if any(name.startswith(("controlnet_blocks.", "controlnet_x_embedder.")) for name in bare):
-        return Kind("controlnet", f"{blocks} blocks{_mask(bare, 'controlnet_x_embedder.weight')}")
+        return Kind("controlnet", _with_mask(plain, bare, "controlnet_x_embedder.weight"))
     if "time_text_embed.addition_t_embedding.weight" in bare:
-        return Kind("transformer", f"{blocks} blocks, layered", "qwen-image-layered")
+        return Kind("transformer", Phrase("{count} blocks, layered", count=blocks), "qwen-image-layered")
     if "__index_timestep_zero__" in bare:
-        return Kind("transformer", f"{blocks} blocks, clean references", "qwen-image-edit-2511")
-    return Kind("transformer", f"{blocks} blocks")
+        return Kind("transformer", Phrase("{count} blocks, clean references", count=blocks), "qwen-image-edit-2511")
+    return Kind("transformer", plain)
 
 
 def _vae(bare: Mapping[str, TensorInfo]) -> Kind | None:
     shape = {name: info.shape for name, info in bare.items()}
     if "quant_conv.weight" in shape and "decoder.conv_in.weight" in shape:
-        return Kind("vae", f"{_side(shape, 'encoder.conv_in.weight', 1)} colour channels")
+        return Kind("vae", Phrase("{count} colour channels", count=_side(shape, "encoder.conv_in.weight", 1)))
     if (
         "conv1.weight" in shape
         and "decoder.conv1.weight" in shape
         and "encoder.downsamples.0.residual.2.weight" in shape
     ):
-        return Kind("vae", f"{_side(shape, 'encoder.conv1.weight', 1)} colour channels, Wan's tensor names")
+        count = _side(shape, "encoder.conv1.weight", 1)
+        return Kind("vae", Phrase("{count} colour channels, Wan's tensor names", count=count))
     return None
 
 
 def _text_encoder(bare: Mapping[str, TensorInfo]) -> Kind | None:
     layers = _blocks(bare, "layers")
     if not layers and "visual.blocks.0.norm1.weight" in bare:  # GGUF keeps the half that sees in a file of its own
-        return Kind("text_encoder", f"its picture reader alone, {_blocks(bare, 'blocks')} blocks")
+        alone = Phrase("its picture reader alone, {count} blocks", count=_blocks(bare, "blocks"))
+        return Kind("text_encoder", alone)
     if not layers or not any(name.endswith("layers.0.self_attn.q_proj.weight") for name in bare):
         return None
     sees = any(name.split(".")[0] == "visual" or ".visual." in name for name in bare)
-    return Kind("text_encoder", f"{layers} layers, " + ("reads pictures" if sees else "no picture reader"))
+    if sees:
+        return Kind("text_encoder", Phrase("{count} layers, reads pictures", count=layers))
+    return Kind("text_encoder", Phrase("{count} layers, no picture reader", count=layers))
 
 
 def _blocks(names: Iterable[str], stem: str) -> int:
