@@ -181,5 +181,5 @@ def test_a_file_of_rank_16_at_width_128_is_small(tmp_path):
     assert path.stat().st_size < 2_000_000
     shapes = {name: tuple(m.weight.shape) for name, m in net.named_modules() if isinstance(m, torch.nn.Linear)}
     assert set(open_lora(path, shapes).pieces) == set(shapes)
-    with pytest.raises(RequestError, match="No Linear of this model"):
+    with pytest.raises(RequestError, match="no Linear of this model"):
         student_of(net, 16, "nothing", seed=0)

@@ -104,7 +104,7 @@ class Desk:
 
     def _prepare(self, order: Order, model: Model, caller: Caller) -> Prepared:
         assert model.spec is not None
-        if order.request.tries is not None and model.ready and not model.reads:
+        if order.request.tries is not None and model.reads is False:
             from lanting.reading import missing
 
             raise missing()

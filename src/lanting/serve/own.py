@@ -236,7 +236,7 @@ def model_view(house: House, name: str) -> dict[str, Any]:
         own = model.spec.defaults
         told |= {"release": model.spec.name, "tasks": list(model.spec.tasks), "size": list(own.size)}
         told |= {"sizes": {key: list(size) for key, size in own.sizes.items()}, "steps": own.steps}
-        told |= {"reads": model.reads and model.spec.tasks != ("layered",)}
+        told |= {"reads": bool(model.reads) and model.spec.tasks != ("layered",)}
         told |= {"rewrites": model.spec.writes and model.spec.tasks != ("layered",)}
         told |= {"guidance_scale": own.guidance_scale, "max_pictures": own.max_pictures}
     return told

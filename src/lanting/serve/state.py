@@ -53,7 +53,7 @@ class Model:
     hands: list[Hand] = field(default_factory=list["Hand"])  # of its workers
     loras: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     notes: list[str] = field(default_factory=list[str])
-    reads: bool = False  # its workers can read pictures back
+    reads: bool | None = None  # its workers can read pictures back; None: none has said so yet
     places: tuple[float, int, dict[str, Place]] = (0.0, 0, {})  # when they were computed, `Line.moved` then
 
     @property
