@@ -21,7 +21,7 @@ from torch import Tensor
 from lanting.nn.dequant import dequantize
 from lanting.nn.fourbit import small_floats
 from lanting.nn.linears import Fp8Linear, Int4Linear, Int8Linear
-from lanting.plan.kinds import KINDS, STORED
+from lanting.plan.kinds import KNOWN, STORED
 from lanting.weights.kquants import quantize
 
 SHAPES = ((3072, 3072), (12288, 3072))  # in, out
@@ -82,7 +82,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     wish = parser.parse_args()
     found, wrong = {}, []
-    for kind in (each for each in (KINDS | STORED).values() if each.packed):
+    for kind in (each for each in KNOWN.values() if each.packed):
         found[kind.name] = error(kind.name, wish.samples)
         apart = found[kind.name] / kind.error - 1
         wrong += [kind.name] if abs(apart) > APART else []

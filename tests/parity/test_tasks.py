@@ -424,18 +424,23 @@ def test_controlnet(asked):
     same(ours(studio, parts["transformer"], wish), theirs("controlnet", wish, parts, **call))
 
 
+def control_call(hints, options):
+    """The pictures and options as diffusers calls them."""
+    return {
+        "control_image": list(hints),
+        "controlnet_conditioning_scale": options["control_scale"],
+        "control_guidance_start": options["control_start"],
+        "control_guidance_end": options["control_end"],
+    }
+
+
 def test_several_control_pictures():
     net = tiny.controlnet()
     parts = plain(controlnet=QwenImageMultiControlNetModel([net]))
     hints = (tiny.picture(96, 64), tiny.picture(50, 80, seed=1))
     options = {"control_scale": [0.7, 1.3], "control_start": [0.0, 0.5], "control_end": [0.5, 1.0]}
     wish = request("controlnet", images=hints, options=options)
-    call = {
-        "control_image": list(hints),
-        "controlnet_conditioning_scale": options["control_scale"],
-        "control_guidance_start": options["control_start"],
-        "control_guidance_end": options["control_end"],
-    }
+    call = control_call(hints, options)
     studio = desk(vae=parts["vae"], guides=[Guide(tiny.our_controlnet(net))])
     same(ours(studio, parts["transformer"], wish), theirs("controlnet", wish, parts, **call))
 
@@ -458,12 +463,7 @@ def test_several_controlnets(layers):
     parts = plain(controlnet=Several(nets))
     options = {"control_scale": [0.7, 1.3], "control_start": [0.0, 0.5], "control_end": [0.5, 1.0]}
     wish = request("controlnet", images=hints, options=options)
-    call = {
-        "control_image": list(hints),
-        "controlnet_conditioning_scale": options["control_scale"],
-        "control_guidance_start": options["control_start"],
-        "control_guidance_end": options["control_end"],
-    }
+    call = control_call(hints, options)
     studio = desk(vae=parts["vae"], guides=[Guide(tiny.our_controlnet(net)) for net in nets])
     same(ours(studio, parts["transformer"], wish), theirs("controlnet", wish, parts, **call))
 

@@ -80,9 +80,9 @@ def _others(known: set[str | None]) -> Iterator[Row]:
 
 def _files() -> Iterator[Row]:
     """Single files that were pulled."""
-    from lanting.weights.home import home, read_marker
+    from lanting.weights.home import read_marker, single_files
 
-    for folder in sorted((home() / "files").glob("*/")):
+    for folder in sorted(single_files().glob("*/")):
         marker = read_marker(folder)
         for name in sorted(marker.files if marker is not None else ()):
             path = folder / name

@@ -171,16 +171,13 @@ def served(model: str, options: dict[str, Any], here: bool = True) -> Served:
 
     if model == "nano":
         return Served(model, model, options)
-    if model in spec_names() or REPO.fullmatch(model):
-        if here and downloaded(model) is None and not Path(model).expanduser().is_dir():
-            raise ModelError("{name} is not here yet: run 'lanting pull {name}', or give a folder", name=model)
-        return Served(model, model, options)
-    path = path_of(model)
-    if here and not path.exists():
-        if file_in(model):
+    path, named = path_of(model), bool(model in spec_names() or REPO.fullmatch(model))
+    found = path.is_dir() or downloaded(model) is not None if here and named else path.exists()
+    if here and not found:
+        if named or file_in(model):
             raise ModelError("{name} is not here yet: run 'lanting pull {name}', or give a folder", name=model)
         raise ModelError("{path} does not exist", path=model)
-    return Served(path.resolve().name, model, options)
+    return Served(model if named else path.resolve().name, model, options)
 
 
 def how_many(workers: str) -> int | None:

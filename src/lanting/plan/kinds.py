@@ -83,6 +83,7 @@ STORED = {  # kinds that files come in and none is written in; the bytes of scal
         Kind("fp4", 64, 33, error=0.1234, scratch=4),
     )
 }
+KNOWN = KINDS | STORED  # all that a file may hold
 OURS = ("int8", "fp8", "int4")  # kinds that any model can be brought to while it loads
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from lanting.core.types import Request, words_of
 from lanting.plan.geometry import Geometry
 from lanting.plan.job import CELL21, Job, Size
-from lanting.plan.kinds import KINDS, STORED, Kind, nearest, plain
+from lanting.plan.kinds import KNOWN, Kind, nearest, plain
 from lanting.plan.sizes import (
     Reader,
     Sizes,
@@ -100,7 +100,7 @@ class Model:
     def body_kind(self) -> Kind:
         """What a packed transformer file holds; for a mix, the kind with as many bits per weight."""
         weights = parameters(self.geometry)["transformer"]
-        return (KINDS | STORED).get(self.kind or "") or nearest(8 * sum(self.held.values()) / weights)
+        return KNOWN.get(self.kind or "") or nearest(8 * sum(self.held.values()) / weights)
 
     def vae(self, dtype: str) -> int:
         return live_weights(self.geometry.vae) * plain(dtype).stored

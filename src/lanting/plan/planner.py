@@ -17,7 +17,7 @@ from lanting.core.errors import RequestError
 from lanting.core.lang import say
 from lanting.plan.activations import TILE, Job
 from lanting.plan.costs import LIVE, Bill, Way, price
-from lanting.plan.kinds import KINDS, OURS, STORED, Kind, kind_named, plain
+from lanting.plan.kinds import KINDS, KNOWN, OURS, Kind, kind_named, plain
 from lanting.plan.machine import Device, Machine
 from lanting.plan.model import PLAIN, Model
 from lanting.plan.plan import Plan
@@ -109,7 +109,7 @@ def rank(each: Plan) -> tuple[float, ...]:
     longer = each.streamed == "disk" or not each.prefix_kept
     unknown = 2.0 if each.prefix_kept else 1000.0  # both at once is the last resort
     slow = ((each.wait or unknown) if longer else 1.0) if waits else 0.0
-    error = (each.error, 0.0 if each.text_encoder == "as stored" else (KINDS | STORED)[each.text_encoder].error)
+    error = (each.error, 0.0 if each.text_encoder == "as stored" else KNOWN[each.text_encoder].error)
     away = (each.blocks - each.resident_blocks) / each.blocks
     turns = ENCODERS[each.encoder] + (0.5 if (each.encoder, each.parked) == ("unload", "disk") else 0.0)
     return (waits, slow, *error, not each.prefix_kept, away, turns, each.vae_tile, each.modulation_table)
@@ -155,7 +155,7 @@ def kinds(model: Model, device: Device, quant: str | None) -> Iterator[tuple[Kin
     for body in bodies:
         readers = [own, *(KINDS[name] for name in OURS)]
         if model.reader_kind not in PLAIN:
-            readers = [(KINDS | STORED).get(model.reader_kind or "", KINDS["q4_k"])]
+            readers = [KNOWN.get(model.reader_kind or "", KINDS["q4_k"])]
         elif quant not in (None, "auto") and not model.packed:
             readers = bodies  # an asked kind is meant for both
         yield from product([body], readers)

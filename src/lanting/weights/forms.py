@@ -158,10 +158,7 @@ def _scales(checkpoint: Checkpoint, path: str, kind: str, noted: bool) -> str | 
     beside = (f"{path}.{part}" for part in (*SCALE_NAMES, bnb.ROWS))
     name = next((name for name in beside if name in checkpoint.infos), None)
     if name is None and (kind in ("int8", "int4") or noted):
-        raise ModelError(
-            "the {label} has no scales for {path}, which is {kind}: download it again",
-            **{"label": checkpoint.label, "path": path, "kind": kind},
-        )
+        raise _unscaled(checkpoint, path, kind)
     if name is None:
         return None
     if name.endswith(bnb.ROWS) and not bnb.in_rows(checkpoint, path):
@@ -183,10 +180,7 @@ def _tiled(checkpoint: Checkpoint, path: str, kind: str, info: TensorInfo) -> Fo
     counts = [None if one is None else one.count for one in found[1:]]
     scales = found[1]
     if columns % group or counts != [padded, 1][: len(counts)] or scales is None or scales.dtype not in types:
-        raise ModelError(
-            "the {label} has no scales for {path}, which is {kind}: download it again",
-            **{"label": checkpoint.label, "path": path, "kind": kind},
-        )
+        raise _unscaled(checkpoint, path, kind)
     return Form(kind, (rows, columns), (rows, columns // group), names=names)
 
 
@@ -229,6 +223,13 @@ def _table(checkpoint: Checkpoint, value: Any, name: str) -> dict[str, Any]:
 def _damaged(checkpoint: Checkpoint, name: str) -> ModelError:
     return ModelError(
         "the {label} says in {name} what can't be read: download it again", label=checkpoint.label, name=name
+    )
+
+
+def _unscaled(checkpoint: Checkpoint, path: str, kind: str) -> ModelError:
+    return ModelError(
+        "the {label} has no scales for {path}, which is {kind}: download it again",
+        **{"label": checkpoint.label, "path": path, "kind": kind},
     )
 
 

@@ -91,9 +91,14 @@ def file_in(name: str) -> tuple[str, str] | None:
     return (repo, "/".join(path)) if known else None
 
 
+def single_files() -> Path:
+    """All files that were pulled by themselves, a folder for each repository."""
+    return home() / "files"
+
+
 def files_folder(repo: str) -> Path:
     """Where single files of a repository are kept."""
-    return home() / "files" / check_repo(repo).replace("/", "--")
+    return single_files() / check_repo(repo).replace("/", "--")
 
 
 def path_of(given: str) -> Path:
