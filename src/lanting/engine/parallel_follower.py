@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import queue
-import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -22,6 +21,7 @@ from torch import Tensor
 from lanting.attach.parallel import Seat, Shared
 from lanting.attach.parallel_group import Group
 from lanting.core.errors import LantingError
+from lanting.core.processes import own_pipes
 from lanting.engine.fit import hold
 from lanting.engine.models import Models
 from lanting.engine.parallel_peer import packed, read, write
@@ -182,10 +182,9 @@ def serve(pipe: IO[bytes], out: IO[bytes], leave: Callable[[], object]) -> None:
 
 
 def main() -> None:
-    out = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever a library prints must not end up between our messages
+    orders, answers = own_pipes()
     try:
-        serve(sys.stdin.buffer, out, lambda: os._exit(0))
+        serve(orders, answers, lambda: os._exit(0))
     except OSError:  # nobody hears of it any more
         pass
     finally:

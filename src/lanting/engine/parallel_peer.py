@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 import lanting
+from lanting.core.processes import apart
 
 LENGTH = struct.Struct("<Q")
 FAREWELL = 2.0  # seconds in which a follower may leave by itself
@@ -108,7 +109,7 @@ class Peer:
     def _start(self) -> Any:
         env = os.environ | ({} if self.threads is None else {"OMP_NUM_THREADS": str(self.threads)})
         pipe = subprocess.PIPE
-        return subprocess.Popen(command(), stdin=pipe, stdout=pipe, stderr=self.errors, env=env, start_new_session=True)
+        return subprocess.Popen(command(), stdin=pipe, stdout=pipe, stderr=self.errors, env=env, **apart())
 
     def tell(self, verb: str, **values: object) -> None:
         """No answer is waited for; a follower that fails is gone."""

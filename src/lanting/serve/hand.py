@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
+from lanting.core.processes import apart
 from lanting.serve.settings import Settings
 from lanting.serve.staff import Post, posts
 
@@ -91,8 +92,8 @@ class ProcessHand(Hand):
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 limit=LONGEST_LINE,
-                start_new_session=True,  # Ctrl-C is the server's to handle
                 env=os.environ | dict(self.post.environ),
+                **apart(),  # Ctrl-C is the server's to handle
             )
         except OSError as error:  # of memory, processes or open files there are too few just now
             logger.error("no process for a worker", extra={"model": self.post.served.name, "reason": str(error)})

@@ -19,7 +19,6 @@ import json
 import logging
 import os
 import queue
-import sys
 import threading
 import time
 import traceback
@@ -27,13 +26,14 @@ from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from lanting.core.checkpoint import Checkpoint
 from lanting.core.errors import LantingError, OutputError, RequestError
 from lanting.core.files import replace_file
 from lanting.core.lang import explain
 from lanting.core.pictures import open_mask, open_picture
+from lanting.core.processes import own_pipes
 from lanting.core.recipe import restore_request
 from lanting.core.types import Progress, Request, Result
 from lanting.serve.errors import words_of
@@ -87,9 +87,9 @@ class Bench:
         else:
             self.orders.put(order)
 
-    def listen(self) -> None:
+    def listen(self, orders: BinaryIO) -> None:
         """Read orders until the server is gone."""
-        for line in sys.stdin:
+        for line in orders:
             self.obey(json.loads(line))
         os._exit(0)  # the server is gone; what was being drawn is in its checkpoint
 
@@ -115,13 +115,12 @@ class Bench:
 
 def main() -> None:
     """Serve one pipe. The first line says what to open."""
-    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # whatever a library prints must not end up between our lines
+    orders, answers = own_pipes()
     write_to_stderr()  # it is the server's log
-    sys.stdin.reconfigure(encoding="utf-8")  # type: ignore[attr-defined]  # whatever this machine's locale is
-    opening = json.loads(sys.stdin.readline())
+    opening = json.loads(orders.readline())
+    out = io.TextIOWrapper(answers, encoding="utf-8", newline="\n")
     bench = Bench(None, lambda line: print(line, file=out, flush=True), opening["every"])
-    threading.Thread(target=bench.listen, daemon=True).start()
+    threading.Thread(target=bench.listen, args=(orders,), daemon=True).start()
     work(bench, opening)
 
 
