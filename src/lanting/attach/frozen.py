@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -131,7 +132,7 @@ def frozen_references(net: Any, judge: Judge) -> Iterator[Frozen]:
     tapes = frozen.pieces.apart()
     stack.__dict__["forward"] = frozen
     for index, attend in enumerate(attends):
-        attend.__dict__["forward"] = Seat(frozen, index, attend.forward)
+        attend.__dict__["forward"] = partial(frozen.attend, index, attend.forward)
     try:
         yield frozen
     finally:
@@ -139,13 +140,3 @@ def frozen_references(net: Any, judge: Judge) -> Iterator[Frozen]:
             restore(module, forward)
         if tapes is not None:
             tapes.forget()
-
-
-class Seat:
-    """One block's Attend, that knows which block it is in."""
-
-    def __init__(self, frozen: Frozen, index: int, inner: Any):
-        self.frozen, self.index, self.inner = frozen, index, inner
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        return self.frozen.attend(self.index, self.inner, q, k, v, mask)
