@@ -17,7 +17,8 @@ import shutil
 import tempfile
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -78,8 +79,16 @@ class Crew:
         dtypes = say_dtypes(models.dtypes)
         on_cpu = models.device.type == "cpu"
         self.threads = max(thread_count() // len(names), 1) if on_cpu else None  # of each; None: as many as there are
-        how = (models.quant, models.plan, vram, os.getcwd(), self.threads)
-        self.opening = Opening(models.folder, dtypes, loras, *how)
+        self.opening = Opening(
+            folder=models.folder,
+            dtype=dtypes,
+            loras=loras,
+            quant=models.quant,
+            plan=models.plan,
+            vram=vram,
+            cwd=os.getcwd(),
+            threads=self.threads,
+        )
         self.peers: list[Peer] = []
         self.waiting: list[int] = []  # numbers under which they say that they have loaded
         self.began = 0.0
@@ -197,18 +206,17 @@ def remove(places: list[str]) -> None:
     places.clear()
 
 
-class Divided:
+@contextmanager
+def sharing_threads(threads: int | None) -> Iterator[None]:
     """A share of the processor's threads while several processes compute; all of them again afterwards."""
-
-    def __init__(self, threads: int | None):
-        self.threads, self.before = threads, torch.get_num_threads()
-
-    def __enter__(self) -> None:
-        if self.threads is not None:
-            torch.set_num_threads(min(self.threads, self.before))
-            use_threads(self.threads)
-
-    def __exit__(self, *exception: object) -> None:
-        if self.threads is not None:
-            torch.set_num_threads(self.before)
-            use_threads(thread_count())
+    if threads is None:
+        yield
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(threads, before))
+    use_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        use_threads(thread_count())

@@ -13,6 +13,7 @@ import math
 import os
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ from lanting.attach.parallel import Seat, Shared
 from lanting.attach.parallel_group import GroupError
 from lanting.attach.sentinel import ALIKE, HIGHEST, LOWEST, lengths
 from lanting.core.types import Notice, note
-from lanting.engine.parallel import Crew, Divided, layout_of
+from lanting.engine.parallel import Crew, layout_of, sharing_threads
 from lanting.engine.parallel_follower import Job
 from lanting.engine.parallel_peer import GoneError, Peer
 from lanting.flow.guidance import guide
@@ -69,7 +70,7 @@ class Split:
         self.guided = canvas.negative is not None and not canvas.batched_guidance
         self.tokens = canvas.start.shape[1] + sum(math.prod(one.grid) for one in canvas.references)
         self.layout = layout_of(len(crew.peers) + 1, self.guided, 1 if spares else self._most())
-        self.threads = Divided(crew.threads)
+        self.threads = ExitStack()
 
     def __enter__(self) -> Split:
         if not self.crew.peers:
@@ -78,7 +79,7 @@ class Split:
             self.alone(note("nothing in this picture can be shared out: {device} draws it alone", device=self.leader))
         if self.over:
             return self
-        self.threads.__enter__()
+        self.threads.enter_context(sharing_threads(self.crew.threads))
         try:
             self._begin()
         except GroupError as error:
@@ -102,7 +103,7 @@ class Split:
         """From here on the leader draws by itself."""
         if not self.over:
             self.over = True
-            self.threads.__exit__()
+            self.threads.close()
 
     def __call__(self, model: Model, canvas: Canvas, latents: Tensor, sigma: Tensor) -> Tensor:
         """`flow.loop.velocity`: (B, N, C)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -39,26 +40,20 @@ class Phases:
             yield self.tick(phase, 1, 1)
 
 
-class sentences:
+@contextmanager
+def sentences(device: torch.device) -> Iterator[None]:
     """Turn the two failures that a machine's size causes into sentences."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, torch.cuda.OutOfMemoryError) or (  # Apple's GPUs and some libraries have no type for it
-            isinstance(error, RuntimeError) and "out of memory" in str(error)
-        ):
-            raise RequestError(
-                "{device} has too little memory for this picture: use a smaller size or --device cpu",
-                device=self.device,
-            ) from error
-        if isinstance(error, MemoryError) or (
-            isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-        ):
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        reason = str(error)
+        if isinstance(error, MemoryError) or "can't allocate memory" in reason:
             raise ModelError(
                 "this machine has too little memory for the model at this size: 'lanting plan' says what would fit"
             ) from error
+        # Apple's GPUs and some libraries have no type of their own for it
+        if isinstance(error, torch.cuda.OutOfMemoryError) or "out of memory" in reason:
+            raise RequestError(
+                "{device} has too little memory for this picture: use a smaller size or --device cpu", device=device
+            ) from error
+        raise
