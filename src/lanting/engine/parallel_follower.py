@@ -12,7 +12,7 @@ import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import IO, Any
 
 import torch
@@ -84,9 +84,9 @@ class Follower:
     def begin(self, job: Job) -> None:
         self.end()
         net, device = self.models.transformer, self.models.device
-        prompts = {branch: placed(prompt, device) for branch, prompt in job.prompts.items()}
+        prompts = {branch: prompt.to(device) for branch, prompt in job.prompts.items()}
         references = None if job.references is None else job.references.to(device)
-        self.job = Job(prompts, references, job.grids, job.target, job.seat, job.meeting, job.kept)
+        self.job = replace(job, prompts=prompts, references=references)
         if job.kept and isinstance(net, QwenImage21Transformer):
             self.drawing.enter_context(keep_prefix(net))
         if job.seat is not None and job.meeting not in self.groups:
@@ -131,19 +131,13 @@ class Follower:
         self.models.rest()
 
 
-def placed(prompt: Conditioning, device: torch.device) -> Conditioning:
-    mask = None if prompt.mask is None else prompt.mask.to(device)
-    return Conditioning(prompt.embeds.to(device), mask, prompt.places)
-
-
 def opened(device: str, opening: Opening, strengths: Sequence[float], patience: float, out: IO[bytes]) -> Follower:
     os.chdir(opening.cwd)
     if opening.threads is not None:
         torch.set_num_threads(opening.threads)
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
-    given = (opening.folder, device, opening.dtype, (), opening.loras, opening.quant, opening.plan)
-    models = Models(*given)
+    models = Models(opening.folder, device, opening.dtype, loras=opening.loras, quant=opening.quant, plan=opening.plan)
     hold(models.device, opening.vram)
     models.set_strengths(strengths)
     return Follower(device, models, out, patience)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,13 +47,11 @@ class EngineStudio:
         if asked not in kept:
             encoder = self.models.reader()
             embeds, mask, *places = self.read(encoder, lambda: encoder.encode(prompts, images))
-            mask = None if mask is None else mask.cpu()
-            kept[asked] = Conditioning(embeds.to("cpu", self.dtype), mask, *places)
+            kept[asked] = Conditioning(embeds.to("cpu", self.dtype), mask, *places).to("cpu")
         kept[asked] = found = kept.pop(asked)  # to the end: it was used last
         while len(kept) > KEPT:
             del kept[next(iter(kept))]
-        mask = None if found.mask is None else found.mask.to(self.device)
-        return replace(found, embeds=found.embeds.to(self.device), mask=mask)
+        return found.to(self.device)
 
     def generator(self, seed: int, index: int) -> torch.Generator:
         """A CPU generator, whatever the device: the same seed gives the same noise everywhere."""

@@ -60,6 +60,10 @@ class Conditioning:
         mask = None if self.mask is None else self.mask.repeat_interleave(times, 0)
         return replace(self, embeds=self.embeds.repeat_interleave(times, 0), mask=mask)
 
+    def to(self, device: torch.device | str) -> Conditioning:
+        mask = None if self.mask is None else self.mask.to(device)
+        return replace(self, embeds=self.embeds.to(device), mask=mask)
+
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
