@@ -159,7 +159,7 @@ class Engine:
         """Progress after every phase and step, then one Result. `previews`: with a small picture at every step, or at
         those at which it says so. Values are checked before this returns, so a
         wrong request raises here and not at the first `next`. Close the iterator to cancel."""
-        return cast("Iterator[Progress | Result]", self._draw(self.settled(request), previews))
+        return cast("Iterator[Progress | Result]", self._tried(self.settled(request), previews))
 
     def stream_resumable(
         self, request: Request, previews: Previews = False, *, every: int = 4, resume: Checkpoint | None = None
@@ -171,7 +171,7 @@ class Engine:
 
         A checkpoint of another drawing raises RequestError at the first `next`.
         """
-        return self._draw(self.settled(request), previews, every, resume)
+        return self._tried(self.settled(request), previews, every, resume)
 
     def room(self, request: Request, most: int | None = None) -> int:
         """How many drawings like this one may share their steps (`together`), itself counted; 1: none.
@@ -213,26 +213,28 @@ class Engine:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _draw(
+    def _tried(
         self, request: Request, previews: Previews, every: int = 0, resume: Checkpoint | None = None
     ) -> Iterator[Progress | Checkpoint | Result]:
+        """The events of a settled request: of one drawing, or of all that are made until its words can be read."""
         if request.tries is None:
-            return self._drawing(request, previews, every, resume)
+            return self._in_turn(request, previews, every, resume)
 
         def draw(one: Request, first: bool) -> Iterator[Progress | Checkpoint | Result]:
-            return self._drawing(one, previews, every, resume if first else None)
+            return self._in_turn(one, previews, every, resume if first else None)
 
         return until_read(request, draw)
 
-    def _drawing(
+    def _in_turn(
         self, request: Request, previews: Previews, every: int, resume: Checkpoint | None
     ) -> Iterator[Progress | Checkpoint | Result]:
+        """One drawing, which has the engine to itself until its end."""
         with self.turn.taken(), resting(self.models):
             drawing = Drawing(self.models, request, self.known(), resume)
-            with closing(self.drawn(drawing, request, previews, every, resume)) as events:
+            with closing(self.path(drawing, request, previews, every, resume)) as events:
                 yield from self.turn.passed(event for event in events if event is not None)
 
-    def drawn(
+    def path(
         self, drawing: Drawing, request: Request, previews: Previews, every: int, resume: Checkpoint | None
     ) -> Generator[Progress | Checkpoint | Result | None]:
         """The path of one settled request, for whoever has the engine's turn; None where its steps wait for others."""

@@ -106,7 +106,7 @@ class Together:
         engine = self.engine
         settled = engine.settled(request)
         drawing = Joined(engine.models, settled, engine.known(), resume)
-        seat = Seat(drawing, engine.drawn(drawing, settled, previews, every, resume), resume)
+        seat = Seat(drawing, engine.path(drawing, settled, previews, every, resume), resume)
         self.seats.append(seat)
         return seat
 
