@@ -90,14 +90,10 @@ class Drawing:
         told = None if self.told_before is None else [(s - self.done if s else -1, p, w) for s, p, w in self._safe()]
         watch = Sentinel(nets, models.dtype, self.remembered.ways, told, mend=self._mend, calm=self._calm)
         self.sentinel = self.hung.enter_context(watch)
-        fits = models.plan is None or models.plan.prefix_kept
-        net = models.transformer
-        keep = isinstance(net, QwenImage21Transformer) and fits and self._room(canvas, words=True)
-        if keep and isinstance(net, QwenImage21Transformer):
-            self.hung.enter_context(keep_prefix(net))
+        prefix = self._keep_prefix(canvas)
         kept = self._spare(canvas)
         if models.crew is not None:
-            self.split = Split(models, models.crew, canvas, keep, self.frugal is not None)
+            self.split = Split(models, models.crew, canvas, prefix, self.frugal is not None)
             leader = models.crew.names[0]
             if watch.ways or watch.due:
                 self.split.alone(note("parts of this model run in a safer way: {device} draws alone", device=leader))
@@ -106,6 +102,16 @@ class Drawing:
             self.hung.enter_context(self.split)
             if self.frugal is not None:
                 self.frugal.ask = self.split.question
+
+    def _keep_prefix(self, canvas: Canvas) -> bool:
+        """Of 2.1: words and references are computed once, where there is room to keep them; whether they are."""
+        net, plan = self.models.transformer, self.models.plan
+        if not isinstance(net, QwenImage21Transformer) or not (plan is None or plan.prefix_kept):
+            return False
+        kept = self._room(canvas, words=True)
+        if kept:
+            self.hung.enter_context(keep_prefix(net))
+        return kept
 
     def _spare(self, canvas: Canvas) -> bool:
         """What leaves work out, where it may be or was; whether references are kept, too."""

@@ -89,9 +89,8 @@ class Models:
         reader = folder.checkpoint("text_encoder")
         folder = replace(folder, spec=with_writing(folder.spec, folder.configs["text_encoder"], reader))
         self.folder, self.release_loras = folder, release_loras(folder)
-        self.quant = (
-            quant  # what plain Linears are packed as while they are loaded, one of attach.quant.KINDS, "none" or "auto"
-        )
+        # what plain Linears are packed as while they are loaded: one of attach.quant.KINDS, "none" or "auto"
+        self.quant = quant
         chooser("transformer", quant)  # raises for a kind we don't know, before anything is read
         self.loras = find_loras(folder, loras)  # what a person asked for, on top of the release's own
         self.spec = with_wishes(folder.spec, self.loras)
