@@ -111,11 +111,6 @@ class Frugal:
     def step(self) -> int:
         return len(self.words) - 1
 
-    @property
-    def choices(self) -> str:
-        """Every step's word."""
-        return " ".join(self.words)
-
     def stop(self) -> None:
         """Leave nothing out any more."""
         self.stopped = True
