@@ -12,12 +12,14 @@ from PIL import Image
 
 import lanting.evals.edit
 import lanting.evals.follow
+import lanting.evals.kept
 import lanting.evals.ocr
 import lanting.evals.sets
 import lanting.evals.text
 from fakes import FakeEngine
 from lanting.cli import draw
 from lanting.cli.main import main
+from lanting.core.recipe import read_recipe
 from lanting.core.types import Result
 from lanting.evals.draw import by_rule
 from lanting.evals.edit import without_pictograms
@@ -25,6 +27,7 @@ from lanting.evals.ocr import Judge
 from lanting.evals.sets import Case
 from lanting.specs import get_spec
 from lanting.train.design import Design
+from lanting.train.kept import alone
 
 PARTS = ("text_cases", "follow_cases", "open_cases", "edit_cases")
 
@@ -35,9 +38,14 @@ class RuleEngine(FakeEngine):
 
     designs: dict[str, Design] = field(default_factory=dict)
     words: dict[bytes, tuple[str, ...]] = field(default_factory=dict)  # what each drawn picture says
+    breaks: int = 0  # the result at which a person presses Ctrl-C, counted from 1
+    read_breaks: int = 0  # the reading at which the machine dies
     spoils: Callable[[Design], Design] = lambda design: design
 
     def _result(self, request):
+        self.breaks -= 1
+        if self.breaks == 0:
+            raise KeyboardInterrupt
         made = super()._result(request)
         prompts = (request.prompt,) if isinstance(request.prompt, str) else request.prompt
         images = []
@@ -48,6 +56,9 @@ class RuleEngine(FakeEngine):
         return Result(tuple(images), made.recipes, made.seconds)
 
     def read(self, image: Image.Image, language: str) -> list[str]:
+        self.read_breaks -= 1
+        if self.read_breaks == 0:
+            raise MemoryError
         return list(self.words.get(image.tobytes(), ()))
 
 
@@ -79,6 +90,7 @@ def engine(monkeypatch, tmp_path):
     monkeypatch.setattr(draw, "open_engine", opened)
     judge = Judge("pp", fake.read, lambda image, boxes, language: fake.read(image, language))
     monkeypatch.setattr(lanting.evals.ocr, "judges", lambda names, language: ([judge], names[1:]))
+    monkeypatch.setattr(lanting.evals.kept, "drawn_with", lambda engine: {"--model": engine.weights})
     monkeypatch.setattr(lanting.evals.text, "reconstruct", lambda engine, image: image)
     monkeypatch.setattr(lanting.evals.edit, "reconstruct", lambda engine, image: image)
     monkeypatch.setattr(lanting.evals.follow, "text_boxes", lambda image: [])
@@ -101,7 +113,11 @@ def test_a_perfect_writer_scores_everything(engine, capsys, tmp_path):
     assert Image.open(folder / "sheet.png").width > 1000
     assert "exact lines" in out.out and "pp, by rule" in out.out and "100.0 (51.0–100.0)" in out.out
     assert "4 pictures to draw" in out.err and "tesseract is not installed" in out.err
-    assert sorted(path.name for path in tmp_path.rglob("*")) == sorted([folder.name, "results.json", "sheet.png"])
+    pictures = [f"0000{number}.png" for number in range(1, 5)]
+    left = sorted(path.name for path in tmp_path.rglob("*"))
+    assert left == sorted([folder.name, "pictures", *pictures, "results.json", "sheet.png"])
+    kept = [(read_recipe(folder / "pictures" / name).request["seed"]) for name in pictures]
+    assert kept == [one["seed"] for one in told["pictures"]]
     assert engine.closed == 1
 
 
@@ -200,6 +216,55 @@ def test_ctrl_c_leaves_nothing(engine, tmp_path):
     engine.fails = KeyboardInterrupt()
     assert main(["eval", "text", "-n", "1"]) == 130
     assert list(tmp_path.iterdir()) == [] and engine.closed == 1
+
+
+FOLLOW = ["follow", "-n", "4", "--open", "1", "--seeds", "2"]
+
+
+@pytest.mark.parametrize(
+    ("words", "breaks", "there", "drawn"),
+    [
+        (["text", "-n", "4"], 2, 2, [2, 2, 2, 2]),
+        (FOLLOW, 2, 4, [4, 2, 4, 2]),
+        (["edit", "-n", "4", "--kinds", "rewrite,ground"], 3, 2, [1, 1, 1, 1, 1, 1]),
+    ],
+)
+def test_a_cancelled_run_goes_on_to_the_same_results(engine, capsys, tmp_path, words, breaks, there, drawn):
+    """It lost all pictures that were drawn. `drawn`: how many in each batch, the broken one included."""
+    assert main(["eval", *words, "-o", "whole"]) == 0
+    engine.requests, engine.breaks = [], breaks
+    assert main(["eval", *words]) == 130
+    (folder,) = (path for path in tmp_path.iterdir() if path.name != "whole")
+    assert len(list(folder.glob("pictures/*.png"))) == there and not (folder / "results.json").exists()
+    if words[0] == "text":
+        engine.read_breaks = 3  # each picture is read twice: what the finder finds, and in known boxes
+        assert main(["eval", *words]) == 1
+        assert len((folder / "found.jsonl").read_text().splitlines()) == 1
+    torn = folder / "pictures" / "00001.png"
+    torn.write_bytes(torn.read_bytes()[:100])
+    assert main(["eval", *words]) == 0
+    assert f"going on in {folder.name}" in capsys.readouterr().err
+    assert [len(one.prompt) for one in engine.requests] == drawn
+    for name in ("results.json", "sheet.png"):
+        assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert sorted(path.name for path in folder.iterdir()) == ["pictures", "results.json", "sheet.png"]
+
+
+def test_a_cancelled_run_goes_on_with_its_own_settings_alone(engine, capsys, tmp_path):
+    engine.breaks = 2
+    assert main(["eval", "text", "-n", "4", "-o", "x"]) == 130
+    for flag, more in (("--seed", ["--seed", "1"]), ("--no-ceiling", ["--no-ceiling"]), ("--number", ["-n", "5"])):
+        assert main(["eval", "text", "-n", "4", "-o", "x", *more]) == 2
+        assert f"x was begun with another {flag}: remove it" in capsys.readouterr().err
+    engine.weights = "another"
+    assert main(["eval", "text", "-n", "4", "-o", "x"]) == 2
+    assert "another --model" in capsys.readouterr().err
+    with alone(tmp_path / "x"):
+        assert main(["eval", "text", "-n", "1", "-o", "x", "--force"]) == 2
+    assert "x is being written by another run" in capsys.readouterr().err
+    assert len(list(tmp_path.glob("x/pictures/*.png"))) == 2
+    assert main(["eval", "text", "-n", "1", "-o", "x", "--force"]) == 0  # begins anew
+    assert [path.name for path in tmp_path.glob("x/pictures/*.png")] == ["00001.png"]
 
 
 def test_without_a_reader_one_sentence_says_what_to_install(engine, monkeypatch, capsys):

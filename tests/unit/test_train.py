@@ -236,7 +236,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
 
 def test_two_runs_do_not_take_turns_at_one_checkpoint(tmp_path):
     (tmp_path / "run").mkdir()
-    with alone(tmp_path / "run"), pytest.raises(ModelError, match="run is in training already"):
+    with alone(tmp_path / "run"), pytest.raises(ModelError, match="run is being written by another run"):
         main(small_run(tmp_path / "run"))
     assert [path.name for path in tmp_path.rglob("*")] == ["run"]  # and no lock stays
 

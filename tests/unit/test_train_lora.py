@@ -367,7 +367,7 @@ def test_the_command_teaches_nano_and_goes_on(tmp_path, capsys):
     assert main(["lora", "show", str(out)]) == 0 and "zxq" in capsys.readouterr().out
     assert main([*told, "--steps", "2"]) == 0 and '"step"' not in capsys.readouterr().err
     with alone(out):
-        assert main([*told, "--steps", "3"]) == 2 and "in training already" in capsys.readouterr().err
+        assert main([*told, "--steps", "3"]) == 2 and "being written by another run" in capsys.readouterr().err
 
 
 def test_too_little_memory_is_a_sentence_and_nothing_is_lost(tmp_path, monkeypatch, capsys):

@@ -1,22 +1,22 @@
 """`lanting eval text | follow | edit`: how well a model does what it is asked, measured.
 
-Everything that can be refused is refused before the first picture; files are written at the end, under temporary
-names first, so a run that is cancelled leaves nothing.
+Everything that can be refused is refused before the first picture. Pictures are kept as soon as they are drawn, so a
+run that is cancelled goes on where it was; results are written at the end.
 """
 
 from __future__ import annotations
 
-import json as jsons
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lanting.cli import draw as drawing
 from lanting.cli import options as o
+from lanting.cli.eval_run import Setup, about, finish, kept_for, working
 from lanting.cli.eval_tables import decibel, edit_table, follow_table, stages, text_table
 from lanting.cli.screen import Screen
 from lanting.core.errors import RequestError
@@ -27,7 +27,7 @@ from lanting.specs.settle import LARGEST_SEED
 
 if TYPE_CHECKING:
     from lanting.engine import Engine
-    from lanting.evals.draw import Drawn, How
+    from lanting.evals.draw import How
     from lanting.evals.ocr import Judge
 
 eval_ = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure models.")
@@ -59,9 +59,12 @@ Guidance = Annotated[
 ]
 FirstSeed = Annotated[int, typer.Option("--seed", help="Of the set and of the first picture; the next add 1.")]
 Folder = Annotated[
-    str | None, typer.Option("--output", "-o", help="A folder. Default: a new one, named after the run.")
+    str | None,
+    typer.Option(
+        "--output", "-o", help="A folder; a cancelled run goes on there. Default: a new one, named after the run."
+    ),
 ]
-Force = Annotated[bool, typer.Option("--force", help="Overwrite results in that folder.")]
+Force = Annotated[bool, typer.Option("--force", help="Begin anew, over what is in that folder.")]
 Ocr = Annotated[str, typer.Option("--ocr", help="Readers, the first decides on hits: pp, tesseract.")]
 Concepts = Annotated[int, typer.Option("--concepts", min=1, help="Pictograms in use, the commonest first.")]
 NoCeiling = Annotated[bool, typer.Option("--no-ceiling", help="Don't measure what rule and autoencoder reach.")]
@@ -70,23 +73,6 @@ NoCeiling = Annotated[bool, typer.Option("--no-ceiling", help="Don't measure wha
 @eval_.callback()
 def _verbs() -> None:
     """Measure models."""
-
-
-@dataclass(frozen=True)
-class Setup:
-    """The flags all evaluations share."""
-
-    model: str
-    number: int
-    seed: int
-    steps: int | None
-    guidance: float | None
-    size: str | None
-    lora: tuple[str, ...]
-    device: str | None
-    dtype: str | None
-    output: str | None
-    force: bool
 
 
 @eval_.command("text")
@@ -125,18 +111,19 @@ def text(
         from lanting.evals import sets
         from lanting.evals.text import judge_text
 
-        folder = folder_of(setup, f"eval-text-{engine.spec.name}-{chosen.value}-{language.value}")
+        asked = {"set": chosen.value, "language": language.value, "characters": characters, "readers": ocr}
+        own = asked | {"no-ceiling": no_ceiling}
+        kept = kept_for(setup, engine, "text", own, f"-{chosen.value}-{language.value}")
         judges = readers(ocr, language.value, screen)
         cases = sets.text_cases(chosen.value, language.value, number, seed, characters, canvases(setup, engine))
-        announce(screen, number, len(judges))
-        report = judge_text(engine, cases, how, judges, stages(screen), not no_ceiling)
-    asked = {"set": chosen.value, "language": language.value, "characters": characters, "readers": ocr}
+        with working(screen, kept, number, len(judges)):
+            report = judge_text(engine, cases, how, judges, stages(screen), not no_ceiling, kept)
     text_table(screen, report)
     tiles = [
         (one.image, hit, " / ".join(case.lines), " / ".join(read[report.first]))
         for one, hit, case, read in zip(report.drawn, report.hits, report.cases, report.read, strict=True)
     ]
-    finish(screen, folder, about("text", setup, report.drawn) | asked | report.as_json(), tiles)
+    finish(screen, kept, about("text", setup, report.drawn) | asked | report.as_json(), tiles)
 
 
 @eval_.command("follow")
@@ -172,19 +159,19 @@ def follow(
         from lanting.evals import sets
         from lanting.evals.follow import judge_follow
 
-        folder = folder_of(setup, f"eval-follow-{engine.spec.name}")
-        readers(Reader.pp, "en", screen)
         tongue = language.value if language else None
+        asked = {"language": tongue or "both", "concepts": concepts, "open_prompts": prompts, "seeds": seeds}
+        kept = kept_for(setup, engine, "follow", asked)
+        readers(Reader.pp, "en", screen)
         cases = sets.follow_cases(number, seed, concepts, tongue, canvases(setup, engine))
-        announce(screen, number + prompts * seeds, 1)
-        report = judge_follow(engine, cases, how, stages(screen), sets.open_cases(prompts, seed), seeds)
+        with working(screen, kept, number + prompts * seeds, 1):
+            report = judge_follow(engine, cases, how, stages(screen), sets.open_cases(prompts, seed), seeds, kept)
     follow_table(screen, report)
     tiles = [
         (one.image, hit, case.prompt, ", ".join(name for name, right in found.items() if not right))
         for one, hit, case, found in zip(report.drawn, report.hits, report.cases, report.traits, strict=True)
     ]
-    asked = {"language": tongue or "both", "concepts": concepts, "open_prompts": prompts, "seeds": seeds}
-    finish(screen, folder, about("follow", setup, report.drawn) | asked | report.as_json(), tiles)
+    finish(screen, kept, about("follow", setup, report.drawn) | asked | report.as_json(), tiles)
 
 
 @eval_.command("edit")
@@ -224,18 +211,20 @@ def edit(
         from lanting.train.edits import KINDS
 
         wanted = listed(kinds, KINDS) or KINDS
-        folder = folder_of(setup, f"eval-edit-{engine.spec.name}")
+        asked = {"edits": list(wanted), "concepts": concepts}
+        own = asked | {"keep": keep, "no-ceiling": no_ceiling}
+        kept = kept_for(setup, engine, "edit", own)
         judge = readers(Reader.pp, "en", screen)[0]
         cases = sets.edit_cases(wanted, number, seed, concepts, sizes=canvases(setup, engine))
-        announce(screen, number, 1)
-        report = judge_edit(engine, cases, replace(how, keep=keep), judge, stages(screen), not no_ceiling)
+        how = replace(how, keep=keep)
+        with working(screen, kept, number, 1):
+            report = judge_edit(engine, cases, how, judge, stages(screen), not no_ceiling, kept)
     edit_table(screen, report)
     tiles = [
         (side_by_side([*by_rule(case.sources), one.image]), hit, case.prompt, f"{out.kind} {decibel(out.kept)}")
         for one, hit, case, out in zip(report.drawn, report.hits, report.cases, report.outcomes, strict=True)
     ]
-    asked = {"edits": list(wanted), "concepts": concepts}
-    finish(screen, folder, about("edit", setup, report.drawn) | asked | report.as_json(), tiles)
+    finish(screen, kept, about("edit", setup, report.drawn) | asked | report.as_json(), tiles)
 
 
 @contextmanager
@@ -292,48 +281,3 @@ def readers(ocr: str, language: str, screen: Screen) -> list[Judge]:
     for name in missing:
         screen.note("{name} is not installed (or lacks {language}) and is left out", name=name, language=language)
     return ready
-
-
-def folder_of(setup: Setup, name: str) -> Any:
-    from lanting.evals.report import folder_for
-
-    return folder_for(setup.output, name, setup.force)
-
-
-def announce(screen: Screen, pictures: int, count: int) -> None:
-    screen.note("{pictures} pictures to draw, judged by {count}; Ctrl-C leaves nothing", pictures=pictures, count=count)
-
-
-def about(kind: str, setup: Setup, drawn: Sequence[Drawn]) -> dict[str, Any]:
-    """What was measured on what: enough to measure it again."""
-    from lanting import __version__
-
-    recipe = drawn[0].recipe
-    return {
-        "eval": kind,
-        "model": recipe.model,
-        "weights": recipe.weights,
-        "loras": [dict(lora) for lora in recipe.loras],
-        "number": setup.number,
-        "seed": setup.seed,
-        "steps": recipe.request.get("steps"),
-        "guidance_scale": recipe.request.get("guidance_scale"),
-        "size": setup.size,
-        "versions": {**recipe.versions, "lanting": __version__},
-    }
-
-
-def finish(screen: Screen, folder: Any, results: dict[str, Any], tiles: list[tuple[Any, bool, str, str]]) -> None:
-    """Writes the results, and says where; the pictures' own lines are in the file alone."""
-    from lanting.evals.report import save
-    from lanting.evals.sheet import Tile
-
-    paths = save(folder, results, [Tile(image, hit, tuple(words)) for image, hit, *words in tiles])
-    if screen.json:
-        short = {name: value for name, value in results.items() if name != "pictures"}
-        screen.raw(jsons.dumps(short | {"files": [str(path) for path in paths]}, ensure_ascii=False))
-    elif screen.quiet:
-        for path in paths:
-            screen.raw(str(path))
-    else:
-        screen.line("{results}   {sheet} (misses first)", results=paths[0], sheet=paths[-1])

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from lanting.core.types import Progress, Recipe, Request, Result
+from lanting.evals.kept import Kept
 from lanting.evals.sets import Case, Size
 from lanting.specs import ModelSpec
 
@@ -93,27 +94,52 @@ class Drawn:
         return int(self.recipe.request["seed"])
 
 
-def draw(engine: Engine, cases: Sequence[Case], how: How, tell: Tell) -> list[Drawn]:
-    """One picture per case, in order. Pictures of one size share batches; edits are drawn one by one."""
-    drawn: dict[int, Drawn] = {}
-    with tell.stage("draw", len(cases)):
-        for part, size in batches(cases, how, engine.spec):
-            request = Request(
-                tuple(cases[i].prompt for i in part),
-                size=size,
-                steps=how.steps,
-                guidance_scale=how.guidance_scale,
-                seed=how.seed + len(drawn),
-                images=tuple(by_rule(cases[part[0]].sources)),
-                options={} if how.keep is None else {"keep": how.keep},
-            )
+def draw(
+    engine: Engine, cases: Sequence[Case], how: How, tell: Tell, kept: Kept | None = None, names: str = ""
+) -> list[Drawn]:
+    """One picture per case, in order. Pictures of one size share batches; edits are drawn one by one.
+
+    kept, names  pictures that it has under such names are not drawn again, and it gets the others
+    """
+    kept, drawn, seed = kept or Kept(), dict[int, Drawn](), how.seed
+    missing: list[tuple[list[int], Request]] = []
+    for part, size in batches(cases, how, engine.spec):
+        there = [kept.picture(_name(names, i), cases[i].prompt, seed + at) for at, i in enumerate(part)]
+        if None in there:  # a batch is drawn whole: its pictures are those of one that was never interrupted
+            missing.append((part, _request([cases[i] for i in part], how, size, seed)))
+        drawn |= {i: Drawn(*one) for i, one in zip(part, there, strict=True) if one}
+        seed += len(part)
+    if not missing:
+        return [drawn[i] for i in range(len(cases))]
+    with tell.stage("draw", sum(len(part) for part, _ in missing)):
+        done = 0
+        for part, request in missing:
             for event in engine.stream(request):
                 if isinstance(event, Result):
-                    drawn |= zip(part, map(Drawn, event.images, event.recipes), strict=True)
+                    for i, image, recipe in zip(part, event.images, event.recipes, strict=True):
+                        kept.keep(_name(names, i), image, recipe)
+                        drawn[i] = Drawn(image, recipe)
                 elif event.phase == "denoise":
-                    tell.at(len(drawn) + len(part) * event.step / max(event.steps, 1))
-            tell.at(len(drawn))
+                    tell.at(done + len(part) * event.step / max(event.steps, 1))
+            done += len(part)
+            tell.at(done)
     return [drawn[i] for i in range(len(cases))]
+
+
+def _name(names: str, index: int) -> str:
+    return f"{names}{index + 1:05}"
+
+
+def _request(cases: Sequence[Case], how: How, size: Size | None, seed: int) -> Request:
+    return Request(
+        tuple(case.prompt for case in cases),
+        size=size,
+        steps=how.steps,
+        guidance_scale=how.guidance_scale,
+        seed=seed,
+        images=tuple(by_rule(cases[0].sources)),
+        options={} if how.keep is None else {"keep": how.keep},
+    )
 
 
 def batches(cases: Sequence[Case], how: How, spec: ModelSpec) -> Iterator[tuple[list[int], Size | None]]:

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lanting.evals.draw import Drawn, Engine, How, Tell, by_rule, draw, has_rule, reconstruct
 from lanting.evals.follow import colors, ground_in
+from lanting.evals.kept import Kept
 from lanting.evals.ocr import Judge
 from lanting.evals.pictograms import boxes_of, identify
 from lanting.evals.scores import Share, compare, share_of
@@ -113,17 +114,23 @@ def _rounded(value: Any) -> float:
 
 
 def judge_edit(
-    engine: Engine, cases: Sequence[Case], how: How, judge: Judge, tell: Tell, ceiling: bool = True
+    engine: Engine,
+    cases: Sequence[Case],
+    how: How,
+    judge: Judge,
+    tell: Tell,
+    ceiling: bool = True,
+    kept: Kept | None = None,
 ) -> EditReport:
-    """Draw the edits and measure them; `judge` reads the words."""
-    ruled = has_rule(engine.spec)
-    drawn = draw(engine, cases, how, tell)
-    outcomes = []
-    with tell.stage("measure", len(cases)):
-        for case, one in tell.each(zip(cases, drawn, strict=True)):
-            again = (lambda image: reconstruct(engine, image)) if ruled and ceiling else None
-            outcomes.append(outcome(one.image, case, judge, ruled, again))
-    return EditReport(cases, drawn, outcomes)
+    """Draw the edits and measure them; `judge` reads the words, and `kept` has what is known."""
+    kept, ruled = kept or Kept(), has_rule(engine.spec)
+    drawn = draw(engine, cases, how, tell, kept)
+    again = (lambda image: reconstruct(engine, image)) if ruled and ceiling else None
+
+    def measured(number: int) -> dict[str, Any]:
+        return asdict(outcome(drawn[number].image, cases[number], judge, ruled, again))
+
+    return EditReport(cases, drawn, [Outcome(**one) for one in kept.judged("measure", len(cases), tell, measured)])
 
 
 def outcome(

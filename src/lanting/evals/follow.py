@@ -17,6 +17,7 @@ from lanting.core.errors import RequestError
 from lanting.evals.colors import Box, Ground, free_pixels, ground_of, ink_of, nearest_color
 from lanting.evals.draw import Drawn, Engine, How, Tell, draw, has_rule
 from lanting.evals.flip import mean_flip
+from lanting.evals.kept import Kept
 from lanting.evals.pictograms import alternatives, boxes_of, count_of, identify, side_of
 from lanting.evals.scores import Share, share_of
 from lanting.evals.sets import Case
@@ -69,19 +70,24 @@ class FollowReport:
 
 
 def judge_follow(
-    engine: Engine, cases: Sequence[Case], how: How, tell: Tell, open_prompts: Sequence[Case] = (), seeds: int = 4
+    engine: Engine,
+    cases: Sequence[Case],
+    how: How,
+    tell: Tell,
+    open_prompts: Sequence[Case] = (),
+    seeds: int = 4,
+    kept: Kept | None = None,
 ) -> FollowReport:
-    """Draw the cases and measure them; draw every open prompt with some seeds and measure how they differ."""
-    drawn = draw(engine, cases, how, tell)
-    ruled = has_rule(engine.spec) and how.size is None
-    with tell.stage("measure", len(cases)):
-        pairs = tell.each(zip(cases, drawn, strict=True))
-        traits = [measure(one.image, case) if ruled else measure_freely(one.image, case) for case, one in pairs]
+    """Draw the cases and measure them; draw every open prompt with some seeds and measure how they differ. `kept` has
+    what is known."""
+    kept = kept or Kept()
+    drawn = draw(engine, cases, how, tell, kept)
+    judge = measure if has_rule(engine.spec) and how.size is None else measure_freely
+    traits = kept.judged("measure", len(cases), tell, lambda number: judge(drawn[number].image, cases[number]))
     repeated = [case for case in open_prompts for _ in range(seeds)]
-    pictures = [one.image for one in draw(engine, repeated, how, tell)] if repeated else []
+    pictures = [one.image for one in draw(engine, repeated, how, tell, kept, "open-")]
     groups = [pictures[at : at + seeds] for at in range(0, len(pictures), seeds)]
-    with tell.stage("compare", len(groups)):
-        spread = [spread_of(group) for group in tell.each(groups)]
+    spread = kept.judged("compare", len(groups), tell, lambda number: spread_of(groups[number]))
     return FollowReport(cases, drawn, traits, spread)
 
 

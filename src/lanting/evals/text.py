@@ -7,11 +7,12 @@ reader also reads the known boxes of the lines: finders miss single Chinese char
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lanting.evals.draw import Drawn, Engine, How, Tell, by_rule, draw, has_rule, reconstruct
+from lanting.evals.kept import Kept
 from lanting.evals.ocr import Judge
 from lanting.evals.pictograms import boxes_of
 from lanting.evals.scores import Reading, Score, Share, add_up, compare
@@ -90,19 +91,31 @@ def judge_text(
     judges: Sequence[Judge],
     tell: Tell,
     ceiling: bool = True,
+    kept: Kept | None = None,
 ) -> TextReport:
-    """Draw the cases, read them, and where the model has a rule, read the ceilings too."""
-    ruled = has_rule(engine.spec) and how.size is None
-    report = TextReport(cases, draw(engine, cases, how, tell))
+    """Draw the cases, read them, and where the model has a rule, read the ceilings too; `kept` has what is known."""
+    kept, ruled = kept or Kept(), has_rule(engine.spec) and how.size is None
+    report = TextReport(cases, draw(engine, cases, how, tell, kept))
     readers = readers_for(judges, boxes=ruled)
-    images = [one.image for one in report.drawn]
-    report.read = read_all(images, cases, readers, tell, "read")
+
+    def read(stage: str, picture: Callable[[int], Image]) -> list[dict[str, list[str]]]:
+        """What every reader finds in every picture."""
+
+        def lines(number: int) -> dict[str, list[str]]:
+            image = picture(number)
+            return {name: find(image, cases[number]) for name, find in readers.items()}
+
+        return kept.judged(stage, len(cases), tell, lines)
+
+    def perfect(number: int) -> Image:
+        return by_rule([cases[number].design])[0]
+
+    report.read = read("read", lambda number: report.drawn[number].image)
     report.readings = score(cases, report.read)
     report.scores[MODEL] = {name: add_up(readings) for name, readings in report.readings.items()}
     if ruled and ceiling:
-        perfect = [by_rule([case.design])[0] for case in cases]
-        for who, pictures in ((RULE, iter(perfect)), (VAE, (reconstruct(engine, image) for image in perfect))):
-            readings = score(cases, read_all(pictures, cases, readers, tell, who))
+        for who, picture in ((RULE, perfect), (VAE, lambda number: reconstruct(engine, perfect(number)))):
+            readings = score(cases, read(who, picture))
             report.scores[who] = {name: add_up(found) for name, found in readings.items()}
     return report
 
@@ -123,15 +136,6 @@ def _whole(judge: Judge) -> Callable[[Image, Case], list[str]]:
 
 def _in_boxes(judge: Judge) -> Callable[[Image, Case], list[str]]:
     return lambda image, case: judge.read_boxes(image, boxes_of(case.design)[0], case.script)
-
-
-def read_all(
-    images: Iterable[Image], cases: Sequence[Case], readers: Readers, tell: Tell, stage: str
-) -> list[dict[str, list[str]]]:
-    """What every reader finds in every picture."""
-    with tell.stage(stage, len(cases)):
-        pairs = tell.each(zip(images, cases, strict=True))
-        return [{name: read(image, case) for name, read in readers.items()} for image, case in pairs]
 
 
 def score(cases: Sequence[Case], read: Sequence[dict[str, list[str]]]) -> dict[str, list[Reading]]:

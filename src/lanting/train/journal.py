@@ -68,10 +68,7 @@ class Journal:
         self.say(in_words(entry))
 
     def keep(self, entry: dict[str, Any]) -> None:
-        with self.path.open("a+b") as file:  # reads anywhere, writes at the end
-            file.seek(max(0, file.tell() - 1))
-            torn = file.read(1) not in (b"", b"\n")  # half a line that a killed run left: this entry must not join it
-            file.write(b"\n" * torn + json.dumps(entry, ensure_ascii=False).encode() + b"\n")
+        add_line(self.path, entry)
 
     def note(self, *words: str, **figures: Any) -> None:
         """A remark of one or more parts, with figures that plots may want."""
@@ -108,6 +105,14 @@ def clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def add_line(path: Path, entry: dict[str, Any]) -> None:
+    """Append an entry as one line of JSON."""
+    with path.open("a+b") as file:  # reads anywhere, writes at the end
+        file.seek(max(0, file.tell() - 1))
+        torn = file.read(1) not in (b"", b"\n")  # half a line that a killed run left: this entry must not join it
+        file.write(b"\n" * torn + json.dumps(entry, ensure_ascii=False).encode() + b"\n")
 
 
 def entries(path: Path) -> list[dict[str, Any]]:

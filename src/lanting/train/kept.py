@@ -1,4 +1,4 @@
-"""What runs of training keep: one run at a time, and read again in a sentence where that can't be done.
+"""What long runs keep: one run at a time, and read again in a sentence where that can't be done.
 
 Runs replace their checkpoints whole, so one that is torn was copied by half, or its disk was full or lost power.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from lanting.core.files import unwritable
 
 @contextmanager
 def alone(result: Path) -> Iterator[None]:
-    """Nobody else trains `result`, a file or a folder, meanwhile: two would take turns at one checkpoint.
+    """Nobody else works on `result`, a file or a folder, meanwhile: two would take turns at one checkpoint.
 
     The system lets go of the lock of a process that is killed. Raises ModelError where another holds it, OutputError
     where nothing can be written.
@@ -32,7 +32,9 @@ def alone(result: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise ModelError("{path} is in training already: wait for that, or write elsewhere", path=result) from None
+        raise ModelError(
+            "{path} is being written by another run: wait for that, or write elsewhere", path=result
+        ) from None
     except NotImplementedError:  # a file system without locks
         yield
         return
@@ -41,7 +43,8 @@ def alone(result: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        Path(lock.lock_file).unlink(missing_ok=True)
+        with suppress(PermissionError):  # Windows keeps a file that is open, and removes this one when it is released
+            Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
 
 
