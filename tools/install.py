@@ -43,7 +43,7 @@ def by_uv(wanted: str) -> bool:
 
 def configured() -> dict[str, str]:
     """pip's settings by their bare names; those that variables say win over those of files."""
-    told = subprocess.run([*PIP, "config", "list"], check=False, capture_output=True, text=True).stdout
+    told = subprocess.run([*PIP, "config", "list"], check=False, capture_output=True, encoding="utf-8").stdout
     pairs = [line.partition("=")[::2] for line in told.splitlines()]
     pairs.sort(key=lambda pair: pair[0].startswith(":env:"))
     return {name.rpartition(".")[2]: value.strip("'\"") for name, value in pairs}

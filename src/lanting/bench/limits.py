@@ -122,7 +122,9 @@ def last_caches(root: Path = Path("/sys/devices/system/cpu")) -> int:
     levels: dict[int, dict[str, int]] = {}
     for folder in root.glob("cpu[0-9]*/cache/index*"):
         try:
-            level, shared, size = ((folder / name).read_text().strip() for name in ("level", "shared_cpu_list", "size"))
+            level, shared, size = (
+                (folder / name).read_text(encoding="ascii").strip() for name in ("level", "shared_cpu_list", "size")
+            )
             levels.setdefault(int(level), {})[shared] = int(size.rstrip("K")) * 1024
         except (OSError, ValueError):
             continue

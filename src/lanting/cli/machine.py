@@ -79,7 +79,9 @@ def ask(*command: str) -> str:
     import subprocess
 
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=10).stdout
+        return subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", check=False, timeout=10
+        ).stdout
     except (OSError, subprocess.TimeoutExpired):
         return ""
 

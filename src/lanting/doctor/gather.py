@@ -37,8 +37,10 @@ except Exception as error:
 def ask(*command: str, seconds: float = 10) -> tuple[int | None, str]:
     """(exit code, what a program said); (None, "") where there is none or it takes longer."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=seconds)
-    except (OSError, subprocess.TimeoutExpired, UnicodeDecodeError):
+        done = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", check=False, timeout=seconds
+        )
+    except (OSError, subprocess.TimeoutExpired):
         return None, ""
     return done.returncode, done.stdout.strip() or done.stderr.strip()
 
@@ -96,7 +98,7 @@ def in_slots(root: Path = Path("/sys/bus/pci/devices")) -> bool:
     """Whether a graphics device of NVIDIA's is in the machine, as the kernel lists them."""
     for folder in root.glob("*"):
         try:
-            maker, kind = ((folder / name).read_text().strip() for name in ("vendor", "class"))
+            maker, kind = ((folder / name).read_text(encoding="ascii").strip() for name in ("vendor", "class"))
         except OSError:
             continue
         if maker == "0x10de" and kind.startswith("0x03"):

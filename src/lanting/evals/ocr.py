@@ -58,7 +58,14 @@ def tesseract_languages() -> frozenset[str]:
     program = shutil.which("tesseract")
     if program is None:
         return frozenset()
-    listed = subprocess.run([program, "--list-langs"], capture_output=True, text=True, timeout=PATIENCE, check=False)
+    listed = subprocess.run(
+        [program, "--list-langs"],
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        timeout=PATIENCE,
+        check=False,
+    )
     known = set((listed.stdout + listed.stderr).split())
     return frozenset(ours for ours, theirs in TESSERACT_LANGUAGES.items() if theirs in known)
 

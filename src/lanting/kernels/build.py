@@ -55,7 +55,7 @@ def machine() -> str:
 
 def call(command: Sequence[str]) -> None:
     """Raises RuntimeError with what the compiler says."""
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
     if done.returncode:
         raise RuntimeError(done.stderr.strip()[-2000:] or f"{command[0]} failed")
 
@@ -65,7 +65,7 @@ def knows(command: Sequence[str], flags: Flags, folder: Path) -> bool:
     if not flags:
         return True
     probe = folder / "probe.cpp"
-    probe.write_text("int main() { return 0; }\n")
+    probe.write_text("int main() { return 0; }\n", encoding="ascii")
     try:
         call([*command, *flags, "-c", str(probe), "-o", str(folder / "probe.o")])
     except RuntimeError:
@@ -98,7 +98,7 @@ def build(out: Path = LIBRARY, extra: Flags = (), sets: Sequence[str] = ()) -> t
             list(threads.map(call, commands))
         put(command, (*extra, *objects), out)
     names = tuple(s for s, _ in chosen)
-    stamp(out).write_text(f"{sources} {out.stat().st_size} {' '.join(names)}\n")
+    stamp(out).write_text(f"{sources} {out.stat().st_size} {' '.join(names)}\n", encoding="ascii")
     return names
 
 
@@ -127,14 +127,14 @@ def stamp(library: Path) -> Path:
 def whole(library: Path = LIBRARY) -> bool:
     """Whether a library is as long as its build made it: loading half a one kills the process."""
     try:
-        return int(stamp(library).read_text().split()[1]) == library.stat().st_size
+        return int(stamp(library).read_text(encoding="ascii").split()[1]) == library.stat().st_size
     except (OSError, ValueError, IndexError):
         return False
 
 
 def fresh(library: Path = LIBRARY) -> bool:
     """Whether what lies there is built from what lies here."""
-    return whole(library) and stamp(library).read_text().split()[0] == digest()
+    return whole(library) and stamp(library).read_text(encoding="ascii").split()[0] == digest()
 
 
 def main(library: Path = LIBRARY) -> int:

@@ -227,13 +227,15 @@ def thread_count() -> int:
 def quota(root: Path = Path("/sys/fs/cgroup")) -> int:
     """Processors' worth of time that the control group allows, rounded up; many where there is no limit."""
     try:
-        limit, period = (root / "cpu.max").read_text().split()[:2]
+        limit, period = (root / "cpu.max").read_text(encoding="ascii").split()[:2]
         if limit != "max":
             return max(1, -(-int(limit) // int(period)))
     except (OSError, ValueError):
         pass
     try:
-        limit, period = (int((root / "cpu" / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
+        limit, period = (
+            int((root / "cpu" / f"cpu.cfs_{name}_us").read_text(encoding="ascii")) for name in ("quota", "period")
+        )
         if limit > 0:
             return max(1, -(-limit // period))
     except (OSError, ValueError):

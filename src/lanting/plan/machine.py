@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -156,7 +157,7 @@ def nvidia(environ: Mapping[str, str], share: tuple[int, int] = (0, 0)) -> list[
 
 def apple(ram: int, free: int) -> tuple[Device, ...]:
     """The GPU of an Apple chip, which uses the computer's memory."""
-    if sys.platform != "darwin" or os.uname().machine != "arm64":
+    if sys.platform != "darwin" or platform.machine() != "arm64":
         return ()
     title = _run("sysctl", "-n", "machdep.cpu.brand_string").strip() or "Apple GPU"
     return (Device("mps", title, int(ram * APPLE_SHARE), min(int(ram * APPLE_SHARE), free)),)
@@ -188,7 +189,7 @@ def _windows_memory() -> tuple[int, int]:
 def _run(*command: str) -> str:
     """A command's output; empty where it is missing, fails, or takes longer than three seconds."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=3, check=False)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=3, check=False)
     except (OSError, subprocess.SubprocessError):
         return ""
     return done.stdout if done.returncode == 0 else ""

@@ -108,7 +108,7 @@ def vision_table(config: NanoConfig) -> dict[str, Any]:
 
 def special_ids(tokenizer: Path) -> dict[str, int]:
     """Ids of the added tokens of a tokenizer.json."""
-    added = json.loads((tokenizer / "tokenizer.json").read_text())["added_tokens"]
+    added = json.loads((tokenizer / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
     return {entry["content"]: entry["id"] for entry in added}
 
 
@@ -128,7 +128,7 @@ def export_nano(run: Path, out: Path) -> Path:
 
     tuned = (run / "vae" / DECODER).exists()
     vae = load_vae(run / "vae", DECODER if tuned else WEIGHTS)
-    values = json.loads((run / "vae" / "config.json").read_text())
+    values = json.loads((run / "vae" / "config.json").read_text(encoding="utf-8"))
     video = to_video_weights(vae.state_dict(), vae.config)
     write_component(part / "vae", "diffusion_pytorch_model", video, values)
 

@@ -47,7 +47,7 @@ from lanting.train.twin import twin_of
 from lanting.train.vae import DECODER, FROZEN, VAERecipe, finetune_decoder, load_vae, train_vae
 from lanting.train.vocabulary import VOCAB_SIZE, build_tokenizer
 from lanting.train.warm import continue_from, seed_embeddings, seed_names
-from lanting.train.workers import kept_atlas
+from lanting.train.workers import kept_atlas, meet_here, parent_lives
 
 # of a thousand pictograms each must be met as often as a character is, though a design shows one of them only
 MIX = Mix(kinds=(0.32, 0.32, 0.05, 0.31), pictogram=0.3, gap=0.4)
@@ -76,6 +76,7 @@ def stages(run: NanoRun) -> Path:
         build_tokenizer(run.tokenizer)
     if run.resume_from and not unpack(Path(run.resume_from), run.folder, run.width, run.anew, run.vae_anew):
         run.say("{folder} has a checkpoint of its own and goes on from that", folder=run.folder)
+    meet_here()
     train_vae(run.vae, run.vae_minutes, recipe=vae_recipe(run), log=run.say)
     if run.decoder_minutes and (run.vae / FROZEN).exists():
         finetune_decoder(run.vae, run.decoder_minutes, recipe=decoder_recipe(run), log=run.say)
@@ -110,9 +111,8 @@ def train_transformer(run: NanoRun) -> None:
     if world == 1:
         work(0, 1, run)
         return
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     told = mp.get_context("spawn").SimpleQueue()
-    with tempfile.TemporaryDirectory() as meeting:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as meeting:
         run = replace(run, meeting=str(Path(meeting) / "here"))
         try:
             mp.spawn(one_of, args=(world, run, work, told), nprocs=world, join=True)
@@ -194,10 +194,9 @@ def build(run: NanoRun, tokenizer: Tokenizer, vae: AutoencoderKLQwenImage) -> Na
 
 def end_with_parent(every: float = 2.0) -> None:
     """Let this process end when the one that started it is gone: a killed command leaves nobody training on."""
-    parent = os.getppid()
 
     def watch() -> None:
-        while os.getppid() == parent:
+        while parent_lives():
             time.sleep(every)
         os._exit(1)
 

@@ -137,16 +137,7 @@ def unfold_vae(model: Path, folder: Path) -> None:
     state = shipped_vae(model)
     replace_file(folder / WEIGHTS, lambda part: write_tensors(part, state))
     replace_file(folder / CONFIG, lambda part: shutil.copyfile(model / "vae" / "config.json", part))
-    (folder / FROZEN).write_text("taken from the embedded model\n")
-
-
-def _about(source: Path) -> dict[str, Any]:
-    if not (source / RUN).is_file():
-        raise ModelError(
-            "{folder} holds no packed run ({file} is missing): give the folder that a slice wrote",
-            **{"folder": source, "file": RUN},
-        )
-    return json.loads((source / RUN).read_text(encoding="utf-8"))
+    (folder / FROZEN).write_text("taken from the embedded model\n", encoding="utf-8")
 
 
 def _size(tensors: Mapping[str, Tensor]) -> int:
@@ -155,7 +146,10 @@ def _size(tensors: Mapping[str, Tensor]) -> int:
 
 def pack_vae(folder: Path, path: Path) -> Path:
     """The trained autoencoder as one file: its configuration and what froze it are in the file's header."""
-    words = {"config": (folder / CONFIG).read_text(), "frozen": (folder / FROZEN).read_text()}
+    words = {
+        "config": (folder / CONFIG).read_text(encoding="utf-8"),
+        "frozen": (folder / FROZEN).read_text(encoding="utf-8"),
+    }
     tensors = load_file(str(folder / WEIGHTS))
     replace_file(path, lambda part: write_tensors(part, tensors, words))
     return path
@@ -243,7 +237,7 @@ def unpack_vae(path: Path, folder: Path) -> None:
         words = file.metadata()
     replace_file(folder / WEIGHTS, lambda part: write_tensors(part, load_file(str(path))))
     for name, key in ((CONFIG, "config"), (FROZEN, "frozen")):
-        replace_file(folder / name, lambda part, key=key: part.write_text(words[key]))
+        replace_file(folder / name, lambda part, key=key: part.write_text(words[key], encoding="utf-8"))
 
 
 __all__ = ["pack", "pack_vae", "read_parts", "slim", "unpack", "unpack_vae", "write_parts"]

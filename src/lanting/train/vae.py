@@ -236,12 +236,12 @@ def save_vae(vae: AutoencoderKLQwenImage, path: Path) -> None:
 def save_config(config: VAEConfig, path: Path) -> None:
     """The official `vae/config.json`."""
     values = {"_class_name": "AutoencoderKLQwenImage", "_diffusers_version": "0.42.0", **asdict(config)}
-    replace_file(path, lambda part: part.write_text(json.dumps(values, indent=2) + "\n"))
+    replace_file(path, lambda part: part.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8"))
 
 
 def load_vae(folder: Path, weights: str = WEIGHTS) -> AutoencoderKLQwenImage:
     """The network, fp32, that `train_vae` (`weights=DECODER`: `finetune_decoder`) left in `folder`."""
-    vae = AutoencoderKLQwenImage(VAEConfig.from_dict(json.loads((folder / CONFIG).read_text())))
+    vae = AutoencoderKLQwenImage(VAEConfig.from_dict(json.loads((folder / CONFIG).read_text(encoding="utf-8"))))
     vae.load_state_dict(load_file(str(folder / weights)), strict=True)
     return vae
 
@@ -277,7 +277,7 @@ def train_vae(
     save_vae(vae, out / WEIGHTS)
     save_config(vae.config, out / CONFIG)
     frozen = f"trained {trainer.seconds:.0f} s; the transformer's latents depend on this encoder\n"
-    replace_file(out / FROZEN, lambda part: part.write_text(frozen))
+    replace_file(out / FROZEN, lambda part: part.write_text(frozen, encoding="utf-8"))
     return vae
 
 
@@ -291,7 +291,7 @@ def _train_together(
     if recipe.processes == 1:
         return _train_rank(0, out, minutes, recipe, log)
     context = torch.multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as meeting:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as meeting:
         others = [
             context.Process(target=_follow, args=(rank, Path(meeting), out, minutes, recipe), daemon=True)
             for rank in range(1, recipe.processes)

@@ -114,7 +114,7 @@ def continue_from(net: NanoNet, tokenizer: Tokenizer, folder: Path) -> list[str]
 
 
 def _carry_rows(table: Tensor, tokenizer: Tokenizer, old: Tensor, folder: Path) -> None:
-    vocabulary = json.loads((folder / "tokenizer" / "tokenizer.json").read_text())
+    vocabulary = json.loads((folder / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8"))
     before = dict(vocabulary["model"]["vocab"])
     before.update({entry["content"]: entry["id"] for entry in vocabulary["added_tokens"]})
     now = tokenizer.get_vocab(with_added_tokens=True)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
+from multiprocessing import parent_process
 from pathlib import Path
 from queue import Empty, Full
 from typing import Any, Protocol
@@ -21,6 +23,7 @@ from lanting.core.errors import ModelError
 from lanting.train.atlas import Atlas, default_atlas
 
 CARRIED = "carried"  # what an atlas file says of itself
+LOOPBACK = {"linux": "lo", "darwin": "lo0"}
 PATIENCE = 180.0  # seconds without anything after which the workers are given up
 
 
@@ -52,12 +55,11 @@ def work(order: Order, number: int, queue: Any, hanzi: Any, stop: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to handle
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)
-    parent = os.getppid()
     try:
         maker = order.maker(number)
-        while not stop.is_set() and os.getppid() == parent:
+        while not stop.is_set() and parent_lives():
             made = maker.make(hanzi.value)
-            while not stop.is_set() and os.getppid() == parent:
+            while not stop.is_set() and parent_lives():
                 try:
                     queue.put(made, timeout=1.0)
                     break
@@ -66,17 +68,31 @@ def work(order: Order, number: int, queue: Any, hanzi: Any, stop: Any) -> None:
     except Exception as error:
         queue.put(f"{type(error).__name__}: {error}")
     finally:
-        leave(queue, parent)
+        leave(queue)
 
 
-def leave(queue: Any, parent: int) -> None:
+def leave(queue: Any) -> None:
     """Send what was put, as long as there is a trainer: one that reads would wait for ever for the rest of a piece."""
     queue.close()
     sending = threading.Thread(target=queue.join_thread, daemon=True)
     sending.start()
-    while sending.is_alive() and os.getppid() == parent:
+    while sending.is_alive() and parent_lives():
         sending.join(0.2)
     queue.cancel_join_thread()
+
+
+def meet_here() -> None:
+    """Let Gloo's processes meet on the loopback, whatever this machine's name leads to. Windows has no name for it that
+    Gloo knows."""
+    if sys.platform in LOOPBACK:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK[sys.platform])
+
+
+def parent_lives() -> bool:
+    """Whether the process that started this one is there. The number of a parent, which Linux changes when it ends,
+    stays what it was on Windows."""
+    parent = parent_process()
+    return parent is None or parent.is_alive()
 
 
 class Workers:
