@@ -140,6 +140,15 @@ def unfold_vae(model: Path, folder: Path) -> None:
     (folder / FROZEN).write_text("taken from the embedded model\n", encoding="utf-8")
 
 
+def _about(source: Path) -> dict[str, Any]:
+    if not (source / RUN).is_file():
+        raise ModelError(
+            "{folder} holds no packed run ({file} is missing): give the folder that a slice wrote",
+            **{"folder": source, "file": RUN},
+        )
+    return json.loads((source / RUN).read_text(encoding="utf-8"))
+
+
 def _size(tensors: Mapping[str, Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
