@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lanting.core.errors import ModelError
 from lanting.train.course import Budget
@@ -143,6 +145,47 @@ def test_nothing_to_pack_or_unpack_is_a_sentence(tmp_path):
         pack(tmp_path, tmp_path / "out")
     with pytest.raises(ModelError, match="no packed run"):
         unpack(tmp_path, tmp_path / "out")
+
+
+def halved(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def told(path: Path, **changes) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def lose_a_row(path: Path) -> None:
+    tensors = load_file(path)
+    name = next(name for name, tensor in tensors.items() if tensor.ndim)
+    save_file(tensors | {name: tensors[name][:-1].clone()}, path)
+
+
+DAMAGE = {
+    "ema/ema-00001-of-00001.safetensors": (halved, lose_a_row, Path.unlink),
+    "state/state-00001-of-00001.safetensors": (lose_a_row,),
+    "run.json": (halved, lambda path: path.write_bytes(b"\xff"), lambda path: path.write_text("[1]")),
+    "vae.safetensors": (halved, Path.unlink),
+    "train.pt": (lambda path: path.write_bytes(b"PK\x03\x04"),),
+}
+DAMAGE["run.json"] += tuple(partial(told, **{key: {"x": 1}}) for key in ("clock", "config"))
+
+
+def test_what_was_damaged_on_its_way_is_refused_before_anything_is_written(run, tmp_path):
+    """It became this run's checkpoint, and failed at its first step; next time it was the run's own."""
+    pack(run, tmp_path / "packed")
+    for name, ways in DAMAGE.items():
+        for way in ways:
+            shutil.copytree(tmp_path / "packed", tmp_path / "here")
+            way(tmp_path / "here" / name)
+            with pytest.raises(ModelError, match=r"damaged or no part of a packed run|is missing"):
+                main(small_run(tmp_path / "elsewhere", resume_from=str(tmp_path / "here")))
+            assert not (tmp_path / "elsewhere").exists(), (name, way)
+            shutil.rmtree(tmp_path / "here")
+    for shape in ({"layers": 2}, {"width": 32 * 3, "layers": 2}):
+        with pytest.raises(ModelError, match="packed holds a network of another shape"):
+            main(small_run(tmp_path / "elsewhere", resume_from=str(tmp_path / "packed"), **shape))
+    assert not (tmp_path / "elsewhere").exists()
 
 
 def test_the_average_can_be_opened_by_anyone(run, tmp_path):

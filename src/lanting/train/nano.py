@@ -13,6 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -66,16 +67,21 @@ def main(run: NanoRun) -> Path:
         run.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise unwritable(run.folder, error) from None
-    with alone(run.folder):
-        return stages(run)
+    try:
+        with alone(run.folder):
+            return stages(run)
+    finally:
+        with suppress(OSError):  # but for what couldn't be brought, it is not empty
+            run.folder.rmdir()
 
 
 def stages(run: NanoRun) -> Path:
     """`main`, where nothing is in the way."""
+    brought = (run.width, run.anew, run.vae_anew, run.config())
+    if run.resume_from and not unpack(Path(run.resume_from), run.folder, *brought):
+        run.say("{folder} has a checkpoint of its own and goes on from that", folder=run.folder)
     if not (run.tokenizer / "tokenizer.json").is_file():
         build_tokenizer(run.tokenizer)
-    if run.resume_from and not unpack(Path(run.resume_from), run.folder, run.width, run.anew, run.vae_anew):
-        run.say("{folder} has a checkpoint of its own and goes on from that", folder=run.folder)
     meet_here()
     train_vae(run.vae, run.vae_minutes, recipe=vae_recipe(run), log=run.say)
     if run.decoder_minutes and (run.vae / FROZEN).exists():

@@ -16,14 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from lanting.core.errors import ModelError
 from lanting.core.files import replace_file
+from lanting.train.brought import HEADS, RUN, VAE, check_stage, check_state, lacking, read_about, read_vae, readable
 from lanting.train.journal import NAME as LOG
 from lanting.train.kept import read_checkpoint, write_tensors
+from lanting.train.model import NanoConfig
 from lanting.train.vae import BEGUN, CHECKPOINT, CONFIG, DECODER, FROZEN, UNTUNED, WEIGHTS, shipped_vae
 from lanting.train.warm import shipped
 from lanting.train.widen import widen
@@ -31,8 +32,6 @@ from lanting.weights.find import embedded_nano
 
 FILE_LIMIT = 15_900_000  # bytes of tensors in one file: with its header below 16 MB
 TOTAL = 56_000_000  # bytes of everything
-RUN, VAE = "run.json", "vae.safetensors"
-HEADS = "heads.safetensors"
 SHIPPED = ("transformer", "language", "visual")  # what becomes of a run; the rest only helps training
 EMA, STATE = "ema", "state"  # folders, and the beginnings of their files' names
 
@@ -65,7 +64,8 @@ def read_parts(folder: Path, stem: str) -> dict[str, Tensor]:
         raise ModelError("{folder} lacks some of the files {stem}-*.safetensors: bring all", folder=folder, stem=stem)
     tensors: dict[str, Tensor] = {}
     for path in paths:
-        tensors |= load_file(str(path))
+        with readable(path):
+            tensors |= load_file(str(path))
     return tensors
 
 
@@ -121,7 +121,7 @@ def slim(source: Path, out: Path) -> list[Path]:
 
     `unpack` takes the rest from the embedded model, so that its weights are kept once. Raises ModelError.
     """
-    about = _about(source)
+    about = read_about(source)
     heads = {k: v for k, v in read_parts(source / EMA, EMA).items() if k.split(".")[0] not in SHIPPED}
     out.mkdir(parents=True, exist_ok=True)
     replace_file(out / HEADS, lambda part: write_tensors(part, heads, {"format": "pt"}))
@@ -140,15 +140,6 @@ def unfold_vae(model: Path, folder: Path) -> None:
     (folder / FROZEN).write_text("taken from the embedded model\n", encoding="utf-8")
 
 
-def _about(source: Path) -> dict[str, Any]:
-    if not (source / RUN).is_file():
-        raise ModelError(
-            "{folder} holds no packed run ({file} is missing): give the folder that a slice wrote",
-            **{"folder": source, "file": RUN},
-        )
-    return json.loads((source / RUN).read_text(encoding="utf-8"))
-
-
 def _size(tensors: Mapping[str, Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
@@ -164,12 +155,19 @@ def pack_vae(folder: Path, path: Path) -> Path:
     return path
 
 
-def unpack(source: Path, folder: Path, width: int = 0, anew: bool = False, vae_anew: bool = False) -> bool:
+def unpack(
+    source: Path,
+    folder: Path,
+    width: int = 0,
+    anew: bool = False,
+    vae_anew: bool = False,
+    wanted: NanoConfig | None = None,
+) -> bool:
     """Put what `pack` wrote where a run looks for it, unless that run has a checkpoint of its own; whether it did so.
 
     A transformer narrower than `width` is widened; where the autoencoder is not finished, there may be none. `anew`:
-    its weights begin a new run, with the clock at zero; `vae_anew`: so do the autoencoder's. Raises ModelError where
-    `source` is no packed run.
+    its weights begin a new run, with the clock at zero; `vae_anew`: so do the autoencoder's. Raises ModelError, before
+    anything is written, where `source` is no packed run, or not one of the shape that is `wanted`.
     """
     vae = folder / "vae"
     begun = any((source / name).is_file() for name in (VAE, CHECKPOINT)) and not (source / RUN).is_file()
@@ -177,6 +175,10 @@ def unpack(source: Path, folder: Path, width: int = 0, anew: bool = False, vae_a
     if any(path.exists() for path in own):
         return False
     state = None if begun else _state(source, width, anew)
+    if state is not None:
+        check_state(source, state, wanted)
+    check_stage(source)
+    folder.mkdir(parents=True, exist_ok=True)
     if (source / HEADS).is_file():
         unfold_vae(embedded_nano(), vae)
     unpack_stage(source, vae, vae_anew)
@@ -189,9 +191,12 @@ def unpack(source: Path, folder: Path, width: int = 0, anew: bool = False, vae_a
 
 def _state(source: Path, width: int, anew: bool) -> dict[str, Any]:
     """The checkpoint of stage 2. Raises ModelError."""
-    about = _about(source)
-    embedded = (source / HEADS).is_file()
-    trained = load_file(str(source / HEADS)) | shipped(embedded_nano()) if embedded else read_parts(source / EMA, EMA)
+    about = read_about(source)
+    if (source / HEADS).is_file():
+        with readable(source / HEADS):
+            trained = load_file(str(source / HEADS)) | shipped(embedded_nano())
+    elif not (trained := read_parts(source / EMA, EMA)):
+        raise lacking(source, f"{EMA}/{EMA}-*.safetensors")
     average = {k: v.float() for k, v in trained.items()}
     extra = read_parts(source / STATE, STATE)
     carried = {k.removeprefix("net."): v.float() for k, v in extra.items() if k.startswith("net.")}
@@ -242,9 +247,8 @@ def unpack_stage(source: Path, folder: Path, anew: bool) -> None:
 def unpack_vae(path: Path, folder: Path) -> None:
     """Undo `pack_vae`."""
     folder.mkdir(parents=True, exist_ok=True)
-    with safe_open(str(path), "pt") as file:
-        words = file.metadata()
-    replace_file(folder / WEIGHTS, lambda part: write_tensors(part, load_file(str(path))))
+    tensors, words = read_vae(path)
+    replace_file(folder / WEIGHTS, lambda part: write_tensors(part, tensors))
     for name, key in ((CONFIG, "config"), (FROZEN, "frozen")):
         replace_file(folder / name, lambda part, key=key: part.write_text(words[key], encoding="utf-8"))
 
