@@ -234,7 +234,7 @@ def rehearsal(run: NanoRun) -> NanoRun:
         vae.save_config(net.config, run.vae / vae.CONFIG)
         (run.vae / vae.FROZEN).write_text("not trained\n")
     shape = {"width": 64, "layers": 1, "concepts": 32} if layers_of(run.resume_from) == 1 else {}
-    small = replace(run, **shape, capacity=24, feeders=1, workers=1, vae_minutes=min(run.vae_minutes, 0.05))
+    small = replace(run, **shape, capacity=12, feeders=1, workers=1, vae_minutes=min(run.vae_minutes, 0.05))
     return replace(small, minutes=max(run.minutes, 0.0) / 1000, slice_minutes=1.0)
 
 

@@ -59,7 +59,7 @@ def a_batch(count: int = 2) -> Batch:
 
 def small_run(folder: Path, **changes) -> NanoRun:
     """Values under which a run takes seconds."""
-    values = {"vae_minutes": 0.0, "minutes": 0.02, "workers": 1, "capacity": 24, "width": WIDTH, "layers": LAYERS}
+    values = {"vae_minutes": 0.0, "minutes": 0.02, "workers": 1, "capacity": 12, "width": WIDTH, "layers": LAYERS}
     return NanoRun(folder, **{**values, "watch_minutes": 0.0, "device": "cpu", **changes})
 
 

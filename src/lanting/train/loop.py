@@ -247,8 +247,8 @@ def train(
     rng = random.Random(seed * 1009 + trainer.rank + 7919 * trainer.clock.step)
     generator = torch.Generator(trainer.device).manual_seed(rng.randrange(2**31))
     for course in courses:
-        while len(course.replay.items) < min(STOCK, course.replay.capacity):
-            course.replay.add(32, rng)
+        while (lacking := min(STOCK, course.replay.capacity) - len(course.replay.items)) > 0:
+            course.replay.add(min(32, lacking), rng)
     first, budget = trainer.rank == 0, trainer.budget
     saved = logged = time.monotonic()
     meter = Meter(trainer)
