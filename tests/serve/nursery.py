@@ -1,12 +1,13 @@
 """Servers as processes that begin with everything imported: a process that has imported it forks when it is told to.
 
-Importing takes a second of a processor, and a hundred servers are started here; how one begins when it is started from
-the shell has tests of its own. The one told here has no threads, so that forking is safe. Rejected: multiprocessing's
-fork server, which imports nothing where the path is not its own.
+Importing takes a second of a processor, eight with the studio, and a hundred servers are started here; how one begins
+when it is started from the shell has tests of its own. The one told here has no threads, so that forking is safe.
+Rejected: multiprocessing's fork server, which imports nothing where the path is not its own.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import select
@@ -51,11 +52,12 @@ class Born:
 
 
 class Nurse:
-    """The process that forks, as it is asked from here."""
+    """The process that forks, as it is asked from here. Its children run `main` of the first of the modules."""
 
-    def __init__(self) -> None:
-        path = f"{HERE.parents[1] / 'src'}:{HERE}"
-        words, env = [sys.executable, str(Path(__file__))], os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    def __init__(self, *modules: str, paths: tuple[Path, ...] = ()) -> None:
+        path = ":".join(map(str, (HERE.parents[1] / "src", HERE, *paths)))
+        words = [sys.executable, str(Path(__file__)), *modules]
+        env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
         self.turn = threading.Lock()
 
@@ -74,13 +76,12 @@ class Nurse:
 @cache
 def nurse() -> Nurse:
     """One for each process that tests; it ends with it, and its children with that."""
-    return Nurse()
+    return Nurse("serving")
 
 
 # -------------------------------------------------------------------- in that process
 def main() -> None:
-    import serving
-
+    serving, *_ = [importlib.import_module(name) for name in sys.argv[1:]]
     alive: set[int] = set()
     for line in sys.stdin:
         told = json.loads(line)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -17,6 +17,11 @@ import pytest
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
+SERVE = ROOT / "tests" / "serve"
+sys.path.insert(0, str(SERVE))
+from fakeserve import told_in, wait_for  # noqa: E402
+from nursery import Nurse  # noqa: E402
+
 SHOTS = Path(os.environ.get("LANTING_SHOTS", ROOT / "build" / "screenshots"))
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 FURTHER = {"qwen-image-layered": {}, "qwen-image": {"loras": ["ink", "fox"]}}
@@ -24,29 +29,30 @@ QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "-
 QUIET += ["--disable-component-update", "--disable-sync"]
 
 
+@cache
+def nurse() -> Nurse:
+    """Knows Gradio already, which a server of its own takes seconds to import."""
+    return Nurse("studioserving", "gradio", paths=(HERE,))
+
+
 @contextmanager
 def serving(folder: Path, **settings) -> Iterator[str]:
     """The address of a server whose studio is open."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = ":".join(map(str, (ROOT / "src", HERE, ROOT / "tests" / "serve")))
+    said, log = folder / "server.port", folder / "server.log"
+    log.touch()
+    said.touch()
+    path = ":".join(map(str, (ROOT / "src", HERE, SERVE)))
     env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "LANTING_LANG": "en"}
-    words = json.dumps({"data": str(folder / "data"), **settings})
-    with (folder / "server.log").open("w") as log:
-        process = subprocess.Popen(
-            [sys.executable, str(HERE / "studioserving.py"), words],
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-            env=env,
-        )
+    process = nurse().bear(json.dumps({"data": str(folder / "data"), **settings}), env, said, log)
     try:
-        port = process.stdout.readline().strip()
-        assert port.isdigit(), (folder / "server.log").read_text()
+        port = wait_for(lambda: told_in(said, process), 120)
+        assert port.isdigit(), log.read_text()
         yield f"http://127.0.0.1:{port}"
     finally:
         process.kill()
         process.wait()
-    lines = (folder / "server.log").read_text().splitlines()
+    lines = log.read_text().splitlines()
     assert not [line for line in lines if line.startswith("Traceback")], "a handler of the page has failed"
 
 

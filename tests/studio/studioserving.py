@@ -14,8 +14,8 @@ from lanting.serve.studio.door import studio
 OPENER = "studiofakes:open_engine"
 
 
-def main() -> None:
-    told = json.loads(sys.argv[1])
+def main(words: str) -> None:
+    told = json.loads(words)
     models = [Served("nano", "nano", {"device": "cpu", "loras": ["lightning"]})]
     models += [Served(name, name, options) for name, options in told.pop("further", {}).items()]
     write_to_stderr()
@@ -24,4 +24,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1])
