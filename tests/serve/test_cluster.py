@@ -273,7 +273,7 @@ def test_ray_may_be_missing(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("LANTING_LANG", "en")
     monkeypatch.setitem(sys.modules, "ray", None)
     assert main(["serve", "--port", "0", "--data", str(tmp_path), "--ray", "auto"]) == 2
-    assert "pip install 'lanting[scale]'" in capsys.readouterr().err
+    assert 'pip install "lanting[scale]"' in capsys.readouterr().err
 
 
 # -------------------------------------------------------------------- arithmetic and parcels

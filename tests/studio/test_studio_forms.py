@@ -297,7 +297,7 @@ def test_without_gradio_there_is_a_sentence_and_the_server(monkeypatch, capsys):
     verb.start(Settings(Path("x")), mcp=False, page=False)
     monkeypatch.setattr(verb.importlib.util, "find_spec", lambda name: None)
     verb.start(Settings(Path("x")), mcp=False, page=True)
-    assert asked == [studio, None, None] and "pip install 'lanting[serve]'" in capsys.readouterr().out
+    assert asked == [studio, None, None] and 'pip install "lanting[serve]"' in capsys.readouterr().out
 
 
 def test_the_box_for_rewriting_is_shown_where_a_model_can_write():

@@ -67,8 +67,8 @@ def test_python(found, state, said):
     ("found", "cards", "state", "said"),
     [
         (Torch("2.13.0", "cpu"), Cards(), OK, "torch 2.13.0+cpu"),
-        (None, Cards(), PROBLEM, "pip install 'torch>=2.8,<2.14'"),
-        (Torch("2.7.1", "cu128"), RTX, PROBLEM, "pip install 'torch>=2.8,<2.14'"),
+        (None, Cards(), PROBLEM, 'pip install "torch>=2.8,<2.14"'),
+        (Torch("2.7.1", "cu128"), RTX, PROBLEM, 'pip install "torch>=2.8,<2.14"'),
         (Torch("2.14.0", "cpu"), Cards(), PROBLEM, "none that lanting is made for"),
         (Torch("2.8.0", "cu128"), RTX, OK, "for the NVIDIA GeForce RTX 4090"),
         (Torch("2.8.0", "cu126"), RTX, OK, "torch 2.8.0+cu126"),  # older CUDA of the same number runs
@@ -93,7 +93,7 @@ def test_torch(found, cards, state, said):
 def test_the_range_and_the_extras_are_those_of_the_package():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = next(line for line in project["dependencies"] if line.startswith("torch"))
-    assert f"'{wanted}'" == software.WANTED
+    assert f'"{wanted}"' == software.WANTED
     assert wanted == "torch>={}.{},<{}.{}".format(*software.TORCH[0], *software.TORCH[1])
     assert project["requires-python"] == ">={}.{}".format(*software.PYTHON)
     extras = project["optional-dependencies"]
@@ -168,7 +168,7 @@ def test_extras():
     found = list(software.extras({"serve": ["gradio"], "eval": [], "layers": [], "scale": ["ray"]}))
     assert [each.state for each in found] == [OK, NOTE, NOTE]
     assert found[0].told() == "extras here: eval, layers"
-    assert found[1].advice is not None and "pip install 'lanting[serve]'" in found[1].advice.told()
+    assert found[1].advice is not None and 'pip install "lanting[serve]"' in found[1].advice.told()
 
 
 # ---------------------------------------------------------------- nvidia-smi
@@ -426,7 +426,7 @@ def test_the_verb_says_all_and_the_exit_code_says_whether(healthy, monkeypatch, 
     assert main(["doctor"]) == 1
     shown = capsys.readouterr().out.splitlines()
     at = shown.index("  problem  torch is not installed")
-    assert shown[at + 1] == "           → run pip install 'torch>=2.8,<2.14'"
+    assert shown[at + 1] == '           → run pip install "torch>=2.8,<2.14"'
     assert any("config.toml, line 1" in line for line in shown) and shown[-1].startswith("  problems: 2; ")
     assert main(["doctor", "--json"]) == 1
     told = json.loads(capsys.readouterr().out)

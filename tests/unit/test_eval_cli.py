@@ -270,4 +270,4 @@ def test_a_cancelled_run_goes_on_with_its_own_settings_alone(engine, capsys, tmp
 def test_without_a_reader_one_sentence_says_what_to_install(engine, monkeypatch, capsys):
     monkeypatch.setattr(lanting.evals.ocr, "judges", lambda names, language: ([], names))
     assert main(["eval", "text"]) == 2
-    assert "pip install 'lanting[eval]'" in capsys.readouterr().err
+    assert 'pip install "lanting[eval]"' in capsys.readouterr().err

@@ -404,7 +404,7 @@ def test_what_can_be_refused_is_refused_before_drawing(engine, output, said, cap
 def test_a_missing_library_is_said_before_drawing(engine, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "pptx", None)
     assert main(["layers", "poster.png", "-o", "x.pptx"]) == 2
-    assert "run pip install 'lanting[layers]'" in capsys.readouterr().err
+    assert 'run pip install "lanting[layers]"' in capsys.readouterr().err
     assert engine.requests == []
     assert main(["layers", "poster.png", "-o", "x.psd"]) == 0  # the others need none
     assert main(["layers", "poster.png", "-o", "x.ora"]) == 0

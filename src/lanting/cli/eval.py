@@ -276,7 +276,7 @@ def readers(ocr: str, language: str, screen: Screen) -> list[Judge]:
     ready, missing = judges(asked, language)
     if not ready:
         raise RequestError(
-            "{asked} is not installed: pip install 'lanting[eval]' brings PP-OCR, the reader pp", asked=ocr
+            '{asked} is not installed: pip install "lanting[eval]" brings PP-OCR, the reader pp', asked=ocr
         )
     for name in missing:
         screen.note("{name} is not installed (or lacks {language}) and is left out", name=name, language=language)

@@ -74,6 +74,7 @@ TOLD = {
     "train": "Train models.",
     "eval": "Measure models.",
 }
+READ = (".png", ".jpg", ".jpeg", ".webp", ".safetensors", ".gguf")  # files that verbs take several of
 REPAIRS = ("config", "doctor")  # verbs that must run whatever the file of defaults says
 
 
@@ -132,7 +133,19 @@ def run() -> None:
     """The console script."""
     hear_ctrl_c()
     _write_anything()
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(_as_shells_do(sys.argv[1:]) if os.name == "nt" else sys.argv[1:]))
+
+
+def _as_shells_do(arguments: Iterable[str]) -> list[str]:
+    """What Windows' shells leave to programs: `~`, and `*` in the names of files that we read."""
+    import glob
+
+    found: list[str] = []
+    for word in arguments:
+        path = os.path.expanduser(word) if word.startswith(("~/", "~\\")) else word
+        many = "*" in path and path.lower().endswith(READ)
+        found += (sorted(glob.glob(path)) if many else []) or [path]
+    return found
 
 
 def hear_ctrl_c() -> None:
@@ -196,10 +209,10 @@ def _main(arguments: list[str], speaking: ExitStack) -> int:
         return _fail(explain(error), error.exit_code, error, debug, as_json)
     except (KeyboardInterrupt, typer.Abort):
         return _cancelled()
-    except BrokenPipeError:  # the reader of our output left (head, less): not a failure worth words
-        _write_nowhere()
-        return 0
     except Exception as error:
+        if _nobody_reads(error):
+            _write_nowhere()
+            return 0
         message = getattr(error, "format_message", None)  # what a wrong command line raises in typer
         if message is not None and type(error).__name__ == "NoArgsIsHelpError":
             print(message(), file=sys.stderr)
@@ -254,6 +267,12 @@ def _fail(sentence: str, code: int, error: Exception, debug: bool, as_json: bool
             _write_nowhere()
     print(f"lanting: {sentence}", file=sys.stderr)
     return code
+
+
+def _nobody_reads(error: Exception) -> bool:
+    """The reader of our output left (head, less), which is not a failure worth words. Windows calls it invalid."""
+    invalid = os.name == "nt" and isinstance(error, OSError) and error.errno == errno.EINVAL
+    return isinstance(error, BrokenPipeError) or (invalid and error.filename is None)
 
 
 def _write_nowhere() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -141,7 +142,7 @@ def open_doors(settings: Settings, mcp: bool, page: bool, hire: Hire) -> None:
     from lanting.serve.studio.door import studio
 
     if page and importlib.util.find_spec("gradio") is None:
-        Screen().line("the studio needs gradio, which is not installed: run pip install 'lanting[serve]' for it")
+        Screen().line('the studio needs gradio, which is not installed: run pip install "lanting[serve]" for it')
         page = False
     listen(settings, tell, studio if page else None, hire)
 
@@ -158,6 +159,9 @@ def tell(house: House) -> None:
     screen.line("MCP       {url}/mcp, or the command 'lanting serve --mcp'", url=url)
     key = " -H 'Authorization: Bearer KEY'" if settings.needs_keys else ""
     body = '-H \'Content-Type: application/json\' -d \'{"prompt": "a blue sign that says \\"HELLO\\""}\''
+    if os.name == "nt":  # whose cmd knows no single quotes
+        key = key.replace("'", '"')
+        body = '-H "Content-Type: application/json" -d "{\\"prompt\\": \\"a blue sign that says \'HELLO\'\\"}"'
     screen.line("curl      curl {url}/v1/images/generations{key} {body}", url=url, key=key, body=body)
     if settings.needs_keys:
         screen.line("a key is needed: 'lanting keys create NAME' makes one")
@@ -203,4 +207,4 @@ def ready() -> None:
         import prometheus_client  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError:
-        raise RequestError("the server's libraries are not installed: run pip install 'lanting[serve]'") from None
+        raise RequestError('the server\'s libraries are not installed: run pip install "lanting[serve]"') from None

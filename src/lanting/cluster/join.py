@@ -84,7 +84,7 @@ def join(address: str, cpus: int | None = None) -> Cluster:
     try:
         import ray
     except ImportError:
-        raise RequestError("Ray is not installed: run pip install 'lanting[scale]'") from None
+        raise RequestError('Ray is not installed: run pip install "lanting[scale]"') from None
     hush(ray)
     how: dict[str, Any] = {"log_to_driver": False, "configure_logging": False, "logging_level": "ERROR"}
     if address == LOCAL:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lanting.core.errors import OutputError
 
 LONGEST = 50  # characters of a name that a temporary one begins with: file systems end names at 255 bytes
+HELD = (0.02, 0.05, 0.1, 0.2, 0.4)  # seconds between tries to replace a file that another program has open
 
 
 def beside(path: Path) -> Path:
@@ -30,9 +32,19 @@ def replacing(path: Path, wait: bool = False) -> Generator[Path]:
         yield part
         if wait:
             sync(part)
-        os.replace(part, path)
+        put(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def put(part: Path, path: Path) -> None:
+    """Give a finished file its name. Windows refuses for a moment where a search or a scanner for viruses reads it."""
+    for seconds in HELD if os.name == "nt" else ():
+        with suppress(PermissionError):
+            os.replace(part, path)
+            return
+        time.sleep(seconds)
+    os.replace(part, path)
 
 
 def replace_file(path: Path, write: Callable[[Path], object], wait: bool = False) -> None:

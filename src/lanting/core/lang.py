@@ -9,6 +9,7 @@ message ids, because code that says `say("size.multiple")` hides the very words 
 from __future__ import annotations
 
 import os
+import sys
 import tomllib
 from collections.abc import Mapping
 from functools import cache
@@ -17,14 +18,26 @@ from typing import Any
 
 from lanting.core.errors import LantingError
 
+CHINESE = 4  # Windows' number of the language, whatever the country
+
 
 def language(environ: Mapping[str, str] | None = None) -> str:
-    """'zh' or 'en': LANTING_LANG if set, else the locale variables in their usual order."""
+    """'zh' or 'en': LANTING_LANG if set, else the locale variables in their usual order, else what Windows speaks."""
     env = os.environ if environ is None else environ
     for name in ("LANTING_LANG", "LC_ALL", "LC_MESSAGES", "LANG"):
         if value := env.get(name, ""):
             return "zh" if value.lower().startswith("zh") else "en"
-    return "en"
+    return "zh" if environ is None and of_windows() == CHINESE else "en"
+
+
+@cache
+def of_windows() -> int:
+    """The language that Windows speaks to this person, of which its primary number; 0 elsewhere."""
+    if sys.platform != "win32":
+        return 0
+    import ctypes
+
+    return ctypes.windll.kernel32.GetUserDefaultUILanguage() & 0x3FF
 
 
 @cache

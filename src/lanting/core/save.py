@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lanting.core.errors import OutputError
-from lanting.core.files import beside, unwritable
+from lanting.core.files import beside, put, unwritable
 from lanting.core.layered import KINDS, pack, require
 from lanting.core.recipe import EXIF_IFD, IMAGE_DESCRIPTION, USER_COMMENT, infotext, to_json
 from lanting.core.stack import layer_names
@@ -194,7 +194,7 @@ def _written(place: Place, write: Callable[[Path], object]) -> Path:
 def _publish(part: Path, place: Place) -> Path:
     """The finished file gets its name; a taken name is refused (given) or counted on (ours)."""
     if place.force:
-        os.replace(part, place.path)
+        put(part, place.path)
         return place.path
     for number in range(1, 10_000):
         path = place.path if number == 1 else place.path.with_stem(f"{place.path.stem}-{number}")
@@ -215,7 +215,7 @@ def _take(part: Path, path: Path) -> None:
     # file systems without hard links (FAT, some network shares): claim the name, then replace
     except OSError:
         path.touch(exist_ok=False)
-        os.replace(part, path)
+        put(part, path)
 
 
 def how_to_save(kind: str, recipe: Recipe | None) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def library() -> Any:
         import pptx
     except ImportError:
         raise OutputError(
-            "a .pptx file needs python-pptx, which is not installed: run pip install 'lanting[layers]'"
+            'a .pptx file needs python-pptx, which is not installed: run pip install "lanting[layers]"'
         ) from None
     return pptx
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +13,12 @@ from lanting.core.errors import LantingError
 from lanting.core.lang import explain, say
 
 OK, NOTE, PROBLEM = "ok", "note", "problem"
+DROP = re.compile(r"unset ([A-Z][A-Z0-9_]*(?: [A-Z][A-Z0-9_]*)*)")
+SET = re.compile(r"export ((?:[A-Z][A-Z0-9_]*=[^\s（；]+ ?)+)")
+ELSEWHERE = {  # what other systems have in place of our words
+    "win32": {"sudo timedatectl set-ntp true": "w32tm /resync", "/path/to/folder": "D:\\folder"},
+    "darwin": {"sudo timedatectl set-ntp true": "sudo sntp -sS time.apple.com"},
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +29,7 @@ class Advice:
     values: Mapping[str, object] = field(default_factory=dict[str, object])
 
     def told(self) -> str:
-        return say(self.sentence, **self.values)
+        return typed(say(self.sentence, **self.values), sys.platform, os.environ)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +51,24 @@ class Finding:
         values = {key: value if isinstance(value, int | float) else str(value) for key, value in self.values.items()}
         advice = None if self.advice is None else self.advice.told()
         return {"name": self.name, "state": self.state, "found": self.told(), "advice": advice, "values": values}
+
+
+def typed(text: str, system: str, env: Mapping[str, str]) -> str:
+    """Commands as they are typed on a system (sys.platform). Of Windows' two shells cmd is the one that sets PROMPT."""
+    for ours, theirs in ELSEWHERE.get(system, {}).items():
+        text = text.replace(ours, theirs)
+    if system != "win32":
+        return text
+    if "PROMPT" in env:
+        text = DROP.sub(lambda names: "&& ".join(f"set {name}=" for name in names[1].split()), text)
+        return SET.sub(lambda pairs: "&& ".join(f"set {pair}" for pair in pairs[1].split()), text)
+    text = DROP.sub(lambda names: "Remove-Item " + ", ".join(f"Env:{name}" for name in names[1].split()), text)
+    return SET.sub(lambda pairs: "; ".join(map(powershell, pairs[1].split())), text)
+
+
+def powershell(pair: str) -> str:
+    name, _, value = pair.partition("=")
+    return f"$env:{name} = '{value}'"
 
 
 def fine(sentence: str, name: str, /, **values: object) -> Finding:

@@ -56,7 +56,7 @@ def kernels(found: Kernels) -> Iterator[Finding]:
             "kernels", build, compiler=found.compiler,
         )  # fmt: skip
     else:
-        get = {"darwin": "xcode-select --install", "win32": "winget install LLVM.LLVM"}
+        get = {"darwin": "xcode-select --install", "win32": "pip install ziglang"}
         install = get.get(found.system, "sudo apt install g++")
         build = advice("get a compiler ({install}), then build them: {command}", install=install, command=BUILD)
         yield remark("kernels for the processor are not built, and there is no C++ compiler", "kernels", build)

@@ -105,7 +105,7 @@ def language(env: Mapping[str, str], encoding: str, windows: bool = False) -> It
             "LANTING_LANG names {name}, a language that lanting does not speak", "language", choose, name=asked
         )
     if encoding.lower().replace("-", "") not in ("utf8", "utf8sig", "cp65001"):
-        command = "set PYTHONUTF8=1" if windows else "export PYTHONUTF8=1 LC_ALL=C.UTF-8"
+        command = "export PYTHONUTF8=1" if windows else "export PYTHONUTF8=1 LC_ALL=C.UTF-8"
         use = advice("use UTF-8: {command}", command=command)
         yield remark(
             "the terminal's encoding is {encoding}, which can't show everything", "language", use, encoding=encoding

@@ -11,7 +11,7 @@ from lanting.doctor.finding import Advice, Finding, advice, fine, problem, remar
 
 PYTHON = (3, 11)
 TORCH = ((2, 8), (2, 14))  # from, and below what: a test compares them with pyproject.toml
-WANTED = "'torch>=2.8,<2.14'"
+WANTED = '"torch>=2.8,<2.14"'  # in marks that every shell knows
 TURING = (7, 5)
 OLDEST = (8, 0)  # compute capability that Triton's kernels need
 EXTRAS = {  # the distributions whose absence is told; a test compares them with pyproject.toml
@@ -208,6 +208,6 @@ def extras(missing: Mapping[str, Sequence[str]]) -> Iterator[Finding]:
             yield remark(
                 "the extra {extra} is not here in full ({lacking} is missing): it is for {use}",
                 "extras",
-                advice("run pip install 'lanting[{extra}]' if you want that", extra=name),
+                advice('run pip install "lanting[{extra}]" if you want that', extra=name),
                 **{"extra": name, "lacking": ", ".join(lacking), "use": uses[name]},
             )

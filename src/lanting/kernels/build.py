@@ -2,12 +2,15 @@
 
 Needs nothing but Python and a C++ compiler (`CXX`, g++ or clang++). The same sources are compiled once for every
 instruction set that this compiler knows; which one runs is decided when they are loaded. Where there is no compiler
-nothing is built, and everything runs on torch's own operations.
+nothing is built, and everything runs on torch's own operations. On Windows the compiler is Zig's, which pip installs
+(`pip install ziglang`): GCC puts vectors of 32 bytes on stacks that are aligned to 16 there, and programs crash; that
+of Visual Studio takes neither these flags nor these sources.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import platform
 import shutil
@@ -16,6 +19,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -42,9 +46,12 @@ Flags = Sequence[str]
 def compiler() -> list[str] | None:
     """The command of a C++ compiler, or None."""
     asked = os.environ.get("CXX", "").split()
-    for command in (asked, ["g++"], ["clang++"], ["c++"]):
+    windows = sys.platform == "win32"
+    for command in (asked,) if windows else (asked, ["g++"], ["clang++"], ["c++"]):
         if command and shutil.which(command[0]):
             return command
+    if windows and importlib.util.find_spec("ziglang"):  # for any processor of its kind, not for this one alone
+        return [sys.executable, "-m", "ziglang", "c++", "-target", f"{machine()}-windows-gnu"]
     return None
 
 
@@ -81,7 +88,8 @@ def build(out: Path = LIBRARY, extra: Flags = (), sets: Sequence[str] = ()) -> t
     """
     command = compiler()
     if command is None:
-        raise RuntimeError("no C++ compiler was found (g++ or clang++, or name one in CXX)")
+        known = "pip install ziglang" if sys.platform == "win32" else "g++ or clang++"
+        raise RuntimeError(f"no C++ compiler was found ({known}, or name one in CXX)")
     known, sources = SETS.get(machine(), (("plain", ()),)), digest()  # of now: they may change while this runs
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -96,17 +104,18 @@ def build(out: Path = LIBRARY, extra: Flags = (), sets: Sequence[str] = ()) -> t
         ]
         with ThreadPoolExecutor(os.cpu_count()) as threads:
             list(threads.map(call, commands))
-        put(command, (*extra, *objects), out)
+        call([*command, "-shared", *extra, *objects, "-o", str(folder / "made.dll"), "-pthread"])
+        put(folder / "made.dll", out)
     names = tuple(s for s, _ in chosen)
     stamp(out).write_text(f"{sources} {out.stat().st_size} {' '.join(names)}\n", encoding="ascii")
     return names
 
 
-def put(command: Sequence[str], objects: Flags, out: Path) -> None:
-    """Link beside `out`, then rename: whoever has the old library mapped keeps it, and two builds don't meet."""
+def put(made: Path, out: Path) -> None:
+    """Copy beside `out`, then rename: whoever has the old library mapped keeps it, and two builds don't meet."""
     part = out.with_name(f"{out.name}.{os.getpid()}.part")
     try:
-        call([*command, "-shared", *objects, "-o", str(part), "-pthread"])
+        shutil.copyfile(made, part)
         os.replace(part, out)
     finally:
         part.unlink(missing_ok=True)
@@ -144,8 +153,9 @@ def main(library: Path = LIBRARY) -> int:
     try:
         made = build(library)
     except (RuntimeError, OSError) as error:
-        for path in (library, stamp(library)):  # of other sources, and perhaps of another interface
-            path.unlink(missing_ok=True)
+        with suppress(OSError):  # Windows keeps one that is in use
+            for path in (library, stamp(library)):  # of other sources, and perhaps of another interface
+                path.unlink(missing_ok=True)
         print(f"lanting's kernels are not built, torch does their work: {error}", file=sys.stderr)
         return 0
     print(f"lanting's kernels are built: {', '.join(made)}", file=sys.stderr)

@@ -167,6 +167,8 @@ def cpu_title() -> str:
     """The processor's own name for itself."""
     if sys.platform == "darwin":
         return _run("sysctl", "-n", "machdep.cpu.brand_string").strip() or "CPU"
+    if title := _windows_processor():
+        return title
     match = re.search(r"^model name\s*:\s*(.+)$", read(Path("/proc/cpuinfo")), re.MULTILINE)
     return match[1].strip() if match else "CPU"
 
@@ -184,6 +186,20 @@ def _windows_memory() -> tuple[int, int]:
     ctypes.cast(status, ctypes.POINTER(ctypes.c_uint32))[0] = ctypes.sizeof(status)
     kernel = getattr(ctypes, "windll").kernel32  # noqa: B009  only Windows has it
     return (status[1], status[2]) if kernel.GlobalMemoryStatusEx(status) else (0, 0)
+
+
+def _windows_processor() -> str:
+    """As the registry has it."""
+    if sys.platform != "win32":
+        return ""
+    import winreg
+
+    try:
+        place = "HARDWARE\\DESCRIPTION\\System\\CentralProcessor\\0"
+        with winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, place) as key:
+            return str(winreg.QueryValueEx(key, "ProcessorNameString")[0]).strip()
+    except OSError:
+        return ""
 
 
 def _run(*command: str) -> str:

@@ -26,4 +26,4 @@ def check_reader() -> None:
 
 
 def missing() -> MissingJudgeError:
-    return MissingJudgeError("Reading pictures needs rapidocr; install it with: pip install 'lanting[eval]'")
+    return MissingJudgeError('Reading pictures needs rapidocr; install it with: pip install "lanting[eval]"')

@@ -45,7 +45,8 @@ def listen(settings: Settings) -> socket.socket:
     """The bound socket. Raises RequestError where the port is taken or the address is not this machine's."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    # Windows means something else by the first: that several programs may listen on one port at once
+    sock.setsockopt(socket.SOL_SOCKET, getattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_REUSEADDR), 1)
     try:
         sock.bind((settings.host, settings.port))
     except OSError as error:

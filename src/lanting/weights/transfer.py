@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Lock
@@ -103,6 +104,8 @@ def _carry_out(job: Job, meter: Meter, workers: int, waits: tuple[float, ...], e
         stop.set()
         pool.shutdown(wait=True, cancel_futures=True)
         lock.release()
+        with suppress(OSError):  # Windows kept the lock, and with it the folder that holds nothing else by now
+            staging.rmdir()
 
 
 def _raise(future: Future[None], listing: Listing) -> None:

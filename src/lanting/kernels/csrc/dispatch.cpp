@@ -6,6 +6,8 @@
 #include "table.h"
 #if defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(_WIN32)
+#include <windows.h>
 #elif defined(__x86_64__)
 #include <cpuid.h>
 #if defined(__linux__)
@@ -55,6 +57,8 @@ bool runs(const char* name) {
   if (!strncmp(name, "avx", 3)) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #elif defined(__aarch64__) && defined(__linux__)
   if (!strcmp(name, "dotprod")) return getauxval(AT_HWCAP) & (1 << 20);  // HWCAP_ASIMDDP; a Raspberry Pi 4 lacks it
+#elif defined(__aarch64__) && defined(_WIN32)
+  if (!strcmp(name, "dotprod")) return IsProcessorFeaturePresent(43);  // PF_ARM_V82_DP_INSTRUCTIONS_AVAILABLE
 #endif
   return true;  // Apple's all have it
 }
@@ -84,7 +88,11 @@ template <class F> int guarded(F body) {
 
 using namespace lt;
 
+#if defined(_WIN32)
+#define LT_EXPORT extern "C" __declspec(dllexport)
+#else
 #define LT_EXPORT extern "C" __attribute__((visibility("default")))
+#endif
 
 LT_EXPORT int lt_abi() { return ABI; }
 LT_EXPORT const char* lt_name() { return used->name; }

@@ -1,6 +1,10 @@
 #include "pool.h"
 
+#if defined(_WIN32)
+#include <malloc.h>
+#else
 #include <pthread.h>
+#endif
 
 #include <atomic>
 #include <condition_variable>
@@ -77,25 +81,37 @@ Pool* pool = nullptr;  // never freed at exit: threads of an interpreter that en
 std::mutex turn;       // one piece of work at a time; who comes second works alone
 std::atomic<int> wanted{1};
 
+#if !defined(_WIN32)
 void forget_pool() {  // a forked child has none of the threads
   pool = nullptr;
   new (&turn) std::mutex();
 }
+#endif
 
 void make_pool() {
   if (pool && static_cast<int>(pool->workers.size()) == wanted - 1) return;
+#if !defined(_WIN32)
   static bool once = (pthread_atfork(nullptr, nullptr, forget_pool), true);
   (void)once;
+#endif
   delete pool;
   pool = new Pool();
   for (int i = 1; i < wanted; i++) pool->workers.emplace_back([made = pool, i] { made->wait_for_work(i); });
 }
 
+#if defined(_WIN32)
+void* new_pages(int64_t size) { return _aligned_malloc(size, 4096); }
+void free_pages(void* at) { _aligned_free(at); }
+#else
+void* new_pages(int64_t size) { return aligned_alloc(4096, size); }
+void free_pages(void* at) { free(at); }
+#endif
+
 struct Slots {
   void* at[8] = {};
   int64_t size[8] = {};
   ~Slots() {
-    for (void* each : at) free(each);
+    for (void* each : at) free_pages(each);
   }
 };
 
@@ -121,10 +137,10 @@ void run(int64_t count, Work work, void* given) {
 void* scratch(int slot, int64_t bytes) {
   static thread_local Slots slots;
   if (slots.size[slot] < bytes) {
-    free(slots.at[slot]);
+    free_pages(slots.at[slot]);
     slots.size[slot] = 0;  // should there be no more memory
     int64_t size = (bytes + 4095) / 4096 * 4096;
-    slots.at[slot] = aligned_alloc(4096, size);
+    slots.at[slot] = new_pages(size);
     if (!slots.at[slot]) throw std::bad_alloc();
     slots.size[slot] = size;
   }
