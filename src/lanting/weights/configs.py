@@ -15,6 +15,7 @@ from lanting.core.lang import Phrase
 from lanting.specs.detect import SINGLE_STREAM
 from lanting.weights.checkpoint import Checkpoint
 from lanting.weights.forms import FLAGS, shapes
+from lanting.weights.kinds import ZERO_COND_T
 from lanting.weights.single import OWN_NOTES
 
 SCHEDULER: dict[str, Any] = {  # of every release; distilled ones replace parts of it by their spec's own
@@ -94,8 +95,7 @@ def _transformer(sides: Sides) -> dict[str, Any]:
     width, channels = sides["img_in.weight"]
     (head,) = sides["transformer_blocks.0.attn.norm_q.weight"]
     layered = "time_text_embed.addition_t_embedding.weight" in sides
-    if head % 16:
-        raise ValueError(Phrase("a config: heads of {head} tell nothing of their positions", head=head))
+    axes = _axes(head)
     return {
         "_class_name": "QwenImageTransformer2DModel",
         "num_layers": sides.blocks("transformer_blocks."),
@@ -105,19 +105,25 @@ def _transformer(sides: Sides) -> dict[str, Any]:
         "in_channels": channels,
         "out_channels": sides["proj_out.weight"][0] // 4,
         "patch_size": 2,
-        "axes_dims_rope": [head // 8, head * 7 // 16, head * 7 // 16],
-        "zero_cond_t": "__index_timestep_zero__" in sides,
+        "axes_dims_rope": axes,
+        "zero_cond_t": ZERO_COND_T in sides,
         "use_additional_t_cond": layered,
         "use_layer3d_rope": layered,
     }
+
+
+def _axes(head: int) -> list[int]:
+    """How a head's width is shared out among frames, rows and columns, in every release."""
+    if head % 16:
+        raise ValueError(Phrase("a config: heads of {head} tell nothing of their positions", head=head))
+    return [head // 8, head * 7 // 16, head * 7 // 16]
 
 
 def _single_stream(sides: Sides) -> dict[str, Any]:
     """Qwen-Image-2.1's."""
     width, channels = sides["img_in.weight"]
     (head,) = sides["transformer_blocks.0.attn.norm_q.weight"]
-    if head % 16:
-        raise ValueError(Phrase("a config: heads of {head} tell nothing of their positions", head=head))
+    axes = _axes(head)
     return {
         "_class_name": SINGLE_STREAM,
         "num_layers": sides.blocks("transformer_blocks."),
@@ -128,7 +134,7 @@ def _single_stream(sides: Sides) -> dict[str, Any]:
         "out_channels": sides["proj_out.weight"][0],
         "patch_size": 1,
         "mlp_ratio": sides["transformer_blocks.0.img_mlp.out.weight"][1] // width,
-        "axes_dims_rope": [head // 8, head * 7 // 16, head * 7 // 16],
+        "axes_dims_rope": axes,
         "causal_condition": True,
     }
 

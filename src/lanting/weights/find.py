@@ -19,8 +19,8 @@ from lanting.specs import ModelSpec, detect, get_spec, spec_names, whole_release
 from lanting.specs.detect import SINGLE_STREAM
 from lanting.weights.checkpoint import Checkpoint, read_json
 from lanting.weights.configs import SCHEDULER, config_of, own_notes
-from lanting.weights.home import REPO, downloaded, embedded_nano, file_in, path_of
-from lanting.weights.single import COMPONENTS, open_file, open_weights
+from lanting.weights.home import COMPONENTS, REPO, downloaded, embedded_nano, file_in, path_of
+from lanting.weights.single import open_file, open_weights
 
 LORAS = "lora"  # inside a model's folder: the LoRAs it brings, which may be called by name
 PARTS = ("text_encoder", "vae")  # what may be given apart

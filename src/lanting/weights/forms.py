@@ -25,12 +25,13 @@ from lanting.nn.blocks import TYPES
 from lanting.weights import bnb
 from lanting.weights.checkpoint import Checkpoint
 from lanting.weights.headers import TensorInfo
+from lanting.weights.kinds import ZERO_COND_T
 
 SCALE_NAMES = ("weight_scale", "scale_weight")
 UNUSED = ("scale_input", "input_scale", "comfy_quant")  # beside a weight, and of no use for its value
 SECOND = "weight_scale_2"  # NVFP4's, one number for all
 UNKNOWN = ("pre_quant_scale", "weight_s_rel", "weight_s_channel", "weight_codebook", "qweight", "wscales")
-FLAGS = ("scaled_fp8", "__index_timestep_zero__")  # tensors that only say something by being there
+FLAGS = ("scaled_fp8", ZERO_COND_T)  # tensors that only say something by being there
 STRAYS = ("logit_scale",)  # a number of CLIP's that ComfyUI saves beside every text encoder, and none reads
 FP8 = {"F8_E4M3": "fp8 e4m3", "F8_E5M2": "fp8 e5m2"}
 FORMATS = {  # what ComfyUI calls them, and what we do
@@ -80,7 +81,7 @@ def read_forms(checkpoint: Checkpoint) -> dict[str, Form]:
 
     Raises ModelError for schemes this version can't read.
     """
-    notes = layer_notes(checkpoint)
+    notes = schemes(checkpoint)
     forms: dict[str, Form] = {}
     for name, info in checkpoint.infos.items():
         path, dot, part = name.rpartition(".")
@@ -111,7 +112,7 @@ def shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
     }
 
 
-def layer_notes(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
+def schemes(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
     """Path -> what the file says of that layer's scheme."""
     found = {
         path: {"format": note} if isinstance(note, str) else _table(checkpoint, note, path)

@@ -15,10 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from lanting.core.errors import ModelError
 from lanting.core.lang import Phrase
 from lanting.nn.blocks import BY_CODE
-from lanting.weights.headers import LARGEST_HEADER, LARGEST_SIZE, TensorInfo, damaged
+from lanting.weights.headers import LARGEST_HEADER, LARGEST_SIZE, TensorInfo, damaged, unreadable
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)  # 1 had counts of another width and is not in use any more
@@ -79,12 +78,8 @@ def read_gguf(path: Path | str) -> GgufHeader:
     try:
         with path.open("rb") as file:
             return parse(file, path.stat().st_size, path)
-    except FileNotFoundError:
-        raise ModelError("{path} does not exist", path=str(path)) from None
     except OSError as error:
-        raise ModelError(
-            "{path} can't be read: {reason}", path=str(path), reason=error.strerror or str(error)
-        ) from None
+        raise unreadable(path, error) from None
 
 
 def parse(file: BinaryIO, size: int, path: Path) -> GgufHeader:

@@ -23,9 +23,9 @@ from lanting.core.lang import Phrase
 from lanting.nn.blocks import TYPES
 from lanting.weights.gguf import ALIGNMENT, ARRAY, MAGIC, TEXT
 from lanting.weights.gguf_mix import MIXES, tensor_bytes, tensor_types
+from lanting.weights.kinds import ZERO_COND_T
 from lanting.weights.kquants import can_quantize, quantize
 
-MARKER = "__index_timestep_zero__"  # by which ComfyUI knows Edit-2511
 ROWS = 1 << 22  # weights packed at a time
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -76,8 +76,8 @@ def write_transformer(
         metadata["lanting.release"] = str(about["release"])
     if isinstance(config, Mapping):
         metadata["lanting.config"] = json.dumps(dict(config), ensure_ascii=False, sort_keys=True)
-        if config.get("zero_cond_t") and MARKER not in shapes:
-            entries.append(Entry(MARKER, (1,), "F32", lambda: torch.zeros(1)))
+        if config.get("zero_cond_t") and ZERO_COND_T not in shapes:
+            entries.append(Entry(ZERO_COND_T, (1,), "F32", lambda: torch.zeros(1)))
     write_gguf(path, metadata, entries, report)
     return types
 

@@ -111,12 +111,8 @@ def _read_table(path: Path) -> tuple[dict[str, Any], int, int]:
                     path, "its header claims {length:,} bytes and the file has {size:,}", length=length, size=size
                 )
             raw = file.read(length)
-    except FileNotFoundError:
-        raise ModelError("{path} does not exist", path=str(path)) from None
     except OSError as error:
-        raise ModelError(
-            "{path} can't be read: {reason}", path=str(path), reason=error.strerror or str(error)
-        ) from None
+        raise unreadable(path, error) from None
     try:
         table = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_twins)
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
@@ -186,6 +182,13 @@ def _whole_numbers(value: Any) -> bool:
     if not isinstance(value, list) or len(value) > 32:
         return False
     return all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n <= LARGEST_SIZE for n in value)
+
+
+def unreadable(path: Path, error: OSError) -> ModelError:
+    """The sentence for a file that isn't there, or that the system refuses."""
+    if isinstance(error, FileNotFoundError):
+        return ModelError("{path} does not exist", path=str(path))
+    return ModelError("{path} can't be read: {reason}", path=str(path), reason=error.strerror or str(error))
 
 
 def damaged(path: Path, reason: str, **values: object) -> ModelError:

@@ -21,6 +21,7 @@ from lanting.core.errors import ModelError
 from lanting.core.files import replace_file
 from lanting.specs import get_spec, release_in, spec_names
 
+COMPONENTS = ("transformer", "vae", "text_encoder")  # of a model, each in a folder of its own
 MARKER = "lanting.json"
 STAGING = ".lanting-pull"  # inside a model's folder: what a pull has fetched so far
 REPO = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
@@ -223,12 +224,8 @@ def missing_files(folder: Path) -> list[str]:
 
 def missing_weights(folder: Path) -> list[str]:
     """Shards that an index in a diffusers folder names and that are not there; components' configs too."""
-    missing = [
-        f"{part}/config.json"
-        for part in ("transformer", "vae", "text_encoder")
-        if not (folder / part / "config.json").is_file()
-    ]
-    for part in ("transformer", "vae", "text_encoder"):
+    missing = [f"{part}/config.json" for part in COMPONENTS if not (folder / part / "config.json").is_file()]
+    for part in COMPONENTS:
         indexes = sorted((folder / part).glob("*.safetensors.index.json"))
         if not indexes and not any((folder / part).glob("*.safetensors")):
             missing.append(f"{part}/*.safetensors")

@@ -18,13 +18,14 @@ from lanting.core.errors import ModelError
 from lanting.core.lang import Phrase
 from lanting.specs import detect, get_spec, spec_names
 from lanting.weights.checkpoint import Checkpoint, open_component, read_json
-from lanting.weights.find import COMPONENTS, LORAS, PARTS, base_of, disagreements, namesakes, release_of
+from lanting.weights.find import LORAS, PARTS, base_of, disagreements, namesakes, release_of
 from lanting.weights.forms import read_forms, shapes, side_tensors
 from lanting.weights.gguf import is_gguf, read_gguf
 from lanting.weights.gguf_names import is_projector
 from lanting.weights.gguf_view import open_gguf
 from lanting.weights.headers import TensorInfo, read_header
 from lanting.weights.home import (
+    COMPONENTS,
     REPO,
     downloaded,
     embedded_nano,
@@ -34,7 +35,7 @@ from lanting.weights.home import (
     read_marker,
     unfinished,
 )
-from lanting.weights.kinds import PICKLES, Kind, config_notes, guess_kind
+from lanting.weights.kinds import PICKLES, Kind, config_notes, guess_kind, pickled
 from lanting.weights.pull import gigabytes
 from lanting.weights.single import open_file
 
@@ -90,7 +91,7 @@ def _describe_release(name: str) -> Description:
         described = _describe_folder(folder, name, name)
         described = replace(described, notes=(*described.notes, *namesakes(name)))
         lora = lora_path(name)
-        return described if lora is None else _with_file(described, lora)
+        return described if lora is None else replace(described, parts=(*described.parts, _file_part(lora)))
     notes = [Phrase("not on this machine: run 'lanting pull {name}'", name=name)] if name != "nano" else []
     told = get_spec(name).licence
     if name != "nano" and (begun := unfinished(model_folder(name))) is not None:
@@ -174,9 +175,7 @@ def _component(folder: Path) -> tuple[Part | None, tuple[str, ...], tuple[str, .
 
 def _describe_file(path: Path) -> Description:
     if path.suffix in PICKLES:
-        raise ModelError(
-            "{path} is pickled, which can run code, and is never opened: get a safetensors file", path=str(path)
-        )
+        raise pickled(path)
     if is_gguf(path) and is_projector(read_gguf(path)):
         note = Phrase(
             "this is the half of a text encoder that sees: leave it beside its language model's file and name that."
@@ -219,19 +218,6 @@ def _files(files: Iterable[Path]) -> tuple[list[Part], list[str]]:
 def _file_part(path: Path) -> Part:
     infos = open_gguf(path).infos if is_gguf(path) else read_header(path)
     return _part(path.name, guess_kind(infos), infos, 1)
-
-
-def _with_file(described: Description, file: Path) -> Description:
-    return Description(
-        described.name,
-        described.path,
-        described.release,
-        (*described.parts, _file_part(file)),
-        described.licence,
-        described.source,
-        described.notes,
-        described.problems,
-    )
 
 
 def _part(name: str, kind: Kind, infos: Mapping[str, TensorInfo], files: int) -> Part:

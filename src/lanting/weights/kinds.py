@@ -9,8 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+from lanting.core.errors import ModelError
 from lanting.core.lang import Phrase
 from lanting.weights.headers import TensorInfo
 
@@ -26,7 +28,16 @@ PREFIXES = (
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")  # endings of files that can run code when they are opened
 LORA = re.compile(r"(\.lora_(A|B|down|up|a|b)\b|lora_(down|up)\.weight|\.(hada|lokr)_w\d)")
 DOWN = re.compile(r"(lora_A|lora_down|lora_a)(\.|$)")
+WAN_VAE = ("conv1.weight", "decoder.conv1.weight", "encoder.downsamples.0.residual.2.weight")  # under Wan's own names
+ZERO_COND_T = "__index_timestep_zero__"  # an empty tensor by which ComfyUI and we know Edit-2511
 SCALES = (".weight_scale", ".scale_weight", ".comfy_quant", ".weight_scale_2", ".weight.absmax", ".SCB")
+
+
+def pickled(path: Path | str) -> ModelError:
+    """The sentence for a file of that sort."""
+    return ModelError(
+        "{path} is pickled, which can run code, and is never opened: get a safetensors file", path=str(path)
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +137,7 @@ def _transformer(bare: Mapping[str, TensorInfo]) -> Kind | None:
         return Kind("controlnet", _with_mask(plain, bare, "controlnet_x_embedder.weight"))
     if "time_text_embed.addition_t_embedding.weight" in bare:
         return Kind("transformer", Phrase("{count} blocks, layered", count=blocks), "qwen-image-layered")
-    if "__index_timestep_zero__" in bare:
+    if ZERO_COND_T in bare:
         return Kind("transformer", Phrase("{count} blocks, clean references", count=blocks), "qwen-image-edit-2511")
     return Kind("transformer", plain)
 
@@ -135,11 +146,7 @@ def _vae(bare: Mapping[str, TensorInfo]) -> Kind | None:
     shape = {name: info.shape for name, info in bare.items()}
     if "quant_conv.weight" in shape and "decoder.conv_in.weight" in shape:
         return Kind("vae", Phrase("{count} colour channels", count=_side(shape, "encoder.conv_in.weight", 1)))
-    if (
-        "conv1.weight" in shape
-        and "decoder.conv1.weight" in shape
-        and "encoder.downsamples.0.residual.2.weight" in shape
-    ):
+    if set(WAN_VAE) <= set(shape):
         count = _side(shape, "encoder.conv1.weight", 1)
         return Kind("vae", Phrase("{count} colour channels, Wan's tensor names", count=count))
     return None

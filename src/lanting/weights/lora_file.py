@@ -14,9 +14,9 @@ from lanting.core.errors import ModelError
 from lanting.specs.numbers import number
 from lanting.weights.checkpoint import read_json
 from lanting.weights.find import LORAS, ModelFolder
-from lanting.weights.headers import read_header, read_metadata
+from lanting.weights.headers import read_file
 from lanting.weights.home import path_of
-from lanting.weights.kinds import PICKLES
+from lanting.weights.kinds import PICKLES, pickled
 from lanting.weights.linear_names import transformer_linears
 from lanting.weights.lora_names import Sides
 from lanting.weights.lora_pieces import Piece, read_pieces
@@ -78,9 +78,7 @@ def find_lora(folder: Path, name: str) -> Path:
         return own[name]
     path = path_of(name)
     if path.suffix in PICKLES:
-        raise ModelError(
-            "{path} is pickled, which can run code, and is never opened: get a safetensors file", path=name
-        )
+        raise pickled(name)
     if path.is_file():
         return path
     if path.is_dir():
@@ -121,7 +119,7 @@ def find_loras(folder: ModelFolder, asked: Sequence[str]) -> tuple[Lora, ...]:
 
 def open_lora(path: Path, linears: Sides, given: str = "", strength: float = 1.0) -> Lora:
     """Read the header and match every tensor. Raises ModelError naming the first tensor that does not fit."""
-    infos, notes = read_header(path), read_metadata(path)
+    infos, notes = read_file(path)
     reading = read_pieces(path, infos, linears, peft_settings(path, notes))
     if reading.problems:
         raise reading.problems[0]

@@ -21,14 +21,14 @@ from lanting.core.errors import ModelError
 from lanting.core.files import writing
 from lanting.core.lang import Phrase
 from lanting.weights.checkpoint import LAYER_NOTES, Checkpoint
-from lanting.weights.forms import FLAGS, Form, read_forms, shapes
+from lanting.weights.forms import Form, read_forms, shapes
 from lanting.weights.headers import BITS, read_header
+from lanting.weights.kinds import ZERO_COND_T
 from lanting.weights.single import OWN_NOTES
 from lanting.weights.stored import Choose, Placing, expand, pack
 
 FORMATS = {"int8": "int8_tensorwise", "int4": "lanting_int4", "fp8 e4m3": "float8_e4m3fn", "fp8 e5m2": "float8_e5m2"}
 STORED = {"int8": "I8", "int4": "U8", "fp8 e4m3": "F8_E4M3", "fp8 e5m2": "F8_E5M2"}
-MARKER = "__index_timestep_zero__"  # by which ComfyUI and we know Edit-2511
 FEW = 1024  # values; vectors this short keep float32 where they have it
 Report = Callable[[int, int], None]
 """Called with bytes written and bytes in all."""
@@ -78,12 +78,12 @@ def quantize_safetensors(
     about   noted in the header: `component`, `release`, `to`, `config`
     Raises ModelError for weights that can't be read, OutputError for a place that can't be written.
     """
-    stored, flags = read_forms(checkpoint), [name for name in checkpoint.infos if name in FLAGS and name == MARKER]
+    stored = read_forms(checkpoint)
     sources = [Source(name, shape, _chosen(choose, name, shape)) for name, shape in shapes(checkpoint).items()]
     plan = [(source, source.entries(_plain_type(checkpoint, source, stored))) for source in sources]
     config = about.get("config") or {}
-    if flags or (config.get("zero_cond_t") and about.get("component") == "transformer"):
-        plan.append((Source(MARKER, (0,), None), [Entry(MARKER, "F32", (0,))]))
+    if ZERO_COND_T in checkpoint.infos or (config.get("zero_cond_t") and about.get("component") == "transformer"):
+        plan.append((Source(ZERO_COND_T, (0,), None), [Entry(ZERO_COND_T, "F32", (0,))]))
 
     def parts() -> Iterator[Tensor]:
         for source, entries in plan:
@@ -156,7 +156,7 @@ def _values(
     checkpoint: Checkpoint, source: Source, entries: list[Entry], stored: Mapping[str, Form]
 ) -> Iterator[Tensor]:
     """The tensors of `entries`, one source's: packed, or cast."""
-    if source.name == MARKER:
+    if source.name == ZERO_COND_T:
         yield torch.empty(0)
         return
     path = source.name.removesuffix(".weight")

@@ -18,11 +18,10 @@ from lanting.core.lang import Phrase
 from lanting.weights.checkpoint import Checkpoint, layer_notes, open_component
 from lanting.weights.forms import FLAGS
 from lanting.weights.fused import parted
-from lanting.weights.headers import damaged, read_file
-from lanting.weights.kinds import foreign
+from lanting.weights.headers import damaged, read_file, unreadable
+from lanting.weights.kinds import WAN_VAE, foreign, pickled
 
 OWN_NOTES = "lanting"  # in a safetensors file's metadata: a JSON table of ours
-COMPONENTS = ("transformer", "vae", "text_encoder")
 PREFIXES = {  # the first that fits is taken off; then the rest is one of COMPONENTS, or a ControlNet
     "model.diffusion_model.": "transformer",
     "diffusion_model.": "transformer",
@@ -43,7 +42,6 @@ SIGNS = {  # names that only this component has, without its prefix
     # blockwise, InstantX's: a file of either may stand under the prefix of a transformer
     "controlnet": ("controlnet_blocks.0.y_rms.weight", "controlnet_x_embedder.weight"),
 }
-WAN_VAE = ("conv1.weight", "decoder.conv1.weight", "encoder.downsamples.0.residual.2.weight")
 WAN_PARTS = (  # pattern of Wan's name, diffusers' name; {b}, {j} are the place in the decoder
     (r"conv1\.(.*)", r"quant_conv.\1"),
     (r"conv2\.(.*)", r"post_quant_conv.\1"),
@@ -70,16 +68,10 @@ def sniff(path: Path) -> str:
     try:
         with path.open("rb") as file:
             start = file.read(16)
-    except FileNotFoundError:
-        raise ModelError("{path} does not exist", path=str(path)) from None
     except OSError as error:
-        raise ModelError(
-            "{path} can't be read: {reason}", path=str(path), reason=error.strerror or str(error)
-        ) from None
+        raise unreadable(path, error) from None
     if start.startswith(PICKLE_STARTS) and start[8:9] != b"{":  # a safetensors header may be 0x..80 bytes long
-        raise ModelError(
-            "{path} is pickled, which can run code, and is never opened: get a safetensors file", path=str(path)
-        )
+        raise pickled(path)
     if start.startswith(b"GGUF"):
         return "gguf"
     if len(start) > 8 and start[8:9] != b"{" and not start.startswith(b"version "):  # an LFS pointer is told later
