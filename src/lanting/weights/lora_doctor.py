@@ -17,7 +17,7 @@ from lanting.core.errors import LantingError, ModelError
 from lanting.specs import ModelSpec, get_spec, spec_names
 from lanting.weights.checkpoint import read_json
 from lanting.weights.find import locate
-from lanting.weights.headers import TensorInfo, read_header, read_metadata
+from lanting.weights.headers import TensorInfo, read_file
 from lanting.weights.home import embedded_nano
 from lanting.weights.linear_names import transformer_linears
 from lanting.weights.lora_file import find_lora, peft_settings
@@ -86,12 +86,12 @@ def examine(name: str, model: str | None = None) -> Examined:
     """
     folder = Path() if model is None else _folder_of(model)
     path = find_lora(folder, name)
-    infos, notes = read_header(path), read_metadata(path)
+    infos, notes = read_file(path)
     shapes = _known_shapes() if model is None else {(model,): _linears(model)}
     peft = peft_settings(path, notes)
     readings = {names: read_pieces(path, infos, linears, peft) for names, linears in shapes.items()}
     names, best = min(readings.items(), key=lambda item: (len(item[1].strays), len(item[1].problems)))
-    return _report(path, infos, notes, best, None if model is None else model, names)
+    return _report(path, infos, notes, best, model, names)
 
 
 def _report(
@@ -108,9 +108,6 @@ def _report(
         wishes = wishes_of(path, notes)
     except ModelError as error:
         problems.append(error)
-    trained_on, trigger = (
-        next((notes[key][:80] for key in said if notes.get(key)), None) for said in (BASES, TRIGGERS)
-    )
     pieces = reading.pieces.values()
     return Examined(
         name=path.name,
@@ -127,8 +124,8 @@ def _report(
         model=model,
         fits=() if problems else tuple(names),
         wishes=wishes,
-        trained_on=trained_on,
-        trigger=trigger,
+        trained_on=_first(notes, BASES),
+        trigger=_first(notes, TRIGGERS),
         stranger=_family(tuple(reading.strays)),
         problems=tuple(problems),
     )

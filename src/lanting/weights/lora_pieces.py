@@ -47,9 +47,6 @@ class Reading:
     strays: dict[str, ModelError] = field(default_factory=dict[str, ModelError])  # tensor -> why it is no part
     problems: list[ModelError] = field(default_factory=list[ModelError])  # everything, strays first
 
-    def error(self, sentence: str, **values: object) -> ModelError:
-        return ModelError(sentence, **{"file": self.file, **values})
-
 
 def read_pieces(path: Path, infos: Mapping[str, TensorInfo], linears: Sides, peft: Mapping[str, Any]) -> Reading:
     """Match every tensor with the Linears of a model. Nothing is raised: see `problems`."""
