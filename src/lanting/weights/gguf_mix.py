@@ -76,11 +76,6 @@ def tensor_types(shapes: Mapping[str, tuple[int, ...]], mix: str) -> dict[str, s
     return {name: _type(name, shape, chosen, last, plain) for name, shape in shapes.items()}
 
 
-def file_bytes(shapes: Mapping[str, tuple[int, ...]], types: Mapping[str, str]) -> int:
-    """Bytes of the tensors without padding."""
-    return sum(tensor_bytes(shape, types[name]) for name, shape in shapes.items())
-
-
 def tensor_bytes(shape: tuple[int, ...], kind: str) -> int:
     return prod(shape) // TYPES[kind].values * TYPES[kind].size
 
