@@ -64,6 +64,11 @@ class NoKeyError(ServeError):
     status, code = 401, "invalid_api_key"
 
 
+def no_key() -> NoKeyError:
+    """The sentence at every door."""
+    return NoKeyError("an API key is needed: send 'Authorization: Bearer KEY'; 'lanting keys create NAME' makes one")
+
+
 class LargeError(ServeError):
     """More bytes than are read."""
 

@@ -28,7 +28,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lanting.core.errors import LantingError
 from lanting.serve.bodies import Arriving, Room
-from lanting.serve.errors import DeniedError, LargeError, NoKeyError
+from lanting.serve.errors import DeniedError, LargeError, NoKeyError, no_key
 from lanting.serve.jobs import LOCAL, Caller
 from lanting.serve.keys import Keyring
 from lanting.serve.meters import Meters
@@ -144,7 +144,7 @@ async def admitted(door: Door, scope: Scope) -> Caller | None:
         return caller
     if (caller := await door.keyring.find(key_in(headers))) is not None:
         return caller
-    raise NoKeyError("an API key is needed: send 'Authorization: Bearer KEY'; 'lanting keys create NAME' makes one")
+    raise no_key()
 
 
 def key_in(headers: Headers) -> str:

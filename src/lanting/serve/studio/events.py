@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 from lanting.core.errors import LantingError
-from lanting.serve.errors import NoKeyError
+from lanting.serve.errors import no_key
 from lanting.serve.jobs import LOCAL, Caller, Job
 from lanting.serve.studio.clerk import Clerk
 from lanting.serve.studio.forms import DRAW
@@ -20,7 +20,7 @@ def whose(clerk: Clerk, request: Any) -> Caller:
     """Whom the guard let in. Never this computer where keys are asked for."""
     caller = request.request.scope.get("state", {}).get("caller")
     if caller is None and clerk.house.settings.needs_keys:
-        raise NoKeyError("an API key is needed: send 'Authorization: Bearer KEY'; 'lanting keys create NAME' makes one")
+        raise no_key()
     return caller or LOCAL
 
 
