@@ -21,9 +21,8 @@ from starlette.types import Message, Receive
 from lanting.serve.errors import ClosedError, LargeError
 from lanting.serve.settings import Caps
 
-VALUES = (
-    20_000  # marks between values of one JSON body: understanding a million takes seconds, in which nobody is answered
-)
+# marks between values of one JSON body: understanding a million takes seconds, in which nobody is answered
+VALUES = 20_000
 MARKS = (b",", b"[", b"{")
 SMALL = 64 << 10  # bytes of each request that are not counted; the connection holds about as many by itself
 PATIENCE = 10.0  # seconds that a request waits for room, all in all

@@ -7,6 +7,7 @@ left, starts the workers, and at the end lets them finish or put their jobs asid
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import sqlite3
 import time
@@ -184,8 +185,6 @@ def settle_all(db: sqlite3.Connection, desk: Desk, jobs: Sequence[Job]) -> None:
 
 def pace_of(db: sqlite3.Connection, name: str) -> Pace:
     """What the last server learnt."""
-    import json
-
     row = db.execute("SELECT value FROM facts WHERE name = ?", (f"pace {name}",)).fetchone()
     return Pace() if row is None else Pace(**json.loads(row[0]))
 

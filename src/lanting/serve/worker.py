@@ -129,11 +129,8 @@ def work(bench: Bench, order: Mapping[str, Any]) -> None:
     module, _, name = order["opener"].partition(":")
     try:
         bench.engine = getattr(importlib.import_module(module), name)(order["model"], **order["options"])
-        asked = (
-            tuple(bench.engine.loras)[-len(order["options"].get("loras", ())) :]
-            if order["options"].get("loras")
-            else ()
-        )
+        count = len(order["options"].get("loras", ()))
+        asked = tuple(bench.engine.loras)[-count:] if count else ()
         bench.names = tuple(lora.path.stem for lora in asked)
         bench.usual = bench.strengths = tuple(float(lora.strength) for lora in asked)
     except LantingError as error:
