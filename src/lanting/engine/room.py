@@ -16,14 +16,13 @@ from lanting.engine.models import Models
 from lanting.plan.activations import tokens
 from lanting.plan.kinds import kind_named, plain
 from lanting.plan.model import job_of
-from lanting.plan.room import seats
+from lanting.plan.room import MOST, seats
 from lanting.weights.sized import planned_model
 
 ROWS = {"cpu": 512}  # picture tokens of one call
 GPU_ROWS = 8192
 WORTH = 3  # drawings, from which on they share steps without being asked
 TASKS = ("text_to_image", "image_to_image", "inpaint")  # their grids follow from the size
-MOST = 16  # drawings that share steps, at the very most; `serve.settings` has it, too
 
 
 def rows_of(models: Models, picture: int) -> int:

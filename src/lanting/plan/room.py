@@ -8,6 +8,8 @@ from lanting.plan.activations import BYTES, Job, transformer_peak
 from lanting.plan.kinds import Kind
 from lanting.plan.model import Model
 
+MOST = 16  # drawings that share steps, at the very most
+
 
 def seats(model: Model, job: Job, kind: Kind, how: tuple[str, bool], spare: int, most: int) -> int:
     """1 to `most` drawings like `job`, so that all but the first fit into `spare` bytes.

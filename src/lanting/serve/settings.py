@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from lanting.core.errors import RequestError
+from lanting.plan.room import MOST
 
-MOST = 16  # jobs that are drawn together
 MOST_WORKERS = 256  # of a model
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 HOST = re.compile(r"[^\s/*@]+")  # a name, perhaps with a port
