@@ -7,6 +7,7 @@ so they say what `lanting plan` says. Rejected: a table by hand, which is wrong 
 from __future__ import annotations
 
 import os
+from functools import cache
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
@@ -85,18 +86,26 @@ WORDS = {
 }
 
 
+@cache
+def planned(card, name: str, size: tuple[int, int]):
+    """Once for both pages."""
+    from lanting.plan import machine_of, plan, release, usual_job
+    from lanting.specs import get_spec
+
+    model = release(get_spec(name))
+    return plan(model, usual_job(model, size), machine_of(card))
+
+
 def row(card, name: str, size: tuple[int, int]) -> str:
     """One device with one release."""
     from lanting.core.lang import say
-    from lanting.plan import RefusalError, machine_of, plan, release, usual_job
+    from lanting.plan import RefusalError
     from lanting.plan.words import encoder, residence, seconds
     from lanting.plan.words import size as in_words
-    from lanting.specs import get_spec
 
-    model, machine = release(get_spec(name)), machine_of(card)
     ram = "" if card.apple else f"{card.ram or 32:.0f} GB"
     try:
-        chosen = plan(model, usual_job(model, size), machine)
+        chosen = planned(card, name, size)
     except RefusalError as refusal:
         return f"| {card.name} | {ram} | - | {refusal} | | | | | |"
     cells = [

@@ -8,6 +8,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import fields, replace
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -74,6 +75,7 @@ def maker() -> ModuleType:
     return script("make_cli")
 
 
+@cache
 def script(name: str) -> ModuleType:
     """A script of docs as a module."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")

@@ -57,7 +57,8 @@ def test_a_slice_comes_back_and_another_machine_goes_on(tmp_path, monkeypatch):
     lighten(monkeypatch)
     monkeypatch.setattr(nano, "seed_embeddings", nano.seed_embeddings)  # the script changes these two for good
     monkeypatch.setattr(vae_speed, "COMPILED", vae_speed.COMPILED)
-    words = slice_of(tmp_path, "second", "--minutes", "60", "--resume-from", str(tmp_path / "first"))
+    kept = ["--resume-from", str(tmp_path / "first"), "--atlas", str(tmp_path / "run first" / "atlas.npz")]
+    words = slice_of(tmp_path, "second", "--minutes", "60", *kept)
     monkeypatch.setattr("sys.argv", ["train_on_gpu", *words])
     train_on_gpu.main()
     second = report(tmp_path, "second")
