@@ -15,7 +15,7 @@ import pytest
 
 from lanting.cli.main import _as_shells_do
 from lanting.core import files, lang
-from lanting.core.processes import apart
+from lanting.core.processes import apart, as_typed
 from lanting.doctor.finding import typed
 from lanting.kernels import build
 
@@ -113,7 +113,7 @@ def test_what_is_different_on_windows(monkeypatch, tmp_path):
     assert _as_shells_do(words) == ["show", "a.png", "b.png", "what? *", f"{tmp_path}/a.png", "no*.gguf"]
     with monkeypatch.context() as windows:
         windows.setattr("lanting.core.processes.os.name", "nt")
-        assert apart() == {"creationflags": 0x200}
+        assert apart() == {"creationflags": 0x200} and as_typed("D:\\a b.png") == '"D:\\a b.png"'
     assert apart() == {"start_new_session": True}
 
 

@@ -7,10 +7,9 @@ The engine's events are drawn as a bar on a terminal and one plain line in a pip
 from __future__ import annotations
 
 import json
-import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -25,6 +24,7 @@ from lanting.cli.read_back import places_of, tell
 from lanting.cli.screen import Screen
 from lanting.core.files import replace_file
 from lanting.core.lang import say
+from lanting.core.processes import as_typed
 from lanting.core.quality import REUSED, computed
 from lanting.core.recipe import control_entries, describe_request, request_of_picture
 from lanting.core.save import places_for, save_all
@@ -88,7 +88,7 @@ class Drawn:
     @property
     def quoted(self) -> str:
         """The first file, as a shell would take it."""
-        return shlex.quote(str(self.paths[0]))
+        return as_typed(self.paths[0])
 
     @property
     def recipes(self) -> tuple[Recipe, ...]:
@@ -172,7 +172,8 @@ def drawn_by(engine: Engine, request: Request, wish: Wish, path: Path, screen: S
     finally:
         screen.end(done)
         if preview:
-            _preview_path(path).unlink(missing_ok=True)
+            with suppress(OSError):  # Windows keeps it as long as somebody looks at it
+                _preview_path(path).unlink(missing_ok=True)
     return found
 
 
@@ -208,7 +209,8 @@ def _previewer(path: Path, screen: Screen) -> Callable[[Progress], None]:
     def show(event: Progress) -> None:
         if event.preview is not None:
             preview = event.preview
-            replace_file(target, lambda part: preview.save(part, format="PNG"))
+            with suppress(PermissionError):  # the next one, then
+                replace_file(target, lambda part: preview.save(part, format="PNG"))
 
     return show
 

@@ -9,7 +9,9 @@ numpy), for ever where nothing more is sent.
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
+from pathlib import Path
 from typing import Any, BinaryIO
 
 
@@ -18,6 +20,11 @@ def apart() -> dict[str, Any]:
     if os.name == "nt":
         return {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}  # type: ignore[attr-defined]
     return {"start_new_session": True}
+
+
+def as_typed(path: Path | str) -> str:
+    """A path as it is typed behind a command."""
+    return subprocess.list2cmdline([str(path)]) if os.name == "nt" else shlex.quote(str(path))
 
 
 def own_pipes() -> tuple[BinaryIO, BinaryIO]:

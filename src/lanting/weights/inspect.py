@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 from lanting.core.errors import ModelError
 from lanting.core.lang import Phrase
+from lanting.core.processes import as_typed
 from lanting.specs import detect, get_spec, spec_names
 from lanting.weights.checkpoint import Checkpoint, open_component, read_json
 from lanting.weights.find import LORAS, PARTS, base_of, disagreements, namesakes, release_of
@@ -250,7 +250,7 @@ def count_values(part: Part, components: Mapping[str, Checkpoint]) -> Part:
 
 def how_to_run(path: Path, kind: str, components: tuple[str, ...], release: str | None) -> str:
     """A command line that draws with a file, "" where there is none; what the file lacks is named in it."""
-    quoted = shlex.quote(str(path))
+    quoted = as_typed(path)
     if "transformer" in components:
         spec = get_spec(release or "qwen-image")
         verb = "layers PICTURE" if "layered" in spec.tasks else "generate 'WORDS'"
