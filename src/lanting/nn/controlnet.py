@@ -46,11 +46,9 @@ class QwenImageControlNet(nn.Module):
         prompt_embeds: Tensor,
         prompt_mask: Tensor | None,
         grids: Sequence[Grid],
-        *,
-        scale: float = 1.0,
     ) -> list[Tensor]:
         """latents (B, N, in_channels) of the target alone; control_latents (B, N, in_channels [+ 4 per extra
-        condition channel / 4]); timestep (B,) in [0, 1]. Returns one (B, N, D) residual per block, times `scale`."""
+        condition channel / 4]); timestep (B,) in [0, 1]. Returns one (B, N, D) residual per block."""
         img = self.img_in(latents) + self.controlnet_x_embedder(control_latents)
         txt = self.txt_in(self.txt_norm(prompt_embeds))
         temb = self.time_text_embed(timestep.to(img.dtype)[:, None], img.dtype)  # (B, 1, D)
@@ -60,5 +58,5 @@ class QwenImageControlNet(nn.Module):
         residuals = []
         for block, out in zip(self.transformer_blocks, self.controlnet_blocks, strict=True):
             img, txt = block(img, txt, ctx)
-            residuals.append(out(img) * scale)
+            residuals.append(out(img))
         return residuals

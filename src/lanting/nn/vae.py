@@ -57,14 +57,18 @@ class VAEConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> VAEConfig:
         """From the parsed `config.json`; keys that describe no network (`_class_name`, ...) are ignored."""
-        known = {f.name for f in fields(cls)}
-        given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known}
-        return cls(**given)
+        return cls(**known_values(cls, values))
 
     @property
     def downscale(self) -> int:
         """Pixels per latent position, 8 for every release."""
         return 2 ** len(self.temperal_downsample)
+
+
+def known_values(kind: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """What `values` say of the fields of a config; lists become tuples."""
+    known = {f.name: values[f.name] for f in fields(kind) if f.name in values}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in known.items()}
 
 
 def channel_norm(x: Tensor, gamma: Tensor, scale: float) -> Tensor:

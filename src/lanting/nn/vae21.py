@@ -10,13 +10,22 @@ zeros are averaged in and the later of two repeated frames is kept. The time con
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lanting.nn.vae import AutoencoderKLQwenImage, ChannelNorm, Decoder, Encoder, MidBlock, Resample, ResidualBlock
+from lanting.nn.vae import (
+    AutoencoderKLQwenImage,
+    ChannelNorm,
+    Decoder,
+    Encoder,
+    MidBlock,
+    Resample,
+    ResidualBlock,
+    known_values,
+)
 
 SIDE = 2  # a level halves or doubles both sides
 
@@ -80,10 +89,7 @@ class VAE21Config:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> VAE21Config:
         """From the parsed `config.json`; keys that describe no network (`_class_name`, ...) are ignored."""
-        given: dict[str, Any] = {}
-        for name in (f.name for f in fields(cls) if f.name in values):
-            given[name] = tuple(values[name]) if isinstance(values[name], list) else values[name]
-        return cls(**given)
+        return cls(**known_values(cls, values))
 
     @property
     def downscale(self) -> int:
@@ -245,10 +251,8 @@ def to_official_weights(state: Mapping[str, Tensor], config: VAE21Config) -> dic
         video = name.endswith(".gamma") and ".attentions." not in name
         official[name] = tensor.reshape(-1, 1, 1, 1) if video else tensor
     for level, frames in enumerate(config.frames):
-        down, up = (
-            f"encoder.down_blocks.{level}.downsampler",
-            f"decoder.up_blocks.{len(config.frames) - 1 - level}.upsampler",
-        )
+        down = f"encoder.down_blocks.{level}.downsampler"
+        up = f"decoder.up_blocks.{len(config.frames) - 1 - level}.upsampler"
         for prefix, factor in ((down, 1), (up, 2)) if frames > 1 else ():
             like = state[f"{prefix}.resample.1.bias"]
             width = like.shape[0]
