@@ -195,10 +195,10 @@ def test_parked_in_ram_comes_back_the_same(folder):
     placed = Placed(stored, "transformer_blocks")
     before = {name: tensor.clone() for name, tensor in placed.net.state_dict().items()}
     placed.device = torch.device("meta")
-    placed.leave("ram")
+    placed.unload("ram")
     assert weights(placed) == 0 and placed.copy is not None and placed.copy.keys() == before.keys()
     placed.device = torch.device("cpu")
-    placed.come()
+    placed.load()
     assert all(torch.equal(tensor, before[name]) for name, tensor in placed.net.state_dict().items())
 
 

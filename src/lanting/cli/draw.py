@@ -28,7 +28,7 @@ from lanting.core.processes import as_typed
 from lanting.core.quality import REUSED, computed
 from lanting.core.recipe import control_entries, describe_request, request_of_picture
 from lanting.core.save import places_for, save_all
-from lanting.core.types import Progress, Recipe, Request, Result, words_of
+from lanting.core.types import Progress, Recipe, Request, Result, prompts_of
 from lanting.specs import ModelSpec, parse_size, settle
 
 if TYPE_CHECKING:
@@ -193,7 +193,7 @@ def _follow(engine: Engine, request: Request, screen: Screen, preview: Callable[
 
 def place_names(request: Request) -> list[tuple[str, int]]:
     """What the pictures of a settled request are named from: words and seed."""
-    batch = (request_of_picture(request, index) for index in range(len(words_of(request)) * request.count))
+    batch = (request_of_picture(request, index) for index in range(len(prompts_of(request)) * request.count))
     return [(str(one.prompt), one.seed or 0) for one in batch]
 
 

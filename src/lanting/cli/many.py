@@ -20,7 +20,7 @@ from lanting.core.errors import LantingError, RequestError
 from lanting.core.lang import explain
 from lanting.core.pictures import read_bytes
 from lanting.core.save import Place, places_for, save_all
-from lanting.core.types import Request, Result, words_of
+from lanting.core.types import Request, Result, prompts_of
 from lanting.specs import settle
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def at(path: str, number: int, error: LantingError) -> RequestError:
 
 def draw_many(path: str, lines: Sequence[Line], wish: Wish, screen: Screen) -> None:
     """Draw and save them one after another. Raises LantingError."""
-    largest = max(lines, key=lambda line: len(words_of(line.request)) * whole(line.request.count))
+    largest = max(lines, key=lambda line: len(prompts_of(line.request)) * whole(line.request.count))
     with opened(largest.request, replace(wish, size=largest.size), screen) as (engine, wish):
         wishes = settled(engine, path, lines)
         names = [place_names(one) for one in wishes]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from lanting.core.errors import PictureError
 from lanting.core.pictures import decode_picture, read_bytes
-from lanting.core.types import Recipe, Request, words_of
+from lanting.core.types import Recipe, Request, prompts_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -57,7 +57,7 @@ def describe_request(request: Request) -> dict[str, Any]:
 
 def request_of_picture(request: Request, index: int) -> Request:
     """The request that draws picture `index` of a settled batch alone: its own prompt, its own seed."""
-    prompts = words_of(request)
+    prompts = prompts_of(request)
     alone = replace(request, prompt=prompts[index // request.count], seed=(request.seed or 0) + index, count=1)
     if request.asked is None:
         return alone

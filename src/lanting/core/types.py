@@ -77,8 +77,13 @@ class Request:
     tries: int | None = None
 
 
-def words_of(request: Request) -> tuple[str, ...]:
-    """The prompts as a tuple, one or several."""
+def edits(task: str | None) -> bool:
+    """Whether a task changes pictures by instruction: its prompts are about them, and the text encoder sees them."""
+    return (task or "").startswith("edit")
+
+
+def prompts_of(request: Request) -> tuple[str, ...]:
+    """As a tuple, one or several."""
     words: Any = request.prompt  # None, say, is refused as one prompt
     several = isinstance(words, Iterable) and not isinstance(words, str)
     return tuple(cast("Iterable[str]", words)) if several else (cast("str", words),)

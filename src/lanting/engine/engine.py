@@ -17,7 +17,7 @@ import torch
 from lanting.core.checkpoint import Checkpoint
 from lanting.core.errors import LantingError, NotFiniteError
 from lanting.core.recipe import describe_request, request_of_picture
-from lanting.core.types import Progress, Recipe, Request, Result
+from lanting.core.types import Progress, Recipe, Request, Result, edits, prompts_of
 from lanting.engine.choose import devices_of
 from lanting.engine.conditions import key_of, versions_of
 from lanting.engine.controls import check_control
@@ -61,7 +61,7 @@ class Engine:
         self.remembered: Remembered | None = None  # what has to run in a safer way here
         self.proved: dict[tuple[Hashable, ...], bool] = {}  # common steps: were they the bits of steps alone?
         self.budget: int | None = None  # bytes of the device, where somebody gave a budget
-        self.counted = False  # the plan has the head of the text encoder, which rewrites prompts
+        self.head_planned = False  # the plan has the head of the text encoder, which rewrites prompts
 
     @classmethod
     def open(
@@ -101,7 +101,7 @@ class Engine:
         if len(devices) > 1:
             models.crew = Crew(models, devices, fit.get("vram"))
         engine = cls(models)
-        engine.counted = bool(fit.get("rewrite"))
+        engine.head_planned = bool(fit.get("rewrite"))
         engine.budget = in_bytes(fit.get("vram" if models.device.type == "cuda" else "ram"))
         return engine
 
@@ -143,7 +143,7 @@ class Engine:
         """The request without gaps. Raises RequestError, before anything is loaded."""
         settled = check_control(settle(request, self.spec), self.models)
         if settled.rewrite:
-            check_room(self.models, self.counted, self.budget)
+            check_room(self.models, self.head_planned, self.budget)
         if settled.tries is not None:
             check_reader()
         return settled
@@ -281,7 +281,7 @@ class Engine:
         models = self.models
         if models.crew is not None:
             models.crew.start()
-        if (request.task or "").startswith("edit"):
+        if edits(request.task):
             models.see_pictures()
         prepare(models, request, drawing)
         _ = models.codec, models.controlnets  # built once, kept
@@ -304,7 +304,7 @@ class Engine:
             request = replace(request, prompt=models.reader().caption(seen) or " ")
         canvas = TASKS[request.task or "text_to_image"](EngineStudio(models, drawing.read), request)
         phases.end("encode")
-        models.painter(canvas.sigmas)
+        models.prepare_transformer(canvas.sigmas)
         phases.end("load")
         return request, canvas
 
@@ -322,9 +322,7 @@ class Engine:
     def _recipes(self, request: Request, images: int, more: Mapping[str, str]) -> tuple[Recipe, ...]:
         """One recipe per picture: the request that draws it alone (or, for layers, all of its layers). `more` are
         conditions of this drawing."""
-        prompts = 1 if isinstance(request.prompt, str) else len(request.prompt)
-        batch = prompts * request.count
-        each = images // batch
+        each = images // (len(prompts_of(request)) * request.count)
         versions, nets = versions_of(self.models) | dict(more), controlnets_of(request, self.models)
         loras = tuple(lora.describe() for lora in self.models.loras)
         return tuple(

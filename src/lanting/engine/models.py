@@ -2,7 +2,7 @@
 
 Networks are loaded one by one on first use, so a text-to-image run never reads a vision tower's weights twice and
 `Engine.open` answers at once for a wrong name or a damaged header. Where there is a Plan, each is placed by it, and
-`reader`, `painter` and `rest` say whose turn on the device it is.
+`reader`, `prepare_transformer` and `rest` say whose turn on the device it is.
 """
 
 from __future__ import annotations
@@ -245,23 +245,23 @@ class Models:
     def reader(self) -> PromptEncoder:
         """The text encoder, ready to read."""
         if self.take_turns:
-            self._leave("placed_transformer")
+            self._unload("placed_transformer")
         encoder = self.encoder
-        self.placed_encoder.come()
+        self.placed_encoder.load()
         return encoder
 
-    def painter(self, sigmas: Tensor) -> Transformer:
-        """The transformer, ready for the steps of a schedule (steps + 1 noise levels, the last one 0)."""
+    def prepare_transformer(self, sigmas: Tensor) -> Transformer:
+        """The transformer on its device, ready for the steps of a schedule (steps + 1 noise levels, the last one 0)."""
         self.ahead.meet()
         if self.take_turns:
-            self._leave("placed_encoder")
-        self.placed_transformer.come()
+            self._unload("placed_encoder")
+        self.placed_transformer.load()
         for placed in (self.placed_transformer, *self.placed_controlnets.values()):
             if placed.table is not None:
                 placed.table.prepare(model_timestep(sigmas[:-1], self.dtype).to(placed.stored.placing.dtype))
                 tidy()
         if self.crew is not None:
-            self.crew.paint(sigmas)
+            self.crew.prepare(sigmas)
         return self.transformer
 
     def rest(self) -> None:
@@ -289,9 +289,9 @@ class Models:
         gc.collect()  # kernels and recordings hang on modules that they know: only this lets go of both
         empty_cache(self.device)
 
-    def _leave(self, name: str) -> None:
+    def _unload(self, name: str) -> None:
         if name in self.__dict__ and self.plan is not None:
-            self.__dict__[name].leave(self.plan.parked)
+            self.__dict__[name].unload(self.plan.parked)
 
     def _close(self, name: str) -> None:
         placed = self.__dict__.pop(name, None)

@@ -121,7 +121,7 @@ class Crew:
             self.peers.append(peer)
             self.waiting.append(peer.ask("ready"))
 
-    def paint(self, sigmas: Tensor) -> None:
+    def prepare(self, sigmas: Tensor) -> None:
         """The leader has its weights and a schedule: wait for the followers', and tell them."""
         try:
             seconds = LOADING + SLOWER * (time.monotonic() - self.began)
@@ -136,7 +136,7 @@ class Crew:
         finally:
             self.waiting.clear()
         for peer in self.peers:
-            peer.tell("paint", sigmas=sigmas)
+            peer.tell("prepare", sigmas=sigmas)
 
     def strengths(self, strengths: Sequence[float]) -> None:
         """Of LoRAs, from the next picture on."""

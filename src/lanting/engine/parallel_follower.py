@@ -77,9 +77,9 @@ class Follower:
     def strengths(self, strengths: Sequence[float]) -> None:
         self.models.set_strengths(strengths)
 
-    def paint(self, sigmas: Tensor) -> None:
+    def prepare(self, sigmas: Tensor) -> None:
         """A schedule's steps are about to be asked for."""
-        self.models.painter(sigmas)
+        self.models.prepare_transformer(sigmas)
 
     def begin(self, job: Job) -> None:
         self.end()

@@ -69,7 +69,7 @@ class Placed(Generic[M]):
         if self.streamer is not None:
             self.streamer.rest()
 
-    def leave(self, parked: str) -> None:
+    def unload(self, parked: str) -> None:
         """Make room on the device. `parked` is "ram" (a copy stays there, made once) or "disk" (read again)."""
         if not self.here:
             return
@@ -80,7 +80,7 @@ class Placed(Generic[M]):
         self.here = False
         empty_cache(self.device)
 
-    def come(self) -> None:
+    def load(self) -> None:
         """Have the weights on the device again. Raises ModelError when they can't be read."""
         if self.here:
             return

@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from lanting.core.errors import RequestError
 from lanting.core.rewriting import Written
-from lanting.core.types import Notice, Progress, Request, note, words_of
+from lanting.core.types import Notice, Progress, Request, edits, note, prompts_of
 from lanting.engine.phases import Phases
 from lanting.engine.room import spare
-from lanting.engine.studio import KEPT, digest
-from lanting.specs.sizes import fit_area
-from lanting.tasks.pictures import resize, to_mode
+from lanting.engine.studio import KEPT, digest, used
+from lanting.tasks.edit import small_copies
 from lanting.text.rewrite import MOST, rewrite
 from lanting.weights.fits import HEAD
 
@@ -33,15 +32,15 @@ PAUSE = 0.5  # seconds of writing after which it is told how far it is, and may 
 SHOWN = 40  # characters of a prompt in a sentence about it
 
 
-def check_room(models: Models, counted: bool, budget: int | None) -> None:
+def check_room(models: Models, planned: bool, budget: int | None) -> None:
     """Raises RequestError where a plan was made without the head, and there is no room for it.
 
-    counted  the plan has it
+    planned  the plan has it
     budget   bytes that the plan's device may take, where somebody said so
     """
     infos = models.checkpoints["text_encoder"].infos
     head = sum(info.end - info.start for name, info in infos.items() if name.startswith(HEAD.partition(".")[0]))
-    if models.plan is None or counted or models.writes or head <= spare(models, budget):
+    if models.plan is None or planned or models.writes or head <= spare(models, budget):
         return
     raise RequestError(
         "rewriting prompts takes {size:.1f} GB more, for which this model was not planned: say so when it is opened "
@@ -60,7 +59,7 @@ def rewritten(models: Models, request: Request, drawing: Drawing, phases: Phases
     """A settled request as it is to be drawn; Progress of the phase "write" on the way."""
     if not request.rewrite:
         return request
-    prompts = words_of(request)
+    prompts = prompts_of(request)
     if drawing.written is None or len(drawing.written) != len(prompts):
         drawing.written = yield from written(models, request, phases)
         phases.end("write")
@@ -74,7 +73,7 @@ def rewritten(models: Models, request: Request, drawing: Drawing, phases: Phases
 
 def words_for(models: Models, request: Request) -> str:
     """A settled request's prompt as it would be drawn."""
-    if edits(request):
+    if edits(request.task):
         models.see_pictures()
     writing = written(models, request, Phases())
     while True:
@@ -96,7 +95,7 @@ def written(models: Models, request: Request, phases: Phases) -> Generator[Progr
     told = time.perf_counter()
     found: list[Written] = []
     images = seen(models, request)
-    for prompt, key in zip(words_of(request), keys(models, request), strict=True):
+    for prompt, key in zip(prompts_of(request), keys(models, request), strict=True):
         if key not in models.written:
             models.write_words()
             writing = rewrite(models.reader(), prompt, images)
@@ -109,28 +108,16 @@ def written(models: Models, request: Request, phases: Phases) -> Generator[Progr
                 if time.perf_counter() - told >= PAUSE:
                     told = time.perf_counter()
                     yield phases.tick("write", min(count, MOST), MOST)
-        models.written[key] = answer = models.written.pop(key)  # to the end: it was used last
-        found.append(answer)
-        while len(models.written) > max(KEPT, len(found)):
-            del models.written[next(iter(models.written))]
+        found.append(used(models.written, key, max(KEPT, len(found) + 1)))
     return tuple(found)
 
 
 def keys(models: Models, request: Request) -> list[tuple[Any, ...]]:
     """By which the answers to a request's prompts are known."""
-    shown = tuple(map(digest, request.images)) if edits(request) else ()
-    return [(prompt, shown, models.spec.defaults.vl_area) for prompt in words_of(request)]
+    shown = tuple(map(digest, request.images)) if edits(request.task) else ()
+    return [(prompt, shown, models.spec.defaults.vl_area) for prompt in prompts_of(request)]
 
 
 def seen(models: Models, request: Request) -> tuple[Image, ...]:
     """The pictures that an instruction is about, as the text encoder sees them when it reads."""
-    if not edits(request):
-        return ()
-    area = models.spec.defaults.vl_area
-    sizes = (fit_area(area, image.width / image.height) for image in request.images)
-    return tuple(to_mode(resize(to_mode(one, 3), size)) for one, size in zip(request.images, sizes, strict=True))
-
-
-def edits(request: Request) -> bool:
-    """Whether the prompt is an instruction about pictures."""
-    return (request.task or "").startswith("edit")
+    return small_copies(request.images, models.spec.defaults.vl_area) if edits(request.task) else ()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -18,6 +18,7 @@ from lanting.tasks.studio import Guide
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+T = TypeVar("T")
 States = tuple[Any, ...]  # (B, T, D), mask (B, T), and places of pictures where the encoder knows such
 Read = Callable[[Any, Callable[[], States]], States]  # (text encoder, what it is asked) -> states
 
@@ -27,6 +28,14 @@ KEPT = 8  # prompts, with their pictures, whose states stay in RAM: 4 to 10 MB e
 def digest(image: Image) -> str:
     """A picture's pixels as a name."""
     return hashlib.sha256(repr((image.mode, image.size)).encode() + image.tobytes()).hexdigest()
+
+
+def used(kept: dict[Any, T], key: Any, most: int = KEPT) -> T:
+    """A value that is kept, the last one used from now on; of more than `most` those go that were used longest ago."""
+    kept[key] = found = kept.pop(key)
+    while len(kept) > most:
+        del kept[next(iter(kept))]
+    return found
 
 
 class EngineStudio:
@@ -48,10 +57,7 @@ class EngineStudio:
             encoder = self.models.reader()
             embeds, mask, *places = self.read(encoder, lambda: encoder.encode(prompts, images))
             kept[asked] = Conditioning(embeds.to("cpu", self.dtype), mask, *places).to("cpu")
-        kept[asked] = found = kept.pop(asked)  # to the end: it was used last
-        while len(kept) > KEPT:
-            del kept[next(iter(kept))]
-        return found.to(self.device)
+        return used(kept, asked).to(self.device)
 
     def generator(self, seed: int, index: int) -> torch.Generator:
         """A CPU generator, whatever the device: the same seed gives the same noise everywhere."""

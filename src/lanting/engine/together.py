@@ -181,7 +181,7 @@ class Together:
         several = len({schedule for _, schedule in groups}) > 1
         for (_, schedule), group in groups.items():
             if several:  # a table of modulations holds one schedule
-                self.engine.models.painter(torch.tensor(schedule))
+                self.engine.models.prepare_transformer(torch.tensor(schedule))
             yield group
 
     def _ask(self, seats: Sequence[Seat]) -> None:

@@ -18,7 +18,7 @@ from lanting.core.checkpoint import Checkpoint
 from lanting.core.quotes import quoted
 from lanting.core.readings import Reading, shown
 from lanting.core.recipe import request_of_picture
-from lanting.core.types import Progress, Recipe, Request, Result, note
+from lanting.core.types import Progress, Recipe, Request, Result, edits, note
 from lanting.reading.reader import read_lines
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def until_read(request: Request, draw: Draw, read: Read = read_lines) -> Iterato
     tries, plain = request.tries or 1, replace(request, tries=None)
     result = yield from ended(draw(plain, True))
     began, spent = time.perf_counter(), dict(result.seconds)
-    seen = [line for image in request.images for line in read(image)] if (request.task or "").startswith("edit") else []
+    seen = [line for image in request.images for line in read(image)] if edits(request.task) else []
     kept: list[Kept] = []
     for index, (image, recipe) in enumerate(zip(result.images, result.recipes, strict=True)):
         asked = wanted(str(request_of_picture(plain, index).prompt), seen)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lanting.core.types import Request, words_of
+from lanting.core.types import Request, edits, prompts_of
 from lanting.plan.geometry import Geometry
 from lanting.plan.job import CELL21, Job, Size
 from lanting.plan.kinds import KNOWN, Kind, nearest, plain
@@ -117,10 +117,10 @@ class Model:
 def job_of(request: Request, model: Model, text: int | None = None) -> Job:
     """What a settled request costs. `text`: tokens of the prompt with its closing, else as many as it may have."""
     spec, own, task = model.spec, model.spec.defaults, request.task or "text_to_image"
-    prompts = words_of(request)
+    prompts = prompts_of(request)
     count = max((len(words.encode()) for words in prompts), default=0)  # a token is at least a byte
     sizes = tuple(image.size for image in request.images)
-    editing, size = task.startswith("edit"), request.size or own.size
+    editing, size = edits(task), request.size or own.size
     beside = task == "layered" or bool(request.options.get("in_context"))  # one picture of the target's size
     references = tuple(reference_size(*one, own) for one in sizes) if editing else (size,) if beside else ()
     encoded = references if editing or beside else (size,) * len(sizes)
@@ -163,12 +163,12 @@ def usual_job(model: Model, size: Size | None, references: int = 0, task: str | 
 
 def _usual(model: Model, size: Size | None, references: int, task: str) -> Job:
     own = model.spec.defaults
-    picture = (math.isqrt(own.vae_area),) * 2 if own.vae_area and task.startswith("edit") else own.size
+    picture = (math.isqrt(own.vae_area),) * 2 if own.vae_area and edits(task) else own.size
     job = Job(size=size or own.size, text=LETTERS, steps=own.steps, guided=own.guidance_scale > 1)
     if task == "layered" or model.spec.tasks == ("layered",):
         square = size or fit_area(own.resolution**2, 1.0)
         return replace(job, size=square, references=(square,), encoded=(square,), frames=own.layers + 1)
-    if task.startswith("edit"):
+    if edits(task):
         pictures, seen = (picture,) * references, (fit_area(own.vl_area, 1.0),) * references
         chosen = size or picture
         return replace(job, size=chosen, references=pictures, encoded=pictures, seen=seen, opening=64)

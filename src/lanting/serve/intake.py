@@ -16,7 +16,7 @@ from typing import Any
 
 from lanting.core.errors import RequestError
 from lanting.core.recipe import describe_request
-from lanting.core.types import Request
+from lanting.core.types import Request, prompts_of
 from lanting.serve.errors import DeniedError
 from lanting.serve.files import Files
 from lanting.serve.jobs import LEVELS, WAITING, Caller, Job
@@ -93,7 +93,7 @@ def by_default(request: Request, spec: ModelSpec, rewrite: bool) -> Request:
 def alike(settled: Request, lora: Mapping[str, float] | None) -> str:
     """The same for jobs whose steps may be taken together: everything but words, seed, strength of guidance and what is
     in pictures. Whether such steps are shared at all, the engine decides."""
-    prompts = 1 if isinstance(settled.prompt, str) else len(settled.prompt)
+    prompts = len(prompts_of(settled))
     guided = settled.guidance_scale is not None and settled.guidance_scale > 1
     shape = [settled.task, settled.size, settled.steps, settled.strength, guided, settled.count, prompts]
     how = [settled.quality, settled.options, len(settled.images), lora, *(["rewrite"] if settled.rewrite else [])]
@@ -128,11 +128,11 @@ def check_caps(settled: Request, caps: Caps) -> None:
             "the size {width}×{height} is more than this server draws: at most {most:,} pixels",
             **{"width": width, "height": height, "most": caps.pixels},
         )
-    prompts = 1 if isinstance(settled.prompt, str) else len(settled.prompt)
-    if prompts * settled.count > caps.count:
+    count = len(prompts_of(settled)) * settled.count
+    if count > caps.count:
         raise RequestError(
             "{count} pictures are more than this server draws at once: ask for at most {most}",
-            **{"count": prompts * settled.count, "most": caps.count},
+            **{"count": count, "most": caps.count},
         )
     if (settled.tries or 0) > caps.tries:
         raise RequestError(

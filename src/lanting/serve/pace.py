@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lanting.core.types import Request
+from lanting.core.types import Request, prompts_of
 
 LATELY = 0.3  # weight of the newest job
 TOKEN = 256  # pixels
@@ -18,13 +18,12 @@ TOKEN = 256  # pixels
 
 def units(request: Request) -> float:
     """Of a settled request."""
-    prompts = 1 if isinstance(request.prompt, str) else len(request.prompt)
     width, height = request.size or (0, 0)
     layers = int(request.options.get("layers", 0)) + 1
     sides = 2 if request.guidance_scale is not None and request.guidance_scale > 1 else 1
     tokens = width * height / TOKEN * (layers + len(request.images))
     steps = (request.steps or 1) * (1.0 if request.strength is None else request.strength)
-    return max(tokens * steps * sides * prompts * request.count, 1.0)
+    return max(tokens * steps * sides * len(prompts_of(request)) * request.count, 1.0)
 
 
 @dataclass(slots=True)

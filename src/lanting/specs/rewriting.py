@@ -6,7 +6,7 @@ from typing import Any, cast
 
 from lanting.core.errors import RequestError
 from lanting.core.rewriting import LONGEST
-from lanting.core.types import Request, words_of
+from lanting.core.types import Request, prompts_of
 from lanting.specs.model_spec import ModelSpec
 
 
@@ -21,7 +21,7 @@ def settle_rewrite(request: Request, task: str, spec: ModelSpec) -> bool:
     check_writes(spec)
     if task == "layered":
         raise RequestError("layers have no prompt to rewrite: leave the prompt empty, and the picture is described")
-    if not all(map(str.strip, words_of(request))):
+    if not all(map(str.strip, prompts_of(request))):
         raise RequestError("there are no words to rewrite: say what to draw")
     return True
 
@@ -39,7 +39,7 @@ def check_writes(spec: ModelSpec) -> None:
 def may_rewrite(request: Request, spec: ModelSpec) -> bool:
     """Whether it could be, for whoever makes it a default."""
     layered = request.task == "layered" or spec.tasks == ("layered",)
-    return spec.writes and not layered and all(map(str.strip, words_of(request)))
+    return spec.writes and not layered and all(map(str.strip, prompts_of(request)))
 
 
 def _check_told(told: Any, prompt: str | tuple[str, ...]) -> None:

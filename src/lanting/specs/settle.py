@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 from lanting.core.errors import RequestError
 from lanting.core.quotes import quoted
 from lanting.core.rewriting import LONGEST
-from lanting.core.types import TASK_NAMES, Request, words_of
+from lanting.core.types import TASK_NAMES, Request, edits, prompts_of
 from lanting.specs.model_spec import ModelSpec
 from lanting.specs.numbers import number, whole
 from lanting.specs.options import settle_choices, settle_options, settle_quality
@@ -44,7 +44,7 @@ def settle(request: Request, spec: ModelSpec) -> Request:
     choices = settle_choices(request, steps)
     count = whole("count", request.count, 1, 64)
     tries = _tries(request, task)
-    last = LARGEST_SEED - count * len(words_of(request)) * (tries or 1) + 1  # picture i is drawn with seed + i
+    last = LARGEST_SEED - count * len(prompts_of(request)) * (tries or 1) + 1  # picture i is drawn with seed + i
     seed = secrets.randbelow(2**32) if request.seed is None else whole("seed", request.seed, 0, last)
     guidance = own.guidance_scale if request.guidance_scale is None else request.guidance_scale
     return replace(
@@ -91,7 +91,7 @@ def _inferred(request: Request, spec: ModelSpec) -> str:
 
 
 def _check_words(request: Request, task: str) -> None:
-    words = words_of(request)
+    words = prompts_of(request)
     if not 1 <= len(words) <= 64:
         raise RequestError("between 1 and 64 prompts can be drawn at once, not {count}", count=len(words))
     if len(words) > 1 and task == "layered":
@@ -139,7 +139,7 @@ def _check_pictures(request: Request, task: str, spec: ModelSpec) -> None:
 def _most_pictures(task: str, spec: ModelSpec) -> int:
     if task.startswith("controlnet"):
         return MOST_CONTROLS
-    return max(spec.defaults.max_pictures, 1) if task.startswith("edit") else 1
+    return max(spec.defaults.max_pictures, 1) if edits(task) else 1
 
 
 def _check_mask(request: Request, task: str) -> None:
@@ -177,7 +177,7 @@ def _tries(request: Request, task: str) -> int | None:
         return None
     if task == "layered":
         raise RequestError("the words of layers are not read back: leave tries out")
-    if silent := next((prompt for prompt in words_of(request) if not quoted(prompt)), None):
+    if silent := next((prompt for prompt in prompts_of(request) if not quoted(prompt)), None):
         raise RequestError(
             'quoted words are to be read back, and there are none in {prompt}: write "..." around them',
             prompt=repr(silent[:60]),
@@ -203,7 +203,7 @@ def _size(request: Request, task: str, spec: ModelSpec, options: dict[str, Any])
         return own.size
     last = task == "edit" and own.vae_area > 0  # the released edit models draw at the ratio of the last picture
     width, height = request.images[-1 if last else 0].size
-    if task.startswith("edit"):
+    if edits(task):
         return reference_size(width, height, own)
     return size_of_picture(width, height, own)
 

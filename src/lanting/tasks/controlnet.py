@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lanting.core import ModelError, Request, RequestError
-from lanting.core.types import words_of
+from lanting.core.types import prompts_of
 from lanting.flow.latents import pack
 from lanting.flow.loop import Canvas, Conditioning, Control, Grid, Steer, Steering
 from lanting.tasks.pictures import Size, levels_of, pixels_of
@@ -97,7 +97,7 @@ def with_control(studio: Studio, request: Request, hints: Sequence[Tensor]) -> C
 def in_context(studio: Studio, request: Request) -> Canvas:
     """Text-to-image beside the control picture, as a reference of the target's size that the reader is not shown."""
     (picture,), size = request.images, size_of(request)
-    words = tuple(prompt if prompt.startswith(IN_CONTEXT) else IN_CONTEXT + prompt for prompt in words_of(request))
+    words = tuple(prompt if prompt.startswith(IN_CONTEXT) else IN_CONTEXT + prompt for prompt in prompts_of(request))
     canvas = begin(studio, replace(request, prompt=words), studio.codec.grid(*size))
     return replace(canvas, references=(look_at(studio, picture, size),))
 

@@ -55,6 +55,10 @@ def references(studio: Studio, images: Sequence[Image]) -> tuple[Tokens, ...]:
 def for_reader(studio: Studio, images: Sequence[Image]) -> tuple[Image, ...]:
     """Each picture at the area the text encoder is to see, RGB. What is transparent is laid on white first, or where
     the VAE reads RGBA and both are to see one picture, after resizing."""
-    area, channels = studio.release.defaults.vl_area, studio.codec.pixel_channels
+    return small_copies(images, studio.release.defaults.vl_area, studio.codec.pixel_channels)
+
+
+def small_copies(images: Sequence[Image], area: int, channels: int = 3) -> tuple[Image, ...]:
+    """The same for any `area` in pixels; `channels` are the VAE's."""
     sizes = (fit_area(area, image.width / image.height) for image in images)
     return tuple(to_mode(resize(to_mode(image, channels), size)) for image, size in zip(images, sizes, strict=True))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lanting.core import Request
-from lanting.core.types import words_of
+from lanting.core.types import prompts_of
 from lanting.flow.latents import LatentCodec
 from lanting.flow.loop import Canvas, Conditioning, Grid, Steer, Tokens
 from lanting.flow.schedule import Schedule
@@ -105,7 +105,7 @@ def begin(
     frames  pictures of `grid` painted together (layers)
     mu      shift of the schedule, where it isn't the line over the target's tokens
     """
-    prompts = words_of(request)
+    prompts = prompts_of(request)
     batch = len(prompts) * request.count
     noise = studio.codec.noise(grid, [studio.generator(request.seed or 0, i) for i in range(batch)], frames)
     guided = request.guidance_scale is not None and request.guidance_scale > 1

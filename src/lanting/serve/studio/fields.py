@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lanting.core.quality import NAMES
 from lanting.serve.studio.clerk import Canvas
-from lanting.serve.studio.forms import QUALITIES
 from lanting.serve.studio.look import text
 from lanting.serve.studio.words import Say
 
@@ -105,7 +105,7 @@ def fold(say: Say, strength: bool, many: bool, most: int, rewrite: bool = False)
         )
         negative = gr.Textbox(label=say("What should not be there"), lines=1, max_lines=3)
         names = (say("Exact"), say("High"), say("Balanced"), say("Fast"))
-        levels = list(zip(names, QUALITIES, strict=True))
+        levels = list(zip(names, NAMES, strict=True))
         quality = gr.Dropdown(levels, value="exact", label=say("Quality against time"))
         tries = number(say("Seeds to try until quoted words are right"), say("Not read back"), many and can_read())
         writes = gr.Checkbox(rewrite, label=say("Write the prompt out first"), elem_classes="writes")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from lanting.core.errors import RequestError
-from lanting.core.types import Request
+from lanting.core.types import Request, edits
 from lanting.serve.intake import Order
 from lanting.serve.jobs import Job
 from lanting.serve.studio.words import Say
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 DIALECT = "studio"
-QUALITIES = ("exact", "high", "balanced", "fast")
 DRAW, EDIT, LAYERS = "draw", "edit", "layers"
 PAINTED = 8  # of 255: how opaque a stroke must be to count
 
@@ -99,7 +98,7 @@ def edit_of(prompt: str, more: More, images: tuple[Image, ...], mask: Image | No
     task = edit_task(spec.tasks, mask is not None)
     if task is None:
         raise RequestError("{model} can't change pictures: choose another model", model=spec.name)
-    told = task.startswith("edit")
+    told = edits(task)
     strength = None if told else more.strength
     return request_of(prompt, more, images=images if told else images[:1], mask=mask, task=task, strength=strength)
 
