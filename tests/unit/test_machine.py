@@ -80,7 +80,7 @@ def test_what_computes_on_a_gpu(capability, given, kernels, attention, recorded,
         monkeypatch.setenv(name, value)
     card = Device("cuda", "A Card", 12 * 10**9, 11 * 10**9)
     monkeypatch.setattr("lanting.plan.detect", lambda: Machine(10**10, 10**9, 8, (card, Device("cpu", "A Processor"))))
-    monkeypatch.setattr("lanting.cli.machine.ask", lambda *command: f"{capability}\n")
+    monkeypatch.setattr("lanting.cli.machine.ask", lambda *command: (0, f"{capability}\n"))
     monkeypatch.setattr("lanting.kernels.gpu.names.triton", lambda: "3.6.0")
     monkeypatch.setattr("lanting.kernels.gpu.names.find_spec", lambda name: name == "flash_attn_interface" or None)
     out = printed(capsys)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lanting.cli.screen import Screen
 from lanting.core.lang import say
+from lanting.doctor.gather import ask
 from lanting.doctor.hardware import BUILD
 
 if TYPE_CHECKING:
@@ -46,11 +47,11 @@ def capabilities() -> Iterator[tuple[int, int]]:
     from lanting.plan.cards import Card, cut_into_slices, shown_by_cuda, slices
     from lanting.plan.machine import CAPABILITIES
 
-    told = ask("nvidia-smi", "--query-gpu=compute_cap,uuid", "--format=csv,noheader").splitlines()
+    told = ask("nvidia-smi", "--query-gpu=compute_cap,uuid", "--format=csv,noheader")[1].splitlines()
     rows = [line.partition(", ") for line in told]
     rows = [(*word.strip().partition("."), uuid.strip()) for word, _, uuid in rows]
     rows = [(int(a), int(b), uuid) for a, dot, b, uuid in rows if dot and (a + b).isdigit()]
-    listing = ask("nvidia-smi", "-L") if cut_into_slices("\n".join(told), os.environ, CAPABILITIES) else ""
+    listing = ask("nvidia-smi", "-L")[1] if cut_into_slices("\n".join(told), os.environ, CAPABILITIES) else ""
     parts = slices(listing, "", [""] * len(rows))
     cards = [Card(uuid, None, cut) for (*_, uuid), cut in zip(rows, parts, strict=True)]
     return chain((rows[index][:2] for index, _ in shown_by_cuda(cards, os.environ)), repeat((0, 0)))
@@ -72,18 +73,6 @@ def computes(device: Device, capability: tuple[int, int]) -> dict[str, Any]:
         "compiled": os.environ.get("LANTING_COMPILE", "").strip().lower() or "off",
         "attention": list(candidates(capability)) if nvidia and why != "off" else ["torch"],
     }
-
-
-def ask(*command: str) -> str:
-    """What a program says; empty where there is none."""
-    import subprocess
-
-    try:
-        return subprocess.run(
-            command, capture_output=True, encoding="utf-8", errors="replace", check=False, timeout=10
-        ).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
 
 
 def gpus() -> tuple[Device, ...]:
