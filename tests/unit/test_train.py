@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from lanting.train.designs import DesignMaker
 from lanting.train.draw import INK
 from lanting.train.export import export_nano
 from lanting.train.journal import Journal, Meter, clock, entries, in_words
-from lanting.train.kept import alone
+from lanting.train.kept import alone, write_checkpoint, write_tensors
 from lanting.train.labels import SCENE, SHAPE, WHAT, WHERE
 from lanting.train.loop import Trainer, make_smaller
 from lanting.train.losses import judged
@@ -255,6 +256,30 @@ def test_a_checkpoint_that_is_torn_is_a_sentence(tmp_path, left):
     for go_on in (Trainer(small_net(), Budget(), run).resume, lambda: export_nano(run, tmp_path / "out")):
         with pytest.raises(ModelError, match="remove it to begin anew"):
             go_on()
+
+
+def test_files_of_others_are_a_sentence(tmp_path):
+    run = begun(tmp_path / "run")
+    torch.save({"kind": {}}, run / "checkpoint.pt")
+    (run / "vae" / "vae.safetensors").write_bytes(b"torn")
+    for go_on in (Trainer(small_net(), Budget(), run).resume, lambda: load_vae(run / "vae")):
+        with pytest.raises(ModelError, match="remove it to begin anew"):
+            go_on()
+
+
+@pytest.mark.parametrize("write", [write_checkpoint, write_tensors])
+def test_a_disk_that_takes_nothing_more_is_a_sentence(tmp_path, write):
+    """torch said "unexpected pos", and nobody knew what to do."""
+    (tmp_path / "x").write_bytes(b"as it was")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        with pytest.raises(OutputError, match="out can't be written: File too large"), alone(tmp_path / "out"):
+            write(tmp_path / "x", {"a": torch.zeros(100_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert write is write_tensors or (tmp_path / "x").read_bytes() == b"as it was"
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
 def test_wider_networks_are_built_as_asked(tmp_path):

@@ -365,6 +365,8 @@ def test_the_command_teaches_nano_and_goes_on(tmp_path, capsys):
     steps = [json.loads(line) for line in first.err.splitlines() if line.startswith("{")]
     assert steps[-1]["step"] == 2 and steps[-1]["probe"] > 0
     assert main(["lora", "show", str(out)]) == 0 and "zxq" in capsys.readouterr().out
+    torn = next(out.with_suffix(".cache").iterdir())
+    torn.write_bytes(torn.read_bytes()[:1000])  # it ended the run with a word of the library's
     assert main([*told, "--steps", "2"]) == 0 and '"step"' not in capsys.readouterr().err
     with alone(out):
         assert main([*told, "--steps", "3"]) == 2 and "being written by another run" in capsys.readouterr().err

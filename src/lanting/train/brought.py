@@ -7,26 +7,25 @@ had become this run's checkpoint, or hours later; so every file is read and ever
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lanting.core.errors import ModelError
 from lanting.nn.vae import AutoencoderKLQwenImage, VAEConfig
 from lanting.train.course import Clock
+from lanting.train.kept import BAD
 from lanting.train.loop import NEW
 from lanting.train.model import NanoConfig, NanoNet, matrices
 from lanting.train.vae import CHECKPOINT, DECODER, UNTUNED, nano_config
 
 RUN, VAE, HEADS = "run.json", "vae.safetensors", "heads.safetensors"
-BAD = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError, pickle.UnpicklingError)
 
 
 @contextmanager
@@ -34,7 +33,7 @@ def readable(path: Path) -> Iterator[None]:
     """Raises ModelError where what is read from `path` inside fails."""
     try:
         yield
-    except (*BAD, SafetensorError) as error:
+    except BAD as error:
         raise ModelError("{path} is damaged or no part of a packed run: bring it again", path=path) from error
 
 

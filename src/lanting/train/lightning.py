@@ -35,7 +35,7 @@ from lanting.flow.loop import Canvas, velocity
 from lanting.nn.lora import Factors, LoraLinear, attach
 from lanting.nn.mmdit import Attend
 from lanting.nn.swap import swap
-from lanting.train.kept import alone, read_checkpoint, write_tensors
+from lanting.train.kept import alone, read_checkpoint, write_checkpoint, write_tensors
 from lanting.train.model import PlainAttend
 from lanting.train.walks import LightningRun, Prompts, Teacher, Walk, in_fast_numbers, together
 from lanting.weights.find import locate
@@ -162,7 +162,7 @@ class Distiller:
         """Go on from a checkpoint, if there is one. Raises ModelError when it belongs to another run."""
         if not checkpoint.exists():
             return False
-        state = read_checkpoint(checkpoint, self.models.device)
+        state = read_checkpoint(checkpoint, self.models.device, ("kind", "lora", "optimizer", "clock"))
         if state["kind"] != self.kind():
             raise ModelError(
                 "{path} was begun with another model or settings: remove it, or write elsewhere", path=checkpoint
@@ -239,7 +239,7 @@ def training(distiller: Distiller, budget: float, keep: Callable[[], object]) ->
 
 def save(distiller: Distiller, checkpoint: Path, out: Path) -> None:
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(checkpoint, lambda part: torch.save(distiller.state(), part))
+    write_checkpoint(checkpoint, distiller.state())
     export(distiller.loras, out, distiller.run)
 
 

@@ -22,13 +22,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lanting.core.errors import ModelError
-from lanting.core.files import replace_file
 from lanting.core.lang import Phrase
 from lanting.train.assets import concepts
 from lanting.train.course import STOCK, Budget, Clock, Course
 from lanting.train.graphs import Passes, passes_for
 from lanting.train.journal import Meter
-from lanting.train.kept import read_checkpoint
+from lanting.train.kept import read_checkpoint, write_checkpoint
 from lanting.train.labels import SCENE, SHAPE
 from lanting.train.losses import judged
 from lanting.train.model import NanoNet, matrices
@@ -204,7 +203,7 @@ class Trainer:
             "clock": asdict(self.clock),
             "config": self.net.config.to_dict(),
         }
-        replace_file(self.folder / "checkpoint.pt", lambda part: torch.save(state, part))
+        write_checkpoint(self.folder / "checkpoint.pt", state)
 
     def resume(self) -> bool:
         """Go on from the folder's checkpoint; False where there is none. Raises ModelError for another network's.
@@ -214,7 +213,7 @@ class Trainer:
         path = self.folder / "checkpoint.pt"
         if not path.exists():
             return False
-        state = read_checkpoint(path, self.device)
+        state = read_checkpoint(path, self.device, ("net", "average", "optimizers", "clock"))
         fresh = self.net.state_dict()
         for weights in (state["net"], state["average"]):  # a head that only helps may be newer than the checkpoint
             weights |= {k: v.clone() for k, v in fresh.items() if k not in weights and k.split(".")[0] in NEW}

@@ -33,7 +33,7 @@ from lanting.train.edits import EditMaker
 from lanting.train.export import export_nano
 from lanting.train.feed import Feed, FeedOrder, edit_mix
 from lanting.train.journal import Journal
-from lanting.train.kept import alone, read_checkpoint
+from lanting.train.kept import alone, disk_said, read_checkpoint
 from lanting.train.labels import concept_pictures, glyph_shapes
 from lanting.train.loop import Trainer, train
 from lanting.train.model import NanoNet, compile_blocks, start
@@ -132,7 +132,8 @@ def train_transformer(run: NanoRun) -> None:
 def one_of(rank: int, world: int, run: NanoRun, job: Callable[[int, int, NanoRun], None], told: Any) -> None:
     """`job` in a process of its own, which tells what can be explained as it is: spawn brings a traceback's text."""
     try:
-        job(rank, world, run)
+        with disk_said(run.folder):
+            job(rank, world, run)
     except LantingError as error:
         told.put((type(error), error.sentence, error.values))
         raise
@@ -245,7 +246,7 @@ def work(rank: int, world: int, run: NanoRun) -> None:
 def seen_steps(folder: Path) -> int:
     """Steps of the checkpoint a run goes on from."""
     path = folder / "checkpoint.pt"
-    return read_checkpoint(path)["clock"]["step"] if path.exists() else 0
+    return read_checkpoint(path, needs=["clock"])["clock"]["step"] if path.exists() else 0
 
 
 def prepared(

@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -23,7 +22,7 @@ from lanting.core.errors import ModelError
 from lanting.core.files import replace_file
 from lanting.train.brought import HEADS, RUN, VAE, check_stage, check_state, lacking, read_about, read_vae, readable
 from lanting.train.journal import NAME as LOG
-from lanting.train.kept import read_checkpoint, write_tensors
+from lanting.train.kept import read_checkpoint, write_checkpoint, write_tensors
 from lanting.train.model import NanoConfig
 from lanting.train.vae import BEGUN, CHECKPOINT, CONFIG, DECODER, FROZEN, UNTUNED, WEIGHTS, shipped_vae
 from lanting.train.warm import shipped
@@ -185,7 +184,7 @@ def unpack(
     if (source / LOG).is_file() and not (folder / LOG).exists():
         shutil.copyfile(source / LOG, folder / LOG)
     if state is not None:
-        replace_file(folder / "checkpoint.pt", lambda part: torch.save(state, part))
+        write_checkpoint(folder / "checkpoint.pt", state)
     return True
 
 

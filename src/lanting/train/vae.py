@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +29,7 @@ from torch import Tensor, nn
 from lanting.core.files import replace_file
 from lanting.core.lang import say
 from lanting.nn.vae import AttentionBlock, AutoencoderKLQwenImage, ResidualBlock, VAEConfig, to_image_weights
-from lanting.train.kept import read_checkpoint, write_tensors
+from lanting.train.kept import own_file, read_checkpoint, write_checkpoint, write_tensors
 from lanting.train.losses import redrawn
 from lanting.train.optim import Muon, average_gradients
 from lanting.train.pieces import Scraps, scraps_for
@@ -211,15 +210,12 @@ class VAETrainer:
 
     def save(self, path: Path) -> None:
         """Everything a resumed run needs; a kill at any moment leaves the old or the new file whole."""
-        state: dict[str, Any] = {
-            "vae": self.vae.state_dict(),
-            "optimizers": [o.state_dict() for o in self.optimizers],
-            "clock": (self.step, self.seconds),
-        }
-        replace_file(path, lambda part: torch.save(state, part))
+        clock = self.step, self.seconds
+        optimizers = [o.state_dict() for o in self.optimizers]
+        write_checkpoint(path, {"vae": self.vae.state_dict(), "optimizers": optimizers, "clock": clock})
 
     def load(self, path: Path) -> None:
-        state = read_checkpoint(path, self.device)
+        state = read_checkpoint(path, self.device, ("vae", "optimizers", "clock"))
         self.vae.load_state_dict(state["vae"], strict=True)
         for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(kept)
@@ -241,9 +237,10 @@ def save_config(config: VAEConfig, path: Path) -> None:
 
 def load_vae(folder: Path, weights: str = WEIGHTS) -> AutoencoderKLQwenImage:
     """The network, fp32, that `train_vae` (`weights=DECODER`: `finetune_decoder`) left in `folder`."""
-    vae = AutoencoderKLQwenImage(VAEConfig.from_dict(json.loads((folder / CONFIG).read_text(encoding="utf-8"))))
-    vae.load_state_dict(load_file(str(folder / weights)), strict=True)
-    return vae
+    with own_file(folder):
+        vae = AutoencoderKLQwenImage(VAEConfig.from_dict(json.loads((folder / CONFIG).read_text(encoding="utf-8"))))
+        vae.load_state_dict(load_file(str(folder / weights)), strict=True)
+        return vae
 
 
 def shipped_vae(model: Path) -> dict[str, Tensor]:

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lanting.core.files import replace_file
+from lanting.core.files import replace_file, unwritable
 from lanting.core.pictures import open_picture
 from lanting.engine.models import Models
 from lanting.engine.studio import EngineStudio
@@ -54,10 +54,14 @@ def key_of(models: Models, example: Example) -> str:
 
 
 def prepare(models: Models, examples: Sequence[Example], folder: Path, tell: Callable[[int, int], None]) -> list[Path]:
-    """A file for every example, in their order; those that are there stay. `tell(done, all)` after each."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """A file for every example, in their order; those that are there and whole stay. `tell(done, all)` after each.
+    Raises OutputError where the folder can't be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(folder, error) from None
     paths = [folder / f"{key_of(models, one)}.safetensors" for one in examples]
-    missing = [i for i, path in enumerate(paths) if not path.is_file()]
+    missing = [i for i, path in enumerate(paths) if not whole(path)]
     if missing and examples[0].references:
         models.see_pictures()
     studio = EngineStudio(models)
@@ -66,6 +70,15 @@ def prepare(models: Models, examples: Sequence[Example], folder: Path, tell: Cal
         replace_file(paths[index], lambda part, seen=seen: save(seen, part))
         tell(done, len(missing))
     return paths
+
+
+def whole(path: Path) -> bool:
+    """Whether a file is there, and of the length that its header says."""
+    try:
+        with safe_open(str(path), framework="pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
 
 
 @torch.no_grad()

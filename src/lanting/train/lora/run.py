@@ -25,7 +25,7 @@ from lanting.core.files import replace_file
 from lanting.engine.placement import Placed
 from lanting.flow.loop import Conditioning
 from lanting.flow.schedule import Schedule
-from lanting.train.kept import write_tensors
+from lanting.train.kept import read_checkpoint, write_checkpoint, write_tensors
 from lanting.train.lora.cache import CachedExample, load
 from lanting.train.lora.dataset import batches
 from lanting.train.lora.net import LoraNet, padded
@@ -211,17 +211,14 @@ class Trainer:
             "step": self.step,
             "kind": self.kind(),
         }
-        replace_file(path, lambda part: torch.save(state, part))
+        write_checkpoint(path, state)
 
     def resume(self, path: Path) -> bool:
         """Go on from a checkpoint, if there is one. Raises ModelError where it belongs to another run."""
         if not path.exists():
             return False
-        try:
-            state = torch.load(path, weights_only=True, map_location="cpu")  # where AdamW counts its steps
-            kind, own = state["kind"], self.kind()
-        except Exception:
-            raise ModelError("{path} can't be read: remove it to begin anew", path=path) from None
+        state = read_checkpoint(path, "cpu", ("kind", "lora", "optimizer", "step"))  # AdamW counts its steps there
+        kind, own = state["kind"], self.kind()
         if other := sorted(name for name in own if kind.get(name) != own[name]):
             raise ModelError(
                 "{path} was begun with another {what}: remove it to begin anew, or write elsewhere with -o",
