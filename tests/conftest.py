@@ -26,6 +26,8 @@ SLOW = (
 )
 SLOW += ("gpu_rehearsal", "bench", "train_processes", "train_lora", "from_the_shell", "workers")
 
+MANY = 20_000  # objects that are worth leaving out
+
 os.environ["LANTING_CONFIG"] = os.devnull  # nobody's own defaults, here and in child processes
 os.environ.pop("LANTING_MODEL", None)
 sys.path.insert(0, str(Path(__file__).parent))
@@ -57,6 +59,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Slow files begin, so that processes end together: at the end there are only short tests left to share."""
     order = {f"test_{name}.py": index for index, name in enumerate(SLOW)}
     items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Generator[None, object, object]:
+    """What a file imported while it ran (compilers are three hundred thousand objects) is no garbage for later files
+    either: closing an engine looks through all there is, and there are a thousand of them.
+    """
+    try:
+        return (yield)
+    finally:
+        if nextitem is not None and nextitem.path != item.path and len(gc.get_objects()) > MANY:
+            gc.collect()
+            gc.freeze()
 
 
 def pytest_unconfigure() -> None:
