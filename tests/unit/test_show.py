@@ -14,6 +14,7 @@ import pytest
 
 from lanting.cli.main import main
 from lanting.core.errors import ModelError
+from lanting.weights.find import locate
 from lanting.weights.home import MARKER, Marker, model_folder, note_begun, write_marker
 from lanting.weights.inspect import describe
 
@@ -229,6 +230,9 @@ def test_files_that_are_never_opened(tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(b"GGUF\x03\0\0\0")
     with pytest.raises(ModelError, match="is damaged"):
         describe(str(tmp_path / "x.gguf"))
+    for empty in (describe, locate):  # it was the folder here
+        with pytest.raises(ModelError, match="the name is empty"):
+            empty("")
     for missing in ("none.safetensors", "no/such/folder", str(tmp_path / "none")):
         with pytest.raises(ModelError, match="does not exist"):
             describe(missing)

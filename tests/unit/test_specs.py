@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
 from PIL import Image
 
 from lanting.core.errors import ModelError, RequestError
+from lanting.core.lang import explain
 from lanting.core.types import TASK_NAMES, Request
 from lanting.specs import (
     detect,
@@ -113,12 +115,14 @@ def test_a_persons_own_release_may_extend_ours(tmp_path):
         ("extends = \n", "TOML"),
     ],
 )
-def test_wrong_release_files_are_one_sentence(tmp_path, text, word):
+def test_wrong_release_files_are_one_sentence(tmp_path, monkeypatch, text, word):
     path = tmp_path / "odd.toml"
     path.write_text(text)
     with pytest.raises(ModelError, match=word) as caught:
         read_spec(path)
     assert "\n" not in str(caught.value).replace("\n(at", "")
+    monkeypatch.setenv("LANTING_LANG", "zh")
+    assert not re.search(r"\b(must|not|known|names|leads)\b", explain(caught.value)) or word == "TOML"
 
 
 def test_unknown_release_names_the_nearest():

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_type_hints
 
 from lanting.core.errors import ModelError
+from lanting.core.lang import Phrase
 from lanting.core.types import TASK_NAMES
 
 FOLDER = Path(__file__).parent
@@ -114,18 +115,18 @@ def read_spec(path: Path) -> ModelSpec:
     defaults = _build(Defaults, table.pop("defaults", {}), path, "defaults.")
     spec = _build(ModelSpec, {"name": path.stem, "defaults": defaults, **table}, path, "")
     if spec.template not in TEMPLATES:
-        raise _wrong(path, "template", f"is {spec.template!r}, not one of {', '.join(TEMPLATES)}")
+        raise _wrong(path, "template", _none_of(spec.template, TEMPLATES))
     if spec.edit_template not in ("", *WITH_PICTURES):
-        raise _wrong(path, "edit_template", f"is {spec.edit_template!r}, not one of {', '.join(WITH_PICTURES)}")
+        raise _wrong(path, "edit_template", _none_of(spec.edit_template, WITH_PICTURES))
     if strange := [task for task in spec.tasks if task not in TASK_NAMES]:
-        raise _wrong(path, "tasks", f"names {strange[0]!r}, which is no task of ours")
+        raise _wrong(path, "tasks", Phrase("names {task}, which is no task of ours", task=repr(strange[0])))
     return spec
 
 
 def _layer(path: Path, seen: tuple[str, ...]) -> dict[str, Any]:
     """The file laid over the file it extends, one level of tables deep."""
     if path.stem in seen:
-        raise _wrong(path, "extends", "leads back to itself")
+        raise _wrong(path, "extends", Phrase("leads back to itself"))
     try:
         mine: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -145,7 +146,8 @@ def _build(kind: type[T], table: Mapping[str, Any], path: Path, prefix: str) -> 
     hints = get_type_hints(kind)
     known = {f.name for f in fields(kind)}
     if unknown := sorted(set(table) - known):
-        raise _wrong(path, prefix + unknown[0], f"is not a key we know; known here: {', '.join(sorted(known))}")
+        told = Phrase("is not a key we know; known here: {known}", known=", ".join(sorted(known)))
+        raise _wrong(path, prefix + unknown[0], told)
     return kind(**{key: _value(value, hints[key], path, prefix + key) for key, value in table.items()})
 
 
@@ -162,7 +164,7 @@ def _value(value: Any, hint: Any, path: Path, key: str) -> Any:
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise _wrong(path, key, f"must be {hint.__name__}, not {value!r}")
+        raise _wrong(path, key, Phrase("must be {kind}, not {value}", kind=hint.__name__, value=repr(value)))
     return value
 
 
@@ -171,8 +173,12 @@ def _pair(value: Any, path: Path, key: str) -> tuple[int, int]:
         width, height = cast("list[Any]", value)
         if isinstance(width, int) and isinstance(height, int) and width % 16 == height % 16 == 0:
             return width, height
-    raise _wrong(path, key, "must be [width, height] in multiples of 16")
+    raise _wrong(path, key, Phrase("must be [width, height] in multiples of 16"))
 
 
-def _wrong(path: Path, key: str, what: str) -> ModelError:
+def _none_of(value: str, known: Iterable[str]) -> Phrase:
+    return Phrase("is {value}, not one of {known}", value=repr(value), known=", ".join(known))
+
+
+def _wrong(path: Path, key: str, what: Phrase) -> ModelError:
     return ModelError("{path}: {key} {what}", path=path.name, key=key, what=what)

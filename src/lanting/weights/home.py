@@ -104,7 +104,9 @@ def files_folder(repo: str) -> Path:
 
 def path_of(given: str) -> Path:
     """A path as it was given; where nothing is there, that of a pulled file of this name, "owner/name/file.gguf",
-    which came alone or with its repository."""
+    which came alone or with its repository. Raises ModelError for no name at all, which would be the folder here."""
+    if not given.strip():
+        raise ModelError("the name is empty: give a release, a folder or a file")
     path = Path(given).expanduser()
     found = None if path.exists() else file_in(given)
     folders = [] if found is None else [files_folder(found[0]), model_folder(found[0])]

@@ -21,6 +21,7 @@ from lanting.specs.sizes import reference_size
 from lanting.train.lora.dataset import Example
 from lanting.train.lora.net import none_called, pattern_of
 from lanting.weights.build import store_transformer
+from lanting.weights.pull import gigabytes
 from lanting.weights.stored import Stored
 
 KINDS = ("none", "int8", "int4")  # what packs weights, the most exact first
@@ -75,9 +76,9 @@ def choose(models: Models, asked: str, budget: int, tokens: int, run: Any) -> Ne
         if one.total <= budget:
             return one
     raise RequestError(
-        "training needs {need:.1f} GB of memory here and {free:.1f} are free: take a smaller --resolution, --batch 1, "
-        "a lower --rank or --targets attention",
-        **{"need": last.with_resident(0).total / 1e9, "free": budget / 1e9},
+        "training needs {need} of memory here and {free} are free: take a smaller --resolution, --batch 1, a lower "
+        "--rank or --targets attention",
+        **{"need": gigabytes(last.with_resident(0).total), "free": gigabytes(budget)},
     )
 
 
