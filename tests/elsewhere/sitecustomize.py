@@ -3,7 +3,7 @@ refuses to our package what Windows would. Its own drive letters and its threads
 
 refused  modules that only POSIX has; text read or written in an encoding that was not named; names of files that
          Windows has not; deleting, replacing or renaming a file that this process holds open or mapped; renaming onto
-         a file; opening a folder; handlers of signals in an event loop; processes that are forked
+         a file; handlers of signals in an event loop; processes that are forked
 """
 
 import asyncio
@@ -71,8 +71,6 @@ def heard(event, arguments):
         path, flags = os.fsdecode(arguments[0]), arguments[2] or 0
         if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
             possible(path)
-        elif arguments[1] is None and not flags & getattr(os, "O_DIRECTORY", 0) and os.path.isdir(path):
-            raise PermissionError(13, "Permission denied", path)
     elif event == "os.mkdir":
         possible(whole(arguments[0], arguments[2]))
     elif event == "os.remove":
@@ -103,6 +101,8 @@ for name in ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIGALRM", "pthread_sigmask"):
         delattr(signal, name)
 for loop in (asyncio.BaseEventLoop, asyncio.SelectorEventLoop):
     loop.add_signal_handler = loop.remove_signal_handler = unix_only
+sys.modules["uvloop"] = None  # for its libraries, too
 if sys.flags.warn_default_encoding:
+    warnings.filterwarnings("ignore", category=EncodingWarning)
     warnings.filterwarnings("error", category=EncodingWarning, module=ours.pattern)
 sys.addaudithook(heard)

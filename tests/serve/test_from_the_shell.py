@@ -26,7 +26,9 @@ from PIL import Image
 from lanting.cli.main import main
 
 PAGE = (ROOT / "docs" / "serve.md").read_text(encoding="utf-8")
-ENV = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "LANTING_LANG": "en"}
+ELSEWHERE = f"{ROOT / 'src'}:{ROOT / 'tests' / 'elsewhere'}"  # as unwilling as Windows is
+ENV = os.environ | {"PYTHONPATH": ELSEWHERE, "OMP_NUM_THREADS": "1", "LANTING_LANG": "en"}
+ENV |= {"PYTHONWARNDEFAULTENCODING": "1", "PYTHONIOENCODING": "cp1252"}
 
 
 def blocks(language: str) -> list[str]:

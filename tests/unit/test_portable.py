@@ -28,7 +28,7 @@ NAMES = {  # of os, signal, socket and an event loop, that one of the systems la
     *("SIGALRM", "SIGHUP", "SIGKILL", "SIGUSR1", "SIGUSR2", "pthread_sigmask", "sigwait", "setitimer"),
     *("AF_UNIX", "add_signal_handler", "getppid", "uname", "startfile", "windll"),
 }
-TEXT = {"read_text": 0, "write_text": 1, "open": None, "fdopen": 2}  # where an encoding may stand without its name
+TEXT = {"read_text": 0, "write_text": 1, "open": 2, "fdopen": 2}  # where an encoding may stand without its name
 
 
 WITH_CARE = {  # what a file uses where it has looked at the system first
@@ -58,29 +58,52 @@ def of_one_system(tree: ast.AST, path: str = "") -> Iterator[str]:
                 yield f"{node.lineno}: {ast.unparse(node)}"
 
 
-def in_no_encoding(tree: ast.AST, path: str = "") -> Iterator[str]:
+def in_no_encoding(tree: ast.AST) -> Iterator[str]:
     """Text whose bytes depend on the machine: Windows' are a code page in which most of Unicode can't be written."""
     for node in ast.walk(tree):
-        if not isinstance(node, ast.Call) or any(one.arg == "encoding" for one in node.keywords):
+        if not isinstance(node, ast.Call):
             continue
         name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-        values = [*node.args, *(one.value for one in node.keywords)]
-        binary = any(
-            isinstance(one, ast.Constant) and re.fullmatch("[rwax+]*b[rwax+]*", str(one.value)) for one in values
-        )
-        theirs = (not node.args and name == "open") or ast.unparse(node.func).startswith(("os.open", "Image."))
-        text = name in ("read_text", "write_text") or (name in ("open", "fdopen") and not binary and not theirs)
-        piped = {"text", "universal_newlines"} & {str(one.arg) for one in node.keywords}
-        if (text and len(node.args) <= (TEXT[name] or 0)) or (name in ("run", "Popen", "check_output") and piped):
+        given = {str(one.arg): one.value for one in node.keywords}
+        if name in ("run", "Popen", "check_output"):
+            wrong = {"text", "universal_newlines"} & set(given) and "encoding" not in given
+        elif name in TEXT and "encoding" not in given:
+            modes = [str(one.value) for one in (*node.args, *given.values()) if isinstance(one, ast.Constant)]
+            if name == "open" and isinstance(node.func, ast.Attribute):  # of a path, or of something else that opens
+                wrong = any(re.fullmatch("[rwax+]+t?", mode) for mode in modes)
+            else:
+                binary = any(re.fullmatch("[rwax+]*b[rwax+]*", mode) for mode in modes)
+                wrong = not binary and len(node.args) <= TEXT[name]
+        else:
+            continue
+        if wrong:
             yield f"{node.lineno}: {ast.unparse(node)[:80]}"
 
 
-@pytest.mark.parametrize("rule", [of_one_system, in_no_encoding])
-def test_sources_run_on_every_system(rule):
-    files = [*SOURCES, ROOT / "hatch_build.py", ROOT / "tools" / "install.py"]
-    trees = {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text(encoding="utf-8")) for path in files}
-    found = [f"{path}:{where}" for path, tree in trees.items() for where in rule(tree, path)]
+def test_sources_run_on_every_system():
+    found = []
+    for file in (*SOURCES, ROOT / "hatch_build.py", ROOT / "tools" / "install.py"):
+        path, tree = file.relative_to(ROOT).as_posix(), ast.parse(file.read_text(encoding="utf-8"))
+        found += [f"{path}:{where}" for where in (*of_one_system(tree, path), *in_no_encoding(tree))]
     assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "import fcntl",
+        "os.kill(1, 9)",
+        "signal.SIGKILL",
+        "path.read_text()",
+        "path.write_text('a')",
+        "open('a')",
+        "path.open('w')",
+        "os.fdopen(3, 'w')",
+        "subprocess.run(['a'], text=True)",
+    ],
+)
+def test_what_is_not_portable_is_found(wrong):
+    assert [*of_one_system(ast.parse(wrong)), *in_no_encoding(ast.parse(wrong))]
 
 
 PIPES = """
@@ -97,6 +120,17 @@ def test_a_worker_has_its_pipes_for_itself():
     """A library that asks about standard input finds nothing; on Windows it would wait for our reading thread."""
     done = subprocess.run([sys.executable, "-c", PIPES], input=b"an order\nanother\n", capture_output=True, check=True)
     assert done.stdout == b"an order\n''" and done.stderr == b"a library's words"
+
+
+def test_a_drawing_where_windows_would_refuse(tmp_path):
+    """Served is nano there too: tests/serve/test_from_the_shell.py."""
+    env = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT / 'tests' / 'elsewhere'}", "OMP_NUM_THREADS": "1"}
+    env |= {"PYTHONWARNDEFAULTENCODING": "1", "PYTHONIOENCODING": "cp1252", "LANTING_LANG": "zh"}
+    words = ["-m", "lanting", "generate", "绿色招牌“茶馆”", "--steps", "1", "--seed", "7", "-q"]
+    done = subprocess.run([sys.executable, *words], cwd=tmp_path, env=env, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr.decode()
+    assert [path.name for path in tmp_path.iterdir()] == ["绿色招牌-茶馆-7.png"]
+    assert done.stdout.decode("ascii").strip() == r"\u7eff\u8272\u62db\u724c-\u8336\u9986-7.png"
 
 
 def test_what_is_different_on_windows(monkeypatch, tmp_path):
