@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lanting.cli import options as o
-from lanting.cli.eval_tables import print_table
 from lanting.cli.machine import BUILD, gpus, switched_off
 from lanting.cli.screen import Screen
 from lanting.core.errors import OutputError, RequestError
@@ -116,10 +115,10 @@ def show(screen: Screen, report: Report) -> None:
     """Two tables, and how to read them."""
     from lanting.bench.words import case_rows, limit_rows
 
-    print_table(screen, limit_rows(report.one, report.all))
+    screen.table(limit_rows(report.one, report.all), gap="   ")
     if report.rows:
         screen.line("{row}", row="")
-        print_table(screen, case_rows(report.rows))
+        screen.table(case_rows(report.rows), gap="   ")
         screen.line("limit: all operations at the best rate above or all bytes at the memory's, the longer of the two")
     if report.busy:
         screen.line(

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lanting.cli import options as o
-from lanting.cli.plan import columns
 from lanting.cli.screen import Screen
 from lanting.core.errors import RequestError
 from lanting.core.lang import explain, say
@@ -130,7 +129,7 @@ def listed(screen: Screen, content: Content) -> int:
         screen.line("defaults: {path}", path=content.path)
     else:
         screen.line("defaults: {path} (not there yet)", path=content.path)
-    columns(screen, [cells(each) for each in rows])
+    screen.table([cells(each) for each in rows])
     screen.line("to set one: lanting config KEY VALUE; to take it back: lanting config --unset KEY")
     for problem in wrong:
         screen.line("problem: {text}", text=explain(problem))

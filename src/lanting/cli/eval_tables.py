@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-import unicodedata
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lanting.cli.screen import Screen
@@ -61,7 +59,7 @@ def text_table(screen: Screen, report: TextReport) -> None:
         for who, by in report.scores.items()
         for name, one in by.items()
     ]
-    print_table(screen, [head, *rows])
+    screen.table([head, *rows], gap="   ")
     for name, groups in report.parts().items():
         if len(groups) > 1:
             parts = ", ".join(f"{group} {100 * share.value:.1f} %" for group, share in groups.items())
@@ -84,7 +82,7 @@ def follow_table(screen: Screen, report: FollowReport) -> None:
         "colours": say("colours together"),
     }
     rows = [[names[name], percent(share), str(share.total)] for name, share in report.shares().items()]
-    print_table(screen, [["", say("as asked, %"), say("pictures")], *rows])
+    screen.table([["", say("as asked, %"), say("pictures")], *rows], gap="   ")
     if report.spread:
         mean = sum(report.spread) / len(report.spread)
         screen.line("seeds of one prompt differ by {flip:.3f} (mean FLIP)", flip=mean)
@@ -102,7 +100,7 @@ def edit_table(screen: Screen, report: EditReport) -> None:
         for kind in [*report.kinds(), None]
         for row in [report.row(kind)]
     ]
-    print_table(screen, [head, *rows])
+    screen.table([head, *rows], gap="   ")
 
 
 def percent(share: Share) -> str:
@@ -111,16 +109,3 @@ def percent(share: Share) -> str:
 
 def decibel(value: float | None) -> str:
     return "—" if value is None else f"{value:.1f} dB"
-
-
-def print_table(screen: Screen, rows: Sequence[Sequence[str]]) -> None:
-    """Columns side by side; Chinese characters take two places."""
-    widths = [max(map(wide, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = (cell + " " * (width - wide(cell)) for cell, width in zip(row, widths, strict=True))
-        screen.line("{row}", row="   ".join(cells).rstrip())
-
-
-def wide(words: str) -> int:
-    """Places on a terminal."""
-    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in words)

@@ -116,19 +116,9 @@ def show(screen: Screen, chosen: Plan, rows: list[tuple[Plan, bool]], steps: int
         times = [seconds(plan.load_seconds), seconds(plan.image_seconds)] if fits else [say("doesn't fit"), ""]
         mark = "▸" if plan is chosen else ""
         cells.append([mark, plan.transformer, residence(plan), reader, *memory, *times, f"{100 * plan.error:.1f} %"])
-    columns(screen, cells)
+    screen.table(cells)
     screen.line("chosen: {reasons}", reasons="; ".join(chosen.reasons))
     screen.line("one picture has {steps} steps; error: of one layer's output, by rounding its weights", steps=steps)
-
-
-def columns(screen: Screen, cells: list[list[str]]) -> None:
-    """Lines in columns; a Chinese letter is two wide."""
-    from rich.cells import cell_len
-
-    widths = [max(cell_len(row[column]) for row in cells) for column in range(len(cells[0]))]
-    for row in cells:
-        padded = (cell + " " * (width - cell_len(cell)) for cell, width in zip(row, widths, strict=True))
-        screen.line("{row}", row="  ".join(padded).rstrip())
 
 
 def table(chosen: Plan, rows: list[tuple[Plan, bool]]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -53,6 +54,15 @@ class Screen:
         if not (self.quiet or self.json):
             dim = sys.stderr.isatty() and os.name != "nt" and os.environ.get("TERM") != "dumb"
             print(f"  \x1b[2m{text}\x1b[0m" if dim and "NO_COLOR" not in os.environ else f"  {text}", file=sys.stderr)
+
+    def table(self, rows: Sequence[Sequence[str]], gap: str = "  ") -> None:
+        """Columns side by side."""
+        from rich.cells import cell_len  # a Chinese letter is two columns wide
+
+        widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
+        for row in rows:
+            padded = (cell + " " * (width - cell_len(cell)) for cell, width in zip(row, widths, strict=True))
+            self.line("{row}", row=gap.join(padded).rstrip())
 
     def raw(self, text: str) -> None:
         """For programs: printed whatever the flags."""

@@ -89,8 +89,6 @@ def _head(screen: Screen, told: Description) -> None:
 
 def _parts(screen: Screen, parts: tuple[Part, ...]) -> None:
     """One line a part, in columns; a last line for all of them."""
-    from rich.cells import cell_len  # a Chinese letter is two columns wide
-
     from lanting.weights.pull import gigabytes
 
     cells = [
@@ -109,10 +107,7 @@ def _parts(screen: Screen, parts: tuple[Part, ...]) -> None:
         size = gigabytes(sum(part.bytes for part in parts))
         counts = say("{count} tensors", count=f"{tensors:,}"), say("{count} parameters", count=_count(parameters))
         cells.append((say("together"), "", *counts, "", size))
-    widths = [max(cell_len(row[column]) for row in cells) for column in range(len(cells[0]))] if cells else []
-    for row in cells:
-        padded = (cell + " " * (width - cell_len(cell)) for cell, width in zip(row, widths, strict=True))
-        screen.line("{part}", part="   ".join(padded).rstrip())
+    screen.table(cells, gap="   ")
 
 
 def _count(number: int) -> str:
