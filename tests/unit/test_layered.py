@@ -22,8 +22,9 @@ from lanting.cli import draw
 from lanting.cli.main import main
 from lanting.core.errors import OutputError, PictureError
 from lanting.core.layered import KINDS, kind_in, pack, unpack
+from lanting.core.pictures import on_white
 from lanting.core.recipe import describe_request, read_recipe
-from lanting.core.stack import layer_names, merged, on_white, spread, stack_of
+from lanting.core.stack import layer_names, merged, spread, stack_of
 from lanting.core.types import Recipe, Request
 from lanting.specs import get_spec
 

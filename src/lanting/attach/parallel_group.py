@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lanting.core.errors import first_line
+
 ENDS = "TORCH_NCCL_ASYNC_ERROR_HANDLING"  # 2: a failure ends the group, and not the process
 
 
@@ -77,7 +79,3 @@ class Group:
             self.group.abort()
         except (RuntimeError, AttributeError):  # it is over already, or ends by itself
             return
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -8,6 +8,11 @@ It may keep its sentence as a template plus values, so that a surface can say it
 from __future__ import annotations
 
 
+def first_line(error: BaseException) -> str:
+    """What any exception says, as one line; the name of its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 class LantingError(Exception):
     """Anything we can explain. `exit_code` 2: the request was wrong; 1: we failed."""
 

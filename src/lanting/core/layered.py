@@ -10,7 +10,8 @@ import io
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
-from lanting.core.errors import LantingError, PictureError
+from lanting.core.errors import LantingError
+from lanting.core.pictures import broken
 from lanting.core.stack import Stack, stack_of
 from lanting.core.types import Recipe
 
@@ -84,8 +85,7 @@ def _read(
     except LantingError:
         raise
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
-        raise PictureError("{name} is damaged: {reason}", name=name, reason=reason) from None
+        raise broken(name, error) from None
 
 
 def _zip(data: bytes) -> ZipFile:

@@ -11,7 +11,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lanting.core.errors import PictureError
+from lanting.core.errors import PictureError, first_line
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -35,7 +35,7 @@ def open_picture(source: str | Path | bytes, name: str = "the picture") -> Image
     try:
         plain = _upright(image)
     except Exception as error:  # of metadata that is damaged, or none
-        raise PictureError("{name} is damaged: {reason}", name=shown, reason=_first_line(error)) from None
+        raise broken(shown, error) from None
     plain.info = {} if isinstance(source, bytes) else {"path": str(source)}
     return plain
 
@@ -53,6 +53,15 @@ def _upright(image: Image.Image) -> Image.Image:
     upright = ImageOps.exif_transpose(image)
     see_through = "A" in upright.getbands() or "transparency" in upright.info
     return upright.convert("RGBA" if see_through else "RGB")
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """RGB; what is transparent shows white, as on paper."""
+    from PIL import Image
+
+    paper = Image.new("RGBA", image.size, "white")
+    paper.alpha_composite(image.convert("RGBA"))
+    return paper.convert("RGB")
 
 
 def open_mask(source: str | Path | bytes, name: str = "the mask") -> Image.Image:
@@ -115,7 +124,7 @@ def decode_picture(data: bytes, name: str) -> Image.Image:
         image.load()
     # damaged files raise whatever the decoder meets: zlib, struct, Syntax, OS errors
     except Exception as error:
-        raise PictureError("{name} is damaged: {reason}", name=name, reason=_first_line(error)) from None
+        raise broken(name, error) from None
     return image
 
 
@@ -142,6 +151,6 @@ def _looks_like(data: bytes) -> str:
     return "a text file" if all(byte in b"\t\n\r" or byte >= 32 for byte in head) else "something else"
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:120] if lines else type(error).__name__
+def broken(name: str, error: Exception) -> PictureError:
+    """The sentence for a file on which a library gives up."""
+    return PictureError("{name} is damaged: {reason}", name=name, reason=first_line(error)[:120])

@@ -12,9 +12,9 @@ import io
 import struct
 from typing import TYPE_CHECKING, Any
 
-from lanting.core.pictures import MAX_PIXELS
+from lanting.core.pictures import MAX_PIXELS, on_white
 from lanting.core.recipe import to_json
-from lanting.core.stack import MOST_LAYERS, NAMESPACE, Layer, Stack, as_xml, merged, on_white, word_in_xml
+from lanting.core.stack import MOST_LAYERS, NAMESPACE, Layer, Stack, as_xml, merged, word_in_xml
 from lanting.core.types import Recipe
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from lanting.core.errors import OutputError
 from lanting.core.openraster import MOST_BYTES, THUMBNAIL, entry
-from lanting.core.pictures import MAX_PIXELS, decode_picture
+from lanting.core.pictures import MAX_PIXELS, decode_picture, on_white
 from lanting.core.recipe import to_json
-from lanting.core.stack import MOST_LAYERS, MOST_XML, NAMESPACE, Layer, Stack, as_xml, merged, on_white, word_in_xml
+from lanting.core.stack import MOST_LAYERS, MOST_XML, NAMESPACE, Layer, Stack, as_xml, merged, word_in_xml
 
 if TYPE_CHECKING:
     import zipfile

@@ -78,15 +78,6 @@ def merged(stack: Stack) -> Image:
     return canvas
 
 
-def on_white(image: Image) -> Image:
-    """RGB, as it looks on paper."""
-    from PIL import Image
-
-    paper = Image.new("RGBA", image.size, "white")
-    paper.alpha_composite(image)
-    return paper.convert("RGB")
-
-
 def as_xml(text: str) -> str:
     """JSON as the content of an XML element. Letters beyond ASCII become JSON's own escapes: XML forbids some."""
     from xml.sax.saxutils import escape

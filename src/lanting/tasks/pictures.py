@@ -14,6 +14,8 @@ from PIL.Image import Image as Picture
 from PIL.Image import Resampling
 from torch import Tensor
 
+from lanting.core.pictures import on_white
+
 Size = tuple[int, int]  # width, height
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 
@@ -31,10 +33,7 @@ def to_mode(picture: Picture, channels: int = 3) -> Picture:
     picture = eight_bits(picture)
     if channels == 4:
         return picture.convert("RGBA")
-    if not picture.has_transparency_data:
-        return picture.convert("RGB")
-    clear = picture.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", clear.size, "white"), clear).convert("RGB")
+    return on_white(picture) if picture.has_transparency_data else picture.convert("RGB")
 
 
 def resize(picture: Picture, size: Size) -> Picture:

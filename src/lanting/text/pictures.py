@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from lanting.core.errors import RequestError
+from lanting.core.pictures import on_white
 from lanting.nn.qwen_vision import Grid
 
 
@@ -73,12 +74,8 @@ def smart_resize(width: int, height: int, config: PictureConfig) -> tuple[int, i
     return fitted[0], fitted[1]
 
 
-def on_white(image: Image.Image) -> Image.Image:
-    """The picture in RGB, transparent parts white."""
-    if "A" not in image.getbands() and image.info.get("transparency") is None:
-        return image.convert("RGB")
-    image = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image).convert("RGB")
+def sees_through(image: Image.Image) -> bool:
+    return "A" in image.getbands() or image.info.get("transparency") is not None
 
 
 def picture_patches(image: Image.Image, config: PictureConfig | None = None) -> tuple[Tensor, Grid]:
@@ -89,7 +86,8 @@ def picture_patches(image: Image.Image, config: PictureConfig | None = None) -> 
     """
     config = config or PictureConfig()
     size = smart_resize(image.width, image.height, config)
-    resized = on_white(image).resize(size, Image.Resampling.BICUBIC)
+    seen = on_white(image) if sees_through(image) else image.convert("RGB")
+    resized = seen.resize(size, Image.Resampling.BICUBIC)
     pixels = (np.asarray(resized).astype(np.float64) / 255).astype(np.float32)
     mean, std = np.array(config.image_mean, np.float32), np.array(config.image_std, np.float32)
     pixels = (pixels - mean) / std  # (H, W, 3)

@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass, field
 from urllib.parse import quote, urlsplit
 
-from lanting.core.errors import ModelError
+from lanting.core.errors import ModelError, first_line
 from lanting.weights.home import WEIGHTS
 
 HUGGING_FACE = "https://huggingface.co"
@@ -94,10 +94,8 @@ def list_modelscope(repo: str, revision: str | None, endpoint: str | None) -> Li
         raise ModelError(
             "pulling from ModelScope needs its library: run 'pip install modelscope' and try again"
         ) from None
-    source, asked = (
-        endpoint_of(endpoint or os.environ.get("MODELSCOPE_ENDPOINT") or MODELSCOPE),
-        revision or "master",
-    )
+    source = endpoint_of(endpoint or os.environ.get("MODELSCOPE_ENDPOINT") or MODELSCOPE)
+    asked = revision or "master"
     try:
         api = modelscope_hub.HubApi(endpoint=source)
         entries = api.list_repo_files(repo, "model", revision=asked)
@@ -133,10 +131,9 @@ def explain(error: Exception, source: str, repo: str, revision: str) -> ModelErr
             "{source} answered with error {status}: try again later, or name a mirror with --endpoint",
             **{"source": source, "status": status},
         )
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return ModelError(
         "{source} can't be reached ({reason}): check the connection, or name a mirror with --endpoint",
-        **{"source": source, "reason": reason},
+        **{"source": source, "reason": first_line(error)},
     )
 
 

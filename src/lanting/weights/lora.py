@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from lanting.core.errors import ModelError
+from lanting.core.errors import ModelError, first_line
 from lanting.nn.deltas import Decomposed, Delta, Full, Hadamard, Kronecker, LowRank, Shift
 from lanting.nn.lora import Change, Factors, attach
 from lanting.weights.lora_file import Lora
@@ -48,9 +48,7 @@ def load_parts(
                 for part in _parts(piece, tensors, index):
                     yield module, part
     except (SafetensorError, OSError) as error:
-        raise ModelError(
-            "{path} can't be read: {reason}", path=str(lora.path), reason=str(error).splitlines()[0]
-        ) from None
+        raise ModelError("{path} can't be read: {reason}", path=str(lora.path), reason=first_line(error)) from None
 
 
 def _rows(tensor: Tensor, role: str, piece: Piece) -> Tensor:
