@@ -27,7 +27,7 @@ from lanting.serve.errors import (
     on_record,
 )
 from lanting.serve.feed import Feed
-from lanting.serve.files import Files
+from lanting.serve.files import ID, Files
 from lanting.serve.intake import Order, Prepared, prepare, store_pictures, with_timeout
 from lanting.serve.jobs import (
     CANCELLED,
@@ -182,7 +182,7 @@ class Desk:
 
     async def job(self, id_: str, caller: Caller) -> Job:
         """Raises MissingError, also for somebody else's."""
-        job = await self.ledger.read(lambda db: find(db, id_))
+        job = await self.ledger.read(lambda db: find(db, id_)) if ID.fullmatch(id_) else None
         if job is None or job.owner != caller.id:
             raise MissingError("there is no job {id}", id=repr(id_[:40]))
         return job

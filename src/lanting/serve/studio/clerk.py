@@ -17,11 +17,11 @@ from lanting.core.pictures import open_mask, open_picture
 from lanting.core.recipe import restore_request
 from lanting.core.types import Request
 from lanting.serve.common import result_path
-from lanting.serve.errors import MissingError
 from lanting.serve.files import ID
 from lanting.serve.house import House
 from lanting.serve.intake import Order
 from lanting.serve.jobs import Caller, Job, Search
+from lanting.serve.pace import units
 from lanting.serve.state import Model
 from lanting.serve.studio import show
 from lanting.serve.studio.forms import (
@@ -37,9 +37,11 @@ from lanting.serve.studio.forms import (
     request_of,
     size_in,
     tab_of,
+    tabs_of,
 )
 from lanting.serve.studio.plans import panel, planned, words_for
 from lanting.serve.studio.words import Say, explained, speaker
+from lanting.specs import settle
 from lanting.specs.rewriting import may_rewrite
 
 if TYPE_CHECKING:
@@ -163,8 +165,6 @@ class Clerk:
 
     # ---------------------------------------------------------------- looking up
     async def job(self, who: Caller, id_: str) -> Job:
-        if not ID.fullmatch(id_):
-            raise MissingError("there is no job {id}", id=repr(id_[:40]))
         return await self.house.desk.job(id_, who)
 
     async def gallery(self, who: Caller, words: str, most: int = PAGE) -> str:
@@ -192,10 +192,7 @@ class Clerk:
 
     def pace(self, model: Model, size: str | None) -> float | None:
         """Seconds of a picture, from what was drawn here."""
-        from lanting.serve.pace import units
-        from lanting.specs import settle
-
-        if model.spec is None or DRAW not in _tabs(model):
+        if model.spec is None or DRAW not in tabs_of(model.spec):
             return None
         wish = Request("?", "text_to_image", size=size_in(size))
         return model.pace.seconds(units(settle(wish, model.spec)))
@@ -207,12 +204,6 @@ class Canvas:
 
     background: bytes | None = None
     layers: Sequence[bytes] = ()
-
-
-def _tabs(model: Model) -> tuple[str, ...]:
-    from lanting.serve.studio.forms import tabs_of
-
-    return tabs_of(model.spec)
 
 
 def nothing(language: str) -> dict[str, Any]:
