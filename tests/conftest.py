@@ -11,21 +11,10 @@ from pathlib import Path
 
 import pytest
 
-# what takes a quarter of a minute and more in one test, or holds a server or a browser that does
-SLOW = (
-    "kernel_sanitized",
-    "train_bench",
-    "studio",
-    "cluster",
-    "faults",
-    "batch",
-    "train",
-    "bars",
-    "steady",
-    "vae_fast",
-)
-SLOW += ("gpu_rehearsal", "bench", "train_processes", "train_lora", "from_the_shell", "workers")
-
+# what takes a quarter of a minute and more, the longest first: all of a file, since it shares servers and models
+SLOW = ("studio", "cluster", "bars", "kernel_sanitized", "train_bench", "gpu_compile", "batch", "train_processes")
+SLOW += ("steady", "gpu_rehearsal", "lightning", "control_files", "lightning_cli", "single", "faults", "train")
+SLOW += ("workers", "kernel_vnni", "vae_fast", "parallel", "docs", "lora_engine", "train_graphs", "from_the_shell")
 MANY = 20_000  # objects that are worth leaving out
 
 os.environ["LANTING_CONFIG"] = os.devnull  # nobody's own defaults, here and in child processes
