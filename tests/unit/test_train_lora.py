@@ -58,6 +58,7 @@ def pictures(folder: Path, count: int = 3, size: tuple[int, int] = (64, 48)) -> 
 def test_a_folder_of_pictures_and_words(tmp_path):
     folder = pictures(tmp_path / "set")
     (folder / "notes.md").write_text("no picture")
+    (folder / "._0.png").write_bytes(b"\0\5\x16\7")  # beside each picture on macOS
     found = read_folder(folder, DatasetOptions(trigger="zxq"), OWN)
     assert [one.picture.name for one in found] == ["0.png", "1.png", "2.png"]
     assert found[1].caption == "zxq, a picture of 1 things" and found[1].size == (64, 48)
@@ -66,6 +67,11 @@ def test_a_folder_of_pictures_and_words(tmp_path):
     (folder / "1.txt").unlink()
     assert read_folder(folder, DatasetOptions(trigger="zxq"), OWN)[1].caption == "zxq"
     assert read_folder(folder, DatasetOptions(caption="any"), OWN)[1].caption == "any"
+    for name, size, words in (("1", (64, 15), "a"), ("2", (64, 48), "a " * 10_000)):
+        picture(folder / f"{name}.png", size).with_suffix(".txt").write_text(words)
+        with pytest.raises(RequestError, match=rf"{name}.png(: the prompt has| is 64x15)"):
+            read_folder(folder, DatasetOptions(), OWN)
+        (folder / f"{name}.png").unlink()
 
 
 def test_what_pictures_were_made_from(tmp_path):

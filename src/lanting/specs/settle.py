@@ -39,7 +39,7 @@ def settle(request: Request, spec: ModelSpec) -> Request:
     _check_pictures(request, task, spec)
     own = spec.defaults
     negative = own.negative_prompt if request.negative_prompt is None else request.negative_prompt
-    _check_text(negative, LONGEST_NEGATIVE)
+    check_text(negative, LONGEST_NEGATIVE)
     options, steps = settle_options(request, task, own)
     choices = settle_choices(request, steps)
     count = whole("count", request.count, 1, 64)
@@ -97,12 +97,13 @@ def _check_words(request: Request, task: str) -> None:
     if len(words) > 1 and task == "layered":
         raise RequestError("layers are drawn from one picture and one prompt at a time, not {count}", count=len(words))
     for text in words:
-        _check_text(text, LONGEST_PROMPT)
+        check_text(text)
         if task in NEEDS_PROMPT and not text.strip():
             raise RequestError("the prompt is empty: say what to draw")
 
 
-def _check_text(text: Any, longest: int) -> None:
+def check_text(text: Any, longest: int = LONGEST_PROMPT) -> None:
+    """Raises RequestError unless it is text that can be read, of `longest` characters at most."""
     if not isinstance(text, str):
         raise RequestError("a prompt must be text, not {kind}", kind=type(text).__name__)
     if len(text) > longest:

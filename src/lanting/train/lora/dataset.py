@@ -19,13 +19,16 @@ from pathlib import Path
 from typing import Any
 
 from lanting.core.errors import RequestError
+from lanting.core.lang import explain
 from lanting.core.pictures import open_picture
 from lanting.specs import Defaults
+from lanting.specs.settle import check_text
 from lanting.specs.sizes import fit_area
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 METADATA, REFERENCES = "metadata.jsonl", "references"
 WORDS = ("text", "prompt", "caption")
+SMALLEST = 16  # pixels: a token of the transformer's
 COARSE = 512 * 512  # square pixels from which on sizes are multiples of 32, so that pictures share them
 
 Size = tuple[int, int]  # width, height
@@ -82,16 +85,21 @@ Row = tuple[Path, str | None, tuple[Path, ...]]
 def from_files(folder: Path) -> Iterator[Row]:
     """Pictures with a text file beside each."""
     sources = by_stem(folder / REFERENCES)
-    for picture in sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file()):
+    for picture in sorted(path for path in folder.iterdir() if is_picture(path) and path.is_file()):
         words = picture.with_suffix(".txt")
         yield picture, read_caption(words) if words.is_file() else None, sources.get(picture.stem, ())
+
+
+def is_picture(path: Path) -> bool:
+    """By its name; hidden ones are no pictures, such as the ._NAME.png that macOS leaves beside each."""
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
 
 
 def by_stem(folder: Path) -> Mapping[str, tuple[Path, ...]]:
     """Name of a picture -> what it was made from: NAME.png, or NAME-1.png, NAME-2.png, ... in their order."""
     found: dict[str, list[tuple[int, Path]]] = defaultdict(list)
     for path in folder.iterdir() if folder.is_dir() else ():
-        if path.suffix.lower() in SUFFIXES:
+        if is_picture(path):
             found[path.stem].append((0, path))
             if match := re.fullmatch(r"(.+)-(\d{1,2})", path.stem):
                 found[match[1]].append((int(match[2]), path))
@@ -151,7 +159,16 @@ def example(
     words = words or ""
     if options.trigger and options.trigger not in words:
         words = f"{options.trigger}, {words}" if words else options.trigger
+    try:
+        check_text(words)
+    except RequestError as error:
+        raise RequestError("{name}: {reason}", name=picture.name, reason=explain(error)) from None
     seen = open_picture(picture)
+    if min(seen.size) < SMALLEST:
+        raise RequestError(
+            "{picture} is {width}x{height}, too small to learn from ({smallest} pixels a side at least): remove it",
+            **{"picture": picture.name, "width": seen.width, "height": seen.height, "smallest": SMALLEST},
+        )
     for reference in references:
         open_picture(reference)
     return Example(picture, words, size_for(seen.size, options.side, own), references)
