@@ -47,7 +47,7 @@ def write(path: Path, folder: Path, seed: int, notes=None) -> Path:
 
 
 def open_engine(folder: Path, *loras: str) -> Engine:
-    return Engine.open(str(folder), device="cpu", dtype="float32", loras=loras)
+    return Engine.open(folder, device="cpu", dtype="float32", loras=loras)
 
 
 def run(folder: Path, *loras: str, **asked):
@@ -65,6 +65,13 @@ def test_a_lora_changes_the_picture_and_nothing_does_not(folder, tmp_path):
     twice = run(folder, f"{ink}:0.25", f"{ink}:0.25", **options)
     assert max(high for _, high in _difference(twice, half)) <= 1
     assert plain.recipes[0].loras == () and plain.recipes[0].weights == half.recipes[0].weights
+
+
+def test_one_file_may_be_given_as_a_path_without_a_list(folder, tmp_path):
+    ink, one = write(tmp_path / "ink.safetensors", folder, 2), Request(**{**ASKED, "steps": 1, "guidance_scale": 1.0})
+    with Engine.open(folder, device="cpu", dtype="float32", loras=ink) as engine, open_engine(folder, str(ink)) as same:
+        assert engine.run(one).images[0].tobytes() == same.run(one).images[0].tobytes()
+        assert len(engine.models.loras) == 1
 
 
 def test_strengths_change_without_loading(folder, tmp_path):

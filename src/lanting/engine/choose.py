@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from os import PathLike, fspath
 
 import torch
 
@@ -14,6 +15,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 COMPONENTS = ("transformer", "vae", "text_encoder", "controlnet")
 SMALL = 1 << 30  # bytes: below this a CPU runs in float32 where it has no products in bfloat16 that small matrices like
+
+Name = str | PathLike[str]
+
+
+def names(given: Name | Sequence[Name] | None) -> tuple[str, ...]:
+    """One file's or model's name, or several, as text."""
+    if given is None:
+        return ()
+    return (fspath(given),) if isinstance(given, str | PathLike) else tuple(fspath(each) for each in given)
 
 
 def choose_device(asked: str | None) -> torch.device:

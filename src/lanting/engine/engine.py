@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Generator, Hashable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
-from os import PathLike
+from os import fspath
 from typing import TYPE_CHECKING, Unpack, cast
 
 import torch
@@ -18,7 +18,7 @@ from lanting.core.checkpoint import Checkpoint
 from lanting.core.errors import LantingError, NotFiniteError
 from lanting.core.recipe import describe_request, request_of_picture
 from lanting.core.types import Progress, Recipe, Request, Result, edits, prompts_of
-from lanting.engine.choose import devices_of
+from lanting.engine.choose import Name, devices_of, names
 from lanting.engine.conditions import key_of, versions_of
 from lanting.engine.controls import check_control
 from lanting.engine.drawing import Drawing
@@ -66,13 +66,13 @@ class Engine:
     @classmethod
     def open(
         cls,
-        model: str = "nano",
+        model: Name = "nano",
         *,
         device: str | None = None,
         dtype: str | None = None,
-        controlnet: str | Sequence[str] | None = None,
-        loras: Sequence[str] = (),
-        parts: Mapping[str, str | None] | None = None,
+        controlnet: Name | Sequence[Name] | None = None,
+        loras: Name | Sequence[Name] = (),
+        parts: Mapping[str, Name | None] | None = None,
         quant: str = "auto",
         **fit: Unpack[Fit],
     ) -> Engine:
@@ -93,10 +93,10 @@ class Engine:
         plan        what stays in memory and what passes through, as `lanting.plan` decided; None: everything stays
         Raises ModelError or RequestError in one sentence.
         """
-        folder, devices = locate(model, parts), devices_of(device)
-        nets = (str(controlnet),) if isinstance(controlnet, str | PathLike) else tuple(controlnet or ())
-        plan = planned(folder, fit, lambda: beside(loras, nets), device=device, quant=quant)
-        models = Models(folder, devices[0] if devices else None, dtype, nets, loras, quant, plan)
+        own = {part: fspath(place) for part, place in (parts or {}).items() if place is not None}
+        folder, devices, nets, hung = locate(fspath(model), own), devices_of(device), names(controlnet), names(loras)
+        plan = planned(folder, fit, lambda: beside(hung, nets), device=device, quant=quant)
+        models = Models(folder, devices[0] if devices else None, dtype, nets, hung, quant, plan)
         hold(models.device, fit.get("vram"))
         if len(devices) > 1:
             models.crew = Crew(models, devices, fit.get("vram"))
