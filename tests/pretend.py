@@ -86,6 +86,9 @@ class Far(torch.Tensor):
             memo[id(self)] = made
         return memo[id(self)]
 
+    def __format__(self, spec: str) -> str:
+        return format(self.item(), spec) if self.dim() == 0 else super().__format__(spec)
+
     def tolist(self) -> Any:
         return self.cpu().tolist()
 
@@ -167,8 +170,8 @@ def registered() -> torch.library.Library:
         library.impl("empty.memory_format", empty, key)
         library.impl("empty_strided", empty_strided, key)
         library.impl("copy_", copied, key)
-        for form in ("arange", "arange.start", "arange.start_step"):
-            library.impl(form, arange, key)
+        for form in ("arange", "arange.start", "arange.start_step", "eye", "eye.m"):
+            library.impl(form, partial(counted, getattr(torch, form.partition(".")[0])), key)
     return library
 
 
@@ -180,8 +183,8 @@ def empty_strided(size, stride, *, dtype=None, layout=None, device=None, pin_mem
     return Far(torch.empty_strided(size, stride, dtype=dtype), indexed(device))
 
 
-def arange(*ends, dtype=None, layout=None, device=None, pin_memory=None):
-    return Far(torch.arange(*ends, dtype=dtype), indexed(device))
+def counted(make, *ends, dtype=None, layout=None, device=None, pin_memory=None):
+    return Far(make(*ends, dtype=dtype), indexed(device))
 
 
 def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **more):
