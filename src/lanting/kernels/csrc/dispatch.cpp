@@ -7,7 +7,7 @@
 #if defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
 #elif defined(__aarch64__) && defined(_WIN32)
-#include <windows.h>
+extern "C" __declspec(dllimport) int __stdcall IsProcessorFeaturePresent(unsigned long);  // windows.h has an INT8, too
 #elif defined(__x86_64__)
 #include <cpuid.h>
 #if defined(__linux__)
@@ -39,22 +39,36 @@ bool has_tiles() {
   static const bool given = asked_for_tiles();
   return given;
 }
+
+// What the processor has and the system keeps for a process: not every compiler's library for Windows knows it.
+struct Found {
+  unsigned one = 0, low = 0, high = 0, more = 0, kept = 0;  // registers of cpuid, and of xgetbv
+
+  Found() {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    if (!__get_cpuid(1, &a, &b, &one, &d) || !(one & 1u << 27)) return;  // OSXSAVE
+    __asm__ volatile("xgetbv" : "=a"(kept), "=d"(d) : "c"(0));
+    __get_cpuid_count(7, 0, &a, &low, &high, &d);
+    __get_cpuid_count(7, 1, &more, &b, &c, &d);
+  }
+  bool avx2() const { return (kept & 6) == 6 && low & 1u << 5 && one & 1u << 12 && one & 1u << 29; }  // with FMA, F16C
+  bool avx512() const {  // F, DQ, BW, VL; VNNI
+    constexpr unsigned all = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;
+    return (kept & 0xe6) == 0xe6 && (low & all) == all && high & 1u << 11;
+  }
+};
 #endif
 
 bool runs(const char* name) {
 #if defined(__x86_64__)
-  __builtin_cpu_init();
+  static const Found cpu;
   bool tiles = !strcmp(name, "amx");
   if (tiles || !strncmp(name, "avx512", 6)) {
-    bool found = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                 __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-                 __builtin_cpu_supports("avx512vnni");
-    if (strcmp(name, "avx512_vnni")) found = found && __builtin_cpu_supports("avx512bf16");
-    return found && (!tiles || has_tiles());
+    bool bfloat = strcmp(name, "avx512_vnni");
+    return cpu.avx512() && (!bfloat || cpu.more & 1u << 5) && (!tiles || has_tiles());
   }
-  unsigned a = 0, b, c, d;
-  if (!strcmp(name, "avx_vnni") && (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & 1u << 4))) return false;
-  if (!strncmp(name, "avx", 3)) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (!strcmp(name, "avx_vnni") && !(cpu.more & 1u << 4)) return false;
+  if (!strncmp(name, "avx", 3)) return cpu.avx2();
 #elif defined(__aarch64__) && defined(__linux__)
   if (!strcmp(name, "dotprod")) return getauxval(AT_HWCAP) & (1 << 20);  // HWCAP_ASIMDDP; a Raspberry Pi 4 lacks it
 #elif defined(__aarch64__) && defined(_WIN32)
