@@ -401,6 +401,8 @@ def test_too_little_memory_is_a_sentence_and_nothing_is_lost(tmp_path, monkeypat
         (["none"], "no folder"),
         (["EMPTY"], "holds no pictures"),
         (["SET", "-o", "x.pt"], ".safetensors"),
+        (["SET", "-o", "D.safetensors"], "D.safetensors is a folder"),
+        (["SET", "-o", "/dev/null/new/x.safetensors"], "x.safetensors can't be written"),
         (["SET", "--noise", "loud"], "--noise"),
         (["SET", "--lr", "7"], "--lr"),
         (["SET", "--seed", "-1"], "--seed must be a whole number from 0"),
@@ -417,6 +419,7 @@ def test_too_little_memory_is_a_sentence_and_nothing_is_lost(tmp_path, monkeypat
 def test_what_can_not_be_taught_is_a_sentence(tmp_path, monkeypatch, capsys, wrong, said):
     monkeypatch.chdir(tmp_path)
     pictures(tmp_path / "SET", 1), picture(tmp_path / "BARE" / "a.png"), (tmp_path / "EMPTY").mkdir()
+    (tmp_path / "D.safetensors").mkdir()
     pictures(tmp_path / "BROKEN", 1)
     (tmp_path / "BROKEN" / "broken.png").write_bytes(b"\x89PNG")
     (tmp_path / "BROKEN" / "broken.txt").write_text("words")

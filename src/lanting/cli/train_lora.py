@@ -118,6 +118,8 @@ def check(out: Path, seed: int, noise: str = "shift") -> None:
     whole("--seed", seed, 0, LARGEST_SEED)
     if out.suffix != ".safetensors":
         raise OutputError("{path} can't be a LoRA's name: end it with .safetensors", path=out)
+    if out.is_dir():
+        raise OutputError("{path} is a folder: choose another name", path=out)
     if noise not in ("shift", "even"):
         raise RequestError("--noise takes shift or even, not {word}", word=repr(noise))
     if out.parent.exists():

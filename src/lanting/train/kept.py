@@ -31,6 +31,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)  # disk
 @contextmanager
 def alone(result: Path) -> Iterator[None]:
     """Nobody else works on `result`, a file or a folder, meanwhile: two would take turns at one checkpoint.
+    The folder that it lies in is made.
 
     The system lets go of the lock of a process that is killed. Raises ModelError where another holds it, OutputError
     where nothing can be written, or no more.
@@ -39,6 +40,7 @@ def alone(result: Path) -> Iterator[None]:
 
     lock = FileLock(result / ".lock" if result.is_dir() else result.with_name(f".{result.name}.lock"))
     try:
+        result.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:
         raise ModelError(

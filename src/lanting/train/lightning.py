@@ -209,7 +209,6 @@ def distil(
     """
     if minutes < 0 or rank < 1 or run.steps < 1 or min(run.batch, run.fresh) < 1:
         raise RequestError("Minutes can't be negative; rank, steps, batch and fresh must be at least 1.")
-    out.parent.mkdir(parents=True, exist_ok=True)
     with alone(out), threads(run.threads):
         distiller = Distiller(Models(locate(str(model_folder)), run.device, "float32"), prompts, rank, run)
         checkpoint = out.with_suffix(".checkpoint")

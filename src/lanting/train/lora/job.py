@@ -97,7 +97,6 @@ class LoraTraining:
 
         Raises LantingError; what was learnt until the last checkpoint is there then.
         """
-        self.job.out.parent.mkdir(parents=True, exist_ok=True)
         try:
             with alone(self.job.out):
                 yield from self._run(tell)
