@@ -271,8 +271,9 @@ def _fail(sentence: str, code: int, error: Exception, debug: bool, as_json: bool
 
 def _nobody_reads(error: Exception) -> bool:
     """The reader of our output left (head, less), which is not a failure worth words. Windows calls it invalid."""
-    invalid = os.name == "nt" and isinstance(error, OSError) and error.errno == errno.EINVAL
-    return isinstance(error, BrokenPipeError) or (invalid and error.filename is None)
+    if os.name == "nt" and isinstance(error, OSError):
+        return error.errno in (errno.EINVAL, errno.EPIPE) and error.filename is None
+    return isinstance(error, BrokenPipeError)
 
 
 def _write_nowhere() -> None:
