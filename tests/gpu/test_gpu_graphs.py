@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack, nullcontext
+from itertools import pairwise
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from lanting.core.lang import chinese
 from lanting.core.quality import Quality
 from lanting.flow.frugal import Frugal, Kept
 from lanting.flow.loop import denoise
+from lanting.nn.blockwise import BlockwiseConfig, BlockwiseControlNet
 from lanting.nn.linears import Fp8Linear
 from lanting.nn.lora import Factors, attach, detach, set_strengths
 
@@ -77,7 +79,7 @@ class strict(torch.utils._python_dispatch.TorchDispatchMode):
 
 
 def ask(net, time=0.5, seed=0, grids=(GRID,), **given):
-    """A step: `text`, `batch`, `masked`, `controls` and `branch` say which."""
+    """A step: `text`, `batch`, `masked`, `controls`, `steer` and `branch` say which."""
     text, batch, masked = given.get("text", 7), given.get("batch", 1), given.get("masked", False)
     controls, branch = given.get("controls", 0), given.get("branch", "positive")
     torch.manual_seed(seed)
@@ -87,7 +89,8 @@ def ask(net, time=0.5, seed=0, grids=(GRID,), **given):
     control = [torch.randn(batch, tokens, 64) for _ in range(controls)]
     times = time if isinstance(time, torch.Tensor) else torch.full((batch,), time)
     with torch.no_grad():
-        return net(latents, times, prompt, mask, grids, 12, control=control, branch=branch)
+        more = {"steer": given["steer"](seed)} if "steer" in given else {}
+        return net(latents, times, prompt, mask, grids, 12, control=control, branch=branch, **more)
 
 
 def pair(tabled=False, **changes):
@@ -126,6 +129,44 @@ def test_everything_given_counts(given):
         assert torch.equal(ask(net, seed=i), ask(plain, seed=i))
         assert torch.equal(ask(net, seed=i, **given), ask(plain, seed=i, **given))
     assert recorder.recorded == 2 == len(graphs.tapes.kept)
+
+
+def guide(seed=1):
+    torch.manual_seed(seed)
+    return nets.randomise(BlockwiseControlNet(BlockwiseConfig(num_layers=3, width=64, in_channels=16)))
+
+
+def test_nets_that_are_asked_behind_blocks_are_recorded_along():
+    net, plain, graphs, recorder = pair(num_layers=3, tabled=True)
+    for each in (graphs.table, graphs.other):
+        each.prepare(torch.tensor([0.5]))
+    one, two = guide(1), guide(2)
+    hints = [torch.randn(1, 12, 16) for _ in range(8)]
+    alone = lambda seed: one.steer([(hints[seed], 0.8)])  # noqa: E731
+    both = lambda seed: one.steer([(hints[seed], 0.8)], [(two, hints[-1], 0.5)])  # noqa: E731
+    weaker = lambda seed: one.steer([(hints[seed], 0.3)])  # noqa: E731
+    seen = []
+    for i in range(4):
+        for steer in (alone, both, weaker):
+            found = ask(net, seed=i, controls=1, steer=steer)
+            assert torch.equal(found, ask(plain, seed=i, controls=1, steer=steer))
+            seen.append(found)
+    assert recorder.recorded == 3 and recorder.played == 6
+    assert not any(torch.equal(a, b) for a, b in pairwise(seen))
+
+
+def test_a_net_that_was_away_is_recorded_anew():
+    net, plain, _, recorder = pair(num_layers=3)
+    away, hint = guide(), torch.randn(1, 12, 16)
+    steer = lambda seed: away.steer([(hint, 1.0)])  # noqa: E731
+    for turn in range(2):
+        for i in range(3):
+            assert torch.equal(ask(net, seed=i, steer=steer), ask(plain, seed=i, steer=steer))
+        assert (recorder.recorded, recorder.played) == (turn + 1, turn + 1)
+        for p in away.parameters():  # it comes back in other memory, with other numbers for once
+            p.data = 2 * p.data
+        for block in away.controlnet_blocks:
+            block.input_proj.weight = torch.nn.Parameter(block.input_proj.weight.data.clone(), requires_grad=False)
 
 
 def test_only_the_last_few_are_kept():

@@ -65,7 +65,8 @@ def save_lora(path, folder):
     return path
 
 
-CONTROL = {"task": "controlnet", "images": tuple(tiny.picture(64, 48, seed=n) for n in (3, 4)), "size": (64, 48)}
+HINTS = tuple(tiny.picture(64, 48, seed=n) for n in (3, 4))
+CONTROL = {"task": "controlnet", "images": HINTS, "size": (64, 48), "quality": "fast", "steps": 4}
 ONE = {"images": (tiny.picture(64, 48, seed=1),)}
 CASES = {  # what is asked, of which model, opened how
     "words": (BASE, {"prompt": ("a red sign", "a longer prompt")}, {}),
@@ -76,7 +77,7 @@ CASES = {  # what is asked, of which model, opened how
     "2.1 in int4": (NEW, ONE, {"quant": "int4"}),
     "2.1, streamed from disk": (NEW, {}, {"plan": replace(PLAN, streamed="disk", parked="disk")}),
 }
-RECORDED = {"words", "a LoRA over int8", "edit, frozen references"}  # on CUDA; other steps run as they come
+RECORDED = {"words", "a LoRA over int8", "two ControlNets", "edit, frozen references"}  # on CUDA; the rest is not
 COMMON = {"prompt": "a red sign", "negative_prompt": "blurry", "steps": 2, "guidance_scale": 4.0, "seed": 7}
 APPLE = ("words", "a LoRA over int8", "edit, streamed from RAM", "2.1 in int4")
 

@@ -9,8 +9,9 @@ Rejected: recordings of single blocks. They would serve streaming, too, and cost
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 
 from lanting.attach.modulation import ModulationTable, Tabled
 from lanting.attach.tapes import Recorder, Tapes
-from lanting.nn.mmdit import QwenImageTransformer, Stack
+from lanting.nn.blockwise import Behind
+from lanting.nn.mmdit import QwenImageTransformer, Stack, Steer
 
 MOST = 8  # recordings kept, of two sizes: two sides of the guidance, and three runs of blocks where steps are spared
 
@@ -50,17 +52,20 @@ class Graphs:
         **more: Any,
     ) -> Tensor:
         """`QwenImageTransformer.forward`."""
-        if not self.willing(latents) or set(more) - {"control", "branch"}:
+        steer = more.get("steer")
+        if not (self.willing(latents) and repeatable(steer)) or set(more) - {"control", "branch", "steer"}:
             plain = type(self.net).forward
             return plain(self.net, latents, timestep, prompt_embeds, prompt_mask, grids, target_tokens, **more)
         control = tuple(more.get("control", ()))
         tensors = [latents, timestep, prompt_embeds, *([] if prompt_mask is None else [prompt_mask]), *control]
+        seen, told, weights = steered(steer)
+        tensors += seen
         fixed = (tuple(grids), target_tokens, more.get("branch", "positive"), prompt_mask is not None)
         rows = self.rows(timestep)
         tensors += [] if rows is None else [rows]
         self.check()
-        held = self.net.rope(fixed[0], prompt_embeds.shape[1], latents.device)
-        return self.tapes(fixed, tensors, partial(self.work, fixed), held)[0]
+        held = (self.net.rope(fixed[0], prompt_embeds.shape[1], latents.device), weights)
+        return self.tapes((*fixed, told), tensors, partial(self.work, fixed, steer), held)[0]
 
     def willing(self, latents: Tensor) -> bool:
         """Whether the whole may be recorded: whoever wrapped the stack (a cache, say) or listens decides in Python."""
@@ -102,17 +107,17 @@ class Graphs:
             ]
         return [*found, *(part.table for b in (blocks[0], blocks[-1]) if isinstance(part := b.img_mod, Tabled))]
 
-    def work(self, fixed: tuple[Any, ...], inputs: Sequence[Tensor]) -> tuple[Tensor]:
+    def work(self, fixed: tuple[Any, ...], steer: Behind | None, inputs: Sequence[Tensor]) -> tuple[Tensor]:
         """The network's forward on the memory of a recording."""
         grids, target_tokens, branch, masked = fixed
         latents, timestep, prompt, *rest = inputs
         rows = rest.pop() if self.table is not None else None
         mask = rest.pop(0) if masked else None
+        seen = len(rest) - (0 if steer is None else len(steer.seen))
+        steer = None if steer is None else replace(steer, seen=tuple(rest[seen:]))
+        more: dict[str, Any] = {"control": rest[:seen], "branch": branch, "steer": steer}
         with self.at(rows):
-            forward = type(self.net).forward
-            return (
-                forward(self.net, latents, timestep, prompt, mask, grids, target_tokens, control=rest, branch=branch),
-            )
+            return (type(self.net).forward(self.net, latents, timestep, prompt, mask, grids, target_tokens, **more),)
 
     @contextmanager
     def at(self, rows: Tensor | None) -> Iterator[None]:
@@ -154,6 +159,21 @@ class Graphs:
 def listened(module: nn.Module) -> bool:
     """Whether somebody hears of its calls."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def repeatable(steer: Steer | None) -> bool:
+    """Whether what is done behind blocks says what it depends on."""
+    return steer is None or isinstance(steer, Behind)
+
+
+def steered(steer: Steer | None) -> tuple[tuple[Tensor, ...], Hashable, list[Tensor]]:
+    """What changes of what is done behind blocks, what is part of a recording's key, and what that has to hold: weights
+    of the nets, of which some are known by their identity, so no other tensor may come to have it."""
+    if not isinstance(steer, Behind):
+        return (), None, []
+    ends = [m for net in steer.nets for i in (0, -1) for m in net.controlnet_blocks[i].modules()]
+    weights = [tensor for module in [*(net.img_in for net in steer.nets), *ends] for tensor in tensors_of(module)]
+    return steer.seen, (steer.scales, *map(id, weights)), weights
 
 
 def tensors_of(module: nn.Module) -> list[Tensor]:

@@ -15,8 +15,9 @@ from typing import Any
 
 from torch import Tensor
 
-from lanting.attach.graphs import graphs_of
+from lanting.attach.graphs import graphs_of, repeatable, steered
 from lanting.attach.tapes import Tapes
+from lanting.nn.blockwise import Behind
 from lanting.nn.mmdit import Context, through
 
 
@@ -43,7 +44,7 @@ class Pieces:
     ) -> tuple[Tensor, Tensor]:
         """Blocks `first` to `last` (not included)."""
         self.noted = []
-        if ctx.steer is None and self.recordable(img):
+        if repeatable(ctx.steer) and self.recordable(img):
             img, txt, *self.noted = self.recorded(img, txt, ctx, first, last)
         else:
             img, txt = through(self.stack, img, txt, ctx, first, last)
@@ -63,14 +64,16 @@ class Pieces:
         assert graphs is not None and tapes is not None
         rows = getattr(graphs.table.clock, "rows", None) if graphs.table is not None else None
         tensors = [img, txt, ctx.temb, *ctx.rope, *([] if ctx.mask is None else [ctx.mask]), *ctx.control]
+        seen, told, weights = steered(ctx.steer)
+        tensors += seen
         before = len(tensors)
         tensors += [] if rows is None else [rows]
         graphs.check()
         if tapes is not graphs.tapes and self.basis is not graphs.basis:
             tapes.forget()
         self.basis = graphs.basis
-        key = ("blocks", first, last, ctx.target_tokens, ctx.mask is not None, before, self.kind)
-        return tapes(key, tensors, partial(self.work, ctx, first, last))
+        key = ("blocks", first, last, ctx.target_tokens, ctx.mask is not None, before, self.kind, told)
+        return tapes(key, tensors, partial(self.work, ctx, first, last), weights)
 
     def work(self, ctx: Context, first: int, last: int | None, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The blocks on the memory of a recording."""
@@ -78,7 +81,10 @@ class Pieces:
         img, txt, temb, cos, sin, *rest = inputs
         mask = rest.pop(0) if ctx.mask is not None else None
         control = tuple(rest.pop(0) for _ in ctx.control)
-        ctx = replace(ctx, temb=temb, rope=(cos, sin), mask=mask, control=control)
+        steer = ctx.steer
+        if isinstance(steer, Behind):
+            steer = replace(steer, seen=tuple(rest.pop(0) for _ in steer.seen))
+        ctx = replace(ctx, temb=temb, rope=(cos, sin), mask=mask, control=control, steer=steer)
         self.noted = []
         with self.graphs.at(rest[0] if rest else None):
             img, txt = through(self.stack, img, txt, ctx, first, last)

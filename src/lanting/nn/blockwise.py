@@ -10,13 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lanting.nn.mmdit import RMSNorm, Steer
+from lanting.nn.mmdit import RMSNorm
 
 
 @dataclass(frozen=True)
@@ -57,19 +56,31 @@ class BlockwiseControlNet(nn.Module):
 
     def steer(
         self, hints: Sequence[tuple[Tensor, float]], beside: Sequence[tuple[BlockwiseControlNet, Tensor, float]] = ()
-    ) -> Steer:
+    ) -> Behind:
         """What a Stack is to do behind its blocks. `hints`: packed latents (B or 1, N, in_channels) of each control
         picture, and how much it counts; `beside`: those that other nets see. All corrections are added up."""
         every = [*((self, *hint) for hint in hints), *beside]
-        return partial(behind, [(net, net.img_in(latents.to(net.dtype)), scale) for net, latents, scale in every])
+        nets, pictures, scales = zip(*every, strict=True)
+        return Behind(nets, tuple(net.img_in(x.to(net.dtype)) for net, x in zip(nets, pictures, strict=True)), scales)
 
 
-def behind(
-    seen: Sequence[tuple[BlockwiseControlNet, Tensor, float]], index: int, img: Tensor, target_tokens: int
-) -> Tensor:
-    """The picture stream (B, N + R, D) behind block `index`, corrected where the target is; every net is asked of the
-    stream as the block left it."""
-    target = img[:, :target_tokens]
-    each = (net.controlnet_blocks[index](target, one) * scale for net, one, scale in seen)
-    steered = target + sum(each, start=torch.zeros_like(target)).to(target.dtype)
-    return steered if target_tokens == img.shape[1] else torch.cat([steered, img[:, target_tokens:]], 1)
+@dataclass(frozen=True)
+class Behind:
+    """What nets do behind a Stack's blocks. A value and no closure: who records steps has to know what differs.
+
+    nets    the net of each control picture
+    seen    (B or 1, N, D), what that net makes of the picture at first
+    scales  how much each counts
+    """
+
+    nets: tuple[BlockwiseControlNet, ...]
+    seen: tuple[Tensor, ...]
+    scales: tuple[float, ...]
+
+    def __call__(self, index: int, img: Tensor, target_tokens: int) -> Tensor:
+        """The picture stream (B, N + R, D) behind block `index`, corrected where the target is; every net is asked of
+        the stream as the block left it."""
+        target, every = img[:, :target_tokens], zip(self.nets, self.seen, self.scales, strict=True)
+        each = (net.controlnet_blocks[index](target, one) * scale for net, one, scale in every)
+        steered = target + sum(each, start=torch.zeros_like(target)).to(target.dtype)
+        return steered if target_tokens == img.shape[1] else torch.cat([steered, img[:, target_tokens:]], 1)
