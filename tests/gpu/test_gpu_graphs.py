@@ -136,7 +136,9 @@ def guide(seed=1):
     return nets.randomise(BlockwiseControlNet(BlockwiseConfig(num_layers=3, width=64, in_channels=16)))
 
 
-def test_nets_that_are_asked_behind_blocks_are_recorded_along():
+@pytest.mark.parametrize("cached", [False, True])
+def test_nets_that_are_asked_behind_blocks_are_recorded_along(cached):
+    """Each step has corrections of its own, whatever was recorded with; under the dial in two runs of blocks."""
     net, plain, graphs, recorder = pair(num_layers=3, tabled=True)
     for each in (graphs.table, graphs.other):
         each.prepare(torch.tensor([0.5]))
@@ -145,14 +147,34 @@ def test_nets_that_are_asked_behind_blocks_are_recorded_along():
     alone = lambda seed: one.steer([(hints[seed], 0.8)])  # noqa: E731
     both = lambda seed: one.steer([(hints[seed], 0.8)], [(two, hints[-1], 0.5)])  # noqa: E731
     weaker = lambda seed: one.steer([(hints[seed], 0.3)])  # noqa: E731
-    seen = []
-    for i in range(4):
-        for steer in (alone, both, weaker):
-            found = ask(net, seed=i, controls=1, steer=steer)
-            assert torch.equal(found, ask(plain, seed=i, controls=1, steer=steer))
-            seen.append(found)
-    assert recorder.recorded == 3 and recorder.played == 6
+    graphs.tapes.most, seen = 8, []
+    with residual_cache(net, Never()) if cached else nullcontext():
+        for i in range(4):
+            for steer in (alone, both, weaker):
+                found = ask(net, seed=i, controls=1, steer=steer)
+                assert torch.equal(found, ask(plain, seed=i, controls=1, steer=steer))
+                seen.append(found)
+    pieces = 2 if cached else 1
+    assert recorder.recorded == 3 * pieces and recorder.played == 6 * pieces
     assert not any(torch.equal(a, b) for a, b in pairwise(seen))
+
+
+def test_a_safer_way_of_one_of_its_blocks_is_no_recording_s():
+    net, plain, _, recorder = pair(num_layers=3)
+    guided, hint = guide(), torch.randn(1, 12, 16)
+    steer = lambda seed: guided.steer([(hint, 1.0)])  # noqa: E731
+    sound = [ask(net, seed=i, steer=steer) for i in range(3)]
+    block = guided.controlnet_blocks[1]
+    block.forward = lambda img, seen: 2 * type(block).forward(block, img, seen)
+    for i in range(3):
+        found = ask(net, seed=i, steer=steer)
+        assert torch.equal(found, ask(plain, seed=i, steer=steer)) and not torch.equal(found, sound[i])
+    assert (recorder.recorded, recorder.played) == (2, 2)
+    del block.forward
+    assert torch.equal(ask(net, seed=1, steer=steer), sound[1]) and recorder.played == 3
+    hook = block.register_forward_hook(lambda *given: None)
+    assert torch.equal(ask(net, seed=1, steer=steer), sound[1]) and recorder.played == 3  # it is heard
+    hook.remove()
 
 
 def test_a_net_that_was_away_is_recorded_anew():

@@ -6,7 +6,6 @@ The formula is written here once more, in float64 and without any code of the pa
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -16,7 +15,6 @@ import controls
 import nets
 from lanting.attach.caches import residual_cache
 from lanting.attach.compiled import attach_compiled, detach_compiled
-from lanting.attach.graphs import Graphs, attach_graphs, detach_graphs
 from lanting.attach.parts import Part
 from lanting.attach.safe import Safe
 from lanting.attach.sentinel import Sentinel
@@ -258,47 +256,6 @@ def test_compiled_blocks_are_steered_and_no_more_is_compiled():
     assert counter.frame_count == 1 and not torch.allclose(found, plain, atol=1e-2)
     detach_compiled(transformer)
     torch._dynamo.reset()
-
-
-class Never:
-    """A recorder that fails whoever records."""
-
-    def ready(self, device):
-        return True
-
-    def roomy(self, device):
-        return True
-
-    def holds(self, size, device):
-        return True
-
-    def fresh(self):
-        return self
-
-    def record(self, work, device):
-        raise AssertionError("a steered call was recorded")
-
-    def forget(self):
-        pass
-
-
-@pytest.mark.parametrize("cached", [False, True])
-def test_steered_steps_are_not_recorded(cached):
-    """A recording would play back one step's corrections in all others."""
-    transformer, (net, _) = nets.transformer(), net_of()
-    steer = net.steer([(hint(), 1.0)])
-    wanted = asked(transformer, steer)
-    graphs = attach_graphs(transformer, recorder=Never())  # type: ignore[arg-type]
-    assert isinstance(graphs, Graphs)
-    for _ in range(3):  # what is met a second time is recorded
-        with residual_cache(transformer, Eager()) if cached else nullcontext():
-            found = asked(transformer, steer)
-        assert torch.equal(found[:, :12], wanted[:, :12])
-    assert not graphs.failed
-    for _ in range(2):
-        asked(transformer)
-    assert "recorded" in graphs.failed  # what is not steered would have been
-    detach_graphs(transformer)
 
 
 def test_it_is_watched_like_the_transformer():

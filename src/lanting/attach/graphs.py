@@ -58,13 +58,13 @@ class Graphs:
             return plain(self.net, latents, timestep, prompt_embeds, prompt_mask, grids, target_tokens, **more)
         control = tuple(more.get("control", ()))
         tensors = [latents, timestep, prompt_embeds, *([] if prompt_mask is None else [prompt_mask]), *control]
-        seen, told, weights = steered(steer)
+        seen, told, own = steered(steer)
         tensors += seen
         fixed = (tuple(grids), target_tokens, more.get("branch", "positive"), prompt_mask is not None)
         rows = self.rows(timestep)
         tensors += [] if rows is None else [rows]
         self.check()
-        held = (self.net.rope(fixed[0], prompt_embeds.shape[1], latents.device), weights)
+        held = (self.net.rope(fixed[0], prompt_embeds.shape[1], latents.device), own)
         return self.tapes((*fixed, told), tensors, partial(self.work, fixed, steer), held)[0]
 
     def willing(self, latents: Tensor) -> bool:
@@ -162,18 +162,23 @@ def listened(module: nn.Module) -> bool:
 
 
 def repeatable(steer: Steer | None) -> bool:
-    """Whether what is done behind blocks says what it depends on."""
-    return steer is None or isinstance(steer, Behind)
+    """Whether what is done behind blocks says what it depends on, and nobody listens to it."""
+    if not isinstance(steer, Behind):
+        return steer is None
+    return not any(listened(block) for net in steer.nets for block in net.controlnet_blocks)
 
 
-def steered(steer: Steer | None) -> tuple[tuple[Tensor, ...], Hashable, list[Tensor]]:
-    """What changes of what is done behind blocks, what is part of a recording's key, and what that has to hold: weights
-    of the nets, of which some are known by their identity, so no other tensor may come to have it."""
+def steered(steer: Steer | None) -> tuple[tuple[Tensor, ...], Hashable, list[object]]:
+    """What changes of what is done behind blocks; what else decides about it, as part of a recording's key; what that
+    must hold: weights and ways of computing are known by their identity, which nothing else may come to have."""
     if not isinstance(steer, Behind):
         return (), None, []
-    ends = [m for net in steer.nets for i in (0, -1) for m in net.controlnet_blocks[i].modules()]
-    weights = [tensor for module in [*(net.img_in for net in steer.nets), *ends] for tensor in tensors_of(module)]
-    return steer.seen, (steer.scales, *map(id, weights)), weights
+    blocks = [list(net.controlnet_blocks) for net in steer.nets]
+    ends = [m for net in blocks for block in (net[0], net[-1]) for m in block.modules()]
+    held: list[object] = [x for m in [*(net.img_in for net in steer.nets), *ends] for x in tensors_of(m)]
+    ways = ("forward", "product")  # what a kernel or a safer way put there
+    held += [m.__dict__.get(way) for net in blocks for block in net for m in block.modules() for way in ways]
+    return steer.seen, (steer.scales, *map(id, held)), held
 
 
 def tensors_of(module: nn.Module) -> list[Tensor]:

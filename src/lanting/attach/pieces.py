@@ -64,7 +64,7 @@ class Pieces:
         assert graphs is not None and tapes is not None
         rows = getattr(graphs.table.clock, "rows", None) if graphs.table is not None else None
         tensors = [img, txt, ctx.temb, *ctx.rope, *([] if ctx.mask is None else [ctx.mask]), *ctx.control]
-        seen, told, weights = steered(ctx.steer)
+        seen, told, own = steered(ctx.steer)
         tensors += seen
         before = len(tensors)
         tensors += [] if rows is None else [rows]
@@ -73,7 +73,7 @@ class Pieces:
             tapes.forget()
         self.basis = graphs.basis
         key = ("blocks", first, last, ctx.target_tokens, ctx.mask is not None, before, self.kind, told)
-        return tapes(key, tensors, partial(self.work, ctx, first, last), weights)
+        return tapes(key, tensors, partial(self.work, ctx, first, last), own)
 
     def work(self, ctx: Context, first: int, last: int | None, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The blocks on the memory of a recording."""
