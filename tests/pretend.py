@@ -24,6 +24,7 @@ import torch
 from torch.nn import functional
 from torch.utils import _pytree as tree
 
+from lanting.kernels.build import compiler
 from pretend_streams import GPU, MAIN, Event, Graph, Refused, Stream, on_stream, recorded, tensors_in
 
 HERE = torch.device("cpu")
@@ -163,7 +164,7 @@ def registered() -> torch.library.Library:
         source.write_text(GUARD, encoding="utf-8")
         flags = ["-std=c++20", "-O0", "-shared", "-fPIC", f"-I{root / 'include'}", f"-L{root / 'lib'}", "-lc10"]
         abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"
-        subprocess.run(["c++", str(source), *flags, abi, "-o", str(made)], check=True, timeout=120)
+        subprocess.run([*(compiler() or ["c++"]), str(source), *flags, abi, "-o", str(made)], check=True, timeout=120)
         torch.ops.load_library(made)
     library = torch.library.Library("aten", "IMPL")
     for key in ("CUDA", "MPS"):

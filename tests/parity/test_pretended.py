@@ -15,13 +15,19 @@ from safetensors.torch import save_file
 
 import controls
 from lanting import Engine, Request
+from lanting.kernels.build import compiler
 from lanting.plan.plan import Plan
 from lanting.weights.linear_names import transformer_linears
 from pretend import pretend
 from pretend_streams import GPU, Refused
 
 THERE = torch.cuda.is_available() or torch.backends.mps.is_available()
-pytestmark = pytest.mark.skipif(THERE, reason="a GPU is here: what is pretended would stand in its way")
+pytestmark = [
+    pytest.mark.skipif(THERE, reason="a GPU is here: what is pretended would stand in its way"),
+    pytest.mark.skipif(
+        compiler() is None, reason="no C++ compiler: PyTorch can't be taught such devices"
+    ),
+]
 BASE, EDIT, NEW = "qwen-image", "qwen-image-edit-2511", "qwen-image-2.1"
 SIDE = 64
 PLAN = Plan(
