@@ -24,9 +24,7 @@ from pretend_streams import GPU, Refused
 THERE = torch.cuda.is_available() or torch.backends.mps.is_available()
 pytestmark = [
     pytest.mark.skipif(THERE, reason="a GPU is here: what is pretended would stand in its way"),
-    pytest.mark.skipif(
-        compiler() is None, reason="no C++ compiler: PyTorch can't be taught such devices"
-    ),
+    pytest.mark.skipif(compiler() is None, reason="no C++ compiler: PyTorch can't be taught such devices"),
 ]
 BASE, EDIT, NEW = "qwen-image", "qwen-image-edit-2511", "qwen-image-2.1"
 SIDE = 64
