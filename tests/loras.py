@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lanting.nn.mmdit import QwenImageTransformer, TransformerConfig
+from lanting.weights.linear_names import transformer_linears
 
 CONFIG = TransformerConfig(2, 2, 16, 24, axes_dims_rope=(4, 6, 6))
 NUMBERS = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16, "joint_attention_dim": 24}
@@ -59,6 +61,19 @@ class Made:
         }
         save_file(table, str(path), metadata=None if notes is None else dict(notes))
         return path
+
+
+def over_attention(path: Path, folder: Path, seed: int, notes: Mapping[str, str] | None = None) -> Path:
+    """A file of LoRAs over the attention of the transformer in a model folder, in PEFT's dialect."""
+    generator = torch.Generator().manual_seed(seed)
+    config = json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))
+    tensors = {}
+    for name, (out, inner) in transformer_linears(config).items():
+        if ".attn." in name:
+            tensors[f"{name}.lora_A.weight"] = torch.randn(2, inner, generator=generator) * 0.3
+            tensors[f"{name}.lora_B.weight"] = torch.randn(out, 2, generator=generator) * 0.3
+    save_file(tensors, str(path), metadata=None if notes is None else dict(notes))
+    return path
 
 
 def network(seed: int = 0, dtype: torch.dtype = torch.float32) -> QwenImageTransformer:

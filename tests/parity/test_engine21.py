@@ -14,8 +14,8 @@ from lanting import Engine, Request
 from lanting.core.checkpoint import Checkpoint
 from lanting.core.errors import RequestError
 from lanting.nn.single_stream import QwenImage21Transformer
-from lanting.plan import Plan
 from lanting.tasks.pictures import pixels_of
+from plans import plan
 
 SIDE = 96  # of the square whose area pictures are brought to
 ASKED = {"num_inference_steps": 3, "output_resolution": SIDE}
@@ -121,40 +121,15 @@ def test_words_and_references_are_read_once_a_drawing(engine, folder, prefixes):
     joined = engine.run(request(**EDIT, options={"batched_guidance": True}))
     assert prefixes[2:] == [2]
     assert np.abs(pixels(joined) - pixels(kept)).max() <= 1
-    plan = replace(PLAN, prefix_kept=False)
-    again = reopened(folder, plan=plan).run(request(**EDIT))
+    again = reopened(folder, plan=plan(prefix_kept=False)).run(request(**EDIT))
     assert prefixes[3:] == [1] * 6
     assert np.array_equal(pixels(again), pixels(kept))
 
 
-PLAN = Plan(
-    model="two-one",
-    device="cpu",
-    dtype="float32",
-    transformer="fp32",
-    text_encoder="fp32",
-    blocks=2,
-    resident_blocks=2,
-    streamed="none",
-    modulation_table=False,
-    encoder="keep",
-    parked="disk",
-    vae_tile=0,
-    peak_vram=0,
-    peak_ram=0,
-    disk=0,
-    load_seconds=0.0,
-    step_seconds=None,
-    image_seconds=None,
-    error=0.0,
-    wait=None,
-)
-
-
 @pytest.mark.parametrize("home", ["disk", "ram"])
 def test_streamed_from_disk_it_draws_the_same(engine, folder, home):
-    plan = replace(PLAN, resident_blocks=1, streamed=home, encoder="unload")
-    assert np.array_equal(pixels(reopened(folder, plan=plan).run(request(**EDIT))), pixels(engine.run(request(**EDIT))))
+    passing = reopened(folder, plan=plan(resident_blocks=1, streamed=home, encoder="unload"))
+    assert np.array_equal(pixels(passing.run(request(**EDIT))), pixels(engine.run(request(**EDIT))))
 
 
 def test_an_interrupted_drawing_goes_on(engine):

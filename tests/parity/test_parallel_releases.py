@@ -6,7 +6,6 @@ Followers are threads here, which load their own weights and are talked to over 
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,8 +16,6 @@ import numpy as np
 import pytest
 import tiny
 import tiny21
-import torch
-from safetensors.torch import save_file
 
 from following import ThreadPeer
 from lanting import Engine, Request
@@ -26,7 +23,7 @@ from lanting.attach.parallel import Shared
 from lanting.engine.parallel_follower import Follower
 from lanting.nn.single_stream import QwenImage21Transformer
 from lanting.specs.sizes import fit_area
-from lanting.weights.linear_names import transformer_linears
+from loras import over_attention
 from plans import plan
 
 AREA, SIDE = 64 * 96, 96
@@ -134,15 +131,9 @@ def test_two_one_reads_its_words_once_on_every_device(folders, monkeypatch, kept
 
 
 def test_packed_streamed_and_with_a_lora(folders, tmp_path, calls):
-    folder, generator, tensors = folders["qwen-image"], torch.Generator().manual_seed(1), {}
-    config = json.loads((folder / "transformer" / "config.json").read_text())
-    for name, (out, inner) in transformer_linears(config).items():
-        if ".attn." in name:
-            tensors[f"{name}.lora_A.weight"] = torch.randn(2, inner, generator=generator) * 0.3
-            tensors[f"{name}.lora_B.weight"] = torch.randn(out, 2, generator=generator) * 0.3
-    save_file(tensors, str(tmp_path / "ink.safetensors"))
+    folder, ink = folders["qwen-image"], over_attention(tmp_path / "ink.safetensors", folders["qwen-image"], 1)
     streamed = plan(resident_blocks=1, streamed="disk", modulation_table=True, encoder="unload")
-    options = {"loras": (f"{tmp_path / 'ink.safetensors'}:0.7",), "quant": "int8", "plan": streamed}
+    options = {"loras": (f"{ink}:0.7",), "quant": "int8", "plan": streamed}
     assert same(folder, request(), **options)
     assert calls == ["negative"] * 3
     pictures = []

@@ -3,7 +3,6 @@ arrived, recorded steps do what steps do. The pictures are the CPU's."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 import numpy as np
@@ -11,13 +10,12 @@ import pytest
 import tiny
 import tiny21
 import torch
-from safetensors.torch import save_file
 
 import controls
 from lanting import Engine, Request
 from lanting.kernels.build import compiler
-from lanting.plan.plan import Plan
-from lanting.weights.linear_names import transformer_linears
+from loras import over_attention
+from plans import plan
 from pretend import pretend
 from pretend_streams import GPU, Refused
 
@@ -28,23 +26,7 @@ pytestmark = [
 ]
 BASE, EDIT, NEW = "qwen-image", "qwen-image-edit-2511", "qwen-image-2.1"
 SIDE = 64
-PLAN = Plan(
-    model="tiny",
-    device="cuda",
-    dtype="float32",
-    transformer="fp32",
-    text_encoder="fp32",
-    blocks=2,
-    resident_blocks=1,
-    streamed="ram",
-    modulation_table=False,
-    encoder="unload",
-    parked="ram",
-    vae_tile=0,
-    peak_vram=0,
-    peak_ram=0,
-    disk=0,
-)
+PLAN = plan(resident_blocks=1, streamed="ram", encoder="unload", parked="ram")
 
 
 @pytest.fixture(scope="module")
@@ -54,19 +36,8 @@ def models(tmp_path_factory):
     made[NEW] = tiny21.save_folder(root / NEW)
     made["union"] = tiny.save_controlnet(root / "union")
     made["canny"] = controls.save_blockwise(root / "canny.safetensors", layers=2)
-    made["lora"] = save_lora(root / "lora.safetensors", made[BASE])
+    made["lora"] = over_attention(root / "lora.safetensors", made[BASE], 1)
     return made
-
-
-def save_lora(path, folder):
-    config = (folder / "transformer" / "config.json").read_text(encoding="utf-8")
-    tensors, generator = {}, torch.Generator().manual_seed(1)
-    for name, (out, inner) in transformer_linears(json.loads(config)).items():
-        if ".attn." in name:
-            tensors[f"{name}.lora_A.weight"] = torch.randn(2, inner, generator=generator) * 0.3
-            tensors[f"{name}.lora_B.weight"] = torch.randn(out, 2, generator=generator) * 0.3
-    save_file(tensors, str(path))
-    return path
 
 
 HINTS = tuple(tiny.picture(64, 48, seed=n) for n in (3, 4))

@@ -18,7 +18,7 @@ from lanting.cli.main import main
 from lanting.core.recipe import from_json, infotext, read_recipe, to_json
 from lanting.weights import home
 from lanting.weights.inspect import describe
-from lanting.weights.linear_names import transformer_linears
+from loras import over_attention
 
 NOTES = {"lanting.steps": "3", "lanting.guidance_scale": "1", "lanting.shift": "3"}
 ASKED = {"prompt": "a sign", "size": (64, 48), "seed": 5}
@@ -29,21 +29,8 @@ def folder(tmp_path_factory) -> Path:
     """A tiny Qwen-Image that brings a LoRA called `lightning`."""
     made = tiny.save_folder(tmp_path_factory.mktemp("lora") / "qwen-image", shard="100KB")
     (made / "lora").mkdir()
-    write(made / "lora" / "lightning.safetensors", made, seed=1, notes=NOTES)
+    over_attention(made / "lora" / "lightning.safetensors", made, seed=1, notes=NOTES)
     return made
-
-
-def write(path: Path, folder: Path, seed: int, notes=None) -> Path:
-    """A LoRA over the attention of the folder's transformer, in PEFT's dialect."""
-    generator = torch.Generator().manual_seed(seed)
-    config = (folder / "transformer" / "config.json").read_text()
-    tensors = {}
-    for name, (out, inner) in transformer_linears(json.loads(config)).items():
-        if ".attn." in name:
-            tensors[f"{name}.lora_A.weight"] = torch.randn(2, inner, generator=generator) * 0.3
-            tensors[f"{name}.lora_B.weight"] = torch.randn(out, 2, generator=generator) * 0.3
-    save_file(tensors, str(path), metadata=notes)
-    return path
 
 
 def open_engine(folder: Path, *loras: str) -> Engine:
@@ -56,7 +43,7 @@ def run(folder: Path, *loras: str, **asked):
 
 
 def test_a_lora_changes_the_picture_and_nothing_does_not(folder, tmp_path):
-    ink = str(write(tmp_path / "ink.safetensors", folder, 2))
+    ink = str(over_attention(tmp_path / "ink.safetensors", folder, 2))
     options = {"steps": 2, "guidance_scale": 1.0}
     plain, off = run(folder, **options), run(folder, f"{ink}:0", "lightning:0", **options)
     assert plain.images[0].tobytes() == off.images[0].tobytes()
@@ -68,14 +55,20 @@ def test_a_lora_changes_the_picture_and_nothing_does_not(folder, tmp_path):
 
 
 def test_one_file_may_be_given_as_a_path_without_a_list(folder, tmp_path):
-    ink, one = write(tmp_path / "ink.safetensors", folder, 2), Request(**{**ASKED, "steps": 1, "guidance_scale": 1.0})
+    ink, one = (
+        over_attention(tmp_path / "ink.safetensors", folder, 2),
+        Request(**{**ASKED, "steps": 1, "guidance_scale": 1.0}),
+    )
     with Engine.open(folder, device="cpu", dtype="float32", loras=ink) as engine, open_engine(folder, str(ink)) as same:
         assert engine.run(one).images[0].tobytes() == same.run(one).images[0].tobytes()
         assert len(engine.models.loras) == 1
 
 
 def test_strengths_change_without_loading(folder, tmp_path):
-    ink, options = str(write(tmp_path / "ink.safetensors", folder, 2)), {**ASKED, "steps": 2, "guidance_scale": 1.0}
+    ink, options = (
+        str(over_attention(tmp_path / "ink.safetensors", folder, 2)),
+        {**ASKED, "steps": 2, "guidance_scale": 1.0},
+    )
     with open_engine(folder, f"{ink}:0.5", "lightning:0") as engine:
         half = engine.run(Request(**options))
         net = engine.models.transformer
@@ -148,7 +141,7 @@ def test_a_distilled_release_loads_its_lora(folder, tmp_path, monkeypatch):
     with pytest.raises(ModelError, match="lanting pull qwen-image-lightning-4"):
         Engine.open("qwen-image-lightning-4")
     path.parent.mkdir(parents=True)
-    write(path, folder, 7)
+    over_attention(path, folder, 7)
     engine = Engine.open("qwen-image-lightning-4", device="cpu", dtype="float32")
     ours = engine.run(Request(**ASKED))
     again = run(folder, str(path), steps=4, guidance_scale=1.0, options={"sigmas": None})
@@ -168,7 +161,7 @@ def test_generate_and_replay(folder, tmp_path, monkeypatch, capsys):
 
     model = tmp_path / "model"
     shutil.copytree(folder, model)
-    ink = write(tmp_path / "ink.safetensors", folder, 2)
+    ink = over_attention(tmp_path / "ink.safetensors", folder, 2)
     flags = ["--model", str(model), "--device", "cpu", "--dtype", "float32"]
     words = ["generate", "a sign", "--size", "64x48", "--seed", "3", "-o", "a.png", "--json"]
     code, out, err = lanting(*words, "--lora", "lightning", "--lora", "ink.safetensors:0.5", *flags)
@@ -189,7 +182,7 @@ def test_generate_and_replay(folder, tmp_path, monkeypatch, capsys):
     _, out, err = lanting("replay", "a.png", "-o", "c.png", *given, *flags)
     assert "identical, pixel for pixel" in out, err
 
-    write(tmp_path / "ink.safetensors", folder, 3)
+    over_attention(tmp_path / "ink.safetensors", folder, 3)
     _, out, err = lanting("replay", "a.png", "-o", "d.png", *flags)
     assert "is not the LoRA the recipe was made with" in err and "different by up to" in out
 

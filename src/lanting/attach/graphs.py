@@ -56,10 +56,9 @@ class Graphs:
         if not (self.willing(latents) and repeatable(steer)) or set(more) - {"control", "branch", "steer"}:
             plain = type(self.net).forward
             return plain(self.net, latents, timestep, prompt_embeds, prompt_mask, grids, target_tokens, **more)
-        control = tuple(more.get("control", ()))
-        tensors = [latents, timestep, prompt_embeds, *([] if prompt_mask is None else [prompt_mask]), *control]
         seen, told, own = steered(steer)
-        tensors += seen
+        tensors = [latents, timestep, prompt_embeds, *([] if prompt_mask is None else [prompt_mask]), *seen]
+        tensors += more.get("control", ())
         fixed = (tuple(grids), target_tokens, more.get("branch", "positive"), prompt_mask is not None)
         rows = self.rows(timestep)
         tensors += [] if rows is None else [rows]
@@ -107,15 +106,13 @@ class Graphs:
             ]
         return [*found, *(part.table for b in (blocks[0], blocks[-1]) if isinstance(part := b.img_mod, Tabled))]
 
-    def work(self, fixed: tuple[Any, ...], steer: Behind | None, inputs: Sequence[Tensor]) -> tuple[Tensor]:
+    def work(self, fixed: tuple[Any, ...], steer: Steer | None, inputs: Sequence[Tensor]) -> tuple[Tensor]:
         """The network's forward on the memory of a recording."""
         grids, target_tokens, branch, masked = fixed
         latents, timestep, prompt, *rest = inputs
         rows = rest.pop() if self.table is not None else None
         mask = rest.pop(0) if masked else None
-        seen = len(rest) - (0 if steer is None else len(steer.seen))
-        steer = None if steer is None else replace(steer, seen=tuple(rest[seen:]))
-        more: dict[str, Any] = {"control": rest[:seen], "branch": branch, "steer": steer}
+        more: dict[str, Any] = {"steer": moved(steer, rest), "control": rest, "branch": branch}
         with self.at(rows):
             return (type(self.net).forward(self.net, latents, timestep, prompt, mask, grids, target_tokens, **more),)
 
@@ -173,12 +170,17 @@ def steered(steer: Steer | None) -> tuple[tuple[Tensor, ...], Hashable, list[obj
     must hold: weights and ways of computing are known by their identity, which nothing else may come to have."""
     if not isinstance(steer, Behind):
         return (), None, []
-    blocks = [list(net.controlnet_blocks) for net in steer.nets]
-    ends = [m for net in blocks for block in (net[0], net[-1]) for m in block.modules()]
+    blocks = [[(block, *block.children()) for block in net.controlnet_blocks] for net in steer.nets]
+    ends = [m for net in blocks for block in (net[0], net[-1]) for m in block]
     held: list[object] = [x for m in [*(net.img_in for net in steer.nets), *ends] for x in tensors_of(m)]
     ways = ("forward", "product")  # what a kernel or a safer way put there
-    held += [m.__dict__.get(way) for net in blocks for block in net for m in block.modules() for way in ways]
+    held += [m.__dict__.get(way) for net in blocks for block in net for m in block for way in ways]
     return steer.seen, (steer.scales, *map(id, held)), held
+
+
+def moved(steer: Steer | None, rest: list[Tensor]) -> Steer | None:
+    """The same on a recording's memory: `seen` of `steered` is taken from the front of `rest`."""
+    return replace(steer, seen=tuple(rest.pop(0) for _ in steer.seen)) if isinstance(steer, Behind) else steer
 
 
 def tensors_of(module: nn.Module) -> list[Tensor]:

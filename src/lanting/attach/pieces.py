@@ -15,9 +15,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lanting.attach.graphs import graphs_of, repeatable, steered
+from lanting.attach.graphs import graphs_of, moved, repeatable, steered
 from lanting.attach.tapes import Tapes
-from lanting.nn.blockwise import Behind
 from lanting.nn.mmdit import Context, through
 
 
@@ -81,10 +80,7 @@ class Pieces:
         img, txt, temb, cos, sin, *rest = inputs
         mask = rest.pop(0) if ctx.mask is not None else None
         control = tuple(rest.pop(0) for _ in ctx.control)
-        steer = ctx.steer
-        if isinstance(steer, Behind):
-            steer = replace(steer, seen=tuple(rest.pop(0) for _ in steer.seen))
-        ctx = replace(ctx, temb=temb, rope=(cos, sin), mask=mask, control=control, steer=steer)
+        ctx = replace(ctx, temb=temb, rope=(cos, sin), mask=mask, control=control, steer=moved(ctx.steer, rest))
         self.noted = []
         with self.graphs.at(rest[0] if rest else None):
             img, txt = through(self.stack, img, txt, ctx, first, last)

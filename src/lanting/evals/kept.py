@@ -23,7 +23,7 @@ from lanting.core.recipe import read_recipe
 from lanting.core.save import Place, check_folder, save_picture
 from lanting.evals.report import RESULTS
 from lanting.train.journal import add_line, entries
-from lanting.train.kept import alone
+from lanting.train.kept import alone, own_file, same_run
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -144,7 +144,8 @@ def kept_in(output: str | None, name: str, kind: Mapping[str, Any], force: bool 
     """The memory of a run whose results go to `output`, checked before any work and made when it begins.
 
     None: a new folder named after the run, or one where the same run was cancelled. `force` begins anew, over results
-    that are there. Raises OutputError where the folder can't be written, holds results, or belongs to another run.
+    that are there. Raises OutputError where the folder can't be written or holds results, ModelError where it belongs
+    to another run.
     """
     kind = json.loads(json.dumps(kind))
     if output is None:
@@ -161,19 +162,12 @@ def kept_in(output: str | None, name: str, kind: Mapping[str, Any], force: bool 
         if not force and (taken := [one for one in (RESULTS, PICTURES) if (folder / one).exists()]):
             raise OutputError("{path} exists already: choose another name, or add --force", path=folder / taken[0])
         return Kept(folder, kind)
-    before = _begun(folder)
-    if other := [one for one in {**kind, **before} if kind.get(one) != before.get(one)]:
-        raise OutputError(
-            "{path} was begun with another {what}: remove it to begin anew, or write elsewhere with -o",
-            **{"path": folder, "what": other[0]},
-        )
+    same_run(folder, kind, _begun(folder))
     return Kept(folder, kind, True)
 
 
 def _begun(folder: Path) -> dict[str, Any]:
-    """What the run in a folder was begun with. Raises OutputError."""
-    try:
+    """What the run in a folder was begun with. Raises ModelError."""
+    with own_file(folder):
         told: Any = json.loads((folder / BEGUN).read_text(encoding="utf-8"))
         return dict(told)
-    except (OSError, ValueError, TypeError):
-        raise OutputError("{path} can't be read: remove it to begin anew", path=folder) from None

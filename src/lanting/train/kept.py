@@ -116,3 +116,12 @@ def read_checkpoint(path: Path, device: torch.device | str = "cpu", needs: Seque
         if missing := [name for name in needs if name not in state]:
             raise KeyError(*missing)
         return state
+
+
+def same_run(path: Path, own: Mapping[str, Any], before: Mapping[str, Any]) -> None:
+    """Raises ModelError unless what was begun at `path` was begun with what this run has; it names the first thing."""
+    if other := [one for one in {**own, **before} if own.get(one) != before.get(one)]:
+        raise ModelError(
+            "{path} was begun with another {what}: remove it to begin anew, or write elsewhere with -o",
+            **{"path": path, "what": other[0]},
+        )

@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lanting.core.errors import ModelError, NotFiniteError
+from lanting.core.errors import NotFiniteError
 from lanting.core.files import replace_file
 from lanting.engine.placement import Placed
 from lanting.flow.loop import Conditioning
 from lanting.flow.schedule import Schedule
-from lanting.train.kept import read_checkpoint, write_checkpoint, write_tensors
+from lanting.train.kept import read_checkpoint, same_run, write_checkpoint, write_tensors
 from lanting.train.lora.cache import CachedExample, load
 from lanting.train.lora.dataset import batches
 from lanting.train.lora.net import LoraNet, padded
@@ -218,12 +218,8 @@ class Trainer:
         if not path.exists():
             return False
         state = read_checkpoint(path, "cpu", ("kind", "lora", "optimizer", "step"))  # AdamW counts its steps there
-        kind, own = state["kind"], self.kind()
-        if other := sorted(name for name in own if kind.get(name) != own[name]):
-            raise ModelError(
-                "{path} was begun with another {what}: remove it to begin anew, or write elsewhere with -o",
-                **{"path": path, "what": other[0]},
-            )
+        own = dict(sorted(self.kind().items()))
+        same_run(path, own, {name: state["kind"].get(name) for name in own})  # what only older versions knew is nothing
         with torch.no_grad():
             for place, (down, up) in state["lora"].items():
                 self.net.loras[place].down.copy_(down)
