@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import time
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -26,6 +28,24 @@ def drawn(page, words: str, tab: str = "draw") -> None:
     page.press(f"#{tab}-words textarea", "Enter")
     page.wait_for_selector(f"#{tab}-stage .stage:not(.empty):not(.trouble)")
     page.wait_for_selector(f"#{tab}-stage {DONE}")
+
+
+@contextmanager
+def quiet(page, seconds: float = 1.5):
+    """Ends when the page has asked for nothing for so long."""
+    last = [time.monotonic()]
+
+    def asked(_) -> None:
+        last[0] = time.monotonic()
+
+    events = ("request", "requestfinished")
+    for event in events:
+        page.on(event, asked)
+    yield
+    while time.monotonic() - last[0] < seconds:
+        page.wait_for_timeout(100)
+    for event in events:
+        page.remove_listener(event, asked)
 
 
 def newest(ask, server: str) -> dict:
@@ -77,12 +97,13 @@ def test_an_edit_with_a_painted_mask_and_a_further_picture_shows_before_and_afte
     page.wait_for_selector(OPEN)
     drawn(page, 'a green sign that says "TEA"')
     page.evaluate(SELDOM)
-    page.hover("#gallery .tile >> nth=0")
-    page.click("#gallery .quick [data-do=edit] >> nth=0")
-    canvas = page.wait_for_selector("#canvas canvas", state="visible")
-    page.wait_for_function(
-        "document.querySelector('#canvas').textContent.match(/[2-9]\\d\\d%/)"
-    )  # it is laid, enlarged
+    with quiet(page):  # Gradio lays a picture, sends it back and lays the copy: what is painted until then is lost
+        page.hover("#gallery .tile >> nth=0")
+        page.click("#gallery .quick [data-do=edit] >> nth=0")
+        canvas = page.wait_for_selector("#canvas canvas", state="visible")
+        page.wait_for_function(
+            "document.querySelector('#canvas').textContent.match(/[2-9]\\d\\d%/)"
+        )  # it is laid, enlarged
     box = canvas.bounding_box()
     middle = box["y"] + box["height"] / 2
     page.evaluate(OFTEN)  # a stroke is as many pieces as there were pictures meanwhile
