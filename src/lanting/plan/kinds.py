@@ -81,6 +81,7 @@ STORED = {  # kinds that files come in and none is written in; the bytes of scal
         Kind("nvfp4", 16, 9, error=0.0949, scratch=4),
         Kind("nf4", 64, 33, error=0.0924, scratch=4),
         Kind("fp4", 64, 33, error=0.1234, scratch=4),
+        *(Kind(f"uint{bits}", 128, 16 * bits + 4, scratch=4) for bits in range(2, 9)),
     )
 }
 KNOWN = KINDS | STORED  # all that a file may hold

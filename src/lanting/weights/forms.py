@@ -51,14 +51,15 @@ FLOATS = ("F16", "BF16", "F32", "F64")
 class Form:
     """How one weight (out, in) is stored.
 
-    kind    "int8", "int4", "fp8 e4m3", "fp8 e5m2", "nvfp4", "mxfp8", bitsandbytes' "nf4" and "fp4", or a GGUF block
-            type such as "Q4_K"
+    kind    "int8", "int4", "fp8 e4m3", "fp8 e5m2", "nvfp4", "mxfp8", bitsandbytes' "nf4" and "fp4", "uint2" to "uint8"
+            (codes with a scale and an offset for each group), or a GGUF block type such as "Q4_K"
     shape   (out, in) of the values
     scale   the shape of its scales in memory; None: it has none
-    group   int4, nf4, fp4: weights that share a scale
+    group   int4, nf4, fp4, uint2 to uint8: weights that share a scale
     rotate  block of the Hadamard rotation it went through; 0: none
     nested  nf4, fp4: scales that share a number, and what is added; None: scales are floats
     names   what its parts are called in the file: "weight", and "weight_scale" where it has scales
+    layout  another program's, whose parts `weights.layouts` puts in order; "": they are held as they are stored
     """
 
     kind: str
@@ -68,6 +69,7 @@ class Form:
     rotate: int = 0
     nested: tuple[int, float] | None = None
     names: Mapping[str, str] = field(default_factory=dict[str, str])
+    layout: str = ""
 
     def words(self) -> str:
         """For people: "fp8 e4m3 scaled", "int4 in groups of 64", "Q4_K"."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lanting.core.errors import ModelError
+from lanting.nn.affine import AffineLinear
 from lanting.nn.blocks import TYPES
 from lanting.nn.fourbit import Nvfp4Linear, TableLinear, untiled
 from lanting.nn.linears import FP8, Fp8Linear, GgufLinear, Int4Linear, Int8Linear, PackedEmbedding, PackedLinear
@@ -24,6 +25,7 @@ from lanting.nn.swap import swap
 from lanting.weights import bnb
 from lanting.weights.checkpoint import Checkpoint
 from lanting.weights.forms import SECOND, TILED, Form, read_forms, side_tensors
+from lanting.weights.layouts import LAYOUTS
 
 M = TypeVar("M", bound=nn.Module)
 Choose = Callable[[str, tuple[int, int]], Form | None]
@@ -187,6 +189,8 @@ def make_linear(form: Form, bias: bool) -> PackedLinear:
         return Fp8Linear(columns, rows, bias, form.kind.split()[1], form.scale, form.rotate)
     if form.kind == "mxfp8":
         return Fp8Linear(columns, rows, bias, "e4m3", form.scale)
+    if form.kind.startswith("uint"):
+        return AffineLinear(columns, rows, bias, int(form.kind.removeprefix("uint")), form.group)
     if form.kind == "nvfp4":
         return Nvfp4Linear(columns, rows, bias)
     if form.kind in bnb.NOTES.values():
@@ -253,12 +257,13 @@ def _packed(
     linear: PackedLinear, path: str, form: Form, checkpoint: Checkpoint, home: torch.device
 ) -> dict[str, Tensor]:
     """The stored parts of one Linear, by the names they have in the module, for the device `home`; nothing is cast."""
-    parts = checkpoint.read(form.names.values())
-    state: dict[str, Tensor] = {}
-    for part, name in form.names.items():
-        tensor = _as_held(linear, form, part, parts[name])
-        state[f"{path}.{part}".lstrip(".")] = kept_for(tensor, home)
-    return state
+    read = checkpoint.read(form.names.values())
+    parts = {part: read[name] for part, name in form.names.items()}
+    if form.layout:
+        held = LAYOUTS[form.layout](form, parts)
+    else:
+        held = {part: _as_held(linear, form, part, each) for part, each in parts.items()}
+    return {f"{path}.{part}".lstrip("."): kept_for(each, home) for part, each in held.items()}
 
 
 def _as_held(linear: PackedLinear, form: Form, part: str, stored: Tensor) -> Tensor:
