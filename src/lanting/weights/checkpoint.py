@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # headers and configs are read without it: `lanting show` ans
 
 STEMS = ("diffusion_pytorch_model", "model")  # how diffusers and transformers name a component's weights
 LAYER_NOTES = "_quantization_metadata"  # in a safetensors file's metadata: how single layers are packed
+PACKING = "quantization_config"  # in a folder's config.json, and then as JSON in `Checkpoint.metadata`: how all are
 TORCH = {  # what the formats call a type, and what torch does
     "BOOL": "bool",
     "U8": "uint8",
@@ -189,10 +190,18 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def open_component(folder: Path) -> Checkpoint:
-    """The checkpoint in a component folder: sharded with an index, or one safetensors file.
+    """The checkpoint in a component folder: sharded with an index, or one safetensors file. What the folder's config
+    says of packed weights is in its metadata, under `PACKING`.
 
     Raises ModelError when nothing is there, a shard is missing, or the index and the files disagree.
     """
+    found, config = _tensors_of(folder), folder / "config.json"
+    packing = read_json(config).get(PACKING) if config.is_file() else None
+    noted = {PACKING: json.dumps(packing)} if isinstance(packing, dict) else {}
+    return replace(found, metadata={**found.metadata, **noted})
+
+
+def _tensors_of(folder: Path) -> Checkpoint:
     label = Phrase("{component} of {folder}", component=folder.name, folder=folder.parent)
     for stem in STEMS:
         index = folder / f"{stem}.safetensors.index.json"
