@@ -108,7 +108,8 @@ class TableLinear(CodedLinear):
 
 
 class Nvfp4Linear(CodedLinear):
-    """E2M1 codes; `weight_scale` (out, in / 16) holds the bytes of e4m3 floats, `weight_scale_2` () one float32.
+    """E2M1 codes; `weight_scale` (out, in / 16) holds the bytes of e4m3 floats, `weight_scale_2` () one float32, or
+    (out, 1) one for each row (`in_rows`).
 
     Bytes, since some devices have no 8-bit floats; files keep them in tiles (`untiled`).
     """
@@ -117,12 +118,12 @@ class Nvfp4Linear(CodedLinear):
     weight_scale: Tensor
     weight_scale_2: Tensor
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = True):
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, in_rows: bool = False):
         super().__init__(in_features, out_features, bias)
         if in_features % NVFP4_GROUP:
             raise ValueError(f"rows of {in_features} are no whole groups of {NVFP4_GROUP}")
         self.register_buffer("weight_scale", torch.empty(out_features, in_features // NVFP4_GROUP, dtype=torch.uint8))
-        self.register_buffer("weight_scale_2", torch.empty(()))
+        self.register_buffer("weight_scale_2", torch.empty((out_features, 1) if in_rows else ()))
 
     def table(self) -> Tensor:
         return small_floats(torch.arange(16, device=self.weight.device), exponent=2, mantissa=1)

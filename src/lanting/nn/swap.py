@@ -12,13 +12,17 @@ def swap(
     kind: type[nn.Module] | tuple[type[nn.Module], ...],
     make: Callable[[str, nn.Module], nn.Module | None],
 ) -> int:
-    """Put `make(path, old)` where a `kind` was; None keeps the old one. Returns how many were replaced.
+    """Put `make(path, old)` where a `kind` was; None keeps the old one. Returns how many were replaced. What is part of
+    another one (a low-rank Linear's residual) is left to it.
 
     Raises ValueError if `root` itself is of that kind: it has no parent to hang the new one on.
     """
     if isinstance(root, kind):
         raise ValueError("swap needs a parent: the root itself is of the kind to replace")
-    found = [(path, module) for path, module in root.named_modules() if isinstance(module, kind)]
+    found: list[tuple[str, nn.Module]] = []
+    for path, module in root.named_modules():  # a module's parts follow it
+        if isinstance(module, kind) and not (found and path.startswith(f"{found[-1][0]}.")):
+            found.append((path, module))
     count = 0
     for path, old in found:
         new = make(path, old)
