@@ -301,7 +301,7 @@ def test_residuals_of_nets_of_several_depths_meet_each_block_as_alone(blocks, le
 
     def met(control):
         """What is added behind each block."""
-        ctx = SimpleNamespace(control=tuple(control), steer=None)
+        ctx = SimpleNamespace(control=tuple(control), steer=None, beside=None)
         walks = [through(stack, torch.zeros((), dtype=torch.float64), None, ctx, i, i + 1)[0] for i in range(blocks)]
         return torch.stack(walks)
 

@@ -24,9 +24,9 @@ def fused_single(block: Block, how: How, img: Tensor, txt: Tensor | None, ctx: C
     """`Block.forward`."""
     before, txt = block.behind(txt, ctx)
     if not fits(block, img, before):
-        return block.ahead(img, before, ctx), txt
+        return block.given(block.ahead(img, before, ctx), txt)
     with on(img.device):
-        return ahead(block, how, img, before, ctx), txt
+        return block.given(ahead(block, how, img, before, ctx), txt)
 
 
 def fits(block: Block, img: Tensor, before: KeysValues) -> bool:

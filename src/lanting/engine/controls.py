@@ -18,19 +18,13 @@ def check_control(request: Request, models: Models) -> Request:
     if not task.startswith("controlnet"):
         return request
     if request.options.get("in_context"):
-        if nets:
-            raise RequestError("in context a LoRA follows the control picture: leave the ControlNet out")
-        if not models.loras:
-            raise RequestError("in context a LoRA follows the control picture: open the model together with one")
-        return request
+        return _check_in_context(request, models)
     if not nets:
         raise ModelError("{task} needs a ControlNet: open the model together with one", task=task)
+    if nets[0].chain:  # all are: they are of the model's family
+        return _check_chains(request, models)
     given, masked = len(request.images), [net for net in nets if net.masked]
-    if len(nets) > 1 and given != len(nets):
-        raise RequestError(
-            "{nets} ControlNets and {pictures} control pictures were given: give each net one, in the same order",
-            **{"nets": len(nets), "pictures": given},
-        )
+    _check_count(request, models)
     if masked and task == "controlnet":
         name = masked[0].path.name
         raise RequestError("the ControlNet {name} repaints: give it a mask, white where to draw", name=name)
@@ -48,10 +42,49 @@ def check_control(request: Request, models: Models) -> Request:
     return request
 
 
+def _check_in_context(request: Request, models: Models) -> Request:
+    """As `check_control`, where a LoRA follows the picture."""
+    if models.single_stream:
+        raise RequestError("{model} follows no picture in context: give a ControlNet", model=models.spec.name)
+    if models.controls:
+        raise RequestError("in context a LoRA follows the control picture: leave the ControlNet out")
+    if not models.loras:
+        raise RequestError("in context a LoRA follows the control picture: open the model together with one")
+    return request
+
+
+def _check_count(request: Request, models: Models) -> None:
+    """Of several nets each has its own picture."""
+    nets, given = len(models.controls), len(request.images)
+    if nets > 1 and given != nets:
+        raise RequestError(
+            "{nets} ControlNets and {pictures} control pictures were given: give each net one, in the same order",
+            **{"nets": nets, "pictures": given},
+        )
+
+
+def _check_chains(request: Request, models: Models) -> Request:
+    """As `check_control`, for 2.1's nets: with a mask the first picture is repainted, others are followed."""
+    _check_count(request, models)
+    if request.mask is None:
+        return request
+    check_mask_size(request.mask, request.images[0])
+    name, given = models.controls[0].path.name, len(request.images)
+    if len(models.controls) == 1 and given > 2:
+        raise RequestError(
+            "the ControlNet {name} repaints one picture and follows one in it, and {given} were given",
+            **{"name": name, "given": given},
+        )
+    every = (request.options.get(option) for option in ("control_scale", "control_start", "control_end"))
+    if len(models.controls) == 1 and any(isinstance(value, list | tuple) and len(value) > 1 for value in every):
+        raise RequestError("the ControlNet {name} reads both pictures at once: give one number for both", name=name)
+    return request
+
+
 def check_devices(models: Models) -> None:
     """Raises RequestError where several devices can't share a picture because of a ControlNet."""
     for net in models.controls:
-        if net.blockwise:
+        if net.blockwise or net.chain:
             raise RequestError(
                 "the ControlNet {name} acts inside of the transformer, and one device has to draw: name one",
                 name=net.path.name,

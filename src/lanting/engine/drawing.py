@@ -32,6 +32,7 @@ from lanting.engine.parallel_split import Split
 from lanting.engine.remembered import Remembered
 from lanting.flow.frugal import Frugal
 from lanting.flow.loop import Canvas, Model, Step, denoise, velocity
+from lanting.nn.controlnet21 import QwenImage21ControlNet
 from lanting.nn.single_stream import QwenImage21Transformer, keep_prefix
 from lanting.plan import detect
 
@@ -243,6 +244,10 @@ class Drawing:
         tokens += canvas.positive.embeds.shape[1] if words else 0
         calls = len(canvas.start) * (1 if canvas.negative is None else 2)
         wanted = kept_bytes(self.models.transformer.config, tokens, calls, self.models.dtype.itemsize)
+        if canvas.steering is not None:  # 2.1's ControlNets keep them, too
+            chains = [net for net in dict.fromkeys(self.models.controlnets) if isinstance(net, QwenImage21ControlNet)]
+            blocks = self.models.transformer.config.num_layers
+            wanted += wanted * sum(len(net.control_blocks) for net in chains) // blocks
         return wanted <= SPARE * free_bytes(self.models.device)
 
 

@@ -18,6 +18,7 @@ from lanting.attach.parts import Part
 from lanting.attach.stream import Mapped, Slots, Streamer
 from lanting.engine.compute import has_kernels
 from lanting.nn.blockwise import BlockwiseControlNet
+from lanting.nn.controlnet21 import QwenImage21ControlNet
 from lanting.plan import Plan
 from lanting.weights.stored import Stored
 
@@ -127,10 +128,12 @@ def place_transformer(stored: Stored[M], plan: Plan | None) -> Placed[M]:
 
 
 def place_controlnet(stored: Stored[M], plan: Plan | None) -> Placed[M]:
-    """A ControlNet is a tenth of a transformer and stays; its modulation, which a blockwise one hasn't, is tabulated
-    where the transformer's is."""
+    """A ControlNet is a tenth of a transformer (2.1's half of one) and stays; its modulation, which blockwise ones and
+    2.1's haven't, is tabulated where the transformer's is."""
     if isinstance(stored.module, BlockwiseControlNet):
         return Placed(stored, "controlnet_blocks")
+    if isinstance(stored.module, QwenImage21ControlNet):
+        return Placed(stored, "control_blocks")
     return Placed(stored, "transformer_blocks", table=plan is not None and plan.modulation_table)
 
 

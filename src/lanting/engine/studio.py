@@ -47,7 +47,8 @@ class EngineStudio:
         self.codec = models.codec
         self.schedule = models.schedule
         self.blocks = int(models.folder.configs["transformer"].get("num_layers", 60))
-        self.guides = [Guide(net, file.masked) for net, file in zip(models.controlnets, models.controls, strict=True)]
+        pairs = zip(models.controlnets, models.controls, strict=True)
+        self.guides = [Guide(net, file.masked, file.chain) for net, file in pairs]
         self.device, self.dtype = models.device, models.dtype
 
     def encode_prompt(self, prompts: Sequence[str], images: Sequence[Image] = ()) -> Conditioning:

@@ -146,7 +146,7 @@ def fit_preview(codec: LatentCodec, size: int = 64) -> Preview:
     Fitted rather than tabulated, so that it serves any VAE: the released ones, nano's, one's own.
     """
     pixels = _patterns(size)  # (P, 3, size, size)
-    latents = torch.cat([codec.latents(_with_alpha(one, codec.pixel_channels)) for one in pixels.split(1)])
+    latents = torch.cat([codec.latents(opaque(one, codec.pixel_channels)) for one in pixels.split(1)])
     colours = F.avg_pool2d(pixels, codec.stride).flatten(2).transpose(1, 2).flatten(0, 1)  # (n, 3)
     known = latents.flatten(2).transpose(1, 2).flatten(0, 1).cpu()  # (n, z)
     known = torch.cat([known, torch.ones(len(known), 1)], 1).double()
@@ -167,6 +167,6 @@ def _patterns(size: int) -> Tensor:
     return torch.cat([flat, ramps[None], ramps.flip(0)[None], blobs])
 
 
-def _with_alpha(pixels: Tensor, channels: int) -> Tensor:
-    """Add an opaque fourth channel if the VAE reads RGBA."""
+def opaque(pixels: Tensor, channels: int = 4) -> Tensor:
+    """Pixels (B, 3, H, W) with an opaque fourth channel, if the VAE reads RGBA."""
     return torch.cat([pixels, torch.ones_like(pixels[:, :1])], 1) if channels == 4 else pixels

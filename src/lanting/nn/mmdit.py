@@ -66,6 +66,7 @@ class Context:
     control: tuple[Tensor, ...] = ()  # residuals (B, N, D) for the picture stream
     branch: str = "positive"  # which side of the guidance this is; for caches only
     steer: Steer | None = None  # a blockwise ControlNet (`nn.blockwise`); it acts behind blocks, none reads it
+    beside: None = None  # only Qwen-Image-2.1 has such (`nn.single_stream`)
 
 
 class RMSNorm(nn.Module):
@@ -192,11 +193,14 @@ def through(
     """Blocks `first` to `last` (not included) of a stack."""
     every = math.ceil(len(stack) / len(ctx.control)) if ctx.control else 0
     for i in range(len(stack))[first:last]:
+        before = img, txt
         img, txt = stack[i](img, txt, ctx)
         if every:
             img = img + ctx.control[i // every]
         if ctx.steer is not None:
             img = ctx.steer(i, img, ctx.target_tokens)
+        if ctx.beside is not None:
+            img, txt = ctx.beside(i, before, (img, txt), ctx)
     return img, txt
 
 

@@ -13,11 +13,11 @@ Shapes: B batch, N target, R reference and T text tokens, P = T + R prefix token
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -79,7 +79,26 @@ class Context:
     kept: Kept | None = None  # None: nothing is kept
     control: tuple[Tensor, ...] = ()  # always empty; a Stack asks for it
     steer: None = None  # as well
+    beside: Callable[[int, Any, Any, Context], Any] | None = None  # a ControlNet that computes along
     branch: str = "positive"  # which side of the guidance this is; for caches only
+
+
+class Companion(Protocol):
+    """What computes beside the blocks and is added to both streams (`nn.controlnet21.Chains`)."""
+
+    @property
+    def prefix(self) -> object:
+        """What it changes of the prefix; equal where that is the same."""
+        ...
+
+    @property
+    def blocks(self) -> int:
+        """How many of its own keep a prefix's keys and values."""
+        ...
+
+    def begin(self) -> Callable[[int, Any, Any, Context], Any]:
+        """For one pass: (index, both streams before a block, and after it, the blocks' context) -> both."""
+        ...
 
 
 class Attend(nn.Module):
@@ -158,7 +177,11 @@ class Block(nn.Module):
         """img (B, N, D) target; txt (B, P, D) prefix, or None where `ctx.kept` has its keys and values. The last block
         gives the prefix back as it came."""
         before, txt = self.behind(txt, ctx)
-        return self.ahead(img, before, ctx), txt
+        return self.given(self.ahead(img, before, ctx), txt)
+
+    def given(self, img: Tensor, txt: Tensor | None) -> Any:
+        """What `forward` gives, of both streams."""
+        return img, txt
 
     def behind(self, txt: Tensor | None, ctx: Context) -> tuple[KeysValues, Tensor | None]:
         """The prefix's part of the layer: what the target sees of it, and what becomes of it."""
@@ -259,14 +282,16 @@ class QwenImage21Transformer(nn.Module):
         control: Sequence[Tensor] = (),
         branch: str = "positive",
         places: Sequence[int] = (),
+        steer: Companion | None = None,
     ) -> Tensor:
         """latents (B, N + R, in_channels): the target, then reference pictures, in the order of `grids`; timestep (B,)
         in [0, 1]; prompt_embeds (B, T, context_in_dim) without the slots of pictures, padded on the right; prompt_mask
         (B, T) bool or None when nothing is padded; places: how many prompt tokens stand before each reference picture,
-        the same in all rows, none of which may end before the last place. Returns (B, N, out_channels).
-        Raises ValueError for control residuals, and where grids, places and tokens don't fit together."""
+        the same in all rows, none of which may end before the last place; steer: what ControlNets do. Returns
+        (B, N, out_channels). Raises ValueError for control residuals, and where grids, places and tokens don't fit
+        together."""
         if control:
-            raise ValueError("control residuals are not supported: there are no ControlNets for Qwen-Image-2.1")
+            raise ValueError("control residuals are not supported: ControlNets for Qwen-Image-2.1 compute beside it")
         sequence, text = (tuple(grids), tuple(places)), prompt_embeds.shape[1]
         check(latents.shape[1], target_tokens, *sequence, text)
         place = self.layouts(self.config.axes_dims_rope, *sequence, text, latents.device)
@@ -274,13 +299,14 @@ class QwenImage21Transformer(nn.Module):
         times = timestep.to(img.dtype)
         temb = self.time_text_embed(torch.cat([times, times.new_zeros(1)]), img.dtype)  # (B + 1, D), t = 0 behind
         rows = self.modulation(temb)[:, None]  # (B + 1, 1, 4D)
-        kept = self.kept(branch, prompt_embeds, (*sequence, len(img)))
-        done = kept is not None and len(kept) == len(self.transformer_blocks)
+        kept = self.kept(branch, prompt_embeds, (*sequence, len(img), steer and steer.prefix))
+        done = kept is not None and len(kept) == len(self.transformer_blocks) + (steer.blocks if steer else 0)
         txt = None if done else self.prefix(prompt_embeds, latents[:, target_tokens:], place)
         mask = None if prompt_mask is None else seen(prompt_mask.bool(), place)
         if prompt_mask is not None:
             place = behind_words(place, prompt_mask.bool(), self.config.axes_dims_rope[0])
-        ctx = Context(rows[:-1], rows[-1:], target_tokens, place, mask, kept, branch=branch)
+        beside = steer.begin() if steer else None
+        ctx = Context(rows[:-1], rows[-1:], target_tokens, place, mask, kept, branch=branch, beside=beside)
         img, _ = self.transformer_blocks(img, txt, ctx)
         scale = self.norm_out["linear"](F.silu(temb[:-1]))[:, None]  # (B, 1, D)
         return self.proj_out(scaled(img, scale, self.config.eps))

@@ -1,9 +1,9 @@
 """Follow the structure of a picture (edges, depth, pose) through a ControlNet's residuals.
 
 Union: every picture of the request is a control picture. Inpainting: the picture with a hole, and the hole as
-a 17th latent channel. Of several nets each has its own picture, in order, and what they say is added up. Control is
-data of the canvas, so it combines with any other task by `replace`. Nets of both builds are asked for the same things;
-those that hang on the blocks act at the steps at which DiffSynth has them act.
+a 17th latent channel. 2.1's nets do either, and both in one. Of several nets each has its own picture, in order, and
+what they say is added up. Control is data of the canvas, so it combines with any other task by `replace`. Nets of all
+builds are asked for the same things; those that hang on the blocks act at the steps at which DiffSynth has them act.
 In context there is no net: a LoRA has taught the transformer to follow a picture that stands behind the target.
 """
 
@@ -20,9 +20,9 @@ from torch import Tensor
 
 from lanting.core import ModelError, Request, RequestError
 from lanting.core.types import prompts_of
-from lanting.flow.latents import pack
+from lanting.flow.latents import opaque, pack
 from lanting.flow.loop import Canvas, Conditioning, Control, Grid, Steer, Steering
-from lanting.tasks.pictures import Size, levels_of, pixels_of
+from lanting.tasks.pictures import Size, levels_of, mask_of, pixels_of
 from lanting.tasks.studio import Blockwise, Guide, Residuals, Studio, begin, look_at, size_of
 
 if TYPE_CHECKING:
@@ -37,8 +37,9 @@ def controlnet(studio: Studio, request: Request) -> Canvas:
     """Options control_scale, control_start, control_end: a number, or one per picture. Or option in_context."""
     if request.options.get("in_context"):
         return in_context(studio, request)
-    size = size_of(request)
-    return with_control(studio, request, [look_at(studio, image, size).data for image in request.images])
+    guides, size = guides_for(studio, request), size_of(request)
+    pairs = zip(guides, request.images, strict=True)
+    return with_control(studio, request, [(guide, followed(studio, guide, image, size)) for guide, image in pairs])
 
 
 def controlnet_inpaint(studio: Studio, request: Request) -> Canvas:
@@ -47,13 +48,43 @@ def controlnet_inpaint(studio: Studio, request: Request) -> Canvas:
     if request.mask is None:
         raise RequestError("{task} needs a mask: a picture that is white where to draw anew", task=request.task)
     size, guides = size_of(request), guides_for(studio, request)
-    hints = [
-        hole_in(studio, image, request.mask, size, soft=isinstance(guide.net, Blockwise))
+    pairs = list(zip(guides, request.images, strict=True))
+    if guides[0].both:
+        alone = len(studio.guides) == 1  # then a second picture is followed in the first one's hole
+        beside = request.images[1] if alone and len(pairs) > 1 else None
+        first = side_by_side(studio, beside, (request.images[0], request.mask), size)
+        others = [] if alone else pairs[1:]
+        parts = [(guides[0], first), *((guide, followed(studio, guide, image, size)) for guide, image in others)]
+        return with_control(studio, request, parts)
+    parts = [
+        (guide, hole_in(studio, image, request.mask, size, soft=isinstance(guide.net, Blockwise)))
         if guide.masked
-        else look_at(studio, image, size).data
-        for image, guide in zip(request.images, guides, strict=True)
+        else (guide, followed(studio, guide, image, size))
+        for guide, image in pairs
     ]
-    return with_control(studio, request, hints)
+    return with_control(studio, request, parts)
+
+
+def followed(studio: Studio, guide: Guide, picture: Image, size: Size) -> Tensor:
+    """What a net sees of a picture that it follows: (1, N, C)"""
+    return side_by_side(studio, picture, None, size) if guide.both else look_at(studio, picture, size).data
+
+
+def side_by_side(studio: Studio, picture: Image | None, hole: tuple[Image, Image] | None, size: Size) -> Tensor:
+    """What a net of 2.1's sees: (1, N, 2 z + 1). Latents of the picture that it follows; 1 where the other picture is
+    known; latents of that, mid-grey where the mask of `hole` is white. Zeros for what is missing. Both are opaque."""
+    codec = studio.codec
+    shape = (1, codec.channels, *(side // codec.stride for side in size[::-1]))  # (1, z, H/16, W/16)
+    nothing = torch.zeros(shape)
+    follow = nothing if picture is None else codec.latents(opaque(pixels_of(picture, size)))
+    known, rest = nothing[:, :1], nothing
+    if hole is not None:
+        source, mask = hole
+        white = mask_of(mask, size)  # (1, 1, H, W)
+        rest = codec.latents(opaque(pixels_of(source, size) * (1 - white)))
+        known = 1 - F.interpolate(white, size=shape[2:])
+    latents = torch.cat([part.to(studio.device) for part in (follow, known, rest)], 1)
+    return pack(latents, codec.patch).to(studio.dtype)
 
 
 def hole_in(studio: Studio, picture: Image, mask: Image, size: Size, *, soft: bool) -> Tensor:
@@ -76,16 +107,15 @@ def guides_for(studio: Studio, request: Request) -> Sequence[Guide]:
     return studio.guides if len(studio.guides) > 1 else [studio.guides[0]] * len(request.images)
 
 
-def with_control(studio: Studio, request: Request, hints: Sequence[Tensor]) -> Canvas:
-    """Text-to-image whose model is steered by `hints` (1, N, C), added up."""
-    guides = guides_for(studio, request)
+def with_control(studio: Studio, request: Request, parts: Sequence[tuple[Guide, Tensor]]) -> Canvas:
+    """Text-to-image whose model is steered by nets, each by its hint (1, N, C), added up."""
     canvas = begin(studio, request, studio.codec.grid(*size_of(request)))
     option = request.options.get
-    scales = per_hint(option("control_scale", 1.0), len(hints))
-    starts, ends = (per_hint(option(f"control_{side}", at), len(hints)) for side, at in (("start", 0), ("end", 1)))
+    scales = per_hint(option("control_scale", 1.0), len(parts))
+    starts, ends = (per_hint(option(f"control_{side}", at), len(parts)) for side, at in (("start", 0), ("end", 1)))
     behind: list[tuple[Blockwise, Part]] = []
     beside: list[tuple[Residuals, Part]] = []
-    for guide, hint, scale, start, end in zip(guides, hints, scales, starts, ends, strict=True):
+    for (guide, hint), scale, start, end in zip(parts, scales, starts, ends, strict=True):
         if isinstance(guide.net, Blockwise):
             behind.append((guide.net, (hint, scale, progress_span(canvas.sigmas, start, end))))
         else:

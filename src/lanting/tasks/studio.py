@@ -31,7 +31,7 @@ Residuals = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, Sequence[Gr
 
 @runtime_checkable
 class Blockwise(Protocol):
-    """A ControlNet that is asked behind every block of the transformer, see `lanting.nn.blockwise`."""
+    """A ControlNet that is asked behind blocks of the transformer, see `lanting.nn.blockwise`, `nn.controlnet21`."""
 
     def steer(
         self, hints: Sequence[tuple[Tensor, float]], beside: Sequence[tuple[Blockwise, Tensor, float]] = ()
@@ -45,10 +45,15 @@ ControlNet = Residuals | Blockwise
 
 @dataclass(frozen=True, slots=True)
 class Guide:
-    """A ControlNet, and whether it repaints: it reads a picture with a hole, and where that is."""
+    """A ControlNet, and what it reads.
+
+    masked  it repaints: it reads a picture with a hole, and where that is
+    both    it reads a picture to follow, and beside it such a one, of which either may be missing (2.1's)
+    """
 
     net: ControlNet
     masked: bool = False
+    both: bool = False
 
 
 class Studio(Protocol):

@@ -36,6 +36,7 @@ SCHEDULER: dict[str, Any] = {  # of every release; distilled ones replace parts 
     "use_karras_sigmas": False,
 }
 BLOCKWISE = "QwenImageBlockWiseControlNet"  # what DiffSynth calls the class; its repositories have no config.json
+CHAIN = "QwenImage21ControlNet"  # the same for Qwen-Image-2.1's; behind which blocks it is added, nothing in it tells
 VISION_HEAD = 80  # width of a vision head in every Qwen2.5-VL
 QWEN3_VISION_HEAD = 72  # and in Qwen3-VL-8B
 
@@ -141,6 +142,8 @@ def _single_stream(sides: Sides) -> dict[str, Any]:
 
 def _controlnet(sides: Sides) -> dict[str, Any]:
     """How a head is split for positions is left to the model that it belongs to."""
+    if "control_img_in.weight" in sides:
+        return _chain(sides)
     width, channels = sides["img_in.weight"]
     if "controlnet_blocks.0.y_rms.weight" in sides:
         depth = sides.blocks("controlnet_blocks.")
@@ -154,6 +157,20 @@ def _controlnet(sides: Sides) -> dict[str, Any]:
         "joint_attention_dim": sides["txt_in.weight"][1],
         "in_channels": channels,
         "extra_condition_channels": sides["controlnet_x_embedder.weight"][1] - channels,
+    }
+
+
+def _chain(sides: Sides) -> dict[str, Any]:
+    """Qwen-Image-2.1's ControlNet."""
+    width, channels = sides["control_img_in.weight"]
+    (head,) = sides["control_blocks.0.attn.norm_q.weight"]
+    return {
+        "_class_name": CHAIN,
+        "control_blocks": sides.blocks("control_blocks."),
+        "num_attention_heads": width // head,
+        "attention_head_dim": head,
+        "mlp_ratio": sides["control_blocks.0.img_mlp.out.weight"][1] // width,
+        "control_in_dim": channels,
     }
 
 

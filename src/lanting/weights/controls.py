@@ -1,10 +1,10 @@
-"""ControlNets as people have them: a folder or a single file, of InstantX's kind or blockwise; told by their tensors.
+"""ControlNets as people have them: a folder or a single file, of InstantX's kind, blockwise or Qwen-Image-2.1's.
 
 InstantX publishes folders in diffusers' layout; ComfyUI's users have the same tensors as one file without a config,
 safetensors or GGUF, bare or behind a prefix. DiffSynth publishes one `model.safetensors`, which ComfyUI keeps as a
-model patch under the same names. No flag says which it is: the names do, and the shapes tell depth, width and whether a
-mask is read. No torch: `lanting replay` and `show` ask here, too. Whether a net fits a model is told before any weight
-is read.
+model patch under the same names, and so it does with VideoX-Fun's for 2.1. No flag says which it is: the names do, and
+the shapes tell depth, width and whether a mask is read. No torch: `lanting replay` and `show` ask here, too. Whether a
+net fits a model is told before any weight is read.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from lanting.core.errors import ModelError
 from lanting.core.lang import Phrase
 from lanting.specs.detect import SINGLE_STREAM
 from lanting.weights.checkpoint import Checkpoint, layer_notes, open_component, read_json
-from lanting.weights.configs import BLOCKWISE, config_of
+from lanting.weights.configs import BLOCKWISE, CHAIN, config_of
+from lanting.weights.fused import parted
 from lanting.weights.gguf_view import open_gguf
 from lanting.weights.headers import read_file
 from lanting.weights.home import path_of
@@ -31,8 +32,19 @@ USUAL = {  # of the releases, where a config leaves them out
     "joint_attention_dim": 3584,
     "in_channels": 64,
 }
+USUAL_21 = {  # the same of Qwen-Image-2.1, and of its net
+    "num_layers": 32,
+    "num_attention_heads": 32,
+    "attention_head_dim": 128,
+    "in_channels": 64,
+    "mlp_ratio": 3,
+    "control_blocks": 16,
+    "control_in_dim": 129,
+}
+ALIKE_21 = ("attention_head_dim", "mlp_ratio")  # its net's blocks are copies of the transformer's
 BESIDE = ("attention_head_dim", "joint_attention_dim")  # what a net that computes beside the transformer shares with it
 MASK = 4  # packed channels of a mask
+BARE = (SIGNS["controlnet"][0], SIGNS["controlnet"][2])  # of nets whose folders say other things, if any
 
 
 @dataclass(frozen=True)
@@ -53,6 +65,11 @@ class ControlFile:
         """It hangs on every block of the transformer, and not beside it."""
         return self.config.get("_class_name") == BLOCKWISE
 
+    @property
+    def chain(self) -> bool:
+        """It is Qwen-Image-2.1's: one net that follows, repaints, or does both."""
+        return self.config.get("_class_name") == CHAIN
+
 
 def open_controlnet(place: str | Path) -> ControlFile:
     """A folder or a file. Raises ModelError where it is neither, or holds something else."""
@@ -69,9 +86,10 @@ def open_controlnet(place: str | Path) -> ControlFile:
             "{path} has {count} tensors that are no part of a ControlNet, the first is {name}: get another file",
             **{"path": str(place), "count": len(strays), "name": strays[0]},
         )
-    mine = whole if names is None else whole.renamed(names)
-    if told is None or SIGNS["controlnet"][0] in mine.infos:  # a blockwise net's folder says other things, if any
-        told = config_of("controlnet", mine)
+    mine = whole if names is None else parted(whole.renamed(names))
+    if told is None or not mine.infos.keys().isdisjoint(BARE):
+        layers = (told or {}).get("control_layers")
+        told = config_of("controlnet", mine) | ({"control_layers": layers} if layers else {})
     return ControlFile(path, mine, told)
 
 
@@ -87,17 +105,24 @@ def check_controlnet(found: ControlFile, transformer: Mapping[str, Any]) -> Cont
     """The same, where it belongs to the model of this transformer (its config.json); what only the model knows is
     filled in. Raises ModelError in a sentence."""
     name, config = found.path.name, found.config
-    if transformer.get("_class_name") == SINGLE_STREAM:
-        raise ModelError("the ControlNet {name} is for Qwen-Image, and this model is another: leave it out", name=name)
-    facts = [("width", _width(config), _width(transformer))]
-    keys = ("num_layers",) if found.blockwise else BESIDE
-    facts += [(key, _number(config, key), _number(transformer, key)) for key in keys]
+    single = transformer.get("_class_name") == SINGLE_STREAM
+    if single != found.chain:
+        family = "Qwen-Image-2.1" if found.chain else "Qwen-Image"
+        raise ModelError(
+            "the ControlNet {name} is for {family}, and this model is another: leave it out", name=name, family=family
+        )
+    usual = USUAL_21 if single else USUAL
+    facts = [("width", _width(config, usual), _width(transformer, usual))]
+    keys = ALIKE_21 if single else ("num_layers",) if found.blockwise else BESIDE
+    facts += [(key, _number(config, key, usual), _number(transformer, key, usual)) for key in keys]
     for key, own, theirs in facts:
         if own != theirs:
             raise ModelError(
                 "the ControlNet {name} has {key} = {own} and the model {theirs}: they are of different models",
                 **{"name": name, "key": key, "own": own, "theirs": theirs},
             )
+    if single:
+        return _beside_blocks(found, transformer)
     reads, channels = _number(config, "in_channels"), _number(transformer, "in_channels")
     reads += 0 if found.blockwise else config.get("extra_condition_channels") or 0
     if reads not in (channels, channels + MASK):
@@ -110,9 +135,38 @@ def check_controlnet(found: ControlFile, transformer: Mapping[str, Any]) -> Cont
     return replace(found, config=config, masked=reads > channels)
 
 
-def _number(config: Mapping[str, Any], key: str) -> int:
-    return int(config.get(key) or USUAL[key])
+def _beside_blocks(found: ControlFile, transformer: Mapping[str, Any]) -> ControlFile:
+    """A net of 2.1's, with what its transformer alone tells: behind which blocks it is added, and how they norm."""
+    name, config = found.path.name, found.config
+    reads, channels = _number(config, "control_in_dim", USUAL_21), _number(transformer, "in_channels", USUAL_21)
+    if reads != 2 * channels + 1:
+        raise ModelError(
+            "the ControlNet {name} reads {reads} channels where the model has {channels}: get another",
+            **{"name": name, "reads": reads, "channels": channels},
+        )
+    count, depth = _number(config, "control_blocks", USUAL_21), _number(transformer, "num_layers", USUAL_21)
+    layers = config.get("control_layers") or _evenly(count, depth)
+    if not isinstance(layers, list) or len(layers) != count:
+        raise ModelError(
+            "the ControlNet {name} has {count} blocks for the {depth} of the model, and nothing says which are whose: "
+            "put it into a folder with a config.json that lists them as control_layers",
+            **{"name": name, "count": count, "depth": depth},
+        )
+    shared = {key: value for key, value in transformer.items() if key != "_class_name"}
+    return replace(found, config={**shared, **config, "num_layers": depth, "control_layers": layers})
 
 
-def _width(config: Mapping[str, Any]) -> int:
-    return int(config.get("width") or _number(config, "num_attention_heads") * _number(config, "attention_head_dim"))
+def _evenly(count: int, depth: int) -> list[int] | None:
+    """Behind which of `depth` blocks a net of `count` is added: every second, as the released one, or equally far."""
+    if count == (depth + 1) // 2:
+        return list(range(0, depth, 2))
+    return list(range(0, depth, depth // count)) if depth % count == 0 else None
+
+
+def _number(config: Mapping[str, Any], key: str, usual: Mapping[str, int] = USUAL) -> int:
+    return int(config.get(key) or usual[key])
+
+
+def _width(config: Mapping[str, Any], usual: Mapping[str, int] = USUAL) -> int:
+    heads = _number(config, "num_attention_heads", usual) * _number(config, "attention_head_dim", usual)
+    return int(config.get("width") or heads)

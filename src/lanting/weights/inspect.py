@@ -260,7 +260,8 @@ def how_to_run(path: Path, kind: str, components: tuple[str, ...], release: str 
     if kind in ("vae", "text_encoder"):
         return f"lanting generate 'WORDS' --model MODEL --{kind.replace('_', '-')} {quoted}"
     if kind == "controlnet":
-        return f"lanting generate 'WORDS' --model qwen-image --controlnet {quoted} --control PICTURE"
+        model = release or "qwen-image"
+        return f"lanting generate 'WORDS' --model {model} --controlnet {quoted} --control PICTURE"
     return f"lanting generate 'WORDS' --model MODEL --lora {quoted}" if kind == "lora" else ""
 
 

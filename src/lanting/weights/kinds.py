@@ -57,7 +57,7 @@ def guess_kind(infos: Mapping[str, TensorInfo]) -> Kind:
     if len(sorts) > 1:
         return Kind("all-in-one", Phrase("transformer, VAE and text encoder in one file"))
     bare = {_strip(name): info for name, info in infos.items()}
-    for judge in (_blockwise, _transformer, _vae, _text_encoder):
+    for judge in (_blockwise, _chain, _transformer, _vae, _text_encoder):
         if (kind := judge(bare)) is not None:
             scaled = any(name.endswith(SCALES) for name in bare)
             return replace(kind, detail=Phrase("{what} with scales", what=kind.detail)) if scaled else kind
@@ -119,8 +119,16 @@ def _blockwise(bare: Mapping[str, TensorInfo]) -> Kind | None:
     return Kind("controlnet", _with_mask(what, bare, "img_in.weight"))
 
 
+def _chain(bare: Mapping[str, TensorInfo]) -> Kind | None:
+    """Qwen-Image-2.1's ControlNet."""
+    if "control_img_in.weight" not in bare or "control_blocks.0.img_mlp.out.weight" not in bare:
+        return None
+    what = Phrase("a chain of {count} blocks", count=_blocks(bare, "control_blocks"))
+    return Kind("controlnet", _with_mask(what, bare, "control_img_in.weight"), "qwen-image-2.1")
+
+
 def _with_mask(what: Phrase, bare: Mapping[str, TensorInfo], entrance: str) -> Phrase:
-    """The mask of a net that repaints are 4 channels beyond the latents' 16 by 4."""
+    """The mask of a net that repaints are 4 channels beyond the latents' 16 by 4, or one beyond twice 64."""
     channels = _side({name: info.shape for name, info in bare.items()}, entrance, 1) or 0
     return Phrase("{what}, reads a mask", what=what) if channels % 16 else what
 

@@ -39,8 +39,12 @@ SIGNS = {  # names that only this component has, without its prefix
     "transformer": ("transformer_blocks.0.img_mod.1.weight", "txt_in.text_norm.weight"),
     "text_encoder": ("model.layers.0.self_attn.q_proj.weight",),
     "vae": ("decoder.conv_in.weight",),
-    # blockwise, InstantX's: a file of either may stand under the prefix of a transformer
-    "controlnet": ("controlnet_blocks.0.y_rms.weight", "controlnet_x_embedder.weight"),
+    # blockwise, InstantX's, 2.1's: a file of any may stand under the prefix of a transformer
+    "controlnet": (
+        "controlnet_blocks.0.y_rms.weight",
+        "controlnet_x_embedder.weight",
+        "control_blocks.0.img_mlp.out.weight",
+    ),
 }
 WAN_PARTS = (  # pattern of Wan's name, diffusers' name; {b}, {j} are the place in the decoder
     (r"conv1\.(.*)", r"quant_conv.\1"),
