@@ -85,10 +85,14 @@ class Placed(Generic[M]):
         """Have the weights on the device again. Raises ModelError when they can't be read."""
         if self.here:
             return
+        done: set[str] = set()  # a packed weight comes whole, and may be of several modules
         try:
             for names in self.part.owners():  # one module at a time: no second network on the way
+                if done.issuperset(names):
+                    continue
                 kept = {name: self.copy[name] for name in names} if self.copy is not None else self.stored.read(names)
                 self.part.put(kept, self.device)
+                done |= kept.keys()
         except BaseException:
             self.part.empty()
             raise

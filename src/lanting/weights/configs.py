@@ -52,6 +52,16 @@ def own_notes(checkpoint: Checkpoint) -> dict[str, Any]:
     return notes
 
 
+def _told(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What another program's note of the config says that no tensor tells (nunchaku's files have one)."""
+    try:
+        config = json.loads(checkpoint.metadata.get("config", "{}"))
+    except (ValueError, RecursionError):
+        config = None
+    clean = config.get("zero_cond_t") if isinstance(config, dict) else None
+    return {"zero_cond_t": True} if clean is True else {}
+
+
 def config_of(component: str, checkpoint: Checkpoint) -> dict[str, Any]:
     """What config.json of this component would say. Raises ModelError where the tensors tell of no such network."""
     if config := own_notes(checkpoint).get("config"):
@@ -59,7 +69,8 @@ def config_of(component: str, checkpoint: Checkpoint) -> dict[str, Any]:
     own = {"transformer": _transformer, "vae": _vae, "text_encoder": _text_encoder, "controlnet": _controlnet}
     flags = {name: info.shape for name, info in checkpoint.infos.items() if name in FLAGS}
     try:
-        return own[component](Sides(shapes(checkpoint) | flags))
+        config = own[component](Sides(shapes(checkpoint) | flags))
+        return config | _told(checkpoint) if "zero_cond_t" in config else config
     except (LookupError, ZeroDivisionError, ValueError) as error:
         what = component.replace("_", " ")
         lack = error.args[0] if error.args and isinstance(error.args[0], Phrase) else str(error)

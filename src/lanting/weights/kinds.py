@@ -30,7 +30,7 @@ LORA = re.compile(r"(\.lora_(A|B|down|up|a|b)\b|lora_(down|up)\.weight|\.(hada|l
 DOWN = re.compile(r"(lora_A|lora_down|lora_a)(\.|$)")
 WAN_VAE = ("conv1.weight", "decoder.conv1.weight", "encoder.downsamples.0.residual.2.weight")  # under Wan's own names
 ZERO_COND_T = "__index_timestep_zero__"  # an empty tensor by which ComfyUI and we know Edit-2511
-SCALES = (".weight_scale", ".scale_weight", ".comfy_quant", ".weight_scale_2", ".weight.absmax", ".SCB")
+SCALES = (".weight_scale", ".scale_weight", ".comfy_quant", ".weight_scale_2", ".weight.absmax", ".SCB", ".scales")
 
 
 def pickled(path: Path | str) -> ModelError:
@@ -56,7 +56,7 @@ def guess_kind(infos: Mapping[str, TensorInfo]) -> Kind:
     sorts = {name.split(".", 1)[0] for name in infos if name.startswith(("model.diffusion_model.", "vae.", "text_enc"))}
     if len(sorts) > 1:
         return Kind("all-in-one", Phrase("transformer, VAE and text encoder in one file"))
-    bare = {_strip(name): info for name, info in infos.items()}
+    bare = {_strip(name).replace(".qweight", ".weight"): info for name, info in infos.items()}
     for judge in (_blockwise, _chain, _transformer, _vae, _text_encoder):
         if (kind := judge(bare)) is not None:
             scaled = any(name.endswith(SCALES) for name in bare)
