@@ -7,6 +7,7 @@ point z is the offset -z x scale, which float32 holds exactly. Found in float32 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lanting.nn.fourbit import MANY
@@ -44,6 +45,28 @@ class AffineLinear(PackedLinear):
             codes.mul_(scale[some].float()[:, :, None]).add_(offset[some].float()[:, :, None])
             out.copy_(codes.flatten(1))
         return found
+
+
+class OrderedLinear(AffineLinear):
+    """One whose groups are of inputs that do not stand together: GPTQ's, where inputs were rounded in the order of what
+    they do. `order` (in,) int32: which input each stored column is of."""
+
+    order: Tensor
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, bits: int = 4, group: int = 128):
+        super().__init__(in_features, out_features, bias, bits, group)
+        self.register_buffer("order", torch.empty(in_features, dtype=torch.int32))
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        return self.values(dtype).index_select(1, self.order.argsort())
+
+    def lookup(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        found = self.values(dtype, rows.flatten()).index_select(1, self.order.argsort())
+        return found.view(*rows.shape, self.in_features)
+
+    def plain(self, x: Tensor) -> Tensor:
+        x = x.index_select(-1, self.order)
+        return F.linear(x, self.values(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
 def unpack_codes(packed: Tensor, bits: int) -> Tensor:

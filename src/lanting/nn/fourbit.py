@@ -133,6 +133,13 @@ class Nvfp4Linear(CodedLinear):
         return small_floats(self.weight_scale, exponent=4, mantissa=3) * self.weight_scale_2.float()
 
 
+class DividedLinear(Nvfp4Linear):
+    """One whose number for all divides the scales, as compressed-tensors has it."""
+
+    def scales(self) -> Tensor:
+        return small_floats(self.weight_scale, exponent=4, mantissa=3) / self.weight_scale_2.float()
+
+
 def small_floats(codes: Tensor, exponent: int, mantissa: int) -> Tensor:
     """What integers stand for as floats of so many bits, by arithmetic: some devices have no such type, and nothing may
     be brought to a GPU while its work is recorded. Float32; a code that is no number (e4m3's NaN) counts as one."""

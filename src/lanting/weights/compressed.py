@@ -1,0 +1,108 @@
+"""What compressed-tensors (llm-compressor's format) writes, told from headers without torch.
+
+    pack-quantized   codes (out, in b / 32 words), scales (out, groups), the shape as numbers, maybe zeros (out b / 32
+                     words, groups) and the group of each input
+    int-quantized    signed bytes and scales, as our int8; with zeros beside them they are codes of 8 bits
+    nvfp4, mxfp4     codes (out, in / 2), scales in rows, for NVFP4 a number that divides them
+    mxfp8            8-bit floats with exponents for scales, in rows
+float-quantized, and int-quantized without zeros, are what `weights.forms` reads anyway. Scales of inputs are left.
+Source: compressed-tensors 0.20.1 (`compressors`), and versions before 0.12 for the groups of inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from lanting.core.lang import Phrase
+from lanting.weights.foreign import packing_of, unreadable
+from lanting.weights.words import SCALES, WORD, Words, held_bytes, misfits, numbers, order
+
+if TYPE_CHECKING:
+    from lanting.weights.checkpoint import Checkpoint
+
+COMPRESSED, BYTES, FLOATS = "compressed-tensors", "compressed-tensors int8", "compressed-tensors floats"
+DIVISOR = "weight_global_scale"
+TILE, SMALL_TILE = 32, 16  # inputs that share a scale: of MX floats, of NVFP4
+
+
+def compressed(checkpoint: Checkpoint, path: str, noted: bool) -> Words | None:
+    """What the weight of `path` is; None where it is none of these, or a note of ComfyUI's says what it is. Raises
+    ModelError for one that can't be."""
+    code = checkpoint.infos[f"{path}.weight"].dtype
+    scales = checkpoint.infos.get(f"{path}.weight_scale")
+    if f"{path}.weight_shape" in checkpoint.infos:
+        return _packed(checkpoint, path)
+    if scales is None or noted:
+        return None
+    if code == "I8" and f"{path}.weight_zero_point" in checkpoint.infos:
+        return _bytes(checkpoint, path)
+    if f"{path}.{DIVISOR}" in checkpoint.infos or (code in ("U8", "F8_E4M3") and scales.dtype == "U8"):
+        return _floats(checkpoint, path)
+    return None
+
+
+def _packed(checkpoint: Checkpoint, path: str) -> Words:
+    codes, scales = checkpoint.infos[f"{path}.weight"], checkpoint.infos.get(f"{path}.weight_scale")
+    zeros = checkpoint.infos.get(f"{path}.weight_zero_point")
+    rows, columns = numbers(checkpoint, f"{path}.weight_shape", 2)
+    if codes.dtype != "I32" or scales is None or scales.dtype not in SCALES or rows < 1 or columns < 1:
+        raise misfits(checkpoint, path)
+    bits, groups = codes.shape[1] * WORD // columns, scales.count // rows
+    said = _said_bits(packing_of(checkpoint))
+    if codes.shape != (rows, -(-columns * bits // WORD)) or bits not in range(1, 9) or (said and bits not in said):
+        raise unreadable(checkpoint, path, Phrase("words of compressed-tensors that are not full"))
+    if not groups or scales.shape != (rows, groups) or columns % groups:
+        raise misfits(checkpoint, path)
+    names = {"weight": f"{path}.weight", "scale": f"{path}.weight_scale"}
+    if zeros is not None:
+        if zeros.dtype != "I32" or zeros.shape != (-(-rows * bits // WORD), groups):
+            raise misfits(checkpoint, path)
+        names["zeros"] = f"{path}.weight_zero_point"
+    names |= order(checkpoint, path, "weight_g_idx", columns, columns // groups)
+    each = SCALES[scales.dtype] * 2 if zeros is None else SCALES[scales.dtype] + 4
+    held = held_bytes((rows, columns), bits, groups, each, "order" in names)
+    return Words(f"uint{bits}", (rows, columns), columns // groups, COMPRESSED, names, held)
+
+
+def _bytes(checkpoint: Checkpoint, path: str) -> Words:
+    """Signed bytes with zero points: a scale for all, for each row, or for groups of a row."""
+    parts = ("weight", "weight_scale", "weight_zero_point")
+    (rows, columns), scale, zeros = (checkpoint.infos[f"{path}.{part}"].shape for part in parts)
+    dtypes = [checkpoint.infos[f"{path}.{part}"].dtype for part in parts]
+    groups = scale[1] if len(scale) == 2 else 1
+    fits = scale in ((), (1,), (rows,), (rows, groups)) and zeros == scale and dtypes[2] == "I8"
+    if dtypes[1] not in SCALES or not fits or not groups or columns % groups:
+        raise misfits(checkpoint, path)
+    names = {part.removeprefix("weight_").replace("zero_point", "zeros"): f"{path}.{part}" for part in parts}
+    held = held_bytes((rows, columns), 8, groups, SCALES[dtypes[1]] + 4, False)
+    return Words("uint8", (rows, columns), columns // groups, BYTES, names, held)
+
+
+def _floats(checkpoint: Checkpoint, path: str) -> Words:
+    """Floats of 4 or 8 bits with an 8-bit scale for every few."""
+    code, scale = checkpoint.infos[f"{path}.weight"], checkpoint.infos[f"{path}.weight_scale"]
+    divisor = checkpoint.infos.get(f"{path}.{DIVISOR}")
+    kind = "nvfp4" if divisor is not None else "fp4" if code.dtype == "U8" else "mxfp8"
+    group, wanted = (SMALL_TILE, "F8_E4M3") if divisor is not None else (TILE, "U8")
+    rows, columns = code.shape[0], code.shape[1] * (1 if kind == "mxfp8" else 2)
+    types = code.dtype == ("F8_E4M3" if kind == "mxfp8" else "U8") and scale.dtype == wanted
+    if not types or columns % group or scale.shape != (rows, columns // group):
+        raise misfits(checkpoint, path)
+    names = {"weight": f"{path}.weight", "weight_scale": f"{path}.weight_scale"}
+    if divisor is not None:
+        if divisor.count != 1 or divisor.dtype not in SCALES:
+            raise misfits(checkpoint, path)
+        names[DIVISOR] = f"{path}.{DIVISOR}"
+    each = {"nvfp4": 1, "fp4": 4, "mxfp8": 2}[kind]
+    held = code.size + rows * (columns // group) * each
+    shared = (rows, columns // group)
+    return Words(kind, (rows, columns), group if kind == "fp4" else 0, FLOATS, names, held, shared)
+
+
+def _said_bits(packing: Mapping[str, Any]) -> set[int]:
+    """Bits of weights in any of the groups that a config names."""
+    groups = packing.get("config_groups")
+    schemes = groups.values() if isinstance(groups, Mapping) else ()
+    weights = [scheme.get("weights") for scheme in schemes if isinstance(scheme, Mapping)]
+    return {each["num_bits"] for each in weights if isinstance(each, Mapping) and isinstance(each.get("num_bits"), int)}
