@@ -27,6 +27,7 @@ from lanting.kernels.calls import Packed, Rounded
 from lanting.kernels.library import dense_bytes, ready
 from lanting.nn.linears import PackedLinear
 from lanting.nn.mmdit import Attend, Block, Context, FeedForward
+from lanting.nn.regions import attended
 from lanting.nn.rotate import rotate_blocks
 from lanting.nn.single_stream import Attend as SingleAttend
 
@@ -200,7 +201,7 @@ def fused_block(block: Block, img: Tensor, txt: Tensor, ctx: Context) -> tuple[T
     # sums are added where they stand, and the caller may want the old ones
     img, txt = (x.clone(memory_format=torch.contiguous_format) for x in (img, txt))
     found = vectors(block.img_mod, ctx.temb, len(img)), vectors(block.txt_mod, ctx.temb[:, :1], len(txt))
-    plan = plan_for(block, img.dtype) if at_its_own(block.attn.attend) else None
+    plan = plan_for(block, img.dtype) if at_its_own(block.attn.attend) and ctx.regions is None else None
     inside = APART.get()
     if plan is None:
         single_calls(block, (img, txt), found, ctx)
@@ -238,4 +239,4 @@ def attention(attn: Any, img: Rows, txt: Rows, ctx: Context) -> Tensor:
     names = ("norm_added_q", "norm_added_k", "norm_q", "norm_k")
     norms: Any = tuple(floats(getattr(attn, name), "weight") for name in names)
     calls.turn(q, k, norms, (cos.contiguous(), sin.contiguous()), length, attn.norm_q.eps)
-    return attn.attend(q, k, v, ctx.mask).flatten(2)
+    return attended(attn.attend, q, k, v, ctx).flatten(2)

@@ -40,6 +40,7 @@ from lanting.kernels.gpu.rows import Gated, activate, turn
 from lanting.kernels.gpu.twins import FP8
 from lanting.nn.linears import PackedLinear
 from lanting.nn.mmdit import Attend, Block, Context, FeedForward
+from lanting.nn.regions import attended
 from lanting.nn.rotate import LARGEST
 from lanting.nn.single_stream import Attend as SingleAttend
 from lanting.nn.single_stream import Block as SingleBlock
@@ -169,4 +170,4 @@ def attention(attn: Any, img: Rows, txt: Rows, ctx: Context, how: How) -> Tensor
     names = ("norm_added_q", "norm_added_k", "norm_q", "norm_k")
     norms: Any = tuple(getattr(attn, name).weight for name in names)
     turn(q, k, norms, ctx.rope, length, attn.norm_q.eps)
-    return attn.attend(q, k, v, ctx.mask).flatten(2)
+    return attended(attn.attend, q, k, v, ctx).flatten(2)

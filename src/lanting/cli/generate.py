@@ -16,6 +16,7 @@ from lanting.cli.screen import Screen
 from lanting.core.errors import RequestError
 from lanting.core.pictures import open_mask, open_picture
 from lanting.core.types import Request
+from lanting.specs.regions import parse_region
 
 
 def generate(
@@ -41,6 +42,7 @@ def generate(
     control_scale: o.ControlScales = None,
     in_context: o.InContext = False,
     mask: o.Mask = None,
+    region: o.Regions = None,
     device: o.Device = None,
     dtype: o.DtypeFlag = None,
     text_encoder: o.TextEncoder = None,
@@ -63,6 +65,8 @@ def generate(
     request = replace(request, quality=quality, rewrite=rewrite, tries=tries)
     if control or controlnet or mask or in_context or control_scale:
         request = controlled(request, control or [], mask, control_scale or [], in_context)
+    if region:
+        request = replace(request, options={**request.options, "regions": [parse_region(one) for one in region]})
     loras = tuple(lora or ())
     weights = Weights(quant, text_encoder, vae)
     wish = Wish(model, size, device, dtype, output, force, preview, loras=loras, weights=weights)

@@ -156,6 +156,14 @@ Control = Annotated[
     list[str] | None,
     typer.Option("--control", help="A control picture (edges, depth, pose); with --mask, the picture to repaint."),
 ]
+Regions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--region",
+        metavar="BOX=WORDS",
+        help='Words for a part of the picture, like "left=a red fox" or "0,0.5,1,1=a river". Repeatable.',
+    ),
+]
 InContext = Annotated[
     bool,
     typer.Option(

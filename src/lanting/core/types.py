@@ -54,7 +54,7 @@ class Request:
     tries            read the quoted words back, and draw with up to so many seeds (1..64) until they are right; 1: read
                      them and no more; None: nothing is read
     options          words of a task's own: layers, resolution, control_scale, control_start, control_end,
-                     in_context, padding_mask_crop, keep, sigmas, batched_guidance
+                     in_context, padding_mask_crop, keep, regions, sigmas, batched_guidance
     """
 
     prompt: str | tuple[str, ...] = ""

@@ -95,14 +95,19 @@ class Drawing:
         kept = self._spare(canvas)
         if models.crew is not None:
             self.split = Split(models, models.crew, canvas, prefix, self.frugal is not None)
-            leader = models.crew.names[0]
-            if watch.ways or watch.due:
-                self.split.alone(note("parts of this model run in a safer way: {device} draws alone", device=leader))
-            elif kept:
-                self.split.alone(note("one device decides what may be left out: {device} draws alone", device=leader))
+            if (why := self._alone(canvas, watch, kept, models.crew.names[0])) is not None:
+                self.split.alone(why)
             self.hung.enter_context(self.split)
             if self.frugal is not None:
                 self.frugal.ask = self.split.question
+
+    def _alone(self, canvas: Canvas, watch: Sentinel, kept: bool, leader: str) -> Notice | None:
+        """Why several devices can't share this drawing, None where they can."""
+        if watch.ways or watch.due:
+            return note("parts of this model run in a safer way: {device} draws alone", device=leader)
+        if canvas.regions is not None:
+            return note("parts of this picture have words of their own: {device} draws alone", device=leader)
+        return note("one device decides what may be left out: {device} draws alone", device=leader) if kept else None
 
     def _keep_prefix(self, canvas: Canvas) -> bool:
         """Of 2.1: words and references are computed once, where there is room to keep them; whether they are."""

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from lanting.engine.models import Models
-from lanting.flow.loop import Conditioning
+from lanting.flow.loop import Conditioning, Regional
+from lanting.nn.regions import regions_of
 from lanting.tasks.studio import Guide
 
 if TYPE_CHECKING:
@@ -59,6 +60,12 @@ class EngineStudio:
             embeds, mask, *places = self.read(encoder, lambda: encoder.encode(prompts, images))
             kept[asked] = Conditioning(embeds.to("cpu", self.dtype), mask, *places).to("cpu")
         return used(kept, asked).to(self.device)
+
+    def regions(self, prompts: Sequence[str], whole: Conditioning, inside: torch.Tensor) -> Regional:
+        """Each prompt encoded by itself; what sees what, on the transformer's device."""
+        texts = [self.encode_prompt([prompt]).embeds for prompt in prompts]
+        lengths = [text.shape[1] for text in (*texts, whole.embeds)]
+        return Regional(torch.cat(texts, 1), regions_of(lengths, inside.to(self.device)))
 
     def generator(self, seed: int, index: int) -> torch.Generator:
         """A CPU generator, whatever the device: the same seed gives the same noise everywhere."""

@@ -31,7 +31,7 @@ Grid = tuple[int, int, int]  # frames, rows, columns of tokens
 class Model(Protocol):
     """The transformer as the loop sees it; `lanting.nn.mmdit.QwenImageTransformer` is one. Those that read words and
     references as one text (`lanting.nn.single_stream`) are told `places`, too, where there are any; those that a
-    ControlNet steers block by block are told `steer`."""
+    ControlNet steers block by block are told `steer`, and `regions` where parts of the picture have words."""
 
     def __call__(  # noqa: PLR0913  the transformer's own arguments
         self,
@@ -73,6 +73,14 @@ class Tokens:
     grid: Grid
 
 
+@dataclass(frozen=True, slots=True)
+class Regional:
+    """Words for parts of the picture, beside the prompt: on the positive side, of every picture alike."""
+
+    embeds: Tensor  # (1, T', D): of all regions, one behind the other
+    seen: Any  # what sees what, as the model is told it (`lanting.nn.regions.Regions`)
+
+
 # residuals(target latents, timestep, sigma, prompt, grids), or nothing while the net is not active
 Control = Callable[[Tensor, Tensor, Tensor, Conditioning, Sequence[Grid]], Sequence[Tensor]]
 Steer = Callable[[int, Tensor, int], Tensor]  # what a model does behind its blocks, see `lanting.nn.mmdit.Steer`
@@ -94,6 +102,7 @@ class Canvas:
     references: tuple[Tokens, ...] = ()  # clean pictures the model may look at
     control: Control | None = None
     steering: Steering | None = None
+    regions: Regional | None = None
     keep: Callable[[Tensor, Tensor], Tensor] | None = None  # re-impose known pixels at a noise level
     finish: Callable[[Tensor], list[Image]] = lambda latents: []
 
@@ -164,11 +173,15 @@ class Question:
         copies = len(prompt.embeds) // self.batch  # 2 when both sides of the guidance go in one call
         more: dict[str, Any] = {"places": prompt.places} if prompt.places else {}
         more |= {} if self.steer is None else {"steer": self.steer}
+        embeds, regions = prompt.embeds, self.canvas.regions if branch == "positive" else None
+        if regions is not None:
+            embeds = torch.cat([regions.embeds.expand(self.batch, -1, -1), embeds], 1)  # (B, T' + T, D)
+            more["regions"] = regions.seen
         control = {id(r): stacked(r, copies) for r in self.residuals}  # blocks may share one
         prediction = self.model(
             stacked(self.seen, copies),
             stacked(self.timestep, copies),
-            prompt.embeds,
+            embeds,
             prompt.mask,
             self.grids,
             self.tokens,

@@ -43,7 +43,7 @@ class Side:
 def joinable(canvas: Canvas) -> bool:
     """Whether it may share a call: no padding of its own, no second network, no other way of asking."""
     sides = (canvas.positive, *([canvas.negative] if canvas.negative is not None else []))
-    alone = canvas.control is None and canvas.steering is None
+    alone = canvas.control is None and canvas.steering is None and canvas.regions is None
     return alone and not canvas.batched_guidance and all(side.mask is None for side in sides)
 
 

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lanting.nn.regions import Regions, attended
 from lanting.nn.rope import Grid, RopeCache, rotate
 
 FP16_LIMIT = 65504.0
@@ -66,6 +67,7 @@ class Context:
     control: tuple[Tensor, ...] = ()  # residuals (B, N, D) for the picture stream
     branch: str = "positive"  # which side of the guidance this is; for caches only
     steer: Steer | None = None  # a blockwise ControlNet (`nn.blockwise`); it acts behind blocks, none reads it
+    regions: Regions | None = None  # several texts, each for a part of the picture; then there is no mask
     beside: None = None  # only Qwen-Image-2.1 has such (`nn.single_stream`)
 
 
@@ -113,7 +115,8 @@ class Attention(nn.Module):
         q = torch.cat([self.norm_added_q(split(self.add_q_proj(txt))), self.norm_q(split(self.to_q(img)))], 1)
         k = torch.cat([self.norm_added_k(split(self.add_k_proj(txt))), self.norm_k(split(self.to_k(img)))], 1)
         v = torch.cat([split(self.add_v_proj(txt)), split(self.to_v(img))], 1)
-        out = self.attend(rotate(q, *ctx.rope), rotate(k, *ctx.rope), v, ctx.mask).flatten(2).type_as(img)
+        q, k = rotate(q, *ctx.rope), rotate(k, *ctx.rope)
+        out = attended(self.attend, q, k, v, ctx).flatten(2).type_as(img)
         return self.to_out[0](out[:, length:]), self.to_add_out(out[:, :length])
 
 
@@ -254,16 +257,20 @@ class QwenImageTransformer(nn.Module):
         control: Sequence[Tensor] = (),
         branch: str = "positive",
         steer: Steer | None = None,
+        regions: Regions | None = None,
     ) -> Tensor:
         """latents (B, N, in_channels): targets, then references, in the order of `grids`; timestep (B,) in [0, 1];
-        prompt_embeds (B, T, joint_attention_dim); prompt_mask (B, T) bool or None when nothing is padded.
+        prompt_embeds (B, T, joint_attention_dim), with `regions` all texts; prompt_mask (B, T) bool or None when
+        nothing is padded.
         Returns (B, N, 4 * out_channels); the caller keeps the first `target_tokens`."""
         img = self.img_in(latents)  # (B, N, D)
         txt = self.txt_in(self.txt_norm(prompt_embeds))  # (B, T, D)
         temb = self.time_text_embed(self.times(timestep.to(img.dtype)), img.dtype)  # (B, 1 or 2, D)
-        rope = self.rope(tuple(grids), txt.shape[1], img.device)
+        longest = txt.shape[1] if regions is None else max(regions.lengths)
+        rope = self.rope(tuple(grids), longest, img.device)
+        rope = rope if regions is None else regions.rope(*rope)
         mask = None if prompt_mask is None else prompt_mask.bool()
-        ctx = Context(temb, target_tokens, rope, mask, tuple(control), branch, steer)
+        ctx = Context(temb, target_tokens, rope, mask, tuple(control), branch, steer, regions)
         img, _ = self.transformer_blocks(img, txt, ctx)
         scale, shift = self.norm_out["linear"](F.silu(temb[:, :1])).chunk(2, -1)  # scale first, unlike in a block
         return self.proj_out(layer_norm(img) * (1 + scale) + shift)

@@ -9,22 +9,27 @@ from typing import Any, cast
 from lanting.core.errors import RequestError
 from lanting.core.quality import NAMES, check_safe, check_words
 from lanting.core.types import Request
-from lanting.specs.model_spec import Defaults
+from lanting.specs.model_spec import ModelSpec
 from lanting.specs.numbers import number, whole
+from lanting.specs.regions import settle_regions
 
 EVERYWHERE = ("sigmas", "batched_guidance")
+CONTROL = ("control_scale", "control_start", "control_end")
 OF_TASK = {
+    "text_to_image": ("regions",),
+    "image_to_image": ("regions",),
     "edit": ("keep",),
     "layered": ("layers", "resolution"),
-    "inpaint": ("padding_mask_crop",),
+    "inpaint": ("padding_mask_crop", "regions"),
     "edit_inpaint": ("padding_mask_crop",),
-    "controlnet": ("control_scale", "control_start", "control_end", "in_context"),
-    "controlnet_inpaint": ("control_scale", "control_start", "control_end"),
+    "controlnet": (*CONTROL, "in_context", "regions"),
+    "controlnet_inpaint": (*CONTROL, "regions"),
 }
 
 
-def settle_options(request: Request, task: str, own: Defaults) -> tuple[dict[str, Any], int]:
+def settle_options(request: Request, task: str, spec: ModelSpec) -> tuple[dict[str, Any], int]:
     """The task's options filled and checked, and the number of steps (given, or the length of `sigmas`)."""
+    own = spec.defaults
     known = (*EVERYWHERE, *OF_TASK.get(task, ()))
     given = dict(request.options)
     if strange := sorted(set(given) - set(known)):
@@ -48,6 +53,8 @@ def settle_options(request: Request, task: str, own: Defaults) -> tuple[dict[str
     for name in ("batched_guidance", "keep", "in_context"):
         if not isinstance(given.get(name, False), bool):
             raise RequestError("{name} must be true or false, not {value}", name=name, value=given[name])
+    if given.get("regions") is not None:
+        given["regions"] = settle_regions(request, spec, given)
     steps = own.steps if request.steps is None else request.steps
     if given.get("sigmas") is None:
         given.pop("sigmas", None)
@@ -101,7 +108,7 @@ def _settle_control(given: dict[str, Any], pictures: int) -> None:
 
 def _settle_in_context(given: Mapping[str, Any], pictures: int) -> None:
     """The control picture stands beside the target: nothing else of a ControlNet's has a meaning."""
-    if name := next((name for name in OF_TASK["controlnet_inpaint"] if name in given), None):
+    if name := next((name for name in CONTROL if name in given), None):
         raise RequestError("{name} has no meaning in context: give the LoRA a strength", name=name)
     if pictures != 1:
         raise RequestError("one control picture can stand in context, not {count}", count=pictures)

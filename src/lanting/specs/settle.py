@@ -40,7 +40,7 @@ def settle(request: Request, spec: ModelSpec) -> Request:
     own = spec.defaults
     negative = own.negative_prompt if request.negative_prompt is None else request.negative_prompt
     check_text(negative, LONGEST_NEGATIVE)
-    options, steps = settle_options(request, task, own)
+    options, steps = settle_options(request, task, spec)
     choices = settle_choices(request, steps)
     count = whole("count", request.count, 1, 64)
     tries = _tries(request, task)

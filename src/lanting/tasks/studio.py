@@ -17,9 +17,10 @@ from torch import Tensor
 from lanting.core import Request
 from lanting.core.types import prompts_of
 from lanting.flow.latents import LatentCodec
-from lanting.flow.loop import Canvas, Conditioning, Grid, Steer, Tokens
+from lanting.flow.loop import Canvas, Conditioning, Grid, Regional, Steer, Tokens
 from lanting.flow.schedule import Schedule
 from lanting.specs import ModelSpec
+from lanting.specs.regions import covered
 from lanting.tasks.pictures import pictures_from, pixels_of
 
 if TYPE_CHECKING:
@@ -90,6 +91,11 @@ class Studio(Protocol):
         The mask is None when nothing is padded."""
         ...
 
+    def regions(self, prompts: Sequence[str], whole: Conditioning, inside: Tensor) -> Regional:
+        """Prompts for parts of the picture beside the one for all of it. inside (K, N) bool: which tokens of the
+        target each of the K prompts is for."""
+        ...
+
     def generator(self, seed: int, index: int) -> torch.Generator:
         """The CPU generator of picture `index` of a batch, seeded seed + index."""
         ...
@@ -115,19 +121,31 @@ def begin(
     noise = studio.codec.noise(grid, [studio.generator(request.seed or 0, i) for i in range(batch)], frames)
     guided = request.guidance_scale is not None and request.guidance_scale > 1
     negative = [" " if request.negative_prompt is None else request.negative_prompt]
+    positive = studio.encode_prompt(prompts, images)
     return Canvas(
         start=noise.to(studio.device, studio.dtype),
         grids=(grid,) * frames,
         sigmas=studio.schedule.sigmas(
             request.steps or 0, grid[1] * grid[2], custom=request.options.get("sigmas"), mu=mu
         ),
-        positive=studio.encode_prompt(prompts, images).repeat(request.count),
+        positive=positive.repeat(request.count),
         negative=studio.encode_prompt(negative, images).repeat(batch) if guided else None,
         guidance_scale=request.guidance_scale or 1.0,
         renormalize=studio.release.renormalize,
         batched_guidance=bool(request.options.get("batched_guidance", False)),
+        regions=_regional(studio, request, grid, positive) if request.options.get("regions") else None,
         finish=partial(draw, studio.codec, grid),
     )
+
+
+def _regional(studio: Studio, request: Request, grid: Grid, whole: Conditioning) -> Regional:
+    """The words of the request's boxes, each for the tokens that its box touches."""
+    regions, (_, rows, columns) = request.options["regions"], grid
+    inside = torch.zeros(len(regions), rows, columns, dtype=torch.bool)
+    for part, region in zip(inside, regions, strict=True):
+        down, across = covered(region["box"], rows, columns)
+        part[down.start : down.stop, across.start : across.stop] = True
+    return studio.regions([region["prompt"] for region in regions], whole, inside.flatten(1))
 
 
 def draw(codec: LatentCodec, grid: Grid, latents: Tensor) -> list[Image]:
