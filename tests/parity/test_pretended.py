@@ -42,17 +42,19 @@ def models(tmp_path_factory):
 
 HINTS = tuple(tiny.picture(64, 48, seed=n) for n in (3, 4))
 CONTROL = {"task": "controlnet", "images": HINTS, "size": (64, 48), "quality": "fast", "steps": 4}
+REGIONS = [{"prompt": "a blue sign", "box": "left"}, {"prompt": "a green sign", "box": [0.25, 0, 1, 0.5]}]
 ONE = {"images": (tiny.picture(64, 48, seed=1),)}
 CASES = {  # what is asked, of which model, opened how
     "words": (BASE, {"prompt": ("a red sign", "a longer prompt")}, {}),
     "a LoRA over int8": (BASE, {}, {"loras": ("lora",), "quant": "int8"}),
     "two ControlNets": (BASE, CONTROL, {"controlnet": ("union", "canny")}),
+    "regions": (BASE, {"options": {"regions": REGIONS}, "quality": "fast", "steps": 4}, {}),
     "edit, streamed from RAM": (EDIT, ONE, {"plan": PLAN}),
     "edit, frozen references": (EDIT, {**ONE, "quality": "fast", "steps": 5}, {}),
     "2.1 in int4": (NEW, ONE, {"quant": "int4"}),
     "2.1, streamed from disk": (NEW, {}, {"plan": replace(PLAN, streamed="disk", parked="disk")}),
 }
-RECORDED = {"words", "a LoRA over int8", "two ControlNets", "edit, frozen references"}  # on CUDA; the rest is not
+RECORDED = {"words", "a LoRA over int8", "two ControlNets", "regions", "edit, frozen references"}  # on CUDA, no others
 COMMON = {"prompt": "a red sign", "negative_prompt": "blurry", "steps": 2, "guidance_scale": 4.0, "seed": 7}
 APPLE = ("words", "a LoRA over int8", "edit, streamed from RAM", "2.1 in int4")
 
