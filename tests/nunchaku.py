@@ -35,12 +35,19 @@ class Meant(nn.Module):
         return F.linear((x + self.shift) / smooth, residual) + F.linear(F.linear(x, down), up) + bias
 
 
-class Turned(nn.Module):
-    """A modulation whose results are of the first feature six, then of the second six ..."""
+class Plain(nn.Module):
+    """A modulation as it is."""
 
     def __init__(self, weight: Tensor, bias: Tensor):
         super().__init__()
         self.weight, self.bias = weight, bias.float()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class Turned(Plain):
+    """One whose results are of the first feature six, then of the second six ..."""
 
     def forward(self, x: Tensor) -> Tensor:
         six = F.linear(x, self.weight, self.bias).unflatten(-1, (-1, 6)).transpose(-1, -2)  # (..., 6, D)
@@ -171,9 +178,11 @@ def affine(rows: int, columns: int) -> tuple[State, tuple[Tensor, Tensor]]:
     return tensors, (weight, bias)
 
 
-def file_and_net(kind: str, rank: int, seed: int = 0) -> tuple[State, QwenImageTransformer]:
-    """A whole transformer as nunchaku's file of it, and one that computes as nunchaku does."""
-    torch.manual_seed(seed)
+def file_and_net(kind: str, rank: int, whole: bool = True) -> tuple[State, QwenImageTransformer]:
+    """A whole transformer as nunchaku's file of it, and one that computes as nunchaku does; or (not `whole`) with the
+    same tensors for the network as it is: nothing fused, shifted or in turns."""
+    torch.manual_seed(0)
+    fused = FUSED if whole else {f"attn.{name}": (name,) for names in FUSED.values() for name in names}
     net = QwenImageTransformer(SHAPE).eval().requires_grad_(False)
     tensors = {name: each.bfloat16() for name, each in net.state_dict().items()}
     net.load_state_dict({name: each.float() for name, each in tensors.items()})
@@ -183,16 +192,15 @@ def file_and_net(kind: str, rank: int, seed: int = 0) -> tuple[State, QwenImageT
         for path in ("img_mod.1", "txt_mod.1"):
             made, (weight, bias) = affine(6 * SHAPE.width, SHAPE.width)
             tensors |= {f"{stem}.{path}.{part}": each for part, each in made.items()}
-            put(block, path, Turned(weight, bias))
-        for path in (*FUSED, *SINGLE):
-            old = [block.get_submodule(f"attn.{name}") for name in FUSED[path]] if path in FUSED else None
-            linear = old[0] if old else block.get_submodule(path)
+            put(block, path, Turned(weight, bias) if whole else Plain(weight, bias))
+        for path in (*fused, *SINGLE):
+            names = [f"attn.{name}" for name in fused[path]] if path in fused else [path]
+            linear = block.get_submodule(names[0])
             assert isinstance(linear, nn.Linear)
-            rows = linear.out_features * (3 if old else 1)
-            made, (residual, smooth, down, up, bias) = low_rank(rows, linear.in_features, kind, rank)
+            made, parts = low_rank(linear.out_features * len(names), linear.in_features, kind, rank)
+            residual, smooth, down, up, bias = parts
             tensors |= {f"{stem}.{path}.{part}": each for part, each in made.items()}
-            shift = SHIFT if kind == "int4" and path.endswith("net.2") else 0.0
-            names = [f"attn.{name}" for name in FUSED[path]] if path in FUSED else [path]
+            shift = SHIFT if whole and kind == "int4" and path.endswith("net.2") else 0.0
             thirds = zip(*(each.chunk(len(names)) for each in (residual, up, bias)), strict=True)
             for name, (some, ups, biases) in zip(names, thirds, strict=True):
                 put(block, name, Meant(some, smooth, down, ups, biases, shift))

@@ -1,4 +1,4 @@
-"""Weights as bitsandbytes and comfy-kitchen pack them, and what these packages say they are worth.
+"""Weights as other packages pack them, and what these packages say they are worth.
 
     pip install bitsandbytes==0.50.2 comfy-kitchen==0.2.40
     python tests/packed/make.py
@@ -9,6 +9,7 @@ the names that files have, and `CASE.values` (out, in) float32. They are kept, s
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import torch
@@ -59,6 +60,52 @@ def kitchen_tensors() -> dict[str, Tensor]:
     return found
 
 
+def nunchaku_tensors() -> dict[str, Tensor]:
+    """As deepcompressor converts Linears for nunchaku, of numbers that are formulas: there are no values beside them.
+
+    pip install --no-deps deepcompressor-toolkit==0.1.0
+    """
+    sys.path.insert(0, str(HERE.parent))
+    from deepcompressor.backend.nunchaku import convert
+    from nunchaku import E2M1, SHIFT, Numbers
+
+    square, six, half = Numbers(), Numbers(24, 128), torch.bfloat16
+    scales, small = square.scales(64), square.scales(16)
+    integers = square.codes() * scales.repeat_interleave(64, 1)
+    whole = torch.exp2(-(torch.arange(128) % 5).float())
+    floats = E2M1[square.codes(0)] * small.repeat_interleave(16, 1) * whole[:, None]
+    smooth, bias = square.smooth.to(half), square.bias.to(half)
+    thin = square.thin(128).to(half)
+    made = {
+        "int4": convert.convert_to_nunchaku_w4x4y16_linear_state_dict(
+            integers.to(half),
+            scales[:, None, :, None].to(half),
+            bias,
+            smooth,
+            (thin.T.contiguous(), thin.flip(0)),
+            shift=torch.tensor(SHIFT),
+        ),
+        "fp4": convert.convert_to_nunchaku_w4x4y16_linear_state_dict(
+            floats.to(half),
+            whole[:, None, None, None].to(half),
+            bias,
+            smooth,
+            float_point=True,
+            subscale=small[:, None, :, None].to(half),
+        ),
+        "modulation": convert.convert_to_nunchaku_w4x16_adanorm_zero_state_dict(
+            (six.codes(-7) * six.scales(64).repeat_interleave(64, 1)).to(half),
+            six.scales(64)[:, None, :, None].to(half),
+            six.bias.to(half),
+        ),
+    }
+    return {f"{name}.{part}": each for name, parts in made.items() for part, each in parts.items()}
+
+
 if __name__ == "__main__":
-    for name, made in (("bitsandbytes", bitsandbytes_tensors), ("comfy-kitchen", kitchen_tensors)):
+    for name, made in (
+        ("bitsandbytes", bitsandbytes_tensors),
+        ("comfy-kitchen", kitchen_tensors),
+        ("nunchaku", nunchaku_tensors),
+    ):
         save_file({key: each.contiguous() for key, each in made().items()}, HERE / f"{name}.safetensors")

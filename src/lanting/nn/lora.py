@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lanting.nn.deltas import Decomposed, Delta, dense_weight
 from lanting.nn.linears import LINEARS
-from lanting.nn.swap import swap
+from lanting.nn.swap import outermost, swap
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +114,7 @@ def attach(root: nn.Module, parts: Mapping[str, Parts], strengths: Sequence[floa
     """
     wanted = {path: each for path, each in parts.items() if each}
     inside = tuple(f"{path}." for path, module in root.named_modules() if isinstance(module, LoraLinear))
-    found = {path for path, module in root.named_modules() if isinstance(module, LINEARS)}
+    found = {path for path, _ in outermost(root, LINEARS)}
     if strange := sorted(path for path in wanted if path not in found or path.startswith(inside)):
         raise ValueError(f"{strange[0]} is no Linear here")
     return swap(root, LINEARS, lambda path, old: LoraLinear(old, wanted[path], strengths) if path in wanted else None)

@@ -33,9 +33,9 @@ class LowRankLinear(PackedLinear):
         if rank < 1:
             raise ValueError(f"a rank of {rank} is none")
         self.kind, self.residual = f"{residual.kind}, low-rank {rank}", residual
-        self.register_buffer("smooth", torch.empty(self.in_features) if smooth else None)
-        self.register_buffer("down", torch.empty(rank, self.in_features))
-        self.register_buffer("up", torch.empty(self.out_features, rank))
+        for name, *sides in (("down", rank, self.in_features), ("up", self.out_features, rank)):
+            self.register_buffer(name, torch.empty(sides, dtype=torch.bfloat16))
+        self.register_buffer("smooth", torch.empty(self.in_features, dtype=torch.bfloat16) if smooth else None)
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]

@@ -7,6 +7,15 @@ from collections.abc import Callable
 from torch import nn
 
 
+def outermost(root: nn.Module, kind: type[nn.Module] | tuple[type[nn.Module], ...]) -> list[tuple[str, nn.Module]]:
+    """(path, module) of every `kind` inside that is no part of another one."""
+    found: list[tuple[str, nn.Module]] = []
+    for path, module in root.named_modules():  # a module's parts follow it
+        if isinstance(module, kind) and not (found and path.startswith(f"{found[-1][0]}.")):
+            found.append((path, module))
+    return found
+
+
 def swap(
     root: nn.Module,
     kind: type[nn.Module] | tuple[type[nn.Module], ...],
@@ -19,12 +28,8 @@ def swap(
     """
     if isinstance(root, kind):
         raise ValueError("swap needs a parent: the root itself is of the kind to replace")
-    found: list[tuple[str, nn.Module]] = []
-    for path, module in root.named_modules():  # a module's parts follow it
-        if isinstance(module, kind) and not (found and path.startswith(f"{found[-1][0]}.")):
-            found.append((path, module))
     count = 0
-    for path, old in found:
+    for path, old in outermost(root, kind):
         new = make(path, old)
         if new is not None:
             parent, _, name = path.rpartition(".")

@@ -25,7 +25,7 @@ from lanting.weights.forms import Form, read_forms, shapes
 from lanting.weights.headers import BITS, read_header
 from lanting.weights.kinds import ZERO_COND_T
 from lanting.weights.single import OWN_NOTES
-from lanting.weights.stored import Choose, Placing, expand, pack
+from lanting.weights.stored import Choose, Placing, expand, loaded, pack
 
 FORMATS = {"int8": "int8_tensorwise", "int4": "lanting_int4", "fp8 e4m3": "float8_e4m3fn", "fp8 e5m2": "float8_e5m2"}
 STORED = {"int8": "I8", "int4": "U8", "fp8 e4m3": "F8_E4M3", "fp8 e5m2": "F8_E5M2"}
@@ -98,15 +98,20 @@ def quantize_safetensors(
 
 def dense_reader(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Callable[[str], Tensor]:
     """name -> that weight's values as floats, expanded where they are packed; for writers of other formats."""
-    stored, placing = read_forms(checkpoint), Placing(dtype, torch.device("cpu"))
+    stored = read_forms(checkpoint)
+    return lambda name: _value(checkpoint, name, stored, dtype)
 
-    def read(name: str) -> Tensor:
-        path = name.removesuffix(".weight")
-        if path in stored and path != name:
-            return expand(stored[path], checkpoint, placing)
-        return checkpoint.read([name])[name]
 
-    return read
+def _value(checkpoint: Checkpoint, name: str, stored: Mapping[str, Form], dtype: torch.dtype) -> Tensor:
+    """One tensor of the network, expanded to `dtype` where it is packed."""
+    path, _, part = name.rpartition(".")
+    if path in stored and part == "weight":
+        return expand(stored[path], checkpoint, Placing(dtype, torch.device("cpu")))
+    if path in stored and part in stored[path].names:  # a bias in the layout of its weight
+        bias = loaded(stored[path], checkpoint, Placing(dtype, torch.device("cpu"))).bias
+        assert bias is not None
+        return bias
+    return checkpoint.read([name])[name]
 
 
 def write_safetensors(
@@ -159,13 +164,7 @@ def _values(
     if source.name == ZERO_COND_T:
         yield torch.empty(0)
         return
-    path = source.name.removesuffix(".weight")
-    packed = path in stored and path != source.name
-    exact = torch.float32 if source.form is not None else torch.bfloat16
-    if packed:
-        values = expand(stored[path], checkpoint, Placing(exact, torch.device("cpu")))
-    else:
-        values = checkpoint.read([source.name])[source.name]
+    values = _value(checkpoint, source.name, stored, torch.float32 if source.form is not None else torch.bfloat16)
     if not values.is_floating_point():
         raise ModelError(
             "the {label} holds {name} as {dtype}, which is no weight type: get another",

@@ -16,6 +16,7 @@ from lanting.core.errors import RequestError
 from lanting.engine.models import Models
 from lanting.engine.placement import LIVE
 from lanting.nn.linears import LINEARS, PackedLinear
+from lanting.nn.swap import outermost
 from lanting.specs import Defaults
 from lanting.specs.sizes import reference_size
 from lanting.train.lora.dataset import Example
@@ -138,7 +139,7 @@ def tensors(module: nn.Module) -> Iterator[Tensor]:
 def learnt(module: nn.Module, targets: str, rank: int) -> int:
     """Numbers of the LoRAs. Raises RequestError where there would be none, before an example is prepared."""
     wanted = pattern_of(targets)
-    linears = [m for path, m in module.named_modules() if isinstance(m, LINEARS) and wanted.fullmatch(path)]
+    linears = [m for path, m in outermost(module, LINEARS) if wanted.fullmatch(path)]
     if not linears:
         raise none_called(targets)
     return sum(rank * (int(m.in_features) + int(m.out_features)) for m in linears)  # type: ignore[call-overload]
