@@ -22,14 +22,15 @@ from typing import TYPE_CHECKING, Any
 from lanting.core.errors import ModelError
 from lanting.core.lang import Phrase
 from lanting.nn.blocks import TYPES
+from lanting.weights.foreign import PACKING, as_weights
 from lanting.weights.headers import TensorInfo, read_file
+from lanting.weights.mlx import translated
 
 if TYPE_CHECKING:  # headers and configs are read without it: `lanting show` answers at once
     from torch import Tensor
 
 STEMS = ("diffusion_pytorch_model", "model")  # how diffusers and transformers name a component's weights
 LAYER_NOTES = "_quantization_metadata"  # in a safetensors file's metadata: how single layers are packed
-PACKING = "quantization_config"  # in a folder's config.json, and then as JSON in `Checkpoint.metadata`: how all are
 TORCH = {  # what the formats call a type, and what torch does
     "BOOL": "bool",
     "U8": "uint8",
@@ -116,7 +117,9 @@ class Checkpoint:
         )
 
     def bytes(self) -> int:
-        return sum(info.end - info.start for info in self.infos.values())
+        """In the files; what several names share counts once."""
+        places = {(self.where[name], info.start, info.end) for name, info in self.infos.items()}
+        return sum(end - start for _, start, end in places)
 
     def fingerprint(self) -> str:
         """A hash of what the files say they hold (names, types, shapes, places) and of samples of their contents:
@@ -136,7 +139,11 @@ def map_tensor(path: Path, info: TensorInfo) -> Tensor:
     """One tensor of a file as a private mapping (changes stay in this process).
 
     Its place was checked against the file's size when the header was read; a file that has shrunk since is an OSError.
+    One of numbers without bytes, which no header could name, is zeros (`weights.mlx`).
     """
+    if info.axes:
+        stored = tuple(info.shape[info.axes.index(axis)] for axis in range(len(info.axes)))
+        return map_tensor(path, replace(info, shape=stored, axes=())).permute(info.axes).contiguous()
     import torch
 
     block = TYPES.get(info.dtype)
@@ -149,7 +156,7 @@ def map_tensor(path: Path, info: TensorInfo) -> Tensor:
         )
     dtype: torch.dtype = torch.uint8 if packed else getattr(torch, TORCH[info.dtype])
     if info.size == 0:
-        return torch.empty(shape, dtype=dtype)
+        return torch.zeros(shape, dtype=dtype)
     begin = info.start // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
     with path.open("rb") as file:
         if info.end > file.seek(0, 2):
@@ -190,15 +197,16 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def open_component(folder: Path) -> Checkpoint:
-    """The checkpoint in a component folder: sharded with an index, or one safetensors file. What the folder's config
-    says of packed weights is in its metadata, under `PACKING`.
+    """The checkpoint in a component folder: sharded with an index or in numbered files, or one safetensors file. What
+    the folder's config says of packed weights is in its metadata, under `PACKING`. MLX's names become ours.
 
     Raises ModelError when nothing is there, a shard is missing, or the index and the files disagree.
     """
-    found, config = _tensors_of(folder), folder / "config.json"
-    packing = read_json(config).get(PACKING) if config.is_file() else None
+    found, config = as_weights(_tensors_of(folder)), folder / "config.json"
+    told = read_json(config) if config.is_file() else {}
+    packing = told.get(PACKING, told.get("quantization"))  # mlx's word
     noted = {PACKING: json.dumps(packing)} if isinstance(packing, dict) else {}
-    return replace(found, metadata={**found.metadata, **noted})
+    return translated(replace(found, metadata={**found.metadata, **noted}))
 
 
 def _tensors_of(folder: Path) -> Checkpoint:
@@ -211,6 +219,11 @@ def _tensors_of(folder: Path) -> Checkpoint:
         if single.is_file():
             infos, metadata = read_file(single)
             return Checkpoint(label, dict.fromkeys(infos, single), infos, metadata, layer_notes(single, metadata))
+    if numbered := sorted(folder.glob("[0-9]*.safetensors")):  # mflux's, before it wrote an index
+        opened = [(path, *read_file(path)) for path in numbered]
+        where = {name: path for path, infos, _ in opened for name in infos}
+        whole = {name: info for _, infos, _ in opened for name, info in infos.items()}
+        return Checkpoint(label, where, whole, opened[0][2])
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
         raise ModelError(
             "{folder} holds pickled weights, which can run code: get the safetensors files instead", folder=folder

@@ -57,6 +57,8 @@ def locate(model: str, parts: Mapping[str, str | None] | None = None) -> ModelFo
     path = path_of(model)
     if model not in spec_names() and path.is_file():
         return open_single(path, given)
+    if model not in spec_names() and (own := bare_parts(path)) and not (path / "model_index.json").is_file():
+        return open_bare(path, {**own, **given})
     folder = _locate_folder(model)
     return with_parts(folder, given) if given else folder
 
@@ -110,6 +112,8 @@ def namesakes(release: str) -> tuple[Phrase, ...]:
 def open_folder(path: Path, name: str, spec: ModelSpec | None = None) -> ModelFolder:
     """Read all configs of a folder; the release is detected from them unless it is given."""
     if not (path / "model_index.json").is_file():
+        if parts := bare_parts(path):
+            return open_bare(path, parts)
         raise ModelError(
             "{path} is no model folder: it has no model_index.json; give a folder in diffusers' layout", path=path
         )
@@ -125,6 +129,21 @@ def open_folder(path: Path, name: str, spec: ModelSpec | None = None) -> ModelFo
     return ModelFolder(name, path, spec, configs, tuple(notes))
 
 
+def bare_parts(path: Path) -> dict[str, Path]:
+    """Component -> folder, of a model's folder that has neither a model_index.json nor configs: mflux's. Empty where
+    there is no transformer."""
+    found = {part: path / part for part in COMPONENTS if any((path / part).glob("*.safetensors"))}
+    return found if "transformer" in found else {}
+
+
+def open_bare(path: Path, parts: Mapping[str, Path]) -> ModelFolder:
+    """A model from such a folder; what it lacks comes from elsewhere, as for a single file."""
+    repo = next((each for each in path.parts if each.startswith("models--")), "")  # a cache's names say no more
+    named = Path(repo.removeprefix("models--").replace("--", "/", 1)) if repo else path.resolve()
+    transformer = open_weights(parts["transformer"], "transformer")
+    return _around(named, path, transformer, dict(parts))
+
+
 def open_single(path: Path, given: Mapping[str, Path]) -> ModelFolder:
     """A model around a transformer file; see the module for where the rest comes from."""
     found = open_file(path)
@@ -137,26 +156,32 @@ def open_single(path: Path, given: Mapping[str, Path]) -> ModelFolder:
         raise ModelError(
             "{path} holds no transformer but {what}: 'lanting show' tells what a file is", path=path, what=what
         )
-    spec, notes = release_of(path, found["transformer"])
-    parts = dict.fromkeys(found, path) | dict(given)
-    base = base_of(spec, parts)
+    return _around(path, path.parent, found["transformer"], dict.fromkeys(found, path) | dict(given))
+
+
+def _around(named: Path, home: Path, transformer: Checkpoint, parts: dict[str, Path]) -> ModelFolder:
+    """A model of `parts` in the folder `home`, whose release may have to be told by a name."""
+    spec, notes = release_of(named, transformer)
+    own = [part for part in parts if parts[part] == named or parts[part] == home / part]
+    whole = all(parts.get(part) == home / part for part in COMPONENTS)
+    base = None if whole else base_of(spec, parts)
     if base is None and (lacking := [part for part in PARTS if part not in parts]):
         options = ", ".join(f"--{part.replace('_', '-')}" for part in lacking)
         pull = whole_release(spec.name) + "".join(f" --without {part}" for part in COMPONENTS if part in parts)
         raise ModelError(
             "{file} holds {parts} of {release} and nothing else: run 'lanting pull {pull}' for the rest, or give files "
             "with {flags}",
-            **{"file": path.name, "parts": ", ".join(found).replace("_", " "), "release": spec.name},
+            **{"file": named.name, "parts": ", ".join(own).replace("_", " "), "release": spec.name},
             **{"pull": pull, "flags": options},
         )
     if base is None:
-        parts["tokenizer"] = _tokenizer_beside(path, parts["text_encoder"], spec)
+        parts["tokenizer"] = _tokenizer_beside(home / named.name, parts["text_encoder"], spec)
     configs: dict[str, Mapping[str, Any]] = {
         "model_index": {},
         "scheduler": base.configs["scheduler"] if base is not None else SCHEDULER,
         **{part: base.configs[part] for part in PARTS if base is not None},
     }
-    folder = ModelFolder(path.name, base.path if base is not None else path.parent, spec, configs, notes, parts)
+    folder = ModelFolder(named.name, base.path if base is not None else home, spec, configs, notes, parts)
     folder = _with_configs(folder, [part for part in COMPONENTS if part in parts])
     # spec.shape once more: a file may have lost its marker, and then its name says what it is
     return replace(folder, configs={**folder.configs, "transformer": {**folder.configs["transformer"], **spec.shape}})
@@ -219,7 +244,7 @@ def release_of(path: Path, transformer: Checkpoint) -> tuple[ModelSpec, tuple[st
 
 def _distilled(spec: ModelSpec, words: set[str]) -> ModelSpec:
     """The release as a file with a Lightning LoRA merged in is to be used: few steps, its schedule, no guidance."""
-    if "lightning" not in words:
+    if not any(word.startswith("lightning") for word in words):  # or "lightningv2", and then "0"
         return spec
     few = get_spec("qwen-image-lightning-8" if words & {"8steps", "8step"} else "qwen-image-lightning-4")
     own = replace(spec.defaults, steps=few.defaults.steps, guidance_scale=few.defaults.guidance_scale)

@@ -8,6 +8,10 @@ read here:
                                               file's `_quantization_metadata`: fp8, int8 (also rotated), NVFP4, MXFP8,
                                               and our int4
     `X.weight.quant_state...`, `X.SCB`        bitsandbytes' (`weights.bnb`)
+    `X.qweight`, `X.qzeros`, `X.scales`       AWQ's and GPTQ's (`weights.words`)
+    `X.weight_packed`, `X.weight_shape`       compressed-tensors' (`weights.compressed`)
+    `X.qweight`, `X.wscales`                  nunchaku's SVDQuant (`weights.svdq`, which renames them first)
+    `X.scales` beside 32-bit words            MLX's (`weights.mlx`)
     a GGUF block type                         its own bytes
 A missing scale or an unknown scheme is refused: it would load, and draw plausible noise.
 """
@@ -22,15 +26,20 @@ from typing import Any
 from lanting.core.errors import ModelError
 from lanting.core.lang import Phrase
 from lanting.nn.blocks import TYPES
-from lanting.weights import bnb
+from lanting.weights import bnb, mlx, svdq
 from lanting.weights.checkpoint import Checkpoint
+from lanting.weights.compressed import COMPRESSED, compressed
+from lanting.weights.foreign import REFUSED
+from lanting.weights.foreign import SIDES as FOREIGN_SIDES
+from lanting.weights.foreign import unreadable as _unreadable
 from lanting.weights.headers import TensorInfo
 from lanting.weights.kinds import ZERO_COND_T
+from lanting.weights.words import AWQ, GPTQ, Words, words
 
-SCALE_NAMES = ("weight_scale", "scale_weight")
+SCALE_NAMES = ("weight_scale", "scale_weight", "weight_scale_inv")  # which the last one is, for all its name
 UNUSED = ("scale_input", "input_scale", "comfy_quant")  # beside a weight, and of no use for its value
 SECOND = "weight_scale_2"  # NVFP4's, one number for all
-UNKNOWN = ("pre_quant_scale", "weight_s_rel", "weight_s_channel", "weight_codebook", "qweight", "wscales")
+UNKNOWN = ("pre_quant_scale", "weight_s_rel", "weight_s_channel", "weight_codebook", "qweight")
 FLAGS = ("scaled_fp8", ZERO_COND_T)  # tensors that only say something by being there
 STRAYS = ("logit_scale",)  # a number of CLIP's that ComfyUI saves beside every text encoder, and none reads
 FP8 = {"F8_E4M3": "fp8 e4m3", "F8_E5M2": "fp8 e5m2"}
@@ -60,6 +69,8 @@ class Form:
     nested  nf4, fp4: scales that share a number, and what is added; None: scales are floats
     names   what its parts are called in the file: "weight", and "weight_scale" where it has scales
     layout  another program's, whose parts `weights.layouts` puts in order; "": they are held as they are stored
+    held    its bytes in memory, where a layout makes others of them; 0: those of its parts in the file
+    rank    of the thin product that is added to it; 0: there is none
     """
 
     kind: str
@@ -70,12 +81,18 @@ class Form:
     nested: tuple[int, float] | None = None
     names: Mapping[str, str] = field(default_factory=dict[str, str])
     layout: str = ""
+    held: int = 0
+    rank: int = 0
 
     def words(self) -> str:
-        """For people: "fp8 e4m3 scaled", "int4 in groups of 64", "Q4_K"."""
+        """For people: "fp8 e4m3 scaled", "int4 in groups of 64", "Q4_K", "SVDQuant int4, low-rank 32"."""
+        if self.rank:
+            return f"{'SVDQuant ' if self.layout in svdq.LAYOUTS else ''}{self.kind}, low-rank {self.rank}"
         scaled = " scaled" if self.kind.startswith("fp8") and self.scale is not None else ""
         grouped = f" in groups of {self.group}" if self.group else ""
-        return self.kind + scaled + grouped + (" rotated" if self.rotate else "")
+        program = self.layout.partition(" ")[0]
+        told = f", {program}" if program in (AWQ, GPTQ, COMPRESSED) else ""
+        return self.kind + scaled + grouped + (" rotated" if self.rotate else "") + told
 
 
 def read_forms(checkpoint: Checkpoint) -> dict[str, Form]:
@@ -88,6 +105,8 @@ def read_forms(checkpoint: Checkpoint) -> dict[str, Form]:
     for name, info in checkpoint.infos.items():
         path, dot, part = name.rpartition(".")
         scheme = notes.get(path, {}).get("format")
+        if dot and part in REFUSED and f"{path}.weight" not in checkpoint.infos:
+            raise _unreadable(checkpoint, path, REFUSED[part])
         if part in UNKNOWN or (part == SECOND and scheme != "nvfp4"):
             raise _unreadable(checkpoint, path, str(scheme) if scheme else Phrase("a scheme with {part}", part=part))
         if not dot or part != "weight" or len(info.shape) != 2:
@@ -100,7 +119,8 @@ def read_forms(checkpoint: Checkpoint) -> dict[str, Form]:
 
 def side_tensors(infos: Mapping[str, TensorInfo]) -> set[str]:
     """The names that are no part of the network itself: scales, notes, flags and strays."""
-    endings = tuple(f".{part}" for part in (*SCALE_NAMES, *UNUSED, SECOND, *bnb.SIDES))
+    sides = (*bnb.SIDES, *FOREIGN_SIDES, *mlx.SIDES, *svdq.SIDES)
+    endings = tuple(f".{part}" for part in (*SCALE_NAMES, *UNUSED, SECOND, *sides))
     return {name for name in infos if name.endswith(endings) or name in (*FLAGS, *STRAYS)}
 
 
@@ -138,6 +158,16 @@ def _form(checkpoint: Checkpoint, path: str, info: TensorInfo, note: Mapping[str
     if (four := bnb.four_bits(checkpoint, path)) is not None:
         names |= {part: f"{path}.weight.{part}" for part in four.parts}
         return Form(four.kind, four.shape, group=four.group, nested=four.nested, names=names)
+    if (found := words(checkpoint, path) or compressed(checkpoint, path, bool(note.get("format")))) is not None:
+        return _of_words(found)
+    if (codes := mlx.packed(checkpoint, path)) is not None:
+        scale, group = (rows, codes.shape[1] // codes.group), 0 if codes.kind in TILED else codes.group
+        return Form(codes.kind, codes.shape, scale, group, names=codes.names, layout="mlx")
+    if (layout := str(note.get("format"))) in svdq.LAYOUTS:
+        packed = svdq.packed_as(checkpoint, path, layout)
+        names = {part: f"{path}.{part}" for part in packed.parts}
+        scale = (packed.shape[0], packed.shape[1] // packed.group)
+        return Form(packed.kind, packed.shape, scale, packed.group, names=names, layout=layout, rank=packed.rank)
     kind = _kind(checkpoint, path, info.dtype, note)
     if kind in TILED:
         return _tiled(checkpoint, path, kind, info)
@@ -154,6 +184,12 @@ def _form(checkpoint: Checkpoint, path: str, info: TensorInfo, note: Mapping[str
                 **{"label": checkpoint.label, "scale": scale, "path": path},
             )
     return Form(kind, (rows, columns), scale, group, _rotation(checkpoint, path, columns, note), names=names)
+
+
+def _of_words(found: Words) -> Form:
+    return Form(
+        found.kind, found.shape, found.scale, found.group, names=found.names, layout=found.layout, held=found.held
+    )
 
 
 def _scales(checkpoint: Checkpoint, path: str, kind: str, noted: bool) -> str | None:
@@ -233,12 +269,4 @@ def _unscaled(checkpoint: Checkpoint, path: str, kind: str) -> ModelError:
     return ModelError(
         "the {label} has no scales for {path}, which is {kind}: download it again",
         **{"label": checkpoint.label, "path": path, "kind": kind},
-    )
-
-
-def _unreadable(checkpoint: Checkpoint, path: str, what: str) -> ModelError:
-    return ModelError(
-        "the {label} stores {path} as {what}, which this version can't read: get a bf16, fp8, int8 or GGUF file of the "
-        "same model",
-        **{"label": checkpoint.label, "path": path, "what": what},
     )

@@ -54,6 +54,7 @@ class TensorInfo:
     shape: tuple[int, ...]
     start: int
     end: int
+    axes: tuple[int, ...] = ()  # which of the file's axes those of `shape` are; (): in the same order
 
     @property
     def count(self) -> int:

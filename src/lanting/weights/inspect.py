@@ -18,7 +18,17 @@ from lanting.core.lang import Phrase
 from lanting.core.processes import as_typed
 from lanting.specs import detect, get_spec, spec_names
 from lanting.weights.checkpoint import Checkpoint, open_component, read_json
-from lanting.weights.find import LORAS, PARTS, base_of, disagreements, namesakes, release_of
+from lanting.weights.find import (
+    LORAS,
+    PARTS,
+    bare_parts,
+    base_of,
+    disagreements,
+    namesakes,
+    open_bare,
+    release_of,
+)
+from lanting.weights.foreign import our_codes
 from lanting.weights.forms import read_forms, shapes, side_tensors
 from lanting.weights.gguf import is_gguf, read_gguf
 from lanting.weights.gguf_names import is_projector
@@ -37,7 +47,7 @@ from lanting.weights.home import (
 )
 from lanting.weights.kinds import PICKLES, Kind, config_notes, guess_kind, pickled
 from lanting.weights.pull import gigabytes
-from lanting.weights.single import open_file
+from lanting.weights.single import open_file, open_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +119,8 @@ def _describe_folder(folder: Path, name: str, release: str | None) -> Descriptio
     files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.gguf")])
     if (folder / "model_index.json").is_file():
         return _describe_pipeline(folder, name, release)
+    if bare_parts(folder):
+        return _describe_bare(folder, name)
     if (folder / "config.json").is_file() and any(file.suffix != ".gguf" for file in files):
         part, notes, problems = _component(folder)
         found = (part,) if part is not None else ()
@@ -150,6 +162,30 @@ def _describe_pipeline(folder: Path, name: str, release: str | None) -> Descript
     return Description(
         name, folder, release, tuple(parts), _licence(folder), _source(folder), tuple(notes), tuple(problems)
     )
+
+
+def _describe_bare(folder: Path, name: str) -> Description:
+    """A model's folder without configs."""
+    parts: list[Part] = []
+    problems: list[str] = []
+    places = bare_parts(folder)
+    for component, place in places.items():
+        try:
+            checkpoint = open_weights(place, component)
+            part = _part(component, guess_kind(checkpoint.infos), checkpoint.infos, len(set(checkpoint.where.values())))
+            parts.append(count_values(part, {component: checkpoint}))
+        except ModelError as error:
+            problems.append(told_by(error))
+    try:
+        model = open_bare(folder, places)
+    except ModelError as error:
+        problems += [] if problems else [told_by(error)]
+        return Description(
+            name, folder, None, tuple(parts), _licence(folder), _source(folder), problems=tuple(problems)
+        )
+    about = {"licence": _licence(folder), "source": _source(folder), "notes": model.notes, "problems": tuple(problems)}
+    runs = how_to_run(folder, "transformer", tuple(places), model.spec.name)
+    return Description(name, folder, model.spec.name, tuple(parts), **about, runs=runs)
 
 
 def _component(folder: Path) -> tuple[Part | None, tuple[str, ...], tuple[str, ...]]:
@@ -217,6 +253,7 @@ def _files(files: Iterable[Path]) -> tuple[list[Part], list[str]]:
 
 def _file_part(path: Path) -> Part:
     infos = open_gguf(path).infos if is_gguf(path) else read_header(path)
+    infos = {ours: infos[theirs] for ours, theirs in our_codes(infos).items()}
     return _part(path.name, guess_kind(infos), infos, 1)
 
 

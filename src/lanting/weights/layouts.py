@@ -10,8 +10,24 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
+from lanting.weights import codes, ordered, svdq, svdq_tiles
+from lanting.weights.compressed import BYTES, COMPRESSED, FLOATS
 from lanting.weights.forms import Form
+from lanting.weights.words import AWQ, GPTQ, GPTQ_V2
 
 Parts = Mapping[str, Tensor]
-LAYOUTS: dict[str, Callable[[Form, Parts], dict[str, Tensor]]] = {}
-"""Layout -> (a form, its parts by the names they have in `Form.names`) -> the Linear's buffers but for the bias."""
+LAYOUTS: dict[str, Callable[[Form, Parts], dict[str, Tensor]]] = {
+    svdq.PLAIN: svdq_tiles.low_rank,
+    svdq.SHIFTED: svdq_tiles.low_rank,
+    svdq.ROWS: svdq_tiles.modulation,
+    svdq.SIX: svdq_tiles.modulation,
+    "mlx": ordered.mlx,
+    AWQ: codes.awq,
+    GPTQ: codes.gptq,
+    GPTQ_V2: codes.gptq,
+    COMPRESSED: codes.compressed,
+    BYTES: codes.whole_numbers,
+    FLOATS: codes.few_bits,
+}
+"""Layout -> (a form, its parts by the names they have in `Form.names`) -> the Linear's buffers; the bias only where the
+form names one."""

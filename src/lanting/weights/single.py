@@ -16,10 +16,13 @@ from pathlib import Path
 from lanting.core.errors import ModelError
 from lanting.core.lang import Phrase
 from lanting.weights.checkpoint import Checkpoint, layer_notes, open_component
+from lanting.weights.foreign import as_weights
 from lanting.weights.forms import FLAGS
 from lanting.weights.fused import parted
 from lanting.weights.headers import damaged, read_file, unreadable
 from lanting.weights.kinds import WAN_VAE, foreign, pickled
+from lanting.weights.mlx import translated
+from lanting.weights.svdq import named
 
 OWN_NOTES = "lanting"  # in a safetensors file's metadata: a JSON table of ours
 PREFIXES = {  # the first that fits is taken off; then the rest is one of COMPONENTS, or a ControlNet
@@ -36,7 +39,11 @@ PREFIXES = {  # the first that fits is taken off; then the rest is one of COMPON
 }
 OURS = {"model.language_model.": "model.", "model.visual.": "visual.", "language_model.": "model."}
 SIGNS = {  # names that only this component has, without its prefix
-    "transformer": ("transformer_blocks.0.img_mod.1.weight", "txt_in.text_norm.weight"),
+    "transformer": (
+        "transformer_blocks.0.img_mod.1.weight",
+        "transformer_blocks.0.img_mod.1.qweight",
+        "txt_in.text_norm.weight",
+    ),
     "text_encoder": ("model.layers.0.self_attn.q_proj.weight",),
     "vae": ("decoder.conv_in.weight",),
     # blockwise, InstantX's, 2.1's: a file of any may stand under the prefix of a transformer
@@ -88,8 +95,8 @@ def open_file(path: Path) -> dict[str, Checkpoint]:
     if sniff(path) == "gguf":
         return open_gguf(path)
     infos, metadata = read_file(path)
-    whole = Checkpoint(path.name, dict.fromkeys(infos, path), infos, metadata, layer_notes(path, metadata))
-    found = components_of(whole, path)
+    whole = translated(Checkpoint(path.name, dict.fromkeys(infos, path), infos, metadata, layer_notes(path, metadata)))
+    found = components_of(as_weights(whole), path)
     if not found and (packing := foreign(infos)):
         raise ModelError(
             "{path} is packed as {packing}, which this version can't read: get a bf16, fp8, int8, NF4 or GGUF file of "
@@ -102,9 +109,14 @@ def open_file(path: Path) -> dict[str, Checkpoint]:
 def components_of(whole: Checkpoint, path: Path) -> dict[str, Checkpoint]:
     """All tensors of a file by component, under our names."""
     return {
-        component: parted(whole.renamed(names, Phrase("{component} in {file}", component=component, file=path.name)))
+        component: ordered(whole.renamed(names, Phrase("{component} in {file}", component=component, file=path.name)))
         for component, names in split_names(whole.infos).items()
     }
+
+
+def ordered(checkpoint: Checkpoint) -> Checkpoint:
+    """The tensors of a component as they are called in the network, whoever wrote them."""
+    return parted(named(checkpoint))
 
 
 def open_gguf(path: Path) -> dict[str, Checkpoint]:
@@ -135,7 +147,7 @@ def open_weights(place: Path, component: str) -> Checkpoint:
     """A component from its folder or from a file. Raises ModelError where the file holds something else."""
     if place.is_dir():
         checkpoint = open_component(place)
-        return parted(checkpoint.renamed(our_names(component, checkpoint.infos)))
+        return ordered(checkpoint.renamed(our_names(component, checkpoint.infos)))
     found = open_file(place)
     if component not in found:
         what = ", ".join(found).replace("_", " ") or "nothing this version knows"
