@@ -1,4 +1,4 @@
-"""ControlNets with random weights, as files that people have: blockwise ones, and InstantX's without their folder."""
+"""ControlNets with random weights, as files that people have: blockwise ones, 2.1's, InstantX's without a folder."""
 
 from __future__ import annotations
 
@@ -22,6 +22,40 @@ def blockwise(layers: int = 4, width: int = 32, channels: int = 64) -> dict[str,
         found |= {f"{path}.{name}_rms.weight": normal(width, mean=1.0) for name in ("x", "y")}
         for name in ("input_proj", "output_proj"):
             found |= {f"{path}.{name}.weight": normal(width, width, std=0.2), f"{path}.{name}.bias": normal(width)}
+    return found
+
+
+def chain(blocks: int = 1, width: int = 64, head: int = 32, channels: int = 17) -> dict[str, Tensor]:
+    """The tensors of a net for Qwen-Image-2.1, under VideoX-Fun's names; the feed-forward part is 3 times as wide."""
+    draw = torch.Generator().manual_seed(blocks + width + channels)
+
+    def linear(name: str, out: int, inputs: int, bias: bool = False) -> dict[str, Tensor]:
+        found = {f"{name}.weight": 0.8 * inputs**-0.5 * torch.randn(out, inputs, generator=draw)}
+        return found | ({f"{name}.bias": 0.3 * torch.randn(out, generator=draw)} if bias else {})
+
+    found = linear("control_img_in", width, channels, bias=True)
+    found |= linear("control_blocks.0.before_proj", width, width, bias=True)
+    for index in range(blocks):
+        path = f"control_blocks.{index}"
+        for name in ("to_q", "to_k", "to_v", "to_out.0"):
+            found |= linear(f"{path}.attn.{name}", width, width)
+        for name in ("norm_q", "norm_k"):
+            found[f"{path}.attn.{name}.weight"] = 1 + 0.3 * torch.randn(head, generator=draw)
+        for name in ("proj", "gate_layer"):
+            found |= linear(f"{path}.img_mlp.{name}", 3 * width, width)
+        found |= linear(f"{path}.img_mlp.out", width, 3 * width) | linear(f"{path}.after_proj", width, width, bias=True)
+    return found
+
+
+def fused(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same as ComfyUI keeps them: gate and value of the feed-forward part in one."""
+    found = {}
+    for name, tensor in tensors.items():
+        if ".gate_layer." in name:
+            both = torch.cat([tensor, tensors[name.replace("gate_layer", "proj")]])
+            found[name.replace("gate_layer", "gate_up")] = both
+        elif ".img_mlp.proj." not in name:
+            found[name] = tensor
     return found
 
 
