@@ -67,6 +67,7 @@ def nunchaku_tensors() -> dict[str, Tensor]:
     """
     sys.path.insert(0, str(HERE.parent))
     from deepcompressor.backend.nunchaku import convert
+
     from nunchaku import E2M1, SHIFT, Numbers
 
     square, six, half = Numbers(), Numbers(24, 128), torch.bfloat16

@@ -18,12 +18,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lanting.nn.linears import Int4Linear
-from lanting.nn.rounding import at_once
 from lanting.weights.forms import Form
 from lanting.weights.svdq import SHIFTED, SIX
 
 SHIFT = 0.171875  # what nunchaku adds to GELU's results before it rounds them to 4 bits without a sign
+FEW = 64  # rows that are expanded at a time
 
 
 def low_rank(form: Form, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -42,7 +41,7 @@ def low_rank(form: Form, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         held["residual.weight_scale_2"] = second * whole
     if "bias" in parts:
         bias = of_rows(parts["bias"], rows).flatten()
-        held["bias"] = bias.float() + shifted(form, held, SHIFT) if form.layout == SHIFTED else bias
+        held["bias"] = bias.float() + shifted(held, SHIFT) if form.layout == SHIFTED else bias
     return held
 
 
@@ -62,14 +61,15 @@ def modulation(form: Form, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {part: each.contiguous() for part, each in held.items()}
 
 
-def shifted(form: Form, held: Mapping[str, Tensor], by: float) -> Tensor:
+def shifted(held: Mapping[str, Tensor], by: float) -> Tensor:
     """R (by / smooth): what a shift of all inputs adds to the results, float32 (out,)."""
-    with torch.device("meta"):
-        residual = Int4Linear(form.shape[1], form.shape[0], bias=False, group=form.group)
-    residual.weight, residual.weight_scale = held["residual.weight"], held["residual.weight_scale"]
-    inputs = by / held["smooth"].float()
-    some = torch.arange(form.shape[0]).split(at_once(form.shape[1]))
-    return torch.cat([residual.values(torch.float32, rows) @ inputs for rows in some])
+    inputs = (by / held["smooth"].float()).view(-1, 2, 32)  # (groups, halves, 32)
+    sums: list[Tensor] = []
+    codes, scales = held["residual.weight"].unflatten(1, (-1, 32)), held["residual.weight_scale"].float()
+    for some, scale in zip(codes.split(FEW), scales.split(FEW), strict=True):  # (n, groups, 32)
+        low, high = ((some & 15) * inputs[:, 0]).sum(-1), ((some >> 4) * inputs[:, 1]).sum(-1)
+        sums.append(((low + high - 8 * inputs.sum((1, 2))) * scale).sum(1))
+    return torch.cat(sums)
 
 
 def in_pairs(stored: Tensor, rows: int, columns: int) -> Tensor:
