@@ -35,6 +35,7 @@ def models(tmp_path_factory):
     made = {name: tiny.save_folder(root / name, name) for name in (BASE, EDIT)}
     made[NEW] = tiny21.save_folder(root / NEW)
     made["union"] = tiny.save_controlnet(root / "union")
+    made["chain"] = controls.save(root / "chain.safetensors", controls.chain(2))
     made["canny"] = controls.save_blockwise(root / "canny.safetensors", layers=2)
     made["lora"] = over_attention(root / "lora.safetensors", made[BASE], 1)
     return made
@@ -43,6 +44,7 @@ def models(tmp_path_factory):
 HINTS = tuple(tiny.picture(64, 48, seed=n) for n in (3, 4))
 CONTROL = {"task": "controlnet", "images": HINTS, "size": (64, 48), "quality": "fast", "steps": 4}
 REGIONS = [{"prompt": "a blue sign", "box": "left"}, {"prompt": "a green sign", "box": [0.25, 0, 1, 0.5]}]
+HOLE = {"task": "controlnet_inpaint", "images": HINTS, "mask": tiny.mask(64, 48, (16, 0, 48, 48)), "size": (64, 64)}
 ONE = {"images": (tiny.picture(64, 48, seed=1),)}
 CASES = {  # what is asked, of which model, opened how
     "words": (BASE, {"prompt": ("a red sign", "a longer prompt")}, {}),
@@ -52,6 +54,7 @@ CASES = {  # what is asked, of which model, opened how
     "edit, streamed from RAM": (EDIT, ONE, {"plan": PLAN}),
     "edit, frozen references": (EDIT, {**ONE, "quality": "fast", "steps": 5}, {}),
     "2.1 in int4": (NEW, ONE, {"quant": "int4"}),
+    "2.1 with a ControlNet": (NEW, {**HOLE, "quality": "fast", "steps": 4}, {"controlnet": ("chain",)}),
     "2.1, streamed from disk": (NEW, {}, {"plan": replace(PLAN, streamed="disk", parked="disk")}),
 }
 RECORDED = {"words", "a LoRA over int8", "two ControlNets", "regions", "edit, frozen references"}  # on CUDA, no others

@@ -79,6 +79,7 @@ class Context:
     kept: Kept | None = None  # None: nothing is kept
     control: tuple[Tensor, ...] = ()  # always empty; a Stack asks for it
     steer: None = None  # as well
+    regions: None = None  # as well
     beside: Callable[[int, Any, Any, Context], Any] | None = None  # a ControlNet that computes along
     branch: str = "positive"  # which side of the guidance this is; for caches only
 
