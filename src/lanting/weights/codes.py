@@ -70,10 +70,12 @@ def compressed(form: Form, parts: Parts) -> dict[str, Tensor]:
 
 
 def whole_numbers(form: Form, parts: Parts) -> dict[str, Tensor]:
-    """compressed-tensors' signed bytes with zero points: weight (out, in) and zeros (out, groups) or fewer."""
-    groups = form.shape[1] // form.group
-    zeros, scale = (parts[part].reshape(-1, groups).expand(form.shape[0], -1) for part in ("zeros", "scale"))
-    return {"weight": parts["weight"].view(torch.uint8) ^ 128, **_affine(zeros.int() + 128, scale)}
+    """compressed-tensors' signed bytes: weight (out, in), scale and maybe zeros (out, groups) or fewer."""
+    groups, rows = form.shape[1] // form.group, form.shape[0]
+    scale = parts["scale"].reshape(-1, groups).expand(rows, -1)
+    zeros = parts["zeros"].reshape(-1, groups).int() if "zeros" in parts else torch.zeros(1, groups)
+    weight = parts["weight"].view(torch.uint8) ^ 128  # 128 added
+    return _ordered(weight, 8, parts) | _affine((zeros + 128).expand(rows, -1), scale)
 
 
 def few_bits(form: Form, parts: Parts) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lanting.weights.checkpoint import Checkpoint
 
 COMPRESSED, BYTES, FLOATS = "compressed-tensors", "compressed-tensors int8", "compressed-tensors floats"
-DIVISOR = "weight_global_scale"
+DIVISOR, GROUPS = "weight_global_scale", "weight_g_idx"
 TILE, SMALL_TILE = 32, 16  # inputs that share a scale: of MX floats, of NVFP4
 
 
@@ -35,8 +35,10 @@ def compressed(checkpoint: Checkpoint, path: str, noted: bool) -> Words | None:
         return _packed(checkpoint, path)
     if scales is None or noted:
         return None
-    if code == "I8" and f"{path}.weight_zero_point" in checkpoint.infos:
+    if code == "I8" and any(f"{path}.{part}" in checkpoint.infos for part in ("weight_zero_point", GROUPS)):
         return _bytes(checkpoint, path)
+    if f"{path}.{GROUPS}" in checkpoint.infos:
+        raise unreadable(checkpoint, path, Phrase("floats in groups of inputs that do not stand together"))
     if f"{path}.{DIVISOR}" in checkpoint.infos or (code in ("U8", "F8_E4M3") and scales.dtype == "U8"):
         return _floats(checkpoint, path)
     return None
@@ -59,23 +61,24 @@ def _packed(checkpoint: Checkpoint, path: str) -> Words:
         if zeros.dtype != "I32" or zeros.shape != (-(-rows * bits // WORD), groups):
             raise misfits(checkpoint, path)
         names["zeros"] = f"{path}.weight_zero_point"
-    names |= order(checkpoint, path, "weight_g_idx", columns, columns // groups)
+    names |= order(checkpoint, path, GROUPS, columns, columns // groups)
     each = SCALES[scales.dtype] * 2 if zeros is None else SCALES[scales.dtype] + 4
     held = held_bytes((rows, columns), bits, groups, each, "order" in names)
     return Words(f"uint{bits}", (rows, columns), columns // groups, COMPRESSED, names, held)
 
 
 def _bytes(checkpoint: Checkpoint, path: str) -> Words:
-    """Signed bytes with zero points: a scale for all, for each row, or for groups of a row."""
-    parts = ("weight", "weight_scale", "weight_zero_point")
-    (rows, columns), scale, zeros = (checkpoint.infos[f"{path}.{part}"].shape for part in parts)
-    dtypes = [checkpoint.infos[f"{path}.{part}"].dtype for part in parts]
-    groups = scale[1] if len(scale) == 2 else 1
-    fits = scale in ((), (1,), (rows,), (rows, groups)) and zeros == scale and dtypes[2] == "I8"
-    if dtypes[1] not in SCALES or not fits or not groups or columns % groups:
+    """Signed bytes with zero points or an order: a scale for all, for each row, or for groups of a row."""
+    (rows, columns), scale = checkpoint.infos[f"{path}.weight"].shape, checkpoint.infos[f"{path}.weight_scale"]
+    zeros = checkpoint.infos.get(f"{path}.weight_zero_point")
+    groups = scale.shape[1] if len(scale.shape) == 2 else 1
+    fits = scale.shape in ((), (1,), (rows,), (rows, groups)) and scale.dtype in SCALES and groups
+    if not fits or columns % groups or (zeros is not None and (zeros.shape, zeros.dtype) != (scale.shape, "I8")):
         raise misfits(checkpoint, path)
-    names = {part.removeprefix("weight_").replace("zero_point", "zeros"): f"{path}.{part}" for part in parts}
-    held = held_bytes((rows, columns), 8, groups, SCALES[dtypes[1]] + 4, False)
+    names = {"weight": f"{path}.weight", "scale": f"{path}.weight_scale"}
+    names |= {} if zeros is None else {"zeros": f"{path}.weight_zero_point"}
+    names |= order(checkpoint, path, GROUPS, columns, columns // groups)
+    held = held_bytes((rows, columns), 8, groups, SCALES[scale.dtype] + 4, "order" in names)
     return Words("uint8", (rows, columns), columns // groups, BYTES, names, held)
 
 

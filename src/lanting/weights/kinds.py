@@ -14,6 +14,7 @@ from typing import Any
 
 from lanting.core.errors import ModelError
 from lanting.core.lang import Phrase
+from lanting.weights.foreign import REFUSED
 from lanting.weights.headers import TensorInfo
 
 PREFIXES = (
@@ -68,7 +69,7 @@ def foreign(names: Iterable[str]) -> str:
     """How tensors are packed that nothing here reads, "" where they aren't: whole files have names of their own."""
     parts = {name.rpartition(".")[2] for name in names}
     if "qweight" not in parts:
-        return ""
+        return next((scheme for part, scheme in REFUSED.items() if part in parts), "")
     return "SVDQuant (nunchaku)" if parts & {"smooth_factor", "smooth", "proj_down", "lora_down"} else "AWQ / GPTQ"
 
 

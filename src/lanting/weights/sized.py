@@ -65,8 +65,11 @@ def kind_of(checkpoint: Checkpoint, forms: dict[str, Form]) -> str | None:
 
 
 def held_bytes(checkpoint: Checkpoint, forms: dict[str, Form]) -> dict[str, int]:
-    """Bytes of every tensor in memory: packed ones as they are, the others in 16 bits."""
-    return {name: _held(info, _path(name) in forms) for name, info in checkpoint.infos.items()}
+    """Bytes of every tensor in memory: packed ones as they are or as a layout makes them, the others in 16 bits."""
+    laid = {path: form.held for path, form in forms.items() if form.held}
+    found = {name: _held(info, _path(name) in forms) for name, info in checkpoint.infos.items()}
+    found |= {name: 0 for name in found if _path(name) in laid and not name.endswith(".bias")}
+    return found | {f"{path}.weight": held for path, held in laid.items()}
 
 
 def _path(name: str) -> str:

@@ -17,13 +17,15 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lanting.core.errors import ModelError
-from lanting.nn.affine import AffineLinear
+from lanting.nn.affine import AffineLinear, OrderedLinear
 from lanting.nn.blocks import TYPES
-from lanting.nn.fourbit import Nvfp4Linear, TableLinear, untiled
+from lanting.nn.fourbit import DividedLinear, Nvfp4Linear, TableLinear, untiled
 from lanting.nn.linears import FP8, Fp8Linear, GgufLinear, Int4Linear, Int8Linear, PackedEmbedding, PackedLinear
+from lanting.nn.lowrank import LowRankLinear
 from lanting.nn.swap import swap
-from lanting.weights import bnb
+from lanting.weights import bnb, svdq
 from lanting.weights.checkpoint import Checkpoint
+from lanting.weights.compressed import FLOATS
 from lanting.weights.forms import SECOND, TILED, Form, read_forms, side_tensors
 from lanting.weights.layouts import LAYOUTS
 
@@ -126,6 +128,10 @@ class Stored(Generic[M]):
 
     def _note(self, name: str, shape: tuple[int, ...]) -> None:
         """Write down what becomes of one tensor of the file."""
+        path = name.removesuffix(".bias")
+        if path != name and path in self.forms and "bias" in self.forms[path].names:  # in the layout of its weight
+            self.shapes[name], self.paths[name] = shape, path
+            return
         path = name.removesuffix(".weight")
         made = self.kept.get(path) or self.chosen.get(path, (None,))[0]
         if name == path or (made is None and path not in self.forms):
@@ -181,6 +187,8 @@ class Stored(Generic[M]):
 def make_linear(form: Form, bias: bool) -> PackedLinear:
     """An empty Linear of a form, on the device of the moment. Raises ValueError where its numbers contradict."""
     rows, columns = form.shape
+    if form.rank:
+        return LowRankLinear(make_linear(replace(form, rank=0), bias=False), form.rank, bias)
     if form.kind == "int8":
         return Int8Linear(columns, rows, bias, form.rotate, form.scale)
     if form.kind == "int4":
@@ -190,9 +198,12 @@ def make_linear(form: Form, bias: bool) -> PackedLinear:
     if form.kind == "mxfp8":
         return Fp8Linear(columns, rows, bias, "e4m3", form.scale)
     if form.kind.startswith("uint"):
-        return AffineLinear(columns, rows, bias, int(form.kind.removeprefix("uint")), form.group)
+        cls = OrderedLinear if "order" in form.names else AffineLinear
+        return cls(columns, rows, bias, int(form.kind.removeprefix("uint")), form.group)
+    if form.kind == "nvfp4" and form.layout == FLOATS:
+        return DividedLinear(columns, rows, bias)
     if form.kind == "nvfp4":
-        return Nvfp4Linear(columns, rows, bias)
+        return Nvfp4Linear(columns, rows, bias, in_rows=form.layout in svdq.LAYOUTS)
     if form.kind in bnb.NOTES.values():
         return TableLinear(columns, rows, bias, form.kind, form.group, form.nested)
     return GgufLinear(columns, rows, bias, form.kind, TYPES[form.kind].row_bytes(columns))
@@ -215,11 +226,16 @@ def pack(form: Form, weight: Tensor, bias: Tensor | None = None) -> PackedLinear
 
 def expand(form: Form, checkpoint: Checkpoint, placing: Placing) -> Tensor:
     """A packed weight of the file as plain floats (out, in)."""
+    return loaded(form, checkpoint, placing).dense(placing.dtype)
+
+
+def loaded(form: Form, checkpoint: Checkpoint, placing: Placing) -> PackedLinear:
+    """A packed weight of the file as its Linear; the bias only where it is in the layout of the weight."""
     with torch.device("meta"):
-        linear = make_linear(form, bias=False)
+        linear = make_linear(form, "bias" in form.names)
     parts = _packed(linear, "", form, checkpoint, placing.device)
     linear.load_state_dict({part: each.to(placing.device) for part, each in parts.items()}, assign=True)
-    return linear.dense(placing.dtype)
+    return linear
 
 
 def _swap_in(module: nn.Module, forms: Mapping[str, Form], label: str, dtype: torch.dtype) -> dict[str, PackedLinear]:
