@@ -22,7 +22,7 @@ from lanting.weights.forms import Form
 from lanting.weights.svdq import SHIFTED, SIX
 
 SHIFT = 0.171875  # what nunchaku adds to GELU's results before it rounds them to 4 bits without a sign
-FEW = 64  # rows that are expanded at a time
+FEW = 1 << 20  # weights that are expanded at a time
 
 
 def low_rank(form: Form, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -66,7 +66,8 @@ def shifted(held: Mapping[str, Tensor], by: float) -> Tensor:
     inputs = (by / held["smooth"].float()).view(-1, 2, 32)  # (groups, halves, 32)
     sums: list[Tensor] = []
     codes, scales = held["residual.weight"].unflatten(1, (-1, 32)), held["residual.weight_scale"].float()
-    for some, scale in zip(codes.split(FEW), scales.split(FEW), strict=True):  # (n, groups, 32)
+    step = max(1, FEW // inputs.numel())
+    for some, scale in zip(codes.split(step), scales.split(step), strict=True):  # (n, groups, 32)
         low, high = ((some & 15) * inputs[:, 0]).sum(-1), ((some >> 4) * inputs[:, 1]).sum(-1)
         sums.append(((low + high - 8 * inputs.sum((1, 2))) * scale).sum(1))
     return torch.cat(sums)
