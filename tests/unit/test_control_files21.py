@@ -20,6 +20,7 @@ from lanting import Engine, LantingError, Request
 from lanting.cli.main import main
 from lanting.core.errors import ModelError, RequestError
 from lanting.core.recipe import read_recipe
+from lanting.nn.linears import Int8Linear
 from lanting.nn.single_stream import QwenImage21Transformer
 from lanting.tasks.pictures import pixels_of
 from lanting.weights.build import store_controlnet
@@ -230,6 +231,26 @@ def test_eight_bits_stay_packed(here, tmp_path):
         found = engine.run(request()).images[0].tobytes()
         assert nets.packed_linears(engine.models.controlnets[0]) == LINEARS + 2  # before_proj, after_proj
     assert far(found, draw(here, files[1], request())) <= 2
+
+
+def test_turned_eight_bits_as_comfyui_s(here, tmp_path, monkeypatch):
+    """Every Linear of the blocks, gate and value in one, a scale for each row, and a note."""
+    monkeypatch.setenv("LANTING_KERNELS", "off")  # they round activations
+    packed, dense = {}, {}
+    for name, tensor in controls.fused(controls.chain()).items():
+        packed[name] = dense[name] = tensor
+        if "blocks." in name and tensor.ndim == 2:
+            path = name.removesuffix(".weight")
+            made = Int8Linear.from_dense(tensor, rotate=16)
+            note = {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 16}
+            packed |= {name: made.weight, f"{path}.weight_scale": made.weight_scale}
+            packed[f"{path}.comfy_quant"] = torch.tensor(list(json.dumps(note).encode()), dtype=torch.uint8)
+            dense[name] = made.dense(torch.float32)
+    files = [controls.save(tmp_path / f"{i}.safetensors", each) for i, each in enumerate((packed, dense))]
+    with opened(here, files[0]) as engine:
+        found = engine.run(request()).images[0].tobytes()
+        assert nets.packed_linears(engine.models.controlnets[0]) == LINEARS + 2
+    assert far(found, draw(here, files[1], request())) <= 1
 
 
 def test_gguf(here, tmp_path, steered):
