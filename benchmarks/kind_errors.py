@@ -46,6 +46,11 @@ def packed(weight: Tensor, kind: str) -> Tensor:
 
 def others(weight: Tensor, kind: str) -> Tensor:
     """Tables of bitsandbytes come from a file that it wrote."""
+    if kind.startswith("uint"):
+        blocks, top = weight.unflatten(1, (-1, 128)), 2 ** int(kind.removeprefix("uint")) - 1
+        low, high = blocks.amin(-1, keepdim=True), blocks.amax(-1, keepdim=True)
+        scale = (high - low) / top
+        return (((blocks - low) / scale).round() * scale + low).flatten(1)
     if kind == "mxfp8":
         blocks = weight.unflatten(1, (-1, 32))
         scale = torch.exp2((blocks.abs().amax(-1, keepdim=True) / 448).log2().ceil())

@@ -74,6 +74,7 @@ KINDS = {
         Kind("q2_k", 256, 84, error=0.2660, scratch=4),
     )
 }
+CODES = {2: 0.5019, 3: 0.2139, 4: 0.0998, 5: 0.0482, 6: 0.0238, 7: 0.0118, 8: 0.0059}  # bits -> error
 STORED = {  # kinds that files come in and none is written in; the bytes of scales differ a little between files
     kind.name: kind
     for kind in (
@@ -81,7 +82,7 @@ STORED = {  # kinds that files come in and none is written in; the bytes of scal
         Kind("nvfp4", 16, 9, error=0.0949, scratch=4),
         Kind("nf4", 64, 33, error=0.0924, scratch=4),
         Kind("fp4", 64, 33, error=0.1234, scratch=4),
-        *(Kind(f"uint{bits}", 128, 16 * bits + 4, scratch=4) for bits in range(2, 9)),
+        *(Kind(f"uint{bits}", 128, 16 * bits + 4, error=error, scratch=4) for bits, error in CODES.items()),
     )
 }
 KNOWN = KINDS | STORED  # all that a file may hold
