@@ -11,7 +11,7 @@ time they took. Parts come in the order of what they tell, each with a time of i
 part, and what a part found before it was cut or failed is in them. What does not fit into `--seconds` is left out and
 named. The part `memory` is `benchmarks/gpu_memory.py`, which writes 18 GB to a temporary folder first; `single` is
 Qwen-Image-2.1 (`benchmarks/gpu_single.py`), with weights of its own, and `lora` an update of a LoRA
-(`benchmarks/gpu_lora.py`).
+(`benchmarks/gpu_lora.py`); `controls` and `forms` are in `benchmarks/gpu_more.py`.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from torch import Tensor
 
 from gpu_bench import Bench, Step, diffusers_network, limits, network
 from gpu_lora import lora
+from gpu_more import controls, forms
 from gpu_plot import plot
 from gpu_single import single
 from lanting.attach.caches import residual_cache
@@ -63,6 +64,8 @@ PARTS = {
     "2048": (25, 90),
     "nano": (10, 40),
     "compiled": (60, 150),
+    "controls": (10, 40),
+    "forms": (5, 25),
     "memory": (60, 200),
     "single": (10, 45),
     "lora": (15, 45),
@@ -275,7 +278,7 @@ def run(bench: Bench) -> None:
     """The parts that were asked for."""
     parts = [name for name in PARTS if name in bench.asked.parts]
     nets: dict[str, Any] = {}
-    alone, own = {"nano", "memory", "decode"}, {"single", "lora"}
+    alone, own = {"nano", "memory", "decode"}, {"single", "lora", "forms"}
     if set(parts) - alone:
         bench.part("limits", lambda found: limits(bench, found), 5, 30)
     if set(parts) - alone - own:
@@ -305,6 +308,8 @@ def work_of(bench: Bench, nets: dict[str, Any], name: str) -> Callable[[dict[str
         "nano": lambda found: nano(bench, found),
         "single": lambda found: single(bench, found),
         "lora": lambda found: lora(bench, found),
+        "controls": lambda found: controls(bench, ours, found),
+        "forms": lambda found: forms(bench, found),
         "edit": lambda found: edit(bench, ours, found),
         "decode": lambda found: decode(bench, found),
         "picture": lambda found: picture(bench, ours, found),

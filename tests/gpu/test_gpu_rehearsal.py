@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PARTS = ("1024", "single", "edit", "picture", "decode", "512", "1328", "2048", "nano", "compiled")  # all but `memory`
+PARTS = ("1024", "single", "edit", "picture", "decode", "512", "1328", "2048", "nano", "compiled", "controls", "forms")
 
 
 def test_every_part_is_measured_and_drawn(tmp_path):
