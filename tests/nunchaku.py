@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lanting.nn.mmdit import QwenImageTransformer, TransformerConfig
 
-SHAPE = TransformerConfig(2, 4, 32, 128, axes_dims_rope=(4, 14, 14))
+SHAPE = TransformerConfig(2, 4, 32, 32, axes_dims_rope=(4, 14, 14))  # words as tiny readers make them
 SHIFT = 0.171875
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
 FUSED = {"attn.to_qkv": ("to_q", "to_k", "to_v"), "attn.add_qkv_proj": ("add_q_proj", "add_k_proj", "add_v_proj")}

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import nunchaku
 from lanting.attach import compute
 from lanting.attach.gpu_linears import How, Rows, project
+from lanting.attach.thin import thin_product
 from lanting.core.errors import ModelError
 from lanting.engine.placement import Placed
 from lanting.kernels import library
@@ -139,7 +140,10 @@ def opened(path: Path) -> tuple[Checkpoint, dict]:
 
 def step(net: nn.Module, tokens: int = 6) -> Tensor:
     make = torch.Generator().manual_seed(5)
-    latents, words = torch.randn(1, tokens, 64, generator=make), torch.randn(1, 4, 128, generator=make)
+    latents, words = (
+        torch.randn(1, tokens, 64, generator=make),
+        torch.randn(1, 4, nunchaku.SHAPE.joint_attention_dim, generator=make),
+    )
     with torch.no_grad():
         return net(latents, torch.tensor([0.7]), words, None, [(1, 2, tokens // 2)], tokens)
 
@@ -240,6 +244,18 @@ def test_a_cpus_int4_kernels_multiply_it(cases, monkeypatch):
     torch.testing.assert_close(found, before, atol=0.03 * float(before.abs().max()), rtol=0)
     compute.detach_kernels(net)
     assert torch.equal(step(net, 32), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+def test_thin_matrices_are_plain_weights_to_a_cpus_kernels(dtype, cases):
+    if not library.ready():
+        pytest.skip("the kernels are not built here: no compiler")
+    linear, x = build_transformer(*opened(cases["int4"][0]), FLOAT).get_submodule(SHIFTED), torch.randn(2, 9, 512)
+    assert isinstance(linear, LowRankLinear)
+    found, meant = thin_product(linear, x.to(dtype)), linear(x.to(dtype).float())
+    assert found.dtype == dtype
+    far = 2e-6 if dtype == torch.float32 else 0.01
+    torch.testing.assert_close(found.float(), meant, atol=far * float(meant.abs().max()), rtol=0)
 
 
 def test_a_gpus_products_leave_the_thin_ones_to_torch(cases):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lanting.nn.fourbit import MANY
 from lanting.nn.linears import PackedLinear
+from lanting.nn.rotate import rotate_blocks
 from lanting.nn.rounding import at_once
 
 
@@ -26,8 +27,8 @@ class LowRankLinear(PackedLinear):
     down: Tensor
     up: Tensor
 
-    def __init__(self, residual: PackedLinear, rank: int, bias: bool = True, smooth: bool = True):
-        super().__init__(residual.in_features, residual.out_features, bias)
+    def __init__(self, residual: PackedLinear, rank: int, bias: bool = True, smooth: bool = True, rotate: int = 0):
+        super().__init__(residual.in_features, residual.out_features, bias, rotate)
         if residual.bias is not None or residual.rotate:
             raise ValueError("what a low rank is added to has no bias and is not rotated")
         if rank < 1:
@@ -54,6 +55,11 @@ class LowRankLinear(PackedLinear):
         return found
 
     def plain(self, x: Tensor) -> Tensor:
+        x = rotate_blocks(x, self.rotate) if self.rotate else x
         thin = F.linear(x, self.down.to(x.dtype))  # (..., rank)
         added = F.linear(thin, self.up.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
-        return added + self.residual(x if self.smooth is None else x / self.smooth.to(x.dtype))
+        return added + self.coarse(x)
+
+    def coarse(self, x: Tensor) -> Tensor:
+        """The residual's part of the result, of inputs that are rotated if they have to be."""
+        return self.residual(x if self.smooth is None else x / self.smooth.to(x.dtype))
