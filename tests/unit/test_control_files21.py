@@ -209,6 +209,7 @@ def test_it_is_known_by_its_tensors(here, capsys):
     told = capsys.readouterr().out
     assert "controlnet, a chain of 1 blocks, reads a mask" in told
     assert f"--model qwen-image-2.1 --controlnet {here / NET} --control PICTURE" in told
+    assert "defaults" not in told  # it is no release
     assert describe(str(here / "two.safetensors")).parts[0].kind.detail == "a chain of 2 blocks, reads a mask"
     assert beside((), [str(here / NET)]) == open_controlnet(here / NET).checkpoint.bytes()
 

@@ -231,6 +231,7 @@ def _describe_file(path: Path) -> Description:
         except ModelError:  # too little of a transformer to tell more
             pass
     runs = how_to_run(path, part.kind.name, tuple(found), release)
+    release = None if part.kind.name == "controlnet" else release  # what it belongs to, and is not
     return Description(path.name, path, release, (part,), notes=notes, problems=tuple(problems), runs=runs)
 
 

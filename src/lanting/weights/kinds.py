@@ -78,7 +78,7 @@ def config_notes(name: str, kind: Kind, config: Mapping[str, Any], shapes: Mappi
     found: list[tuple[str, object, object]] = []  # (key, what the config says, what the tensors say)
     shape = {_strip(key): sides for key, sides in shapes.items()}
     if kind.name in ("transformer", "controlnet"):
-        found.append(("num_layers", config.get("num_layers"), _blocks(shape, "transformer_blocks")))
+        found.append(("num_layers", config.get("num_layers"), _blocks(shape, "transformer_blocks") or None))
         found.append(("joint_attention_dim", config.get("joint_attention_dim"), _side(shape, "txt_in.weight", 1)))
         found.append(("in_channels", config.get("in_channels"), _side(shape, "img_in.weight", 1)))
         extra = "time_text_embed.addition_t_embedding.weight" in shape
