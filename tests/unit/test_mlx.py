@@ -203,8 +203,9 @@ def dense(net: nn.Module, path: str) -> Tensor:
 def test_a_folder_of_mflux_draws_as_its_values_do(bits, states, tmp_path):
     values = save_mflux(tmp_path / f"Qwen-Image-mflux-q{bits}", states, bits)
     found = draw(tmp_path / f"Qwen-Image-mflux-q{bits}")
-    assert np.array_equal(found, draw(save_plain(tmp_path / "qwen-image-plain", values)))
-    assert found.std() > 1
+    far = np.abs(found.astype(float) - draw(save_plain(tmp_path / "qwen-image-plain", values))).mean()
+    assert far < (3 if bits == 4 else 0.01), "4 bits may be multiplied by kernels with inputs of 8 bits"
+    assert found.std() > 10
 
 
 def test_what_people_and_plans_are_told(states, tmp_path):

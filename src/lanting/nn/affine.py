@@ -42,7 +42,8 @@ class AffineLinear(PackedLinear):
         step = at_once(self.in_features) if packed.device.type == "cpu" else max(MANY // self.in_features, 1)
         for some, out in zip(rows.split(step), found.split(step), strict=True):  # float32 of a few rows at a time
             codes = unpack_codes(packed[some], self.bits).float().unflatten(1, (-1, self.group))  # (n, groups, g)
-            codes.mul_(scale[some].float()[:, :, None]).add_(offset[some].float()[:, :, None])
+            by, from_ = (each[some].float()[:, :, None] for each in (scale, offset))
+            torch.addcmul(from_, codes, by, out=codes)  # on CPUs the product is not rounded before the sum
             out.copy_(codes.flatten(1))
         return found
 

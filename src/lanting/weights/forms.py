@@ -12,6 +12,7 @@ read here:
     `X.weight_packed`, `X.weight_shape`       compressed-tensors' (`weights.compressed`)
     `X.qweight`, `X.wscales`                  nunchaku's SVDQuant (`weights.svdq`, which renames them first)
     `X.scales` beside 32-bit words            MLX's (`weights.mlx`)
+    `X.scale`, `X.zero_point`, `X.svd_up`     SDNQ's (`weights.sdnq`), whose types the folder's config.json tells
     a GGUF block type                         its own bytes
 A missing scale or an unknown scheme is refused: it would load, and draw plausible noise.
 """
@@ -26,7 +27,7 @@ from typing import Any
 from lanting.core.errors import ModelError
 from lanting.core.lang import Phrase
 from lanting.nn.blocks import TYPES
-from lanting.weights import bnb, mlx, svdq
+from lanting.weights import bnb, mlx, sdnq, svdq
 from lanting.weights.checkpoint import Checkpoint
 from lanting.weights.compressed import COMPRESSED, compressed
 from lanting.weights.foreign import REFUSED
@@ -71,6 +72,7 @@ class Form:
     layout  another program's, whose parts `weights.layouts` puts in order; "": they are held as they are stored
     held    its bytes in memory, where a layout makes others of them; 0: those of its parts in the file
     rank    of the thin product that is added to it; 0: there is none
+    numbers what the codes of an SDNQ type stand for ("int5", "float6_e3m2fn"); "": integers from 0 on
     """
 
     kind: str
@@ -83,16 +85,18 @@ class Form:
     layout: str = ""
     held: int = 0
     rank: int = 0
+    numbers: str = ""
 
     def words(self) -> str:
         """For people: "fp8 e4m3 scaled", "int4 in groups of 64", "Q4_K", "SVDQuant int4, low-rank 32"."""
-        if self.rank:
-            return f"{'SVDQuant ' if self.layout in svdq.LAYOUTS else ''}{self.kind}, low-rank {self.rank}"
+        thin = f", low-rank {self.rank}" if self.rank else ""
+        if self.layout in svdq.LAYOUTS:
+            return f"{'SVDQuant ' if thin else ''}{self.kind}{thin}"
         scaled = " scaled" if self.kind.startswith("fp8") and self.scale is not None else ""
         grouped = f" in groups of {self.group}" if self.group else ""
         program = self.layout.partition(" ")[0]
-        told = f", {program}" if program in (AWQ, GPTQ, COMPRESSED) else ""
-        return self.kind + scaled + grouped + (" rotated" if self.rotate else "") + told
+        told = f", {program}" if program in (AWQ, GPTQ, COMPRESSED, sdnq.SDNQ) else ""
+        return (self.numbers or self.kind) + scaled + grouped + (" rotated" if self.rotate else "") + thin + told
 
 
 def read_forms(checkpoint: Checkpoint) -> dict[str, Form]:
@@ -109,6 +113,10 @@ def read_forms(checkpoint: Checkpoint) -> dict[str, Form]:
             raise _unreadable(checkpoint, path, REFUSED[part])
         if part in UNKNOWN or (part == SECOND and scheme != "nvfp4"):
             raise _unreadable(checkpoint, path, str(scheme) if scheme else Phrase("a scheme with {part}", part=part))
+        if dot and part == "weight" and f"{path}.scale" in checkpoint.infos:
+            if (found := sdnq.numbered(checkpoint, path)) is not None:
+                forms[path] = _of_numbers(found)
+            continue
         if not dot or part != "weight" or len(info.shape) != 2:
             continue
         form = _form(checkpoint, path, info, notes.get(path, {}))
@@ -119,7 +127,7 @@ def read_forms(checkpoint: Checkpoint) -> dict[str, Form]:
 
 def side_tensors(infos: Mapping[str, TensorInfo]) -> set[str]:
     """The names that are no part of the network itself: scales, notes, flags and strays."""
-    sides = (*bnb.SIDES, *FOREIGN_SIDES, *mlx.SIDES, *svdq.SIDES)
+    sides = (*bnb.SIDES, *FOREIGN_SIDES, *mlx.SIDES, *sdnq.SIDES, *sdnq.DOUBLE, *svdq.SIDES)
     endings = tuple(f".{part}" for part in (*SCALE_NAMES, *UNUSED, SECOND, *sides))
     return {name for name in infos if name.endswith(endings) or name in (*FLAGS, *STRAYS)}
 
@@ -184,6 +192,11 @@ def _form(checkpoint: Checkpoint, path: str, info: TensorInfo, note: Mapping[str
                 **{"label": checkpoint.label, "scale": scale, "path": path},
             )
     return Form(kind, (rows, columns), scale, group, _rotation(checkpoint, path, columns, note), names=names)
+
+
+def _of_numbers(found: sdnq.Numbers) -> Form:
+    told = {name: getattr(found, name) for name in ("names", "layout", "rotate", "rank", "numbers")}
+    return Form(found.kind, found.shape, found.scale, found.group, **told)
 
 
 def _of_words(found: Words) -> Form:

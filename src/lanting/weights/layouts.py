@@ -13,6 +13,7 @@ from torch import Tensor
 from lanting.weights import codes, ordered, svdq, svdq_tiles
 from lanting.weights.compressed import BYTES, COMPRESSED, FLOATS
 from lanting.weights.forms import Form
+from lanting.weights.sdnq import SDNQ, TURNED
 from lanting.weights.words import AWQ, GPTQ, GPTQ_V2
 
 Parts = Mapping[str, Tensor]
@@ -22,6 +23,8 @@ LAYOUTS: dict[str, Callable[[Form, Parts], dict[str, Tensor]]] = {
     svdq.ROWS: svdq_tiles.modulation,
     svdq.SIX: svdq_tiles.modulation,
     "mlx": ordered.mlx,
+    SDNQ: ordered.sdnq,
+    TURNED: ordered.sdnq,
     AWQ: codes.awq,
     GPTQ: codes.gptq,
     GPTQ_V2: codes.gptq,

@@ -22,6 +22,7 @@ from lanting.nn.blocks import TYPES
 from lanting.nn.fourbit import DividedLinear, Nvfp4Linear, TableLinear, untiled
 from lanting.nn.linears import FP8, Fp8Linear, GgufLinear, Int4Linear, Int8Linear, PackedEmbedding, PackedLinear
 from lanting.nn.lowrank import LowRankLinear
+from lanting.nn.numbers import NumberLinear
 from lanting.nn.swap import swap
 from lanting.weights import bnb, svdq
 from lanting.weights.checkpoint import Checkpoint
@@ -188,7 +189,10 @@ def make_linear(form: Form, bias: bool) -> PackedLinear:
     """An empty Linear of a form, on the device of the moment. Raises ValueError where its numbers contradict."""
     rows, columns = form.shape
     if form.rank:
-        return LowRankLinear(make_linear(replace(form, rank=0), bias=False), form.rank, bias)
+        inner, smooth = replace(form, rank=0, rotate=0), form.layout in svdq.LAYOUTS
+        return LowRankLinear(make_linear(inner, bias=False), form.rank, bias, smooth, form.rotate)
+    if form.numbers:
+        return NumberLinear(columns, rows, bias, form.numbers, form.group, form.rotate)
     if form.kind == "int8":
         return Int8Linear(columns, rows, bias, form.rotate, form.scale)
     if form.kind == "int4":

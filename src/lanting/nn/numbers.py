@@ -1,0 +1,111 @@
+"""Linears whose codes stand for small numbers, integers or floats of any split of their bits: what SDNQ stores.
+
+value = number x scale, plus an offset where numbers have no sign; a scale and an offset for each group of inputs, found
+in float32 and rounded once. Codes stay in runs as SDNQ packs them, so that they are read from the file as they are.
+Rejected: putting them in `nn.affine`'s order, which takes longer than reading them, each time a model is opened.
+Source: SDNQ 0.2.8 (`packed_int`, `packed_float`, `dequantizer`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lanting.nn.fourbit import MANY, small_floats
+from lanting.nn.linears import PackedLinear
+from lanting.nn.number_types import NumberType, number_type, row_bytes
+from lanting.nn.rounding import at_once
+
+PIECES: dict[int, tuple[tuple[tuple[int, int, int, int], ...], ...]] = {
+    # bits -> for each code of a run where it lies: (byte of the run, first bit there, how many, first bit of the code)
+    2: tuple(((0, 2 * place, 2, 0),) for place in range(4)),
+    3: (
+        *(((place % 3, 3 * (place // 3), 3, 0),) for place in range(6)),
+        *(((place, 6, 2, 0), (2, 6 + place, 1, 2)) for place in range(2)),
+    ),
+    4: tuple(((0, 4 * place, 4, 0),) for place in range(2)),
+    5: (
+        *(((place, 0, 5, 0),) for place in range(5)),
+        ((0, 5, 3, 0), (3, 5, 2, 3)),
+        ((1, 5, 3, 0), (4, 5, 2, 3)),
+        ((2, 5, 3, 0), (4, 7, 1, 3), (3, 7, 1, 4)),
+    ),
+    6: (*(((place, 0, 6, 0),) for place in range(3)), ((2, 6, 2, 0), (1, 6, 2, 2), (0, 6, 2, 4))),
+    7: (*(((place, 0, 7, 0),) for place in range(7)), tuple((6 - bit, 7, 1, bit) for bit in range(7))),
+}
+
+
+class NumberLinear(PackedLinear):
+    """`weight` (out, bytes of a row) uint8: a row's codes in runs (`unpack_runs`), filled up to whole runs;
+    `weight_scale` and, where numbers have no sign, `weight_offset` (out, groups), any float type each."""
+
+    weight_scale: Tensor
+    weight_offset: Tensor | None
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, numbers: str, group: int, rotate: int = 0):
+        super().__init__(in_features, out_features, bias, rotate)
+        told = number_type(numbers)
+        if told is None or group < 1 or in_features % group:
+            raise ValueError(f"{in_features} inputs of {numbers} have no groups of {group}")
+        self.kind, self.numbers, self.group = f"uint{told.bits}", told, group
+        sides = out_features, in_features // group
+        self.register_buffer("weight", torch.empty(out_features, row_bytes(in_features, told.bits), dtype=torch.uint8))
+        self.register_buffer("weight_scale", torch.empty(sides))
+        self.register_buffer("weight_offset", None if told.signed else torch.empty(sides))
+
+    def values(self, dtype: torch.dtype, rows: Tensor | None = None) -> Tensor:
+        packed, scale, offset = self.weight, self.weight_scale, self.weight_offset
+        rows = torch.arange(len(packed), device=packed.device) if rows is None else rows
+        found = torch.empty(len(rows), self.in_features, dtype=dtype, device=packed.device)
+        step = at_once(self.in_features) if packed.device.type == "cpu" else max(MANY // self.in_features, 1)
+        for some, out in zip(rows.split(step), found.split(step), strict=True):  # float32 of a few rows at a time
+            codes = unpack_runs(packed[some], self.numbers.bits)[:, : self.in_features]
+            grouped = worth(codes, self.numbers).unflatten(1, (-1, self.group))  # (n, groups, g)
+            by = scale[some].float()[:, :, None]
+            if offset is None:
+                grouped.mul_(by)
+            else:
+                torch.addcmul(offset[some].float()[:, :, None], grouped, by, out=grouped)
+            out.copy_(grouped.flatten(1))
+        return found
+
+
+def worth(codes: Tensor, numbers: NumberType) -> Tensor:
+    """What codes (uint8) stand for, float32, in a tensor of its own."""
+    if not numbers.exponent:
+        found = codes.float()
+        return found.add_(numbers.least) if numbers.least else found
+    every = torch.arange(1 << numbers.bits, device=codes.device)
+    table = small_floats(every, numbers.exponent, numbers.bits - numbers.signed - numbers.exponent)
+    return table[codes.int()]
+
+
+def unpack_runs(packed: Tensor, bits: int) -> Tensor:
+    """Bytes (rows, n * bits / 8) -> codes (rows, n) uint8, n codes of whole bytes."""
+    if bits == 8:
+        return packed
+    pieces = PIECES[bits]
+    size = 1 + max(piece[0] for code in pieces for piece in code)  # bytes of a run
+    parts = packed.unflatten(1, (-1, size))
+    codes: list[Tensor] = []
+    for code in pieces:
+        bytes_of = [(parts[:, :, byte] >> first & (1 << count) - 1) << to for byte, first, count, to in code]
+        found = bytes_of[0]
+        for more in bytes_of[1:]:
+            found = found | more
+        codes.append(found)
+    return torch.stack(codes, 2).flatten(1)
+
+
+def pack_runs(codes: Tensor, bits: int) -> Tensor:
+    """The inverse of `unpack_runs`: codes (rows, n) uint8, n of whole runs -> bytes (rows, n * bits / 8)."""
+    if bits == 8:
+        return codes
+    pieces = PIECES[bits]
+    size = 1 + max(piece[0] for code in pieces for piece in code)
+    runs = codes.unflatten(1, (-1, len(pieces)))
+    packed = torch.zeros(*runs.shape[:2], size, dtype=torch.uint8, device=codes.device)
+    for place, code in enumerate(pieces):
+        for byte, first, count, to in code:
+            packed[:, :, byte] |= (runs[:, :, place] >> to & (1 << count) - 1) << first
+    return packed.flatten(1)
