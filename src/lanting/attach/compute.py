@@ -1,11 +1,11 @@
 """Native kernels at the three seams, on a CPU: Linears that compute in integers, attention in one pass, fused blocks.
 
-A packed Linear (int8, int4, GGUF's Q4_0, Q8_0, Q4_K, Q6_K) rounds its inputs to int8, row by row, and multiplies
-integers; its weight is read as it lies in memory or in a mapped file. A block's plain Linears are the kernels' in
-bfloat16, where the processor multiplies that. Where it does not, torch's products in bfloat16 are ten times slower than
-those in float32; there all plain Linears are the kernels', which multiply in float32. A block's norms, modulation,
-rotary turns, GELU and gates become one pass over memory each, in float32 inside, where torch takes a dozen in the dtype
-of the network. Without the kernels, or detached, every bit is as before.
+A packed Linear (int8, int4, also with offsets, GGUF's Q4_0, Q8_0, Q4_K, Q6_K) rounds its inputs to int8, row by row,
+and multiplies integers; its weight is read as it lies in memory or in a mapped file. A block's plain Linears are the
+kernels' in bfloat16, where the processor multiplies that. Where it does not, torch's products in bfloat16 are ten times
+slower than those in float32; there all plain Linears are the kernels', which multiply in float32. A block's norms,
+modulation, rotary turns, GELU and gates become one pass over memory each, in float32 inside, where torch takes a dozen
+in the dtype of the network. Without the kernels, or detached, every bit is as before.
 
 Modules stay where they are, so that streaming, tables and LoRAs find them: only their `forward` is another. The
 modulation's packed Linears are left alone: one row a step, and its error would reach everything.
@@ -21,11 +21,15 @@ from torch import Tensor, nn
 
 from lanting.attach.held import KEPT, floats, packed
 from lanting.attach.modulation import Tabled
+from lanting.attach.offsets import on_cpu, with_offsets
+from lanting.attach.thin import thin_product
 from lanting.attach.whole import APART, plan_for, whole_block
 from lanting.kernels import calls
 from lanting.kernels.calls import Packed, Rounded
 from lanting.kernels.library import dense_bytes, ready
+from lanting.nn.affine import AffineLinear
 from lanting.nn.linears import PackedLinear
+from lanting.nn.lowrank import LowRankLinear
 from lanting.nn.mmdit import Attend, Block, Context, FeedForward
 from lanting.nn.regions import attended
 from lanting.nn.rotate import rotate_blocks
@@ -70,7 +74,11 @@ def detach_kernels(net: nn.Module) -> None:
 
 def integer_product(linear: PackedLinear, x: Tensor) -> Tensor:
     """x W^T + b with x rounded to int8; as defined where that is no gain."""
+    if isinstance(linear, AffineLinear):
+        return with_offsets(linear, x, on_cpu)
     rows = x.numel() // max(1, x.shape[-1])
+    if isinstance(linear, LowRankLinear) and rows >= FEWEST_DENSE:
+        return thin_product(linear, x)
     weight = packed(linear) if rows >= FEWEST and x.dtype in DTYPES and x.device.type == "cpu" else None
     if weight is None:
         return linear.plain(x)

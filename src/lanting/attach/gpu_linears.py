@@ -3,6 +3,7 @@
     Int8Linear          int8 times int8, a scale for each row of either
     Fp8Linear, e4m3     e4m3 times e4m3, likewise
     Int4Linear          16 bits times 4; or int8 times 4 where that is asked for
+    AffineLinear, 4     16 bits times 4, and what its offsets add
     nn.Linear           torch's own; or a copy in 8 bits, made once, where that is asked for
     everything else     as its class defines it
 A LoRA is added to what its base computes. What is made of a weight for a product is kept with the module for as long as
@@ -20,10 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lanting.attach.offsets import on_gpu, with_offsets
 from lanting.kernels.gpu.here import available, has_floats, on
 from lanting.kernels.gpu.products import Weight, four_bit, four_by_eight, gelu_by_torch, product, with_gelu
 from lanting.kernels.gpu.rows import Gated, activate, join_norm, norm, quantize
 from lanting.kernels.gpu.twins import FP8, Codes, Form, Sums, parted
+from lanting.nn.affine import AffineLinear
 from lanting.nn.linears import Fp8Linear, Int4Linear, Int8Linear, PackedLinear
 from lanting.nn.lora import LoraLinear
 from lanting.nn.rotate import largest_block, rotate_blocks
@@ -227,6 +230,8 @@ def graded(module: nn.Module, *given: Tensor) -> bool:
 
 def product_of(how: How, linear: PackedLinear, x: Tensor) -> Tensor:
     """x W^T + b of a packed Linear wherever it is; as defined where that is no gain."""
+    if isinstance(linear, AffineLinear):
+        return with_offsets(linear, x, on_gpu)
     rows = x.numel() // max(1, x.shape[-1])
     if rows < FEWEST or x.dtype not in DTYPES or weight_of(linear, how, x.device) is None or x.requires_grad:
         return linear.plain(x)
