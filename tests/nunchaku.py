@@ -26,9 +26,9 @@ State = dict[str, Tensor]
 class Meant(nn.Module):
     """R ((x + shift) / smooth) + up (down x) + bias."""
 
-    def __init__(self, residual: Tensor, smooth: Tensor, down: Tensor, up: Tensor, bias: Tensor, shift: float):
+    def __init__(self, *parts: Tensor, shift: float = 0.0):
         super().__init__()
-        self.parts, self.shift = (residual, smooth.float(), down.float(), up.float(), bias.float()), shift
+        self.parts, self.shift = [each.float() for each in parts], shift
 
     def forward(self, x: Tensor) -> Tensor:
         residual, smooth, down, up, bias = self.parts
@@ -203,7 +203,7 @@ def file_and_net(kind: str, rank: int, whole: bool = True) -> tuple[State, QwenI
             shift = SHIFT if whole and kind == "int4" and path.endswith("net.2") else 0.0
             thirds = zip(*(each.chunk(len(names)) for each in (residual, up, bias)), strict=True)
             for name, (some, ups, biases) in zip(names, thirds, strict=True):
-                put(block, name, Meant(some, smooth, down, ups, biases, shift))
+                put(block, name, Meant(some, smooth, down, ups, biases, shift=shift))
     return tensors, net
 
 

@@ -25,6 +25,7 @@ from lanting.nn.linears import Int4Linear, PackedLinear
 from lanting.nn.lora import Factors, attach, detach, merge
 from lanting.nn.lowrank import LowRankLinear
 from lanting.nn.mmdit import QwenImageTransformer
+from lanting.nn.single_stream import QwenImage21Transformer, SingleStreamConfig
 from lanting.weights import svdq, svdq_tiles
 from lanting.weights.build import build_transformer, store_transformer
 from lanting.weights.checkpoint import Checkpoint, open_component
@@ -172,6 +173,41 @@ def test_people_and_plans_are_told_what_it_is(case, cases):
     held = sum(each.nbytes for each in build_transformer(checkpoint, config, Placing(HALF, CPU)).state_dict().values())
     assert 0.97 < planned / held < 1.05
     assert checkpoint.bytes() == sum(each.nbytes for each in load_file(path).values()), "fused ones are counted once"
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory) -> Case:
+    """Qwen-Image-2.1: nothing is fused, and biases of zeros are in the file."""
+    torch.manual_seed(3)
+    net = QwenImage21Transformer(SingleStreamConfig(2, 4, 32, 48, 16, 16, axes_dims_rope=(4, 14, 14))).eval()
+    net.requires_grad_(False)
+    tensors = {name: each.bfloat16() for name, each in net.state_dict().items()}
+    net.load_state_dict({name: each.float() for name, each in tensors.items()})
+    for path, linear in list(net.named_modules()):
+        if path.startswith("transformer_blocks.") and isinstance(linear, nn.Linear):
+            made, (*parts, bias) = nunchaku.low_rank(linear.out_features, linear.in_features, "nvfp4", 16)
+            bias.zero_()
+            del tensors[f"{path}.weight"]
+            tensors |= {f"{path}.{part}": each for part, each in (made | {"bias": bias}).items()}
+            nunchaku.put(net, path, nunchaku.Meant(*parts, bias))
+    path = tmp_path_factory.mktemp("single") / "svdq-fp4_r16-qwen-image-2.1.safetensors"
+    save_file(tensors, path)
+    return path, net  # type: ignore[return-value]
+
+
+def test_2_1_is_read_from_such_files_too(single, tmp_path):
+    path, meant = single
+    checkpoint, config = opened(path)
+    make = torch.Generator().manual_seed(5)
+    latents, words = torch.randn(1, 6, 16, generator=make), torch.randn(1, 4, 48, generator=make)
+    net = build_transformer(checkpoint, config, FLOAT)
+    found, wanted = (each(latents, torch.tensor([0.7]), words, None, [(1, 2, 3)], 6) for each in (net, meant))
+    torch.testing.assert_close(found, wanted, atol=5e-6, rtol=1e-5)
+    assert release_of(path, checkpoint)[0].name == "qwen-image-2.1"
+    name = "transformer_blocks.0.img_mlp.out.bias"
+    save_file(load_file(path) | {name: torch.ones(128, dtype=HALF)}, tmp_path / "biased.safetensors")
+    with pytest.raises(ModelError, match=f"no place for, the first is {name}"):
+        build_transformer(*opened(tmp_path / "biased.safetensors"), FLOAT)
 
 
 def test_its_note_and_its_name_tell_the_release(cases, tmp_path):

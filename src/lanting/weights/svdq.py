@@ -27,6 +27,7 @@ FUSED = {
     ".attn.to_qkv": (".attn.to_q", ".attn.to_k", ".attn.to_v"),
     ".attn.add_qkv_proj": (".attn.add_q_proj", ".attn.add_k_proj", ".attn.add_v_proj"),
 }
+UNBIASED = "txt_in.text_norm.weight"  # is only in 2.1, whose Linears have none: such files give them zeros
 MODULATIONS = (".img_mod.1", ".txt_mod.1")
 AFTER_GELU = (".img_mlp.net.2", ".txt_mlp.net.2")
 NAMES = {  # what older files call them
@@ -72,6 +73,8 @@ def named(checkpoint: Checkpoint) -> Checkpoint:
     for name, info in infos.items():
         path, _, part = name.rpartition(".")
         part = NAMES.get(part, part)
+        if part == "bias" and path in paths and UNBIASED in infos and not any(checkpoint.raw(name)):
+            continue
         pieces = _pieces(checkpoint, name, part, len(paths[path])) if path in paths else (info,)
         stems = [f"{ours}.{part}" for ours in paths[path]] if path in paths else [name]
         for ours, piece in zip(stems, pieces, strict=True):
