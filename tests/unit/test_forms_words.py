@@ -90,12 +90,12 @@ def gptq(tensor: Tensor, bits: int = 4, less: int = 1, apart: bool = False, symm
     return parts | {"g_idx": place.int()}, values(codes, zeros, scales, place)
 
 
-def compressed(tensor: Tensor, symmetric: bool = True, apart: bool = False) -> tuple[State, Tensor]:
-    codes, zeros, scales = random(tensor, 4, symmetric)
+def compressed(tensor: Tensor, symmetric: bool = True, apart: bool = False, bits: int = 4) -> tuple[State, Tensor]:
+    codes, zeros, scales = random(tensor, bits, symmetric)
     place = torch.arange(tensor.shape[1]) // GROUP
     place = place[torch.randperm(len(place))] if apart else place
-    parts = {"weight_packed": stream(codes, 4), "weight_scale": scales, "weight_shape": torch.tensor(tensor.shape)}
-    parts |= {} if symmetric else {"weight_zero_point": stream(zeros.T, 4).T}
+    parts = {"weight_packed": stream(codes, bits), "weight_scale": scales, "weight_shape": torch.tensor(tensor.shape)}
+    parts |= {} if symmetric else {"weight_zero_point": stream(zeros.T, bits).T}
     parts |= {"weight_g_idx": place.int()} if apart else {}
     return parts, values(codes, zeros, scales, place)
 
@@ -130,9 +130,11 @@ SCHEMES = {  # how one Linear is written, what config.json says, what it becomes
     "gptq, apart": (lambda t: gptq(t, apart=True), G, OrderedLinear, "uint4 in groups of 32, GPTQ"),
     "gptq, 3 bits": (lambda t: gptq(t, 3), G, AffineLinear, "uint3 in groups of 32, GPTQ"),
     "gptq, 8 bits": (lambda t: gptq(t, 8), G, AffineLinear, "uint8 in groups of 32, GPTQ"),
+    "gptq, 8 bits, symmetric": (lambda t: gptq(t, 8, symmetric=True), G, Int8Linear, "int8 in groups of 32, GPTQ"),
     "gptq v2": (lambda t: gptq(t, less=0), G | {"checkpoint_format": "gptq_v2"}, AffineLinear, "groups of 32, GPTQ"),
     "w4a16": (compressed, {}, AffineLinear, "uint4 in groups of 32, compressed-tensors"),
     "w4a16, apart": (lambda t: compressed(t, False, True), {}, OrderedLinear, "compressed-tensors"),
+    "w8a16": (lambda t: compressed(t, bits=8), {}, Int8Linear, "int8 in groups of 32, compressed-tensors"),
     "w8a8": (int8, {}, Int8Linear, "int8"),
     "w8a8, zeros": (lambda t: int8(t, True), {}, AffineLinear, "uint8 in groups of"),
     "fp8": (fp8, {}, Fp8Linear, "fp8 e4m3 scaled"),

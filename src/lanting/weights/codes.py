@@ -43,6 +43,8 @@ def _awq_codes(words: Tensor) -> Tensor:
 
 def gptq(form: Form, parts: Parts) -> dict[str, Tensor]:
     """Codes (words of in, out) and zeros (groups, words of out), scale (groups, out), maybe the group of each input."""
+    if form.kind == "int8":
+        return _signed(parts["weight"].T.contiguous(), parts["scale"].T)
     bits = int(form.kind.removeprefix("uint"))
     zeros = parts["zeros"].contiguous()
     if form.layout == GPTQ and bits != 3:  # they were taken from whole words, too: GPTQModel's borrow from each other
@@ -57,6 +59,8 @@ def gptq(form: Form, parts: Parts) -> dict[str, Tensor]:
 def compressed(form: Form, parts: Parts) -> dict[str, Tensor]:
     """Codes (out, words of in), scale (out, groups), maybe zeros (words of out, groups) and the group of each input.
     Codes and zeros are signed and stored with half of all codes added."""
+    if form.kind == "int8":
+        return _signed(parts["weight"], parts["scale"])
     (rows, columns), bits = form.shape, int(form.kind.removeprefix("uint"))
     weight = parts["weight"].view(torch.uint8)[:, : columns * bits // 8].contiguous()
     found = _ordered(weight, bits, parts)
@@ -90,6 +94,11 @@ def few_bits(form: Form, parts: Parts) -> dict[str, Tensor]:
         return {"weight": weight, "weight_scale": scale.view(torch.uint8), SECOND: every}
     table = small_floats(torch.arange(16), exponent=2, mantissa=1)
     return {"weight": weight, "quant_map": table, "absmax": torch.exp2(scale.float() - 127).flatten()}
+
+
+def _signed(words: Tensor, scale: Tensor) -> dict[str, Tensor]:
+    """Codes of 8 bits (out, words of in) less 128, as our int8 has them."""
+    return {"weight": (words.view(torch.uint8) ^ 128).view(torch.int8), "weight_scale": scale.contiguous()}
 
 
 def _ordered(weight: Tensor, bits: int, parts: Parts) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from lanting.core.lang import Phrase
 from lanting.weights.foreign import packing_of, unreadable
-from lanting.weights.words import SCALES, WORD, Words, held_bytes, misfits, numbers, order
+from lanting.weights.words import SCALES, WORD, Words, held_bytes, misfits, numbers, order, signed
 
 if TYPE_CHECKING:
     from lanting.weights.checkpoint import Checkpoint
@@ -62,8 +62,10 @@ def _packed(checkpoint: Checkpoint, path: str) -> Words:
             raise misfits(checkpoint, path)
         names["zeros"] = f"{path}.weight_zero_point"
     names |= order(checkpoint, path, GROUPS, columns, columns // groups)
-    each = SCALES[scales.dtype] * 2 if zeros is None else SCALES[scales.dtype] + 4
-    held = held_bytes((rows, columns), bits, groups, each, "order" in names)
+    each = SCALES[scales.dtype]
+    if bits == 8 and columns % 8 == 0 and names.keys() == {"weight", "scale"}:
+        return signed(path, (rows, columns), columns // groups, COMPRESSED, each)
+    held = held_bytes((rows, columns), bits, groups, 2 * each if zeros is None else each + 4, "order" in names)
     return Words(f"uint{bits}", (rows, columns), columns // groups, COMPRESSED, names, held)
 
 

@@ -26,7 +26,7 @@ from lanting.weights.foreign import contradicts, packing_of, unreadable
 if TYPE_CHECKING:
     from lanting.weights.checkpoint import Checkpoint
 
-WORD = 32
+WORD, HALF = 32, 128  # bits; of all codes of 8 bits
 SCALES = {"F16": 2, "BF16": 2, "F32": 4}  # types that scales have, and their bytes
 INTEGERS = {"I32": "i", "I64": "q"}
 AWQ, GPTQ, GPTQ_V2 = "AWQ", "GPTQ", "GPTQ v2"
@@ -75,8 +75,18 @@ def words(checkpoint: Checkpoint, path: str) -> Words | None:
     else:
         layout = _version(checkpoint, path, bits)
         names |= order(checkpoint, path, "g_idx", columns, group)
-    held = held_bytes((rows, columns), bits, groups, SCALES[scales.dtype] + 4, "order" in names)
+    each, stored = SCALES[scales.dtype], checkpoint.raw(names["zeros"], zeros.size) if bits == 8 else b""
+    if bits == 8 and "order" not in names and stored == bytes([HALF - (layout == GPTQ)]) * zeros.size:
+        return signed(path, (rows, columns), group, layout, each)
+    held = held_bytes((rows, columns), bits, groups, each + 4, "order" in names)
     return Words(f"uint{bits}", (rows, columns), group, layout, names, held)
+
+
+def signed(path: str, shape: tuple[int, int], group: int, layout: str, each: int) -> Words:
+    """Codes of 8 bits that are worth code less 128 times a scale of `each` bytes: our int8 with groups."""
+    names = {"weight": f"{path}.weight", "scale": f"{path}.{'scales' if layout.startswith(GPTQ) else 'weight_scale'}"}
+    groups = shape[1] // group
+    return Words("int8", shape, group, layout, names, shape[0] * (shape[1] + groups * each), (shape[0], groups))
 
 
 def held_bytes(shape: tuple[int, int], bits: int, groups: int, each: int, order: bool) -> int:
