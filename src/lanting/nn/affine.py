@@ -77,14 +77,14 @@ def unpack_codes(packed: Tensor, bits: int) -> Tensor:
     if 8 % bits == 0:
         shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
         return (packed[:, :, None] >> shifts & (1 << bits) - 1).flatten(1)
-    parts = packed.unflatten(1, (-1, bits)).int()  # (rows, runs, bytes of a run of 8 codes)
+    parts = packed.unflatten(1, (-1, bits))  # (rows, runs, bytes of a run of 8 codes); in bytes what leaves is lost
     codes: list[Tensor] = []
     for first in range(0, RUN * bits, bits):
         byte, shift = divmod(first, 8)
         code = parts[:, :, byte] >> shift
         if shift + bits > 8:
             code = code | parts[:, :, byte + 1] << 8 - shift
-        codes.append((code & (1 << bits) - 1).to(torch.uint8))
+        codes.append(code & (1 << bits) - 1)
     return torch.stack(codes, 2).flatten(1)
 
 
@@ -92,6 +92,12 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     """The inverse of `unpack_codes`: integers (rows, n) below 2^bits -> bytes (rows, n * bits / 8)."""
     if bits == 8:
         return codes.to(torch.uint8)
+    if 8 % bits == 0:
+        places = codes.to(torch.uint8).unflatten(1, (-1, 8 // bits))  # (rows, bytes, codes of a byte)
+        found = places[:, :, 0].clone()
+        for place in range(1, 8 // bits):
+            found |= places[:, :, place] << bits * place
+        return found
     runs = codes.to(torch.int64).unflatten(1, (-1, RUN))  # (rows, runs, 8): together fewer than 64 bits
     whole = (runs << torch.arange(0, RUN * bits, bits, device=codes.device)).sum(2)
     at = torch.arange(0, RUN * bits, 8, device=codes.device)
