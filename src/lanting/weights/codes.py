@@ -13,23 +13,25 @@ import torch
 from torch import Tensor
 
 from lanting.nn.affine import pack_codes, unpack_codes
-from lanting.nn.fourbit import MANY, small_floats
+from lanting.nn.fourbit import small_floats
 from lanting.weights.compressed import DIVISOR
 from lanting.weights.forms import SECOND, Form
-from lanting.weights.words import GPTQ
+from lanting.weights.words import GPTQ, WORD
 
 AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)  # of 8 outputs, in which order a word has them from its lowest bits on
+LOW, HIGH = 0x0F0F0F0F, -0x0F0F0F10  # of each byte of a word
 Parts = Mapping[str, Tensor]
 
 
 def awq(form: Form, parts: Parts) -> dict[str, Tensor]:
     """Codes (in, out / 8 words) and zeros (groups, out / 8 words), scale (groups, out)."""
-    words, scale = parts["weight"], parts["scale"]
-    columns = []
-    for some in words.split(max(MANY // form.shape[0], 1) * 2):  # an even number of inputs: whole bytes of a row
-        codes = _awq_codes(some)
-        columns.append((codes[::2] | codes[1::2] << 4).T.contiguous())  # (out, inputs / 2)
-    return {"weight": torch.cat(columns, 1), **_affine(_awq_codes(parts["zeros"]).T, scale.T)}
+    first, second = parts["weight"][::2], parts["weight"][1::2]  # inputs that will share a byte
+    found = torch.empty(form.shape[0] // 8, 8, form.shape[1] // 2, dtype=torch.uint8)
+    lows = first & LOW | (second & LOW) << 4  # (in / 2, words): bytes of four outputs
+    found[:, AWQ_COLUMNS[::2]] = lows.view(torch.uint8).T.contiguous().unflatten(0, (-1, 4))
+    highs = first >> 4 & LOW | second & HIGH
+    found[:, AWQ_COLUMNS[1::2]] = highs.view(torch.uint8).T.contiguous().unflatten(0, (-1, 4))
+    return {"weight": found.flatten(0, 1), **_affine(_awq_codes(parts["zeros"]).T, parts["scale"].T)}
 
 
 def _awq_codes(words: Tensor) -> Tensor:
@@ -52,8 +54,7 @@ def gptq(form: Form, parts: Parts) -> dict[str, Tensor]:
     numbers = unpack_codes(zeros.view(torch.uint8), bits)  # (groups, out)
     if form.layout == GPTQ and bits == 3:
         numbers = numbers + 1 & 7
-    weight = parts["weight"].T.contiguous().view(torch.uint8)
-    return _ordered(weight, bits, parts) | _affine(numbers.T, parts["scale"].T)
+    return _ordered(parts["weight"], bits, parts) | _affine(numbers.T, parts["scale"].T)
 
 
 def compressed(form: Form, parts: Parts) -> dict[str, Tensor]:
@@ -62,8 +63,9 @@ def compressed(form: Form, parts: Parts) -> dict[str, Tensor]:
     if form.kind == "int8":
         return _signed(parts["weight"], parts["scale"])
     (rows, columns), bits = form.shape, int(form.kind.removeprefix("uint"))
-    weight = parts["weight"].view(torch.uint8)[:, : columns * bits // 8].contiguous()
-    found = _ordered(weight, bits, parts)
+    found = {"weight": parts["weight"].view(torch.uint8)[:, : columns * bits // 8].contiguous()}
+    if "order" in parts:
+        found = _ordered(parts["weight"].T, bits, parts)
     if "zeros" not in parts:  # half of all codes: a power of two, so that the offset is exact in the scale's own type
         scale = parts["scale"]
         return found | {"weight_scale": scale, "weight_offset": scale * -(1 << bits - 1)}
@@ -78,8 +80,11 @@ def whole_numbers(form: Form, parts: Parts) -> dict[str, Tensor]:
     groups, rows = form.shape[1] // form.group, form.shape[0]
     scale = parts["scale"].reshape(-1, groups).expand(rows, -1)
     zeros = parts["zeros"].reshape(-1, groups).int() if "zeros" in parts else torch.zeros(1, groups)
-    weight = parts["weight"].view(torch.uint8) ^ 128  # 128 added
-    return _ordered(weight, 8, parts) | _affine((zeros + 128).expand(rows, -1), scale)
+    found = {"weight": parts["weight"].view(torch.uint8) ^ 128}  # 128 added
+    if "order" in parts:
+        order = parts["order"].sort(stable=True).indices
+        found = {"weight": found["weight"][:, order], "order": order.int()}
+    return found | _affine((zeros + 128).expand(rows, -1), scale)
 
 
 def few_bits(form: Form, parts: Parts) -> dict[str, Tensor]:
@@ -101,14 +106,21 @@ def _signed(words: Tensor, scale: Tensor) -> dict[str, Tensor]:
     return {"weight": (words.view(torch.uint8) ^ 128).view(torch.int8), "weight_scale": scale.contiguous()}
 
 
-def _ordered(weight: Tensor, bits: int, parts: Parts) -> dict[str, Tensor]:
-    """Bytes (out, in b / 8), and where groups of inputs do not stand together an order in which they do."""
+def _ordered(words: Tensor, bits: int, parts: Parts) -> dict[str, Tensor]:
+    """Words (words of in, out) as bytes (out, in b / 8), and where groups of inputs do not stand together an order in
+    which they do."""
     if "order" not in parts:
-        return {"weight": weight}
+        return {"weight": words.T.contiguous().view(torch.uint8)}
     order = parts["order"].sort(stable=True).indices
-    step = max(MANY // len(order), 1)
-    moved = [pack_codes(unpack_codes(some, bits)[:, order], bits) for some in weight.split(step)]
-    return {"weight": torch.cat(moved), "order": order.int()}
+    if WORD % bits:  # codes that go on in the next word
+        codes = unpack_codes(words.T.contiguous().view(torch.uint8)[:, : len(order) * bits // 8], bits)
+        return {"weight": pack_codes(codes[:, order], bits), "order": order.int()}
+    moved, each = torch.zeros_like(words), WORD // bits  # codes a word
+    for place in range(each):
+        inputs = order[place::each]
+        codes = words[inputs // each] >> (inputs % each * bits).int()[:, None] & (1 << bits) - 1
+        moved |= codes << place * bits
+    return {"weight": moved.T.contiguous().view(torch.uint8), "order": order.int()}
 
 
 def _affine(zeros: Tensor, scale: Tensor) -> dict[str, Tensor]:
