@@ -5,7 +5,7 @@ part of a product is the sum of a group's inputs times it, a matrix of one colum
     x W^T = int4 (x) + sums of x's groups (8 scale + offset)^T
 Two neighbours share a byte here, and the two halves of a group with int4: instead of weights, inputs are moved, and by
 the same move inputs whose groups do not stand together. Rejected: packing weights anew, which mapped files could not
-keep, and expanding them, thirteen times as slow on a CPU.
+keep, and expanding them, four to twenty times as slow on a CPU.
 """
 
 from __future__ import annotations
