@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lanting.nn.mmdit import QwenImageTransformer, TransformerConfig
+from lanting.nn.single_stream import QwenImage21Transformer, SingleStreamConfig
 
 SHAPE = TransformerConfig(2, 4, 32, 32, axes_dims_rope=(4, 14, 14))  # words as tiny readers make them
 SHIFT = 0.171875
@@ -204,6 +205,22 @@ def file_and_net(kind: str, rank: int, whole: bool = True) -> tuple[State, QwenI
             thirds = zip(*(each.chunk(len(names)) for each in (residual, up, bias)), strict=True)
             for name, (some, ups, biases) in zip(names, thirds, strict=True):
                 put(block, name, Meant(some, smooth, down, ups, biases, shift=shift))
+    return tensors, net
+
+
+def single_file_and_net() -> tuple[State, QwenImage21Transformer]:
+    """Qwen-Image-2.1: nothing is fused, and biases of zeros are in the file."""
+    torch.manual_seed(3)
+    net = QwenImage21Transformer(SingleStreamConfig(2, 4, 32, 48, 16, 16, axes_dims_rope=(4, 14, 14))).eval()
+    net.requires_grad_(False)
+    tensors = {name: each.bfloat16() for name, each in net.state_dict().items()}
+    net.load_state_dict({name: each.float() for name, each in tensors.items()})
+    for path, linear in list(net.named_modules()):
+        if path.startswith("transformer_blocks.") and isinstance(linear, nn.Linear):
+            made, (*parts, bias) = low_rank(linear.out_features, linear.in_features, "nvfp4", 16)
+            del tensors[f"{path}.weight"]
+            tensors |= {f"{path}.{part}": each for part, each in (made | {"bias": bias.zero_()}).items()}
+            put(net, path, Meant(*parts, bias))
     return tensors, net
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,6 @@ from lanting.nn.linears import Int4Linear, PackedLinear
 from lanting.nn.lora import Factors, attach, detach, merge
 from lanting.nn.lowrank import LowRankLinear
 from lanting.nn.mmdit import QwenImageTransformer
-from lanting.nn.single_stream import QwenImage21Transformer, SingleStreamConfig
 from lanting.weights import svdq, svdq_tiles
 from lanting.weights.build import build_transformer, store_transformer
 from lanting.weights.checkpoint import Checkpoint, open_component
@@ -34,7 +34,7 @@ from lanting.weights.find import release_of
 from lanting.weights.forms import Form, read_forms, shapes
 from lanting.weights.inspect import describe
 from lanting.weights.quantize import dense_reader, quantize_safetensors
-from lanting.weights.single import open_file
+from lanting.weights.single import open_file, open_weights
 from lanting.weights.sized import held_bytes
 from lanting.weights.stored import Placing, loaded
 from nunchaku import E2M1, SHIFT, Numbers
@@ -175,28 +175,10 @@ def test_people_and_plans_are_told_what_it_is(case, cases):
     assert checkpoint.bytes() == sum(each.nbytes for each in load_file(path).values()), "fused ones are counted once"
 
 
-@pytest.fixture(scope="module")
-def single(tmp_path_factory) -> Case:
-    """Qwen-Image-2.1: nothing is fused, and biases of zeros are in the file."""
-    torch.manual_seed(3)
-    net = QwenImage21Transformer(SingleStreamConfig(2, 4, 32, 48, 16, 16, axes_dims_rope=(4, 14, 14))).eval()
-    net.requires_grad_(False)
-    tensors = {name: each.bfloat16() for name, each in net.state_dict().items()}
-    net.load_state_dict({name: each.float() for name, each in tensors.items()})
-    for path, linear in list(net.named_modules()):
-        if path.startswith("transformer_blocks.") and isinstance(linear, nn.Linear):
-            made, (*parts, bias) = nunchaku.low_rank(linear.out_features, linear.in_features, "nvfp4", 16)
-            bias.zero_()
-            del tensors[f"{path}.weight"]
-            tensors |= {f"{path}.{part}": each for part, each in (made | {"bias": bias}).items()}
-            nunchaku.put(net, path, nunchaku.Meant(*parts, bias))
-    path = tmp_path_factory.mktemp("single") / "svdq-fp4_r16-qwen-image-2.1.safetensors"
+def test_2_1_is_read_from_such_files_too(tmp_path):
+    tensors, meant = nunchaku.single_file_and_net()
+    path = tmp_path / "svdq-fp4_r16-qwen-image-2.1.safetensors"
     save_file(tensors, path)
-    return path, net  # type: ignore[return-value]
-
-
-def test_2_1_is_read_from_such_files_too(single, tmp_path):
-    path, meant = single
     checkpoint, config = opened(path)
     make = torch.Generator().manual_seed(5)
     latents, words = torch.randn(1, 6, 16, generator=make), torch.randn(1, 4, 48, generator=make)
@@ -205,9 +187,23 @@ def test_2_1_is_read_from_such_files_too(single, tmp_path):
     torch.testing.assert_close(found, wanted, atol=5e-6, rtol=1e-5)
     assert release_of(path, checkpoint)[0].name == "qwen-image-2.1"
     name = "transformer_blocks.0.img_mlp.out.bias"
-    save_file(load_file(path) | {name: torch.ones(128, dtype=HALF)}, tmp_path / "biased.safetensors")
+    save_file(tensors | {name: torch.ones(128, dtype=HALF)}, tmp_path / "biased.safetensors")
     with pytest.raises(ModelError, match=f"no place for, the first is {name}"):
         build_transformer(*opened(tmp_path / "biased.safetensors"), FLOAT)
+
+
+def test_a_folder_is_read_and_shown_as_its_file_is(cases, tmp_path):
+    """As diffusers keeps a Nunchaku Lite checkpoint."""
+    path, meant = cases["int4 of diffusers"]
+    (tmp_path / "transformer").mkdir()
+    config = opened(path)[1] | {"quantization_config": {"quant_method": "nunchaku_lite", "svdq_w4a4": {"rank": 16}}}
+    (tmp_path / "transformer" / "config.json").write_text(json.dumps(config))
+    save_file(load_file(path), tmp_path / "transformer" / "diffusion_pytorch_model.safetensors")
+    told = describe(str(tmp_path / "transformer"))
+    assert told.problems == told.notes == () and told.parts[0].kind.name == "transformer"
+    assert "SVDQuant int4, low-rank 16" in told.parts[0].dtypes
+    net = build_transformer(open_weights(tmp_path / "transformer", "transformer"), config, FLOAT)
+    torch.testing.assert_close(step(net), step(meant), atol=5e-6, rtol=1e-5)
 
 
 def test_its_note_and_its_name_tell_the_release(cases, tmp_path):

@@ -25,6 +25,7 @@ from lanting.nn.blocks import TYPES
 from lanting.weights.foreign import PACKING, as_weights
 from lanting.weights.headers import TensorInfo, read_file
 from lanting.weights.mlx import translated
+from lanting.weights.svdq import named
 
 if TYPE_CHECKING:  # headers and configs are read without it: `lanting show` answers at once
     from torch import Tensor
@@ -202,7 +203,7 @@ def open_component(folder: Path) -> Checkpoint:
 
     Raises ModelError when nothing is there, a shard is missing, or the index and the files disagree.
     """
-    found, config = as_weights(_tensors_of(folder)), folder / "config.json"
+    found, config = as_weights(named(_tensors_of(folder))), folder / "config.json"
     told = read_json(config) if config.is_file() else {}
     packing = told.get(PACKING, told.get("quantization"))  # mlx's word
     noted = {PACKING: json.dumps(packing)} if isinstance(packing, dict) else {}

@@ -15,10 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from lanting.core.errors import ModelError
-from lanting.weights.checkpoint import Checkpoint
 from lanting.weights.headers import TensorInfo
+
+if TYPE_CHECKING:
+    from lanting.weights.checkpoint import Checkpoint
 
 PLAIN, SHIFTED = "svdquant", "svdquant, shifted inputs"  # layouts: with a low rank
 ROWS, SIX = "svdquant, no low rank", "svdquant, six in turn"  # and without: modulations in order, and in nunchaku's
