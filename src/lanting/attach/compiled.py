@@ -37,7 +37,8 @@ class Compiler:
         """`Block.forward`. Raises what that raises."""
         if not self.failed:
             try:
-                return self.work(block, img, txt, replace(ctx, branch="", control=(), steer=None))  # a block reads none
+                plain = replace(ctx, branch="", control=(), steer=None, beside=None)  # a block reads none
+                return self.work(block, img, txt, plain)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:

@@ -202,7 +202,7 @@ def vectors(modulation: Any, temb: Tensor, batch: int) -> Tensor:
     return made
 
 
-def fused_block(block: Block, img: Tensor, txt: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+def fused_block(block: Block, img: Tensor, txt: Tensor, ctx: Context) -> Any:
     """`Block.forward`; float16 and other devices take that itself."""
     if img.device.type != "cpu" or img.dtype not in DTYPES or txt.dtype != img.dtype or img.requires_grad:
         return type(block).forward(block, img, txt, ctx)
@@ -218,7 +218,7 @@ def fused_block(block: Block, img: Tensor, txt: Tensor, ctx: Context) -> tuple[T
     else:
         with inside():
             single_calls(block, (img, txt), found, ctx)
-    return img, txt
+    return block.given(img, txt)
 
 
 def single_calls(block: Block, streams: tuple[Tensor, Tensor], found: tuple[Tensor, Tensor], ctx: Context) -> None:

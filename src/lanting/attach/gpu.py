@@ -106,7 +106,7 @@ def attend(module: Attend | SingleAttend, q: Tensor, k: Tensor, v: Tensor, mask:
     return attentions.choices()(q, k, v, mask)
 
 
-def fused_block(block: Block, how: How, img: Tensor, txt: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+def fused_block(block: Block, how: How, img: Tensor, txt: Tensor, ctx: Context) -> Any:
     """`Block.forward`; where gradients are wanted the block takes that itself."""
     if img.dtype not in DTYPES or txt.dtype != img.dtype or graded(block, img):
         return type(block).forward(block, img, txt, ctx)
@@ -114,7 +114,7 @@ def fused_block(block: Block, how: How, img: Tensor, txt: Tensor, ctx: Context) 
         return computed(block, how, img, txt, ctx)
 
 
-def computed(block: Block, how: How, img: Tensor, txt: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+def computed(block: Block, how: How, img: Tensor, txt: Tensor, ctx: Context) -> Any:
     """The text's work needs a small part of the GPU: it runs beside the picture's, where that can be said."""
     split, length, device = ctx.target_tokens, txt.shape[1], img.device
     shift1, scale1, gate1, shift2, scale2, gate2 = block.img_mod(ctx.temb).chunk(6, -1)  # (B, 1 or 2, D) each
@@ -127,7 +127,7 @@ def computed(block: Block, how: How, img: Tensor, txt: Tensor, ctx: Context) -> 
     rest = Rows(out[:, length:]), Gated(img, gate1, split), (shift2, scale2), gate2
     img = second_half(attn.to_out[0], block.img_mlp, how, *rest)
     meet(device)
-    return img, txt
+    return block.given(img, txt)
 
 
 def second_half(

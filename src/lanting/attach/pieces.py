@@ -43,7 +43,8 @@ class Pieces:
     ) -> tuple[Tensor, Tensor]:
         """Blocks `first` to `last` (not included)."""
         self.noted = []
-        if repeatable(ctx.steer) and ctx.regions is None and self.recordable(img):
+        plain = ctx.regions is None and ctx.beside is None  # a chain keeps its own streams from run to run
+        if plain and repeatable(ctx.steer) and self.recordable(img):
             img, txt, *self.noted = self.recorded(img, txt, ctx, first, last)
         else:
             img, txt = through(self.stack, img, txt, ctx, first, last)

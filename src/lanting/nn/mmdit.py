@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lanting.nn.chains import Beside, Companion
 from lanting.nn.regions import Regions, attended
 from lanting.nn.rope import Grid, RopeCache, rotate
 
@@ -68,7 +69,7 @@ class Context:
     branch: str = "positive"  # which side of the guidance this is; for caches only
     steer: Steer | None = None  # a blockwise ControlNet (`nn.blockwise`); it acts behind blocks, none reads it
     regions: Regions | None = None  # several texts, each for a part of the picture; then there is no mask
-    beside: None = None  # only Qwen-Image-2.1 has such (`nn.single_stream`)
+    beside: Beside | None = None  # a ControlNet that computes along (`nn.chains`); it acts behind blocks as well
 
 
 class RMSNorm(nn.Module):
@@ -179,12 +180,16 @@ class Block(nn.Module):
         txt = txt + tgate2 * self.txt_mlp(layer_norm(txt) * (1 + tscale2) + tshift2)
         if img.dtype == torch.float16:  # the reference clips both streams in half precision, and only there
             img, txt = img.clip(-FP16_LIMIT, FP16_LIMIT), txt.clip(-FP16_LIMIT, FP16_LIMIT)
+        return self.given(img, txt)
+
+    def given(self, img: Tensor, txt: Tensor) -> Any:
+        """What `forward` gives, of both streams."""
         return img, txt
 
 
 class Stack(nn.ModuleList):
     """Blocks in order. ControlNet residuals are spread evenly over them and added behind each block; a blockwise
-    ControlNet is asked there."""
+    ControlNet is asked there, and one that computes along goes on."""
 
     def forward(self, img: Tensor, txt: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
         return through(self, img, txt, ctx)
@@ -205,6 +210,16 @@ def through(
         if ctx.beside is not None:
             img, txt = ctx.beside(i, before, (img, txt), ctx)
     return img, txt
+
+
+def both_builds(
+    steer: Steer | Companion | tuple[Steer, Companion] | None,
+) -> tuple[Steer | None, Companion | None]:
+    """Who is asked behind blocks, and who computes along."""
+    if isinstance(steer, tuple):
+        return steer
+    along = steer is not None and hasattr(steer, "begin")
+    return (None, steer) if along else (steer, None)  # type: ignore[return-value]
 
 
 class TimestepEmbedding(nn.Module):
@@ -256,12 +271,12 @@ class QwenImageTransformer(nn.Module):
         *,
         control: Sequence[Tensor] = (),
         branch: str = "positive",
-        steer: Steer | None = None,
+        steer: Steer | Companion | tuple[Steer, Companion] | None = None,
         regions: Regions | None = None,
     ) -> Tensor:
         """latents (B, N, in_channels): targets, then references, in the order of `grids`; timestep (B,) in [0, 1];
         prompt_embeds (B, T, joint_attention_dim), with `regions` all texts; prompt_mask (B, T) bool or None when
-        nothing is padded.
+        nothing is padded; steer: what ControlNets do that act inside, of either build or one of each.
         Returns (B, N, 4 * out_channels); the caller keeps the first `target_tokens`."""
         img = self.img_in(latents)  # (B, N, D)
         txt = self.txt_in(self.txt_norm(prompt_embeds))  # (B, T, D)
@@ -270,7 +285,9 @@ class QwenImageTransformer(nn.Module):
         rope = self.rope(tuple(grids), longest, img.device)
         rope = rope if regions is None else regions.rope(*rope)
         mask = None if prompt_mask is None else prompt_mask.bool()
-        ctx = Context(temb, target_tokens, rope, mask, tuple(control), branch, steer, regions)
+        behind, along = both_builds(steer)
+        beside = None if along is None else along.begin()
+        ctx = Context(temb, target_tokens, rope, mask, tuple(control), branch, behind, regions, beside)
         img, _ = self.transformer_blocks(img, txt, ctx)
         scale, shift = self.norm_out["linear"](F.silu(temb[:, :1])).chunk(2, -1)  # scale first, unlike in a block
         return self.proj_out(layer_norm(img) * (1 + scale) + shift)

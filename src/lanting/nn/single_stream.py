@@ -13,16 +13,17 @@ Shapes: B batch, N target, R reference and T text tokens, P = T + R prefix token
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lanting.nn.chains import Beside, Companion
 from lanting.nn.mmdit import FP16_LIMIT, RMSNorm, Stack
 from lanting.nn.rope import Grid, rotate
 from lanting.nn.single_layout import Layout, Turn, behind_words, check, layout, seen
@@ -80,26 +81,8 @@ class Context:
     control: tuple[Tensor, ...] = ()  # always empty; a Stack asks for it
     steer: None = None  # as well
     regions: None = None  # as well
-    beside: Callable[[int, Any, Any, Context], Any] | None = None  # a ControlNet that computes along
+    beside: Beside | None = None  # a ControlNet that computes along
     branch: str = "positive"  # which side of the guidance this is; for caches only
-
-
-class Companion(Protocol):
-    """What computes beside the blocks and is added to both streams (`nn.controlnet21.Chains`)."""
-
-    @property
-    def prefix(self) -> object:
-        """What it changes of the prefix; equal where that is the same."""
-        ...
-
-    @property
-    def blocks(self) -> int:
-        """How many of its own keep a prefix's keys and values."""
-        ...
-
-    def begin(self) -> Callable[[int, Any, Any, Context], Any]:
-        """For one pass: (index, both streams before a block, and after it, the blocks' context) -> both."""
-        ...
 
 
 class Attend(nn.Module):
