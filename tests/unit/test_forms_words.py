@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lanting.attach.quant import chooser
 from lanting.core.errors import ModelError
 from lanting.nn.affine import AffineLinear, OrderedLinear
-from lanting.nn.fourbit import DividedLinear
+from lanting.nn.fourbit import DividedLinear, Nvfp4Linear
 from lanting.nn.linears import Fp8Linear, Int8Linear, PackedLinear
 from lanting.nn.mmdit import QwenImageTransformer, TransformerConfig
 from lanting.nn.qwen_vl import QwenVL, QwenVLConfig
@@ -114,13 +114,20 @@ def fp8(tensor: Tensor, blocks: bool = False) -> tuple[State, Tensor]:
     return {"weight": codes, "weight_scale_inv" if blocks else "weight_scale": scale}, codes.float() * spread
 
 
-def nvfp4(tensor: Tensor) -> tuple[State, Tensor]:
+def nvfp4(tensor: Tensor, factor: float = 0) -> tuple[State, Tensor]:
     codes, (rows, columns) = torch.randint(16, tensor.shape), tensor.shape
     scale = torch.rand(rows, columns // 16).to(torch.float8_e4m3fn)
     parts = {"weight_packed": (codes[:, ::2] | codes[:, 1::2] << 4).to(torch.uint8), "weight_scale": scale}
     table = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
-    meant = table[codes & 7] * (1 - 2 * (codes >> 3)) * (scale.float() / 9).repeat_interleave(16, 1)
+    scale = scale.float() * factor if factor else scale.float() / 9
+    meant = table[codes & 7] * (1 - 2 * (codes >> 3)) * scale.repeat_interleave(16, 1)
     return parts | {"weight_global_scale": torch.tensor([9.0])}, meant
+
+
+def modelopt(tensor: Tensor) -> tuple[State, Tensor]:
+    parts, meant = nvfp4(tensor, 0.3)
+    numbers = {"weight_scale_2": torch.tensor(0.3), "input_scale": torch.tensor(3.0)}
+    return {"weight": parts["weight_packed"], "weight_scale": parts["weight_scale"]} | numbers, meant
 
 
 G = {"quant_method": "gptq"}
@@ -139,6 +146,7 @@ SCHEMES = {  # how one Linear is written, what config.json says, what it becomes
     "w8a8, zeros": (lambda t: int8(t, True), {}, AffineLinear, "uint8 in groups of"),
     "fp8": (fp8, {}, Fp8Linear, "fp8 e4m3 scaled"),
     "fp8, blocks": (lambda t: fp8(t, True), {"quant_method": "fp8"}, Fp8Linear, "fp8 e4m3 scaled"),
+    "modelopt": (modelopt, {"quant_method": "modelopt", "quant_algo": "NVFP4"}, Nvfp4Linear, "nvfp4, ModelOpt"),
     "nvfp4": (nvfp4, {}, DividedLinear, "nvfp4, compressed-tensors"),
 }
 
@@ -286,6 +294,7 @@ ONES = torch.ones(8, 8, dtype=torch.int32)
         ("w8a8, zeros", {"weight_zero_point": torch.ones(128, 1)}, {}, "do not fit"),
         ("nvfp4", {"weight_global_scale": torch.ones(2)}, {}, "do not fit"),
         ("nvfp4", {"weight_scale": torch.ones(128, 8)}, {}, "do not fit"),
+        ("modelopt", {}, {}, "a scheme with weight_scale_2"),
         ("fp8", {"weight_g_idx": torch.zeros(128, dtype=torch.int32)}, {}, "groups of inputs that do not stand"),
     ],
 )

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from lanting.core.errors import ModelError
 from lanting.core.lang import Phrase
 from lanting.nn.blocks import TYPES
-from lanting.weights.foreign import PACKING, as_weights
+from lanting.weights.foreign import MODELOPT, PACKING, as_weights
 from lanting.weights.headers import TensorInfo, read_file
 from lanting.weights.mlx import translated
 from lanting.weights.svdq import named
@@ -206,6 +206,8 @@ def open_component(folder: Path) -> Checkpoint:
     found, config = as_weights(named(_tensors_of(folder))), folder / "config.json"
     told = read_json(config) if config.is_file() else {}
     packing = told.get(PACKING, told.get("quantization"))  # mlx's word
+    if packing is None and (apart := folder / "hf_quant_config.json").is_file():  # ModelOpt's older ones
+        packing = {"quant_method": MODELOPT, **read_json(apart)}
     noted = {PACKING: json.dumps(packing)} if isinstance(packing, dict) else {}
     return translated(replace(found, metadata={**found.metadata, **noted}))
 

@@ -95,7 +95,7 @@ def few_bits(form: Form, parts: Parts) -> dict[str, Tensor]:
         return {"weight": weight, "weight_scale": torch.exp2(scale.float() - 127).bfloat16()}
     weight = weight << 4 | weight >> 4
     if form.kind == "nvfp4":
-        every = parts[DIVISOR].float().reshape(())
+        every = parts[DIVISOR if DIVISOR in parts else SECOND].float().reshape(())
         return {"weight": weight, "weight_scale": scale.view(torch.uint8), SECOND: every}
     table = small_floats(torch.arange(16), exponent=2, mantissa=1)
     return {"weight": weight, "quant_map": table, "absmax": torch.exp2(scale.float() - 127).flatten()}

@@ -3,7 +3,8 @@
     pack-quantized   codes (out, in b / 32 words), scales (out, groups), the shape as numbers, maybe zeros (out b / 32
                      words, groups) and the group of each input
     int-quantized    signed bytes and scales, as our int8; with zeros beside them they are codes of 8 bits
-    nvfp4, mxfp4     codes (out, in / 2), scales in rows, for NVFP4 a number that divides them
+    nvfp4, mxfp4     codes (out, in / 2), scales in rows, for NVFP4 a number that divides them; NVIDIA's ModelOpt writes
+                     the same with one that multiplies them
     mxfp8            8-bit floats with exponents for scales, in rows
 float-quantized, and int-quantized without zeros, are what `weights.forms` reads anyway. Scales of inputs are left.
 Source: compressed-tensors 0.20.1 (`compressors`), and versions before 0.12 for the groups of inputs.
@@ -15,13 +16,15 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from lanting.core.lang import Phrase
-from lanting.weights.foreign import packing_of, unreadable
+from lanting.weights.foreign import MODELOPT, packing_of, unreadable
 from lanting.weights.words import SCALES, WORD, Words, held_bytes, misfits, numbers, order, signed
 
 if TYPE_CHECKING:
     from lanting.weights.checkpoint import Checkpoint
 
 COMPRESSED, BYTES, FLOATS = "compressed-tensors", "compressed-tensors int8", "compressed-tensors floats"
+OPTIMIZED = "ModelOpt"
+FACTOR = "weight_scale_2"
 DIVISOR, GROUPS = "weight_global_scale", "weight_g_idx"
 TILE, SMALL_TILE = 32, 16  # inputs that share a scale: of MX floats, of NVFP4
 
@@ -39,6 +42,8 @@ def compressed(checkpoint: Checkpoint, path: str, noted: bool) -> Words | None:
         return _bytes(checkpoint, path)
     if f"{path}.{GROUPS}" in checkpoint.infos:
         raise unreadable(checkpoint, path, Phrase("floats in groups of inputs that do not stand together"))
+    if f"{path}.{FACTOR}" in checkpoint.infos and packing_of(checkpoint).get("quant_method") == MODELOPT:
+        return _floats(checkpoint, path)
     if f"{path}.{DIVISOR}" in checkpoint.infos or (code in ("U8", "F8_E4M3") and scales.dtype == "U8"):
         return _floats(checkpoint, path)
     return None
@@ -87,7 +92,8 @@ def _bytes(checkpoint: Checkpoint, path: str) -> Words:
 def _floats(checkpoint: Checkpoint, path: str) -> Words:
     """Floats of 4 or 8 bits with an 8-bit scale for every few."""
     code, scale = checkpoint.infos[f"{path}.weight"], checkpoint.infos[f"{path}.weight_scale"]
-    divisor = checkpoint.infos.get(f"{path}.{DIVISOR}")
+    number = DIVISOR if f"{path}.{DIVISOR}" in checkpoint.infos else FACTOR
+    divisor = checkpoint.infos.get(f"{path}.{number}")
     kind = "nvfp4" if divisor is not None else "fp4" if code.dtype == "U8" else "mxfp8"
     group, wanted = (SMALL_TILE, "F8_E4M3") if divisor is not None else (TILE, "U8")
     rows, columns = code.shape[0], code.shape[1] * (1 if kind == "mxfp8" else 2)
@@ -98,11 +104,12 @@ def _floats(checkpoint: Checkpoint, path: str) -> Words:
     if divisor is not None:
         if divisor.count != 1 or divisor.dtype not in SCALES:
             raise misfits(checkpoint, path)
-        names[DIVISOR] = f"{path}.{DIVISOR}"
+        names[number] = f"{path}.{number}"
     each = {"nvfp4": 1, "fp4": 4, "mxfp8": 2}[kind]
     held = code.size + rows * (columns // group) * each
     shared = (rows, columns // group)
-    return Words(kind, (rows, columns), group if kind == "fp4" else 0, FLOATS, names, held, shared)
+    layout = OPTIMIZED if FACTOR in names else FLOATS
+    return Words(kind, (rows, columns), group if kind == "fp4" else 0, layout, names, held, shared)
 
 
 def _said_bits(packing: Mapping[str, Any]) -> set[int]:

@@ -19,10 +19,12 @@ if TYPE_CHECKING:
 PACKING = (
     "quantization_config"  # in a folder's config.json, and then as JSON in `Checkpoint.metadata`: how all are packed
 )
+MODELOPT = "modelopt"  # NVIDIA's, as `quant_method`
 CODES = {"qweight": "scales", "weight_packed": "weight_scale"}  # what codes are called -> what is beside them then
 SIDES = (  # beside them, and no part of the network
     *("qzeros", "scales", "g_idx"),
     *("weight_shape", "weight_zero_point", "weight_g_idx", "weight_global_scale"),
+    *("q_scale", "k_scale", "v_scale"),  # for caches of few bits
     *("input_global_scale", "input_zero_point", "output_scale", "output_zero_point"),  # for kernels of few-bit inputs
 )
 REFUSED = {  # a tensor that only one program writes -> its scheme, which nothing here reads

@@ -29,8 +29,8 @@ from lanting.core.lang import Phrase
 from lanting.nn.blocks import TYPES
 from lanting.weights import bnb, mlx, sdnq, svdq
 from lanting.weights.checkpoint import Checkpoint
-from lanting.weights.compressed import COMPRESSED, compressed
-from lanting.weights.foreign import REFUSED
+from lanting.weights.compressed import COMPRESSED, OPTIMIZED, compressed
+from lanting.weights.foreign import MODELOPT, REFUSED, packing_of
 from lanting.weights.foreign import SIDES as FOREIGN_SIDES
 from lanting.weights.foreign import unreadable as _unreadable
 from lanting.weights.headers import TensorInfo
@@ -95,7 +95,7 @@ class Form:
         scaled = " scaled" if self.kind.startswith("fp8") and self.scale is not None else ""
         grouped = f" in groups of {self.group}" if self.group else ""
         program = self.layout.partition(" ")[0]
-        told = f", {program}" if program in (AWQ, GPTQ, COMPRESSED, sdnq.SDNQ) else ""
+        told = f", {program}" if program in (AWQ, GPTQ, COMPRESSED, OPTIMIZED, sdnq.SDNQ) else ""
         return (self.numbers or self.kind) + scaled + grouped + (" rotated" if self.rotate else "") + thin + told
 
 
@@ -105,13 +105,14 @@ def read_forms(checkpoint: Checkpoint) -> dict[str, Form]:
     Raises ModelError for schemes this version can't read.
     """
     notes = schemes(checkpoint)
+    in_rows = packing_of(checkpoint).get("quant_method") == MODELOPT
     forms: dict[str, Form] = {}
     for name, info in checkpoint.infos.items():
         path, dot, part = name.rpartition(".")
         scheme = notes.get(path, {}).get("format")
         if dot and part in REFUSED and f"{path}.weight" not in checkpoint.infos:
             raise _unreadable(checkpoint, path, REFUSED[part])
-        if part in UNKNOWN or (part == SECOND and scheme != "nvfp4"):
+        if part in UNKNOWN or (part == SECOND and scheme != "nvfp4" and not in_rows):
             raise _unreadable(checkpoint, path, str(scheme) if scheme else Phrase("a scheme with {part}", part=part))
         if dot and part == "weight" and f"{path}.scale" in checkpoint.infos:
             if (found := sdnq.numbered(checkpoint, path)) is not None:

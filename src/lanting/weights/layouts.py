@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from torch import Tensor
 
 from lanting.weights import codes, ordered, svdq, svdq_tiles
-from lanting.weights.compressed import BYTES, COMPRESSED, FLOATS
+from lanting.weights.compressed import BYTES, COMPRESSED, FLOATS, OPTIMIZED
 from lanting.weights.forms import Form
 from lanting.weights.sdnq import SDNQ, TURNED
 from lanting.weights.words import AWQ, GPTQ, GPTQ_V2
@@ -31,6 +31,7 @@ LAYOUTS: dict[str, Callable[[Form, Parts], dict[str, Tensor]]] = {
     COMPRESSED: codes.compressed,
     BYTES: codes.whole_numbers,
     FLOATS: codes.few_bits,
+    OPTIMIZED: codes.few_bits,
 }
 """Layout -> (a form, its parts by the names they have in `Form.names`) -> the Linear's buffers; the bias only where the
 form names one."""
