@@ -94,7 +94,7 @@ def packed_as(checkpoint: Checkpoint, path: str, layout: str) -> Packed:
     packed, wanted = (_modulation if layout in (ROWS, SIX) else _low_rank)(there)
     rows, columns = packed.shape
     sides = {PLAIN: (TILE, TILE), SHIFTED: (TILE, TILE), ROWS: (4, GROUP), SIX: (6 * 4, GROUP)}[layout]
-    odd = [part for part, (types, count) in wanted.items() if not _fits(there.get(part), types, count)]
+    odd = [part for part, (types, size) in wanted.items() if not _fits(there.get(part), types, size)]
     odd = ["qweight"] if not rows or not columns or rows % sides[0] or columns % sides[1] else odd
     if odd:
         raise ModelError(
@@ -104,43 +104,43 @@ def packed_as(checkpoint: Checkpoint, path: str, layout: str) -> Packed:
     return packed
 
 
-def _low_rank(there: Mapping[str, TensorInfo]) -> tuple[Packed, dict[str, tuple[tuple[str, ...], int]]]:
-    """With a low rank; and of each part the types and the count that it must have."""
+Wanted = dict[str, tuple[tuple[str, ...], int | tuple[int, ...]]]
+"""Part -> the types it may have, and its count or its shape."""
+
+
+def _low_rank(there: Mapping[str, TensorInfo]) -> tuple[Packed, Wanted]:
+    """With a low rank; and what each part must be."""
     rows, half = there["weight"].shape
     small = "wscales" in there and there["wscales"].dtype == "F8_E4M3"
     group = SMALL_GROUP if small else GROUP
     down = there.get("proj_down")
     rank = down.shape[1] if down is not None and len(down.shape) == 2 and down.shape[1] % PACK == 0 else 0
-    wanted: dict[str, tuple[tuple[str, ...], int]] = {
+    wanted: Wanted = {
         "weight": (("I8", "U8"), rows * half),
         "wscales": (("F8_E4M3",) if small else HALVES, rows * 2 * half // group),
         "smooth_factor": (FLOATS, 2 * half),
-        "proj_down": (FLOATS, 2 * half * rank if rank else -1),
-        "proj_up": (FLOATS, rows * rank),
+        "proj_down": (FLOATS, (2 * half, rank) if rank else -1),
+        "proj_up": (FLOATS, (rows, rank)),
     }
     optional = {"bias": rows, "wcscales": rows if small else -1, "wtscale": 1 if small else -1}
     wanted |= {part: (FLOATS, count) for part, count in optional.items() if part in there}
     return Packed("nvfp4" if small else "int4", (rows, 2 * half), group, rank, tuple(wanted)), wanted
 
 
-def _modulation(there: Mapping[str, TensorInfo]) -> tuple[Packed, dict[str, tuple[tuple[str, ...], int]]]:
+def _modulation(there: Mapping[str, TensorInfo]) -> tuple[Packed, Wanted]:
     """Without. Scales may be more than there are groups: older writers fill up."""
     quarter, half = there["weight"].shape
     rows, columns = 4 * quarter, 2 * half
     scales = there["wscales"].shape if "wscales" in there else (0,)
     fit = len(scales) == 2 and scales[-1] == rows and scales[0] * GROUP >= columns
-    count = scales[0] * rows if fit else -1
-    wanted: dict[str, tuple[tuple[str, ...], int]] = {
-        "weight": (("I32",), quarter * half),
-        "wscales": (HALVES, count),
-        "wzeros": (HALVES, count),
-    }
-    wanted |= {"bias": (FLOATS, rows)} if "bias" in there else {}
+    wanted: Wanted = {"weight": (("I32",), quarter * half)}
+    wanted |= dict.fromkeys(("wscales", "wzeros"), (HALVES, scales if fit else -1))
+    wanted |= {"bias": (FLOATS, (rows,))} if "bias" in there else {}
     return Packed("uint4", (rows, columns), GROUP, 0, tuple(wanted)), wanted
 
 
-def _fits(info: TensorInfo | None, types: tuple[str, ...], count: int) -> bool:
-    return info is not None and info.dtype in types and info.count == count
+def _fits(info: TensorInfo | None, types: tuple[str, ...], wanted: int | tuple[int, ...]) -> bool:
+    return info is not None and info.dtype in types and wanted in (info.count, info.shape)
 
 
 def _layout(infos: Mapping[str, TensorInfo], path: str, whole: bool) -> str:
