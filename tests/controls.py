@@ -1,4 +1,4 @@
-"""ControlNets with random weights, as files that people have: blockwise ones, 2.1's, InstantX's without a folder."""
+"""ControlNets with random weights, as files that people have: blockwise, VideoX-Fun's, InstantX's without a folder."""
 
 from __future__ import annotations
 
@@ -44,6 +44,29 @@ def chain(blocks: int = 1, width: int = 64, head: int = 32, channels: int = 17) 
         for name in ("proj", "gate_layer"):
             found |= linear(f"{path}.img_mlp.{name}", 3 * width, width)
         found |= linear(f"{path}.img_mlp.out", width, 3 * width) | linear(f"{path}.after_proj", width, width, bias=True)
+    return found
+
+
+def fun(blocks: int = 2, width: int = 32, head: int = 16, channels: int = 132) -> dict[str, Tensor]:
+    """The tensors of a net for Qwen-Image, under VideoX-Fun's names; both streams in every block."""
+    draw = torch.Generator().manual_seed(blocks + width + channels)
+
+    def linear(name: str, out: int, inputs: int, size: float = 0.7) -> dict[str, Tensor]:
+        weight = size * inputs**-0.5 * torch.randn(out, inputs, generator=draw)
+        return {f"{name}.weight": weight, f"{name}.bias": 0.2 * torch.randn(out, generator=draw)}
+
+    found = linear("control_img_in", width, channels) | linear("control_blocks.0.before_proj", width, width)
+    for index in range(blocks):
+        path = f"control_blocks.{index}"
+        for name in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"):
+            found |= linear(f"{path}.attn.{name}", width, width)
+        for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
+            found[f"{path}.attn.{name}.weight"] = 1 + 0.3 * torch.randn(head, generator=draw)
+        for stream in ("img", "txt"):
+            found |= linear(f"{path}.{stream}_mod.1", 6 * width, width)
+            found |= linear(f"{path}.{stream}_mlp.net.0.proj", 4 * width, width)
+            found |= linear(f"{path}.{stream}_mlp.net.2", width, 4 * width)
+        found |= linear(f"{path}.after_proj", width, width)
     return found
 
 

@@ -314,6 +314,8 @@ def test_grey_of_a_mask_is_told_to_those_who_know_it():
     """DiffSynth's net reads it as it is; the hole has an edge half-way for both."""
 
     class Behind:
+        along = False
+
         def steer(self, hints, beside=()):
             self.hints = hints
             return lambda index, img, target_tokens: img

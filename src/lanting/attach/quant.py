@@ -39,8 +39,8 @@ TABLE: dict[str, tuple[Row, ...]] = {
     "controlnet": (
         Row(r"controlnet_blocks\.\d+\.(input|output)_proj", True, "the bulk of a blockwise net"),
         Row(r"controlnet_.*", False, "residuals and control pictures pass through them once"),
-        Row(r"control_blocks\.\d+\.(before|after)_proj", False, "the same of a net of 2.1's"),
-        Row(r"control_blocks\..*", True, "the bulk of such a net"),
+        Row(r"control_blocks\.\d+\.(before|after)_proj", False, "the same of a chain"),
+        Row(r"control_blocks\..*", True, "the bulk of a chain; modulations as in the transformer"),
         Row(r"transformer_blocks\..*", True, "as in the transformer"),
     ),
     "text_encoder": (

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from lanting.core.errors import ModelError, RequestError
 from lanting.core.types import Request
-from lanting.specs.settle import check_mask_size
+from lanting.specs.settle import check_mask_size, repainting
 
 if TYPE_CHECKING:
     from lanting.engine.models import Models
@@ -21,14 +21,12 @@ def check_control(request: Request, models: Models) -> Request:
         return _check_in_context(request, models)
     if not nets:
         raise ModelError("{task} needs a ControlNet: open the model together with one", task=task)
-    if nets[0].chain:  # all are: they are of the model's family
-        return _check_chains(request, models)
-    given, masked = len(request.images), [net for net in nets if net.masked]
     _check_count(request, models)
+    given, masked, chains = len(request.images), [net for net in nets if net.masked], [net for net in nets if net.chain]
     if masked and task == "controlnet":
         name = masked[0].path.name
         raise RequestError("the ControlNet {name} repaints: give it a mask, white where to draw", name=name)
-    if not masked and task == "controlnet_inpaint":
+    if not (masked or chains) and task == "controlnet_inpaint":
         names = ", ".join(net.path.name for net in nets)
         raise RequestError("the ControlNet {name} reads no mask: leave it out", name=names)
     if masked and len(nets) == 1 and given > 1:
@@ -36,9 +34,10 @@ def check_control(request: Request, models: Models) -> Request:
             "the ControlNet {name} repaints one picture, and {given} were given", name=nets[0].path.name, given=given
         )
     if request.mask is not None:
-        for net, image in zip(nets, request.images, strict=False):
-            if net.masked:
-                check_mask_size(request.mask, image)
+        for number in repainting([net.masked for net in nets], [net.chain for net in nets]):
+            check_mask_size(request.mask, request.images[number])
+        if chains and len(nets) == 1:
+            _check_both(request, nets[0].path.name)
     return request
 
 
@@ -63,22 +62,17 @@ def _check_count(request: Request, models: Models) -> None:
         )
 
 
-def _check_chains(request: Request, models: Models) -> Request:
-    """As `check_control`, for 2.1's nets: with a mask the first picture is repainted, others are followed."""
-    _check_count(request, models)
-    if request.mask is None:
-        return request
-    check_mask_size(request.mask, request.images[0])
-    name, given = models.controls[0].path.name, len(request.images)
-    if len(models.controls) == 1 and given > 2:
+def _check_both(request: Request, name: str) -> None:
+    """Of one net of VideoX-Fun's under a mask: the first picture is repainted, and another followed in it."""
+    given = len(request.images)
+    if given > 2:
         raise RequestError(
             "the ControlNet {name} repaints one picture and follows one in it, and {given} were given",
             **{"name": name, "given": given},
         )
     every = (request.options.get(option) for option in ("control_scale", "control_start", "control_end"))
-    if len(models.controls) == 1 and any(isinstance(value, list | tuple) and len(value) > 1 for value in every):
+    if any(isinstance(value, list | tuple) and len(value) > 1 for value in every):
         raise RequestError("the ControlNet {name} reads both pictures at once: give one number for both", name=name)
-    return request
 
 
 def check_devices(models: Models) -> None:

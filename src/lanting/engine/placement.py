@@ -18,7 +18,7 @@ from lanting.attach.parts import Part
 from lanting.attach.stream import Mapped, Slots, Streamer
 from lanting.engine.compute import has_kernels
 from lanting.nn.blockwise import BlockwiseControlNet
-from lanting.nn.controlnet21 import QwenImage21ControlNet
+from lanting.nn.chains import ChainNet
 from lanting.plan import Plan
 from lanting.weights.stored import Stored
 
@@ -132,11 +132,11 @@ def place_transformer(stored: Stored[M], plan: Plan | None) -> Placed[M]:
 
 
 def place_controlnet(stored: Stored[M], plan: Plan | None) -> Placed[M]:
-    """A ControlNet is a tenth of a transformer (2.1's half of one) and stays; its modulation, which blockwise ones and
-    2.1's haven't, is tabulated where the transformer's is."""
+    """A ControlNet is a tenth of a transformer (2.1's half of one) and stays; the modulation of InstantX's is tabulated
+    where the transformer's is. (Blockwise ones and 2.1's have none, and other chains no embedding of the time.)"""
     if isinstance(stored.module, BlockwiseControlNet):
         return Placed(stored, "controlnet_blocks")
-    if isinstance(stored.module, QwenImage21ControlNet):
+    if isinstance(stored.module, ChainNet):
         return Placed(stored, "control_blocks")
     return Placed(stored, "transformer_blocks", table=plan is not None and plan.modulation_table)
 

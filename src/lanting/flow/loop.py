@@ -83,8 +83,7 @@ class Regional:
 
 # residuals(target latents, timestep, sigma, prompt, grids), or nothing while the net is not active
 Control = Callable[[Tensor, Tensor, Tensor, Conditioning, Sequence[Grid]], Sequence[Tensor]]
-Steer = Callable[[int, Tensor, int], Tensor]  # what a model does behind its blocks, see `lanting.nn.mmdit.Steer`
-Steering = Callable[[Tensor], Steer | None]  # that of a noise level; None while nothing is active
+Steering = Callable[[Tensor], Any]  # a model's `steer` (`lanting.nn.mmdit`) at a noise level; None: nothing is active
 
 
 @dataclass(frozen=True)

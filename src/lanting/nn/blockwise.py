@@ -43,6 +43,8 @@ class BlockwiseBlock(nn.Module):
 class BlockwiseControlNet(nn.Module):
     """Corrections for the target's tokens."""
 
+    along = False  # it is asked behind blocks (`nn.chains` says what is not)
+
     def __init__(self, config: BlockwiseConfig):
         super().__init__()
         self.config = config

@@ -66,6 +66,8 @@ class ChainNet(nn.Module):
     control_in_dim   channels of a hint: twice a picture's latents and a mask
     """
 
+    along = True  # it computes beside the blocks, and not behind them
+
     def __init__(self, config: Shape, block: Callable[[Any, bool], nn.Module]):
         super().__init__()
         self.config: Any = config

@@ -7,6 +7,7 @@ Settling a settled request changes nothing.
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -163,6 +164,13 @@ def check_mask_size(mask: Image, picture: Image) -> None:
         raise RequestError(
             "the mask is {mask} and the picture {picture}: make them the same size", mask=ours, picture=theirs
         )
+
+
+def repainting(masked: Sequence[bool], either: Sequence[bool]) -> set[int]:
+    """Which of several ControlNets, by number, repaint their pictures under a mask: those that can do nothing else;
+    without such the first one that can do either."""
+    only = {number for number, one in enumerate(masked) if one}
+    return only or {number for number, one in enumerate(either) if one and not any(either[:number])}
 
 
 def _brightest(mask: Image) -> int:

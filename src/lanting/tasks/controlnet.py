@@ -1,9 +1,10 @@
 """Follow the structure of a picture (edges, depth, pose) through a ControlNet's residuals.
 
 Union: every picture of the request is a control picture. Inpainting: the picture with a hole, and the hole as
-a 17th latent channel. 2.1's nets do either, and both in one. Of several nets each has its own picture, in order, and
-what they say is added up. Control is data of the canvas, so it combines with any other task by `replace`. Nets of all
-builds are asked for the same things; those that hang on the blocks act at the steps at which DiffSynth has them act.
+a 17th latent channel. VideoX-Fun's nets do either, and both in one. Of several nets each has its own picture, in
+order, and what they say is added up. Control is data of the canvas, so it combines with any other task by `replace`.
+Nets of all builds are asked for the same things; those that hang on the blocks act at the steps at which DiffSynth has
+them act.
 In context there is no net: a LoRA has taught the transformer to follow a picture that stands behind the target.
 """
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,8 @@ from torch import Tensor
 from lanting.core import ModelError, Request, RequestError
 from lanting.core.types import prompts_of
 from lanting.flow.latents import opaque, pack
-from lanting.flow.loop import Canvas, Conditioning, Control, Grid, Steer, Steering
+from lanting.flow.loop import Canvas, Conditioning, Control, Grid, Steering
+from lanting.specs.settle import repainting
 from lanting.tasks.pictures import Size, levels_of, mask_of, pixels_of
 from lanting.tasks.studio import Blockwise, Guide, Residuals, Studio, begin, look_at, size_of
 
@@ -49,18 +51,16 @@ def controlnet_inpaint(studio: Studio, request: Request) -> Canvas:
         raise RequestError("{task} needs a mask: a picture that is white where to draw anew", task=request.task)
     size, guides = size_of(request), guides_for(studio, request)
     pairs = list(zip(guides, request.images, strict=True))
-    if guides[0].both:
-        alone = len(studio.guides) == 1  # then a second picture is followed in the first one's hole
-        beside = request.images[1] if alone and len(pairs) > 1 else None
-        first = side_by_side(studio, beside, (request.images[0], request.mask), size)
-        others = [] if alone else pairs[1:]
-        parts = [(guides[0], first), *((guide, followed(studio, guide, image, size)) for guide, image in others)]
-        return with_control(studio, request, parts)
+    if guides[0].both and len(studio.guides) == 1:  # a second picture is followed in the first one's hole
+        beside = request.images[1] if len(pairs) > 1 else None
+        hint = side_by_side(studio, beside, (request.images[0], request.mask), size)
+        return with_control(studio, request, [(guides[0], hint)])
+    painters = repainting([guide.masked for guide in guides], [guide.both for guide in guides])
     parts = [
-        (guide, hole_in(studio, image, request.mask, size, soft=isinstance(guide.net, Blockwise)))
-        if guide.masked
+        (guide, repainted(studio, guide, image, request.mask, size))
+        if number in painters
         else (guide, followed(studio, guide, image, size))
-        for guide, image in pairs
+        for number, (guide, image) in enumerate(pairs)
     ]
     return with_control(studio, request, parts)
 
@@ -70,18 +70,26 @@ def followed(studio: Studio, guide: Guide, picture: Image, size: Size) -> Tensor
     return side_by_side(studio, picture, None, size) if guide.both else look_at(studio, picture, size).data
 
 
+def repainted(studio: Studio, guide: Guide, picture: Image, mask: Image, size: Size) -> Tensor:
+    """What a net sees of a picture that it repaints: (1, N, C)"""
+    if guide.both:
+        return side_by_side(studio, None, (picture, mask), size)
+    return hole_in(studio, picture, mask, size, soft=isinstance(guide.net, Blockwise))
+
+
 def side_by_side(studio: Studio, picture: Image | None, hole: tuple[Image, Image] | None, size: Size) -> Tensor:
-    """What a net of 2.1's sees: (1, N, 2 z + 1). Latents of the picture that it follows; 1 where the other picture is
-    known; latents of that, mid-grey where the mask of `hole` is white. Zeros for what is missing. Both are opaque."""
+    """What a net of VideoX-Fun's sees: (1, N, 2 z + 1), or 4 times as much of packed latents. Latents of the picture
+    that it follows; 1 where the other picture is known; latents of that, mid-grey where the mask of `hole` is white.
+    Zeros for what is missing. Both are opaque."""
     codec = studio.codec
-    shape = (1, codec.channels, *(side // codec.stride for side in size[::-1]))  # (1, z, H/16, W/16)
+    shape = (1, codec.channels, *(side // codec.stride for side in size[::-1]))  # (1, z, h, w)
     nothing = torch.zeros(shape)
-    follow = nothing if picture is None else codec.latents(opaque(pixels_of(picture, size)))
+    follow = nothing if picture is None else codec.latents(opaque(pixels_of(picture, size), codec.pixel_channels))
     known, rest = nothing[:, :1], nothing
     if hole is not None:
         source, mask = hole
         white = mask_of(mask, size)  # (1, 1, H, W)
-        rest = codec.latents(opaque(pixels_of(source, size) * (1 - white)))
+        rest = codec.latents(opaque(pixels_of(source, size) * (1 - white), codec.pixel_channels))
         known = 1 - F.interpolate(white, size=shape[2:])
     latents = torch.cat([part.to(studio.device) for part in (follow, known, rest)], 1)
     return pack(latents, codec.patch).to(studio.dtype)
@@ -135,15 +143,19 @@ def in_context(studio: Studio, request: Request) -> Canvas:
 def steering(parts: Sequence[tuple[Blockwise, Part]]) -> Steering:
     """As `steer`, for nets that are asked block by block."""
 
-    def at(sigma: Tensor) -> Steer | None:
+    def at(sigma: Tensor) -> Any:
         active = [
             (net, hint, scale) for net, (hint, scale, (low, high)) in parts if scale and low <= float(sigma) <= high
         ]
-        if not active:
-            return None
-        first = active[0][0]
-        own = [(hint, scale) for net, hint, scale in active if net is first]
-        return first.steer(own, [part for part in active if part[0] is not first])
+        builds: dict[bool, list[tuple[Blockwise, Tensor, float]]] = {}
+        for part in active:  # nets that are asked behind blocks come first, then those that compute along
+            builds.setdefault(part[0].along, []).append(part)
+        found: list[Any] = []
+        for _, one in sorted(builds.items()):
+            first = one[0][0]
+            own = [(hint, scale) for net, hint, scale in one if net is first]
+            found.append(first.steer(own, [part for part in one if part[0] is not first]))
+        return tuple(found) if len(found) > 1 else next(iter(found), None)
 
     return at
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch import Tensor
 from lanting.core import Request
 from lanting.core.types import prompts_of
 from lanting.flow.latents import LatentCodec
-from lanting.flow.loop import Canvas, Conditioning, Grid, Regional, Steer, Tokens
+from lanting.flow.loop import Canvas, Conditioning, Grid, Regional, Tokens
 from lanting.flow.schedule import Schedule
 from lanting.specs import ModelSpec
 from lanting.specs.regions import covered
@@ -32,11 +32,16 @@ Residuals = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, Sequence[Gr
 
 @runtime_checkable
 class Blockwise(Protocol):
-    """A ControlNet that is asked behind blocks of the transformer, see `lanting.nn.blockwise`, `nn.controlnet21`."""
+    """A ControlNet that is asked behind blocks of the transformer, see `lanting.nn.blockwise`, `nn.chains`."""
+
+    @property
+    def along(self) -> bool:
+        """It computes beside the blocks, and is not only asked behind them: who steers knows one of each."""
+        ...
 
     def steer(
         self, hints: Sequence[tuple[Tensor, float]], beside: Sequence[tuple[Blockwise, Tensor, float]] = ()
-    ) -> Steer:
+    ) -> Any:
         """From (control latents, scale) of each control picture, and of those that other nets follow."""
         ...
 
@@ -49,7 +54,7 @@ class Guide:
     """A ControlNet, and what it reads.
 
     masked  it repaints: it reads a picture with a hole, and where that is
-    both    it reads a picture to follow, and beside it such a one, of which either may be missing (2.1's)
+    both    it reads a picture to follow, and beside it such a one, of which either may be missing (VideoX-Fun's)
     """
 
     net: ControlNet

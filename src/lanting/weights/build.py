@@ -15,6 +15,7 @@ from lanting.core.errors import ModelError
 from lanting.nn.blockwise import BlockwiseConfig, BlockwiseControlNet
 from lanting.nn.controlnet import ControlNetConfig, QwenImageControlNet
 from lanting.nn.controlnet21 import ControlNet21Config, QwenImage21ControlNet
+from lanting.nn.controlnet_fun import FunConfig, QwenImageFunControlNet
 from lanting.nn.mmdit import QwenImageTransformer, TransformerConfig
 from lanting.nn.qwen3_vl import Qwen3VL, Qwen3VLConfig
 from lanting.nn.qwen_vl import QwenVL, QwenVLConfig
@@ -23,12 +24,12 @@ from lanting.nn.vae import AutoencoderKLQwenImage, VAEConfig, to_image_weights
 from lanting.nn.vae21 import AutoencoderKLQwenImage21, VAE21Config
 from lanting.specs.detect import SINGLE_STREAM
 from lanting.weights.checkpoint import Checkpoint
-from lanting.weights.configs import BLOCKWISE, CHAIN
+from lanting.weights.configs import BLOCKWISE, CHAIN, FUN
 from lanting.weights.stored import Placing, Stored, construct, fill
 
 Transformer = QwenImageTransformer | QwenImage21Transformer
 TextEncoder = QwenVL | Qwen3VL
-ControlNet = QwenImageControlNet | BlockwiseControlNet | QwenImage21ControlNet
+ControlNet = QwenImageControlNet | BlockwiseControlNet | QwenImageFunControlNet | QwenImage21ControlNet
 FEW = 64  # blocks that any config may ask for
 
 
@@ -45,7 +46,7 @@ def check_depth(config: Mapping[str, Any], checkpoint: Checkpoint) -> None:
                 )
 
 
-C = TypeVar("C", TransformerConfig, SingleStreamConfig, ControlNet21Config)
+C = TypeVar("C", TransformerConfig, SingleStreamConfig, FunConfig, ControlNet21Config)
 
 
 def positioned(config: C) -> C:
@@ -68,8 +69,8 @@ def store_transformer(checkpoint: Checkpoint, config: Mapping[str, Any], placing
 
 
 def store_controlnet(checkpoint: Checkpoint, config: Mapping[str, Any], placing: Placing) -> Stored[ControlNet]:
-    """InstantX's (Union: 5 blocks, Inpainting: 6 blocks and a mask channel), DiffSynth's blockwise or Qwen-Image-2.1's,
-    still empty."""
+    """InstantX's (Union: 5 blocks, Inpainting: 6 blocks and a mask channel), DiffSynth's blockwise or VideoX-Fun's,
+    that for Qwen-Image-2.1 among them; still empty."""
     check_depth(config, checkpoint)
 
     def make() -> ControlNet:
@@ -78,6 +79,8 @@ def store_controlnet(checkpoint: Checkpoint, config: Mapping[str, Any], placing:
             return BlockwiseControlNet(BlockwiseConfig(*sides))
         if config.get("_class_name") == CHAIN:
             return QwenImage21ControlNet(positioned(ControlNet21Config.from_dict(config)))
+        if config.get("_class_name") == FUN:
+            return QwenImageFunControlNet(positioned(FunConfig.from_dict(config)))
         return QwenImageControlNet(ControlNetConfig.from_dict(config))
 
     return Stored(construct(make, checkpoint.label), checkpoint, placing)

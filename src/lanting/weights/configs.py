@@ -36,7 +36,8 @@ SCHEDULER: dict[str, Any] = {  # of every release; distilled ones replace parts 
     "use_karras_sigmas": False,
 }
 BLOCKWISE = "QwenImageBlockWiseControlNet"  # what DiffSynth calls the class; its repositories have no config.json
-CHAIN = "QwenImage21ControlNet"  # the same for Qwen-Image-2.1's; behind which blocks it is added, nothing in it tells
+CHAIN = "QwenImage21ControlNet"  # VideoX-Fun's for 2.1; behind which blocks it is added, nothing in it tells
+FUN = "QwenImageFunControlNet"  # and for the first family
 VISION_HEAD = 80  # width of a vision head in every Qwen2.5-VL
 QWEN3_VISION_HEAD = 72  # and in Qwen3-VL-8B
 
@@ -172,17 +173,19 @@ def _controlnet(sides: Sides) -> dict[str, Any]:
 
 
 def _chain(sides: Sides) -> dict[str, Any]:
-    """Qwen-Image-2.1's ControlNet."""
+    """VideoX-Fun's ControlNets."""
     width, channels = sides["control_img_in.weight"]
     (head,) = sides["control_blocks.0.attn.norm_q.weight"]
-    return {
-        "_class_name": CHAIN,
+    found: dict[str, Any] = {
+        "_class_name": FUN,
         "control_blocks": sides.blocks("control_blocks."),
         "num_attention_heads": width // head,
         "attention_head_dim": head,
-        "mlp_ratio": sides["control_blocks.0.img_mlp.out.weight"][1] // width,
         "control_in_dim": channels,
     }
+    if "control_blocks.0.img_mod.1.weight" in sides:
+        return found
+    return {**found, "_class_name": CHAIN, "mlp_ratio": sides["control_blocks.0.img_mlp.out.weight"][1] // width}
 
 
 def _vae(sides: Sides) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""ControlNets as people have them: a folder or a single file, of InstantX's kind, blockwise or Qwen-Image-2.1's.
+"""ControlNets as people have them: a folder or a single file, of InstantX's kind, blockwise or VideoX-Fun's.
 
 InstantX publishes folders in diffusers' layout; ComfyUI's users have the same tensors as one file without a config,
 safetensors or GGUF, bare or behind a prefix. DiffSynth publishes one `model.safetensors`, which ComfyUI keeps as a
-model patch under the same names, and so it does with VideoX-Fun's for 2.1. No flag says which it is: the names do, and
+model patch under the same names, and so it does with VideoX-Fun's. No flag says which it is: the names do, and
 the shapes tell depth, width and whether a mask is read. No torch: `lanting replay` and `show` ask here, too. Whether a
 net fits a model is told before any weight is read.
 """
@@ -18,7 +18,7 @@ from lanting.core.errors import ModelError
 from lanting.core.lang import Phrase
 from lanting.specs.detect import SINGLE_STREAM
 from lanting.weights.checkpoint import Checkpoint, layer_notes, open_component, read_json
-from lanting.weights.configs import BLOCKWISE, CHAIN, config_of
+from lanting.weights.configs import BLOCKWISE, CHAIN, FUN, config_of
 from lanting.weights.fused import parted
 from lanting.weights.gguf_view import open_gguf
 from lanting.weights.headers import read_file
@@ -31,6 +31,8 @@ USUAL = {  # of the releases, where a config leaves them out
     "attention_head_dim": 128,
     "joint_attention_dim": 3584,
     "in_channels": 64,
+    "control_blocks": 5,
+    "control_in_dim": 132,
 }
 USUAL_21 = {  # the same of Qwen-Image-2.1, and of its net
     "num_layers": 32,
@@ -44,7 +46,7 @@ USUAL_21 = {  # the same of Qwen-Image-2.1, and of its net
 ALIKE_21 = ("attention_head_dim", "mlp_ratio")  # its net's blocks are copies of the transformer's
 BESIDE = ("attention_head_dim", "joint_attention_dim")  # what a net that computes beside the transformer shares with it
 MASK = 4  # packed channels of a mask
-BARE = (SIGNS["controlnet"][0], SIGNS["controlnet"][2])  # of nets whose folders say other things, if any
+BARE = {*SIGNS["controlnet"]} - {"controlnet_x_embedder.weight"}  # of nets whose folders say other things, if any
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,8 @@ class ControlFile:
 
     @property
     def chain(self) -> bool:
-        """It is Qwen-Image-2.1's: one net that follows, repaints, or does both."""
-        return self.config.get("_class_name") == CHAIN
+        """It is VideoX-Fun's: one net that follows, repaints, or does both, inside of the transformer."""
+        return self.config.get("_class_name") in (CHAIN, FUN)
 
 
 def open_controlnet(place: str | Path) -> ControlFile:
@@ -106,14 +108,14 @@ def check_controlnet(found: ControlFile, transformer: Mapping[str, Any]) -> Cont
     filled in. Raises ModelError in a sentence."""
     name, config = found.path.name, found.config
     single = transformer.get("_class_name") == SINGLE_STREAM
-    if single != found.chain:
-        family = "Qwen-Image-2.1" if found.chain else "Qwen-Image"
+    if single != (config.get("_class_name") == CHAIN):
+        family = "Qwen-Image" if single else "Qwen-Image-2.1"
         raise ModelError(
             "the ControlNet {name} is for {family}, and this model is another: leave it out", name=name, family=family
         )
     usual = USUAL_21 if single else USUAL
     facts = [("width", _width(config, usual), _width(transformer, usual))]
-    keys = ALIKE_21 if single else ("num_layers",) if found.blockwise else BESIDE
+    keys = ALIKE_21 if single else BESIDE[:1] if found.chain else ("num_layers",) if found.blockwise else BESIDE
     facts += [(key, _number(config, key, usual), _number(transformer, key, usual)) for key in keys]
     for key, own, theirs in facts:
         if own != theirs:
@@ -121,8 +123,8 @@ def check_controlnet(found: ControlFile, transformer: Mapping[str, Any]) -> Cont
                 "the ControlNet {name} has {key} = {own} and the model {theirs}: they are of different models",
                 **{"name": name, "key": key, "own": own, "theirs": theirs},
             )
-    if single:
-        return _beside_blocks(found, transformer)
+    if found.chain:
+        return _beside_blocks(found, transformer, usual, 1 if single else MASK)
     reads, channels = _number(config, "in_channels"), _number(transformer, "in_channels")
     reads += 0 if found.blockwise else config.get("extra_condition_channels") or 0
     if reads not in (channels, channels + MASK):
@@ -135,16 +137,19 @@ def check_controlnet(found: ControlFile, transformer: Mapping[str, Any]) -> Cont
     return replace(found, config=config, masked=reads > channels)
 
 
-def _beside_blocks(found: ControlFile, transformer: Mapping[str, Any]) -> ControlFile:
-    """A net of 2.1's, with what its transformer alone tells: behind which blocks it is added, and how they norm."""
+def _beside_blocks(
+    found: ControlFile, transformer: Mapping[str, Any], usual: Mapping[str, int], mask: int
+) -> ControlFile:
+    """A chain, with what its transformer alone tells: behind which blocks it is added, and how they norm. `mask`: the
+    channels of one."""
     name, config = found.path.name, found.config
-    reads, channels = _number(config, "control_in_dim", USUAL_21), _number(transformer, "in_channels", USUAL_21)
-    if reads != 2 * channels + 1:
+    reads, channels = _number(config, "control_in_dim", usual), _number(transformer, "in_channels", usual)
+    if reads != 2 * channels + mask:
         raise ModelError(
             "the ControlNet {name} reads {reads} channels where the model has {channels}: get another",
             **{"name": name, "reads": reads, "channels": channels},
         )
-    count, depth = _number(config, "control_blocks", USUAL_21), _number(transformer, "num_layers", USUAL_21)
+    count, depth = _number(config, "control_blocks", usual), _number(transformer, "num_layers", usual)
     layers = config.get("control_layers") or _evenly(count, depth)
     if not isinstance(layers, list) or len(layers) != count:
         raise ModelError(
@@ -157,7 +162,7 @@ def _beside_blocks(found: ControlFile, transformer: Mapping[str, Any]) -> Contro
 
 
 def _evenly(count: int, depth: int) -> list[int] | None:
-    """Behind which of `depth` blocks a net of `count` is added: every second, as the released one, or equally far."""
+    """Behind which of `depth` blocks a net of `count` is added: every second, as 2.1's, or equally far."""
     if count == (depth + 1) // 2:
         return list(range(0, depth, 2))
     return list(range(0, depth, depth // count)) if depth % count == 0 else None

@@ -121,15 +121,17 @@ def _blockwise(bare: Mapping[str, TensorInfo]) -> Kind | None:
 
 
 def _chain(bare: Mapping[str, TensorInfo]) -> Kind | None:
-    """Qwen-Image-2.1's ControlNet."""
-    if "control_img_in.weight" not in bare or "control_blocks.0.img_mlp.out.weight" not in bare:
+    """VideoX-Fun's ControlNets: Qwen-Image's, whose blocks have a modulation each, and Qwen-Image-2.1's."""
+    newer = "control_blocks.0.img_mlp.out.weight" in bare
+    if "control_img_in.weight" not in bare or not (newer or "control_blocks.0.img_mod.1.weight" in bare):
         return None
     what = Phrase("a chain of {count} blocks", count=_blocks(bare, "control_blocks"))
-    return Kind("controlnet", _with_mask(what, bare, "control_img_in.weight"), "qwen-image-2.1")
+    release = "qwen-image-2.1" if newer else None
+    return Kind("controlnet", _with_mask(what, bare, "control_img_in.weight"), release)
 
 
 def _with_mask(what: Phrase, bare: Mapping[str, TensorInfo], entrance: str) -> Phrase:
-    """The mask of a net that repaints are 4 channels beyond the latents' 16 by 4, or one beyond twice 64."""
+    """The mask of a net that repaints are 4 channels beyond the latents' 16 by 4, or beyond twice as many; or one."""
     channels = _side({name: info.shape for name, info in bare.items()}, entrance, 1) or 0
     return Phrase("{what}, reads a mask", what=what) if channels % 16 else what
 

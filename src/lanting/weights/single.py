@@ -46,10 +46,11 @@ SIGNS = {  # names that only this component has, without its prefix
     ),
     "text_encoder": ("model.layers.0.self_attn.q_proj.weight",),
     "vae": ("decoder.conv_in.weight",),
-    # blockwise, InstantX's, 2.1's: a file of any may stand under the prefix of a transformer
+    # blockwise, InstantX's, VideoX-Fun's, that for 2.1: a file of any may stand under the prefix of a transformer
     "controlnet": (
         "controlnet_blocks.0.y_rms.weight",
         "controlnet_x_embedder.weight",
+        "control_blocks.0.img_mod.1.weight",
         "control_blocks.0.img_mlp.out.weight",
     ),
 }
