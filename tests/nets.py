@@ -14,7 +14,8 @@ from lanting.nn.controlnet import ControlNetConfig, QwenImageControlNet
 from lanting.nn.linears import Int4Linear, PackedLinear
 from lanting.nn.mmdit import QwenImageTransformer, TransformerConfig
 from lanting.nn.swap import swap
-from lanting.weights.checkpoint import Checkpoint, open_component
+from lanting.weights.checkpoint import Checkpoint
+from lanting.weights.headers import read_file
 
 SHAPE: dict[str, Any] = {
     "num_layers": 5,
@@ -56,8 +57,10 @@ def saved(net: nn.Module, folder: Path) -> Checkpoint:
     memory a weight begins can decide how a product rounds.)"""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.contiguous() for name, tensor in net.state_dict().items()}
-    save_file(tensors, str(folder / "model.safetensors"))
-    checkpoint = open_component(folder)
+    path = folder / "model.safetensors"
+    save_file(tensors, str(path))
+    infos, metadata = read_file(path)
+    checkpoint = Checkpoint(folder.name, dict.fromkeys(infos, path), infos, metadata)  # under the net's own names
     net.load_state_dict(checkpoint.read(checkpoint.names()), assign=True)
     net.requires_grad_(False)
     return checkpoint
