@@ -19,6 +19,7 @@ from lanting.core.quality import Quality
 from lanting.flow.frugal import Frugal, Kept
 from lanting.flow.loop import denoise
 from lanting.nn.blockwise import BlockwiseConfig, BlockwiseControlNet
+from lanting.nn.controlnet_fun import FunConfig, QwenImageFunControlNet
 from lanting.nn.linears import Fp8Linear
 from lanting.nn.lora import Factors, attach, detach, set_strengths
 
@@ -189,6 +190,50 @@ def test_a_net_that_was_away_is_recorded_anew():
             p.data = 2 * p.data
         for block in away.controlnet_blocks:
             block.input_proj.weight = torch.nn.Parameter(block.input_proj.weight.data.clone(), requires_grad=False)
+
+
+def chain(seed=1):
+    torch.manual_seed(seed)
+    config = FunConfig(**{**nets.SHAPE, "num_layers": 3}, control_layers=(0, 2), control_in_dim=36)
+    return nets.randomise(QwenImageFunControlNet(config))
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_chains_are_recorded_with_whole_steps_and_never_with_runs_of_blocks(cached):
+    """Alone and with a net that is asked behind blocks. Under the dial a chain's streams go from run to run."""
+    net, plain, graphs, recorder = pair(num_layers=3, tabled=True)
+    for each in (graphs.table, graphs.other):
+        each.prepare(torch.tensor([0.5]))
+    one, two, behind = chain(1), chain(2), guide()
+    hints, seen = [torch.randn(1, 12, 36) for _ in range(8)], torch.randn(1, 12, 16)
+    alone = lambda seed: one.steer([(hints[seed], 0.8)])  # noqa: E731
+    both = lambda seed: one.steer([(hints[seed], 0.8)], [(two, hints[-1], 0.5)])  # noqa: E731
+    mixed = lambda seed: (behind.steer([(seen * seed, 0.7)]), one.steer([(hints[seed], 0.8)]))  # noqa: E731
+    graphs.tapes.most, found = 8, []
+    with residual_cache(net, Never()) if cached else nullcontext():
+        for i in range(4):
+            for steer in (alone, both, mixed):
+                found.append(ask(net, seed=i, controls=1, steer=steer))
+                assert torch.equal(found[-1], ask(plain, seed=i, controls=1, steer=steer))
+    assert (recorder.recorded, recorder.played) == ((0, 0) if cached else (3, 6))
+    assert not any(torch.equal(a, b) for a, b in pairwise(found))
+
+
+def test_a_safer_way_inside_of_a_chain_is_no_recording_s():
+    net, plain, _, recorder = pair(num_layers=3)
+    guided, hint = chain(), torch.randn(1, 12, 36)
+    steer = lambda seed: guided.steer([(hint, 1.0)])  # noqa: E731
+    sound = [ask(net, seed=i, steer=steer) for i in range(3)]
+    part = guided.control_blocks[1].img_mlp
+    part.forward = lambda x: 2 * type(part).forward(part, x)
+    for i in range(3):
+        found = ask(net, seed=i, steer=steer)
+        assert torch.equal(found, ask(plain, seed=i, steer=steer)) and not torch.equal(found, sound[i])
+    del part.forward
+    assert torch.equal(ask(net, seed=1, steer=steer), sound[1]) and (recorder.recorded, recorder.played) == (2, 3)
+    hook = guided.control_blocks[0].register_forward_hook(lambda *given: None)
+    assert torch.equal(ask(net, seed=1, steer=steer), sound[1]) and recorder.played == 3  # it is heard
+    hook.remove()
 
 
 def test_only_the_last_few_are_kept():

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from lanting.attach.modulation import ModulationTable, Tabled
 from lanting.attach.tapes import Recorder, Tapes
 from lanting.nn.blockwise import Behind
-from lanting.nn.mmdit import QwenImageTransformer, Stack, Steer
+from lanting.nn.chains import Chains
+from lanting.nn.mmdit import QwenImageTransformer, Stack
 
 MOST = 8  # recordings kept, of two sizes: two sides of the guidance, and three runs of blocks where steps are spared
 
@@ -106,7 +107,7 @@ class Graphs:
             ]
         return [*found, *(part.table for b in (blocks[0], blocks[-1]) if isinstance(part := b.img_mod, Tabled))]
 
-    def work(self, fixed: tuple[Any, ...], steer: Steer | None, inputs: Sequence[Tensor]) -> tuple[Tensor]:
+    def work(self, fixed: tuple[Any, ...], steer: Any, inputs: Sequence[Tensor]) -> tuple[Tensor]:
         """The network's forward on the memory of a recording."""
         grids, target_tokens, branch, masked = fixed
         latents, timestep, prompt, *rest = inputs
@@ -158,29 +159,42 @@ def listened(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-def repeatable(steer: Steer | None) -> bool:
-    """Whether what is done behind blocks says what it depends on, and nobody listens to it."""
-    if not isinstance(steer, Behind):
-        return steer is None
-    return not any(listened(block) for net in steer.nets for block in net.controlnet_blocks)
+def repeatable(steer: Any) -> bool:
+    """Whether what is done behind blocks, and beside them, says what it depends on, and nobody listens to it."""
+    if not all(isinstance(one, Behind | Chains) for one in inside(steer)):
+        return False
+    return not any(listened(block) for one in inside(steer) for net in one.nets for block in ends_of(net)[1])
 
 
-def steered(steer: Steer | None) -> tuple[tuple[Tensor, ...], Hashable, list[object]]:
-    """What changes of what is done behind blocks; what else decides about it, as part of a recording's key; what that
-    must hold: weights and ways of computing are known by their identity, which nothing else may come to have."""
-    if not isinstance(steer, Behind):
+def steered(steer: Any) -> tuple[tuple[Tensor, ...], Hashable, list[object]]:
+    """What changes of what is done there; what else decides about it, as part of a recording's key; what that must
+    hold: weights and ways of computing are known by their identity, which nothing else may come to have."""
+    if steer is None:
         return (), None, []
-    blocks = [[(block, *block.children()) for block in net.controlnet_blocks] for net in steer.nets]
-    ends = [m for net in blocks for block in (net[0], net[-1]) for m in block]
-    held: list[object] = [x for m in [*(net.img_in for net in steer.nets), *ends] for x in tensors_of(m)]
-    ways = ("forward", "product")  # what a kernel or a safer way put there
-    held += [m.__dict__.get(way) for net in blocks for block in net for m in block for way in ways]
-    return steer.seen, (steer.scales, *map(id, held)), held
+    held: list[object] = []
+    for entrance, blocks in (ends_of(net) for one in inside(steer) for net in one.nets):
+        modules = [[*block.modules()] for block in blocks]
+        held += [x for m in [entrance, *modules[0], *modules[-1]] for x in tensors_of(m)]
+        ways = ("forward", "product")  # what a kernel or a safer way put there
+        held += [m.__dict__.get(way) for block in modules for m in block for way in ways]
+    scales = tuple(one.scales for one in inside(steer))
+    return tuple(x for one in inside(steer) for x in one.seen), (scales, *map(id, held)), held
 
 
-def moved(steer: Steer | None, rest: list[Tensor]) -> Steer | None:
+def moved(steer: Any, rest: list[Tensor]) -> Any:
     """The same on a recording's memory: `seen` of `steered` is taken from the front of `rest`."""
-    return replace(steer, seen=tuple(rest.pop(0) for _ in steer.seen)) if isinstance(steer, Behind) else steer
+    found = tuple(replace(one, seen=tuple(rest.pop(0) for _ in one.seen)) for one in inside(steer))
+    return found if isinstance(steer, tuple) else next(iter(found), None)
+
+
+def inside(steer: Any) -> tuple[Any, ...]:
+    """Each of what ControlNets do in a network: none, one build's, or one's of each."""
+    return () if steer is None else steer if isinstance(steer, tuple) else (steer,)
+
+
+def ends_of(net: Any) -> tuple[nn.Module, nn.ModuleList]:
+    """What a ControlNet takes its picture in by, and its blocks."""
+    return (net.control_img_in, net.control_blocks) if net.along else (net.img_in, net.controlnet_blocks)
 
 
 def tensors_of(module: nn.Module) -> list[Tensor]:
