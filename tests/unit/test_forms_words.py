@@ -252,6 +252,14 @@ def test_a_transformer_is_read_so_too(tmp_path):
     assert torch.equal(stored.fill().get_submodule(name).dense(torch.float32), meant)
 
 
+def test_older_folders_say_it_in_a_file_of_its_own(plain, tmp_path):
+    parts, meant = gptq(plain[f"{Q}.weight"])
+    write(tmp_path, {f"{Q}.{part}": each for part, each in parts.items()})
+    (tmp_path / "quantize_config.json").write_text('{"bits": 4, "sym": false}')
+    checkpoint = open_component(tmp_path)
+    assert torch.equal(expand(read_forms(checkpoint)[Q], checkpoint, FLOAT), meant)
+
+
 def test_zero_points_may_have_borrowed_from_each_other(tmp_path):
     """GPTQModel takes one from each in whole words, so that a zero point of 0 takes it from its neighbour."""
     torch.manual_seed(0)

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 from lanting.core.errors import ModelError
 from lanting.core.lang import Phrase
 from lanting.nn.blocks import TYPES
-from lanting.weights.foreign import MODELOPT, PACKING, as_weights
+from lanting.weights.dfloat11 import CONFIG, Coded, with_decoded
+from lanting.weights.foreign import APART, PACKING, as_weights, contradicts
 from lanting.weights.headers import TensorInfo, read_file
 from lanting.weights.mlx import translated
 from lanting.weights.svdq import named
@@ -78,6 +79,8 @@ class Checkpoint:
         for name in names:
             try:
                 found[name] = map_tensor(self.where[name], self.infos[name])
+            except ValueError as error:  # of what is decoded
+                raise contradicts(self, name, str(error)) from None
             except OSError as error:
                 raise ModelError(
                     "{path} can't be read ({error}): download it again", path=self.where[name], error=str(error)
@@ -142,6 +145,8 @@ def map_tensor(path: Path, info: TensorInfo) -> Tensor:
     Its place was checked against the file's size when the header was read; a file that has shrunk since is an OSError.
     One of numbers without bytes, which no header could name, is zeros (`weights.mlx`).
     """
+    if isinstance(info, Coded):
+        return info.tensor(path)
     if info.axes:
         stored = tuple(info.shape[info.axes.index(axis)] for axis in range(len(info.axes)))
         return map_tensor(path, replace(info, shape=stored, axes=())).permute(info.axes).contiguous()
@@ -203,11 +208,14 @@ def open_component(folder: Path) -> Checkpoint:
 
     Raises ModelError when nothing is there, a shard is missing, or the index and the files disagree.
     """
-    found, config = as_weights(named(_tensors_of(folder))), folder / "config.json"
+    config = folder / "config.json"
     told = read_json(config) if config.is_file() else {}
+    tensors = with_decoded(_all_tensors_of(folder), told[CONFIG]) if CONFIG in told else _tensors_of(folder)
+    found = as_weights(named(tensors))
     packing = told.get(PACKING, told.get("quantization"))  # mlx's word
-    if packing is None and (apart := folder / "hf_quant_config.json").is_file():  # ModelOpt's older ones
-        packing = {"quant_method": MODELOPT, **read_json(apart)}
+    for name, method in APART.items():
+        if packing is None and (folder / name).is_file():
+            packing = {"quant_method": method, **read_json(folder / name)}
     noted = {PACKING: json.dumps(packing)} if isinstance(packing, dict) else {}
     return translated(replace(found, metadata={**found.metadata, **noted}))
 
@@ -222,11 +230,8 @@ def _tensors_of(folder: Path) -> Checkpoint:
         if single.is_file():
             infos, metadata = read_file(single)
             return Checkpoint(label, dict.fromkeys(infos, single), infos, metadata, layer_notes(single, metadata))
-    if numbered := sorted(folder.glob("[0-9]*.safetensors")):  # mflux's, before it wrote an index
-        opened = [(path, *read_file(path)) for path in numbered]
-        where = {name: path for path, infos, _ in opened for name in infos}
-        whole = {name: info for _, infos, _ in opened for name, info in infos.items()}
-        return Checkpoint(label, where, whole, opened[0][2])
+    if any(folder.glob("[0-9]*.safetensors")):  # mflux's, before it wrote an index
+        return _all_tensors_of(folder, "[0-9]*.safetensors")
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
         raise ModelError(
             "{folder} holds pickled weights, which can run code: get the safetensors files instead", folder=folder
@@ -234,6 +239,15 @@ def _tensors_of(folder: Path) -> Checkpoint:
     raise ModelError(
         "{folder} holds no safetensors weights: the model folder is incomplete, download it again", folder=folder
     )
+
+
+def _all_tensors_of(folder: Path, pattern: str = "*.safetensors") -> Checkpoint:
+    """Of all files together, which no index names."""
+    label = Phrase("{component} of {folder}", component=folder.name, folder=folder.parent)
+    opened = [(path, *read_file(path)) for path in sorted(folder.glob(pattern))]
+    where = {name: path for path, infos, _ in opened for name in infos}
+    whole = {name: info for _, infos, _ in opened for name, info in infos.items()}
+    return Checkpoint(label, where, whole, {key: note for _, _, notes in opened for key, note in notes.items()})
 
 
 def from_index(label: str, index: Path) -> Checkpoint:

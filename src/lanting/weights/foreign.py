@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from lanting.core.errors import ModelError
+from lanting.core.lang import Phrase
 
 if TYPE_CHECKING:
     from lanting.weights.checkpoint import Checkpoint
@@ -20,6 +21,7 @@ PACKING = (
     "quantization_config"  # in a folder's config.json, and then as JSON in `Checkpoint.metadata`: how all are packed
 )
 MODELOPT = "modelopt"  # NVIDIA's, as `quant_method`
+APART = {"hf_quant_config.json": MODELOPT, "quantize_config.json": "gptq"}  # files that said it before config.json did
 CODES = {"qweight": "scales", "weight_packed": "weight_scale"}  # what codes are called -> what is beside them then
 SIDES = (  # beside them, and no part of the network
     *("qzeros", "scales", "g_idx"),
@@ -28,6 +30,7 @@ SIDES = (  # beside them, and no part of the network
     *("input_global_scale", "input_zero_point", "output_scale", "output_zero_point"),  # for kernels of few-bit inputs
 )
 REFUSED = {  # a tensor that only one program writes -> its scheme, which nothing here reads
+    "encoded_exponent": Phrase("DFloat11 without its config.json"),
     "q_weight": "EXL2",
     "trellis": "EXL3",
     "W_q": "HQQ",
