@@ -287,6 +287,7 @@ ONES = torch.ones(8, 8, dtype=torch.int32)
         ("gptq", {"qzeros": None}, G, "GPTQ in a layout of single kernels"),
         ("gptq", {"qzeros": ONES}, G, "GPTQ in a layout of single kernels"),
         ("gptq", {"qweight": ONES}, G, "do not fit"),
+        ("gptq", {"scales": torch.ones(4, 0).half()}, G, "do not fit"),
         ("gptq", {"g_idx": torch.zeros(128, dtype=torch.int32)}, G, "do not fit"),
         ("gptq", {"g_idx": torch.zeros(7, dtype=torch.int32)}, G, "do not fit"),
         ("gptq", {"g_idx": torch.rand(128)}, G, "do not fit"),

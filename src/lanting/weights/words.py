@@ -55,7 +55,7 @@ def words(checkpoint: Checkpoint, path: str) -> Words | None:
     zeros = checkpoint.infos.get(f"{path}.qzeros")
     if zeros is None or codes.dtype != "I32" or zeros.dtype != "I32":
         raise unreadable(checkpoint, path, Phrase("{scheme} in a layout of single kernels", scheme=_scheme(checkpoint)))
-    if len(zeros.shape) != 2 or len(scales.shape) != 2 or scales.dtype not in SCALES or not zeros.count:
+    if (len(zeros.shape), len(scales.shape)) != (2, 2) or scales.dtype not in SCALES or not zeros.count * scales.count:
         raise misfits(checkpoint, path)
     (high, wide), (groups, rows) = codes.shape, scales.shape
     bits = zeros.shape[1] * WORD // rows
