@@ -17,9 +17,11 @@ from lanting.core.errors import ModelError
 from lanting.core.lang import Phrase
 from lanting.specs import ModelSpec, detect, get_spec, spec_names, whole_release
 from lanting.specs.detect import SINGLE_STREAM
-from lanting.weights.checkpoint import Checkpoint, read_json
+from lanting.weights.checkpoint import Checkpoint, open_component, read_json
 from lanting.weights.configs import SCHEDULER, config_of, own_notes
+from lanting.weights.dfloat11 import CONFIG as DFLOAT11
 from lanting.weights.home import COMPONENTS, REPO, downloaded, embedded_nano, file_in, path_of
+from lanting.weights.kinds import guess_kind
 from lanting.weights.single import open_file, open_weights
 
 LORAS = "lora"  # inside a model's folder: the LoRAs it brings, which may be called by name
@@ -59,6 +61,9 @@ def locate(model: str, parts: Mapping[str, str | None] | None = None) -> ModelFo
         return open_single(path, given)
     if model not in spec_names() and (own := bare_parts(path)) and not (path / "model_index.json").is_file():
         return open_bare(path, {**own, **given})
+    if model not in spec_names() and is_transformer(path):
+        place = path.resolve()
+        return _around(place, place.parent, open_weights(place, "transformer"), {"transformer": place, **given})
     folder = _locate_folder(model)
     return with_parts(folder, given) if given else folder
 
@@ -136,6 +141,13 @@ def bare_parts(path: Path) -> dict[str, Path]:
     return found if "transformer" in found else {}
 
 
+def is_transformer(path: Path) -> bool:
+    """Whether a folder is a transformer's alone: config.json and weights, and no model around them."""
+    there = (path / "config.json").is_file() and any(path.glob("*.safetensors"))
+    model = (path / "model_index.json").is_file()
+    return there and not model and guess_kind(open_component(path).infos).name == "transformer"
+
+
 def open_bare(path: Path, parts: Mapping[str, Path]) -> ModelFolder:
     """A model from such a folder; what it lacks comes from elsewhere, as for a single file."""
     repo = next((each for each in path.parts if each.startswith("models--")), "")  # a cache's names say no more
@@ -199,8 +211,9 @@ def _with_configs(folder: ModelFolder, parts: list[str]) -> ModelFolder:
         place = places[part]
         if (place / "model_index.json").is_file():  # a whole model: its part is meant
             place = places[part] = place / part
-        if place.is_dir() and (place / "config.json").is_file():
-            configs[part] = read_json(place / "config.json")
+        told = read_json(place / "config.json") if place.is_dir() and (place / "config.json").is_file() else {}
+        if told.keys() - {DFLOAT11}:
+            configs[part] = told
         else:
             configs[part] = _inherit(configs.get(part, {}), config_of(part, open_weights(place, part)))
     return replace(folder, configs=configs, parts=places)
