@@ -304,6 +304,7 @@ ONES = torch.ones(8, 8, dtype=torch.int32)
         ("nvfp4", {"weight_global_scale": torch.ones(2)}, {}, "do not fit"),
         ("nvfp4", {"weight_scale": torch.ones(128, 8)}, {}, "do not fit"),
         ("modelopt", {}, {}, "a scheme with weight_scale_2"),
+        ("w8a8", {"weight_scale": None, "weight_scales": torch.rand(128)}, None, "as EETQ"),
         ("fp8", {"weight_g_idx": torch.zeros(128, dtype=torch.int32)}, {}, "groups of inputs that do not stand"),
     ],
 )

@@ -110,7 +110,7 @@ def read_forms(checkpoint: Checkpoint) -> dict[str, Form]:
     for name, info in checkpoint.infos.items():
         path, dot, part = name.rpartition(".")
         scheme = notes.get(path, {}).get("format")
-        if dot and part in REFUSED and f"{path}.weight" not in checkpoint.infos:
+        if dot and part in REFUSED:
             raise _unreadable(checkpoint, path, REFUSED[part])
         if part in UNKNOWN or (part == SECOND and scheme != "nvfp4" and not in_rows):
             raise _unreadable(checkpoint, path, str(scheme) if scheme else Phrase("a scheme with {part}", part=part))
