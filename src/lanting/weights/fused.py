@@ -19,14 +19,13 @@ HALVES = (".img_mlp.gate_layer.", ".img_mlp.proj.")  # in this order, top to bot
 
 def parted(checkpoint: Checkpoint) -> Checkpoint:
     """The same tensors with every fused one as its two halves. Raises ModelError where one has no halves."""
-    fused = [name for name in checkpoint.infos if FUSED in name]
-    if not fused:
+    stems = {name: name.partition(FUSED)[0] + FUSED for name in checkpoint.infos if FUSED in name}
+    if not stems:
         return checkpoint
     infos, where, layers = dict(checkpoint.infos), dict(checkpoint.where), dict(checkpoint.layers)
-    stems = {name: name.partition(FUSED)[0] + FUSED for name in fused}
     for name, stem in stems.items():
-        info, place = infos.pop(name), where.pop(name)
-        rows = checkpoint.infos[f"{stem}weight"].shape[0]
+        info, place, weight = infos.pop(name), where.pop(name), checkpoint.infos.get(f"{stem}weight")
+        rows = weight.shape[0] if weight is not None and weight.shape else 0  # where it is missing, loading says so
         for half, part in zip(HALVES, halves(checkpoint, name, info, rows), strict=True):
             ours = name.replace(FUSED, half)
             infos[ours], where[ours] = part, place

@@ -27,6 +27,7 @@ from lanting.nn.swap import swap
 from lanting.weights import bnb, svdq
 from lanting.weights.checkpoint import Checkpoint
 from lanting.weights.compressed import FLOATS
+from lanting.weights.foreign import contradicts
 from lanting.weights.forms import SECOND, TILED, Form, read_forms, side_tensors
 from lanting.weights.layouts import LAYOUTS
 
@@ -117,7 +118,7 @@ class Stored(Generic[M]):
     def __init__(self, module: M, checkpoint: Checkpoint, placing: Placing):
         self.module, self.checkpoint, self.placing = module, checkpoint, placing
         forms = {path: form for path, form in read_forms(checkpoint).items() if not path.startswith(placing.leave)}
-        self.forms, self.kept = forms, _swap_in(module, forms, checkpoint.label, placing.dtype)
+        self.forms, self.kept = forms, _swap_in(module, forms, checkpoint, placing.dtype)
         self.chosen = _swap_chosen(module, checkpoint, placing, set(forms))
         aside = side_tensors(checkpoint.infos)
         self.shapes: dict[str, tuple[int, ...]] = {}  # of all tensors, by their names in the module
@@ -235,14 +236,19 @@ def expand(form: Form, checkpoint: Checkpoint, placing: Placing) -> Tensor:
 
 def loaded(form: Form, checkpoint: Checkpoint, placing: Placing) -> PackedLinear:
     """A packed weight of the file as its Linear; the bias only where it is in the layout of the weight."""
-    with torch.device("meta"):
-        linear = make_linear(form, "bias" in form.names)
+    try:
+        with torch.device("meta"):
+            linear = make_linear(form, "bias" in form.names)
+    except ValueError as error:
+        raise contradicts(checkpoint, form.names["weight"], str(error)) from None
     parts = _packed(linear, "", form, checkpoint, placing.device)
     linear.load_state_dict({part: each.to(placing.device) for part, each in parts.items()}, assign=True)
     return linear
 
 
-def _swap_in(module: nn.Module, forms: Mapping[str, Form], label: str, dtype: torch.dtype) -> dict[str, PackedLinear]:
+def _swap_in(
+    module: nn.Module, forms: Mapping[str, Form], checkpoint: Checkpoint, dtype: torch.dtype
+) -> dict[str, PackedLinear]:
     """Put packed Linears (and one packed embedding) where the file has them. Returns them by path."""
     made: dict[str, PackedLinear] = {}
 
@@ -258,15 +264,12 @@ def _swap_in(module: nn.Module, forms: Mapping[str, Form], label: str, dtype: to
             assert isinstance(old, nn.Linear)
             asked, bias = (old.out_features, old.in_features), old.bias is not None
         if form.shape != asked:
-            raise _misfit(label, f"{path}.weight", form.shape, asked)
+            raise _misfit(checkpoint.label, f"{path}.weight", form.shape, asked)
         try:
             with torch.device("meta"):
                 made[path] = make_linear(form, bias)
         except ValueError as error:
-            raise ModelError(
-                "the {label} contradicts itself in {path} ({error}): download it again",
-                **{"label": label, "path": path, "error": str(error)},
-            ) from None
+            raise contradicts(checkpoint, path, str(error)) from None
         return made[path] if isinstance(old, nn.Linear) else PackedEmbedding(made[path], dtype)
 
     swap(module, (nn.Linear, nn.Embedding), make)
