@@ -36,6 +36,7 @@ def models(tmp_path_factory):
     made[NEW] = tiny21.save_folder(root / NEW)
     made["union"] = tiny.save_controlnet(root / "union")
     made["chain"] = controls.save(root / "chain.safetensors", controls.chain(2))
+    made["fun"] = controls.save(root / "fun.safetensors", controls.fun(2))
     made["canny"] = controls.save_blockwise(root / "canny.safetensors", layers=2)
     made["lora"] = over_attention(root / "lora.safetensors", made[BASE], 1)
     return made
@@ -50,6 +51,7 @@ CASES = {  # what is asked, of which model, opened how
     "words": (BASE, {"prompt": ("a red sign", "a longer prompt")}, {}),
     "a LoRA over int8": (BASE, {}, {"loras": ("lora",), "quant": "int8"}),
     "two ControlNets": (BASE, CONTROL, {"controlnet": ("union", "canny")}),
+    "a net that repaints, one behind blocks": (BASE, HOLE, {"controlnet": ("fun", "canny")}),
     "regions": (BASE, {"options": {"regions": REGIONS}, "quality": "fast", "steps": 4}, {}),
     "edit, streamed from RAM": (EDIT, ONE, {"plan": PLAN}),
     "edit, frozen references": (EDIT, {**ONE, "quality": "fast", "steps": 5}, {}),
@@ -57,7 +59,8 @@ CASES = {  # what is asked, of which model, opened how
     "2.1 with a ControlNet": (NEW, {**HOLE, "quality": "fast", "steps": 4}, {"controlnet": ("chain",)}),
     "2.1, streamed from disk": (NEW, {}, {"plan": replace(PLAN, streamed="disk", parked="disk")}),
 }
-RECORDED = {"words", "a LoRA over int8", "two ControlNets", "regions", "edit, frozen references"}  # on CUDA, no others
+RECORDED = {"words", "a LoRA over int8", "two ControlNets", "regions", "edit, frozen references"}  # on CUDA
+RECORDED |= {"a net that repaints, one behind blocks"}  # and no others
 COMMON = {"prompt": "a red sign", "negative_prompt": "blurry", "steps": 2, "guidance_scale": 4.0, "seed": 7}
 APPLE = ("words", "a LoRA over int8", "edit, streamed from RAM", "2.1 in int4")
 
