@@ -31,7 +31,7 @@ from lanting.weights.checkpoint import open_component
 from lanting.weights.configs import SCHEDULER, config_of
 from lanting.weights.find import locate
 from lanting.weights.forms import read_forms
-from lanting.weights.home import embedded_nano
+from lanting.weights.home import Marker, embedded_nano, model_folder, write_marker
 from lanting.weights.inspect import describe
 from lanting.weights.mlx import translated
 from lanting.weights.single import open_file, open_weights
@@ -354,3 +354,13 @@ def test_a_folder_that_lacks_parts(states, tmp_path):
     with pytest.raises(ModelError, match="half holds transformer of qwen-image and nothing else"):
         locate(str(tmp_path / "half"))
     assert "nothing else" in str(describe(str(tmp_path / "half")).problems[0])
+
+
+def test_one_that_was_pulled(states):
+    """By its repository's name, which tells the release."""
+    folder = model_folder("someone/Qwen-Image-2512-mflux-q6")
+    save_mflux(folder, states, 6)
+    write_marker(folder, Marker("someone/Qwen-Image-2512-mflux-q6", "main", "0" * 40, "https://example.org"))
+    found = locate("someone/Qwen-Image-2512-mflux-q6")
+    assert found.spec.name == "qwen-image-2512" and found.tokenizer == folder / "tokenizer"
+    assert found.configs["transformer"]["num_layers"] == 2 and found.configs["vae"]["base_dim"] == 8

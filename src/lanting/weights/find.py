@@ -59,11 +59,13 @@ def locate(model: str, parts: Mapping[str, str | None] | None = None) -> ModelFo
     path = path_of(model)
     if model not in spec_names() and path.is_file():
         return open_single(path, given)
-    if model not in spec_names() and (own := bare_parts(path)) and not (path / "model_index.json").is_file():
-        return open_bare(path, {**own, **given})
-    if model not in spec_names() and is_transformer(path):
-        place = path.resolve()
-        return _around(place, place.parent, open_weights(place, "transformer"), {"transformer": place, **given})
+    if model not in spec_names():
+        place = path if path.is_dir() or not REPO.fullmatch(model) else downloaded(model) or path
+        if (own := bare_parts(place)) and not (place / "model_index.json").is_file():
+            return open_bare(place, {**own, **given})
+        if is_transformer(place):
+            alone = place.resolve()
+            return _around(alone, alone.parent, open_weights(alone, "transformer"), {"transformer": alone, **given})
     folder = _locate_folder(model)
     return with_parts(folder, given) if given else folder
 
