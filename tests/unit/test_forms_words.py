@@ -324,3 +324,7 @@ def test_schemes_that_nothing_here_reads_are_named(part, said, plain, tmp_path):
     state = {f"{Q}.{part}" if name == f"{Q}.weight" else name: each for name, each in plain.items()}
     with pytest.raises(ModelError, match=f"stores {Q} as {said}, which this version can't read"):
         build_text_encoder(open_component(write(tmp_path, state)), config(), FLOAT)
+    alone = {name.replace(".weight", f".{part}"): each for name, each in plain.items() if name.endswith("proj.weight")}
+    save_file(alone, tmp_path / "all.safetensors")
+    with pytest.raises(ModelError, match=f"packed as {said}"):
+        open_file(tmp_path / "all.safetensors")
