@@ -214,7 +214,7 @@ def test_what_people_and_plans_are_told(states, tmp_path):
     told = describe(str(folder))
     assert told.release == "qwen-image-edit-2509" and not told.problems
     kinds = {part.name: part for part in told.parts}
-    assert {"uint4 in groups of 64", "uint8 in groups of 64"} <= set(kinds["transformer"].dtypes)
+    assert {"uint4 in groups of 64, MLX", "uint8 in groups of 64, MLX"} <= set(kinds["transformer"].dtypes)
     for component, state in states.items():
         assert kinds[component].parameters == sum(each.numel() for each in state.values()), component
     assert str(folder) in told.runs
@@ -314,6 +314,8 @@ def test_names_of_21():
         "decoder.up_blocks.0.upsampler.conv.bias": (8,),
         "decoder.up_blocks.0.resnets.1.norm1.weight": (8,),
     }
+    with pytest.raises(ModelError, match="contradicts itself"):
+        ours(**network, **{"modulation.1.weight": (64, 8)})
     assert set(ours(**older)) == {
         "decoder.conv_in.weight",
         "decoder.up_blocks.0.upsampler.resample.1.bias",

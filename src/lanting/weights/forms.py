@@ -95,7 +95,7 @@ class Form:
         scaled = " scaled" if self.kind.startswith("fp8") and self.scale is not None else ""
         grouped = f" in groups of {self.group}" if self.group else ""
         program = self.layout.partition(" ")[0]
-        told = f", {program}" if program in (AWQ, GPTQ, COMPRESSED, OPTIMIZED, sdnq.SDNQ) else ""
+        told = f", {program}" if program in (AWQ, GPTQ, COMPRESSED, OPTIMIZED, mlx.MLX, sdnq.SDNQ) else ""
         return (self.numbers or self.kind) + scaled + grouped + (" rotated" if self.rotate else "") + thin + told
 
 
@@ -171,7 +171,7 @@ def _form(checkpoint: Checkpoint, path: str, info: TensorInfo, note: Mapping[str
         return _of_words(found)
     if (codes := mlx.packed(checkpoint, path)) is not None:
         scale, group = (rows, codes.shape[1] // codes.group), 0 if codes.kind in TILED else codes.group
-        return Form(codes.kind, codes.shape, scale, group, names=codes.names, layout="mlx")
+        return Form(codes.kind, codes.shape, scale, group, names=codes.names, layout=mlx.MLX)
     if (layout := str(note.get("format"))) in svdq.LAYOUTS:
         packed = svdq.packed_as(checkpoint, path, layout)
         names = {part: f"{path}.{part}" for part in packed.parts}

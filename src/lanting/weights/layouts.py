@@ -13,6 +13,7 @@ from torch import Tensor
 from lanting.weights import codes, ordered, svdq, svdq_tiles
 from lanting.weights.compressed import BYTES, COMPRESSED, FLOATS, OPTIMIZED
 from lanting.weights.forms import Form
+from lanting.weights.mlx import MLX
 from lanting.weights.sdnq import SDNQ, TURNED
 from lanting.weights.words import AWQ, GPTQ, GPTQ_V2
 
@@ -22,7 +23,7 @@ LAYOUTS: dict[str, Callable[[Form, Parts], dict[str, Tensor]]] = {
     svdq.SHIFTED: svdq_tiles.low_rank,
     svdq.ROWS: svdq_tiles.modulation,
     svdq.SIX: svdq_tiles.modulation,
-    "mlx": ordered.mlx,
+    MLX: ordered.mlx,
     SDNQ: ordered.sdnq,
     TURNED: ordered.sdnq,
     AWQ: codes.awq,

@@ -16,11 +16,13 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from lanting.weights.foreign import contradicts
 from lanting.weights.headers import TensorInfo
 
 if TYPE_CHECKING:
     from lanting.weights.checkpoint import Checkpoint
 
+MLX = "MLX"
 SIDES = ("scales", "biases")
 NOTED = "quantization_config"  # `checkpoint.PACKING`, which imports this module
 GROUP, GROUPS, BITS = 64, (64, 32, 128), (2, 3, 4, 5, 6, 8)  # inputs that share a scale: MLX's usual, and all
@@ -82,12 +84,17 @@ class Codes:
 
 
 def translated(checkpoint: Checkpoint) -> Checkpoint:
-    """The same tensors under our names and with kernels in our order; untouched where they are not MLX's."""
+    """The same tensors under our names and with kernels in our order; untouched where they are not MLX's. Raises
+    ModelError where two have the same name then."""
     rules = next((rules for sign, rules in SIGNS.items() if sign in checkpoint.infos), ())
     if not rules and not any(_channels_last(checkpoint.infos.get(name)) for name in KERNELS):
         return checkpoint
     rename = _renaming(rules, checkpoint.infos)
-    found = checkpoint.renamed({rename(name): name for name in checkpoint.infos if not COMPUTED.search(name)})
+    names: dict[str, str] = {}
+    for theirs in checkpoint.infos:
+        if not COMPUTED.search(theirs) and names.setdefault(rename(theirs), theirs) != theirs:
+            raise contradicts(checkpoint, theirs, names[rename(theirs)])
+    found = checkpoint.renamed(names)
     infos, where = dict(found.infos), dict(found.where)
     if any(_channels_last(infos.get(name)) for name in KERNELS):
         infos = {name: _channels_second(info) for name, info in infos.items()}
