@@ -59,6 +59,17 @@ def check_layers(layers: Sequence[int], depth: int) -> None:
         raise ValueError(f"control_layers {list(layers)} must rise from 0 to at most {depth - 1}")
 
 
+class Link(nn.Module):
+    """In front of a transformer's block among the bases: that is one of a chain's, a layer and what it says (`given`).
+    `first`: it also takes the picture in."""
+
+    def __init__(self, config: Shape, first: bool = False):
+        super().__init__(config)
+        if first:
+            self.before_proj = nn.Linear(config.width, config.width)
+        self.after_proj = nn.Linear(config.width, config.width)
+
+
 class ChainNet(nn.Module):
     """Corrections behind some blocks. `block`: what makes one of the chain's; (config, is it the first).
 

@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lanting.nn.chains import ChainNet, Streams, Told, check_layers
+from lanting.nn.chains import ChainNet, Link, Streams, Told, check_layers
 from lanting.nn.single_stream import Block, Context, SingleStreamConfig
 
 
@@ -38,14 +38,8 @@ class ControlNet21Config(SingleStreamConfig):
         return super().from_dict({**config, "control_layers": tuple(config["control_layers"])})
 
 
-class ControlBlock(Block):
-    """One of the chain's: a layer as the transformer's, and what it says. `first`: it also takes the picture in."""
-
-    def __init__(self, config: ControlNet21Config, first: bool = False):
-        super().__init__(config)
-        if first:
-            self.before_proj = nn.Linear(config.width, config.width)
-        self.after_proj = nn.Linear(config.width, config.width)
+class ControlBlock(Link, Block):
+    """One of the chain's."""
 
     def given(self, img: Tensor, txt: Tensor | None) -> tuple[Tensor | None, ...]:
         """Both streams, then what is said of each."""

@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lanting.nn.chains import ChainNet, Streams, Told, check_layers
+from lanting.nn.chains import ChainNet, Link, Streams, Told, check_layers
 from lanting.nn.mmdit import Block, Context, TransformerConfig
 
 
@@ -36,14 +36,8 @@ class FunConfig(TransformerConfig):
         return super().from_dict({**config, "control_layers": tuple(config["control_layers"])})
 
 
-class ControlBlock(Block):
-    """One of the chain's: a layer as the transformer's, and what it says. `first`: it also takes the picture in."""
-
-    def __init__(self, config: FunConfig, first: bool = False):
-        super().__init__(config)
-        if first:
-            self.before_proj = nn.Linear(config.width, config.width)
-        self.after_proj = nn.Linear(config.width, config.width)
+class ControlBlock(Link, Block):
+    """One of the chain's."""
 
     def given(self, img: Tensor, txt: Tensor) -> tuple[Tensor, ...]:
         """Both streams, then what is said of the picture's."""
