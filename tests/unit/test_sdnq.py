@@ -258,6 +258,10 @@ def test_a_file_without_its_config(plain, tmp_path):
     folder = write(tmp_path / "transformer", *grouped(plain)[::2])
     with pytest.raises(ModelError, match="without the config"):
         read_forms(open_file(folder / "model.safetensors")["transformer"])
+    told = json.loads((folder / "config.json").read_text())
+    (folder / "quantization_config.json").write_text(json.dumps(told.pop("quantization_config")))
+    (folder / "config.json").write_text(json.dumps(told))
+    assert len(read_forms(open_component(folder))) == 28, "SDNQ writes it beside, too"
 
 
 def test_runs_come_back():

@@ -21,7 +21,11 @@ PACKING = (
     "quantization_config"  # in a folder's config.json, and then as JSON in `Checkpoint.metadata`: how all are packed
 )
 MODELOPT = "modelopt"  # NVIDIA's, as `quant_method`
-APART = {"hf_quant_config.json": MODELOPT, "quantize_config.json": "gptq"}  # files that said it before config.json did
+APART = {  # files that said it before config.json did, or say it beside
+    "hf_quant_config.json": MODELOPT,
+    "quantize_config.json": "gptq",
+    "quantization_config.json": "sdnq",
+}
 CODES = {"qweight": "scales", "weight_packed": "weight_scale"}  # what codes are called -> what is beside them then
 SIDES = (  # beside them, and no part of the network
     *("qzeros", "scales", "g_idx"),

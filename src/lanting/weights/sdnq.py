@@ -8,6 +8,7 @@ bytes whose shape says nothing: the type of each module, and what was rotated or
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from lanting.core.lang import Phrase
 from lanting.nn.number_types import RUN, number_type
-from lanting.weights.foreign import PACKING, contradicts, packing_of, unreadable
+from lanting.weights.foreign import PACKING, contradicts, unreadable
 
 if TYPE_CHECKING:
     from lanting.weights.checkpoint import Checkpoint
@@ -56,10 +57,9 @@ def numbered(checkpoint: Checkpoint, path: str) -> Numbers | None:
     weight, scale = checkpoint.infos[f"{path}.weight"], checkpoint.infos.get(f"{path}.scale")
     if scale is None or weight.dtype in FLOATS:
         return None
-    packing = packing_of(checkpoint)
-    if not str(packing.get("quant_method", "")).startswith("sdnq"):
+    book = _book(checkpoint.metadata.get(PACKING, "{}"))
+    if not str(book.common.get("quant_method", "")).startswith("sdnq"):
         raise unreadable(checkpoint, path, Phrase("SDNQ, without the config.json of its folder"))
-    book = _book(checkpoint.metadata[PACKING])
     said = book.of(path)
     name = _type(book, said, path)
     _check(checkpoint, path, said, name)
@@ -217,9 +217,11 @@ def _type(book: Book, said: Mapping[str, Any], path: str) -> str:
 
 @lru_cache(maxsize=8)
 def _book(text: str) -> Book:
-    import json
-
-    table = json.loads(text)
+    try:
+        told = json.loads(text)
+    except (ValueError, RecursionError):  # a file's own note, whoever wrote it
+        told = None
+    table = told if isinstance(told, dict) else {}
     own, types = table.get("modules_quant_config"), table.get("modules_dtype_dict")
     return Book(
         table,
