@@ -363,3 +363,17 @@ def test_it_is_watched_like_the_transformer(broken):
         predict = lambda *asked: watch(lambda: velocity(*asked), lambda: velocity(*asked))  # noqa: E731
         found = drawn(net, canvas_of(parts), predict=predict)
     assert torch.equal(found, sound) and dict(watch.ways) == {"controlnet.control_blocks.1": "plain"}
+
+
+def test_what_a_chain_says_is_not_scaled_where_it_is_made_wide():
+    """What reads the transformer's last stream is a norm; what a chain's last block says is added as it is."""
+    net, chain, peaks = body(), net_of(), []
+    last: Any = chain.control_blocks[1].after_proj
+    last.register_forward_hook(lambda module, args, out: peaks.append(float(out.abs().max())))
+    asked(net, chain.steer([(hint(), 1.0)]))
+    for weight in last.parameters():  # almost at the end of the range
+        weight.mul_(5e4 / peaks[0])
+    steer = chain.half().steer([(hint(), 1e-4)])
+    wanted = asked(net, steer)
+    with Sentinel({"controlnet": chain}, torch.float16, {"controlnet.control_blocks.1": "float32"}):
+        assert relative(asked(net, steer), wanted) < 2e-3 and 4e4 < peaks[-1] < 6e4

@@ -162,7 +162,7 @@ class Sentinel:
         if way in WIDE:
             following = f"{stack}.{int(number) + 1}" if number.isdigit() else ""
             onward = lambda: self.ways.get(following) in WIDE  # noqa: E731
-            ends = number.isdigit() and following not in self.parts
+            ends = number.isdigit() and following not in self.parts and not path.startswith("controlnet")
             self.hung.set(part, "forward", Safe(part, way, onward=onward, ends=ends))
 
     def _run_as_it_comes(self, net: nn.Module) -> None:
