@@ -24,13 +24,19 @@ SPLITS += ["float4_e2m1fn", "float3_e1m1fn", "float2_e1m0fn", "float6_e3m3fnu", 
 THIN, TURNED = {"use_svd": True, "svd_rank": 3}, {"use_hadamard": True, "hadamard_group_size": 16}
 KERNELS = {"use_quantized_matmul": True}
 CASES: dict[str, tuple[tuple[int, int], dict[str, Any]]] = {
-    **{name: ((4, 32), {"weights_dtype": name, "group_size": 16}) for name in (*INTEGERS, *SPLITS)},
+    **{name: ((2, 32), {"weights_dtype": name, "group_size": 16}) for name in (*INTEGERS, *SPLITS)},
     "thin": ((8, 32), {"weights_dtype": "uint4", "group_size": 16, **THIN}),
     "thin-signed": ((8, 32), {"weights_dtype": "int5", "group_size": 16, **THIN}),
-    "thin-kernels": ((32, 48), {"weights_dtype": "uint4", "group_size": 16, **THIN, **KERNELS}),
+    "thin-kernels": ((32, 32), {"weights_dtype": "uint4", "group_size": 16, **THIN, **KERNELS}),
     "rotated": ((4, 32), {"weights_dtype": "uint4", "group_size": 16, **TURNED}),
     "rotated-signed": ((4, 32), {"weights_dtype": "int8", "group_size": -1, **TURNED}),
     "thin-rotated": ((8, 32), {"weights_dtype": "uint4", "group_size": 16, **THIN, **TURNED}),
+    "levels": ((4, 32), {"weights_dtype": "uint4", "group_size": 16, "use_codebook": True}),
+    "levels-rows": ((4, 32), {"weights_dtype": "uint3", "group_size": -1, "use_codebook": True}),
+    "levels-thin-rotated": (
+        (4, 32),
+        {"weights_dtype": "uint2", "group_size": 16, "use_codebook": True, **THIN, **TURNED},
+    ),
     "rows": ((4, 32), {"weights_dtype": "int8", "group_size": -1}),
     "rows-unsigned": ((4, 32), {"weights_dtype": "uint6", "group_size": -1}),
     "whole": ((4, 32), {"weights_dtype": "int8", "group_size": -2}),

@@ -276,7 +276,8 @@ def test_a_reader_of_mlx_vlm(states, tmp_path):
         assert torch.equal(dense(net, path), meant[f"{path}.weight"])
         kernel = "visual.patch_embed.proj.weight"
         assert torch.equal(net.state_dict()[kernel], meant[kernel])
-    assert describe(str(tmp_path)).parts[0].kind.name == "text_encoder"
+    for told in (describe(str(tmp_path)), describe(str(tmp_path / "model.safetensors"))):
+        assert told.parts[0].kind.name == "text_encoder" and "reads pictures" in str(told.parts[0].kind.detail)
 
 
 def test_names_of_21():

@@ -44,7 +44,7 @@ State = dict[str, Tensor]
 def test_values_are_sdnqs(file, tmp_path):
     every = load_file(PACKED / f"{file}.safetensors")
     names = {name.removesuffix(".values") for name in every if name.endswith(".values")}
-    assert len(names) == {"sdnq": 37, "sdnq-kernels": 6}[file]
+    assert len(names) == {"sdnq": 40, "sdnq-kernels": 6}[file]
     packing = json.loads(read_metadata(PACKED / f"{file}.safetensors")["quantization_config"])
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": packing}))
     save_file({k: v for k, v in every.items() if not k.endswith(".values")}, tmp_path / "model.safetensors")
@@ -225,7 +225,8 @@ def test_a_reader_whose_rows_are_no_whole_bytes(tmp_path):
     ("change", "packing", "said"),
     [
         ({}, {"quant_method": "other"}, "SDNQ, without the config"),
-        ({}, {"use_codebook": True}, "SDNQ with a codebook"),
+        ({}, {"use_codebook": True}, "contradicts itself"),
+        ({f"{ONE}.zero_point": None}, {"use_codebook": True}, "contradicts itself"),
         ({f"{ONE}.scale_2": torch.ones(1)}, {}, "SDNQ with scales of few bits"),
         ({}, {"modules_dtype_dict": {"int12": [f"{ONE}.weight"]}}, "SDNQ's int12"),
         ({}, {"modules_dtype_dict": {"uint5": [f"{ONE}.weight"]}}, "contradicts itself"),

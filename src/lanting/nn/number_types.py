@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+LEVELS = " levels"  # behind the type of codes that are places in a list
 RUN = 8  # codes that fill whole bytes, whatever their bits
 
 

@@ -54,20 +54,33 @@ class NumberLinear(PackedLinear):
         self.register_buffer("weight_offset", None if told.signed else torch.empty(sides))
 
     def values(self, dtype: torch.dtype, rows: Tensor | None = None) -> Tensor:
-        packed, scale, offset = self.weight, self.weight_scale, self.weight_offset
+        packed = self.weight
         rows = torch.arange(len(packed), device=packed.device) if rows is None else rows
         found = torch.empty(len(rows), self.in_features, dtype=dtype, device=packed.device)
         step = at_once(self.in_features) if packed.device.type == "cpu" else max(MANY // self.in_features, 1)
         for some, out in zip(rows.split(step), found.split(step), strict=True):  # float32 of a few rows at a time
             codes = unpack_runs(packed[some], self.numbers.bits)[:, : self.in_features]
-            grouped = worth(codes, self.numbers).unflatten(1, (-1, self.group))  # (n, groups, g)
-            by = scale[some].float()[:, :, None]
-            if offset is None:
-                grouped.mul_(by)
-            else:
-                torch.addcmul(offset[some].float()[:, :, None], grouped, by, out=grouped)
-            out.copy_(grouped.flatten(1))
+            out.copy_(self.grouped(codes.unflatten(1, (-1, self.group)), some).flatten(1))
         return found
+
+    def grouped(self, codes: Tensor, rows: Tensor) -> Tensor:
+        """What codes (n, groups, g) of rows (n,) are worth, float32."""
+        numbers, by = worth(codes, self.numbers), self.weight_scale[rows].float()[:, :, None]
+        if self.weight_offset is None:
+            return numbers.mul_(by)
+        return torch.addcmul(self.weight_offset[rows].float()[:, :, None], numbers, by, out=numbers)
+
+
+class LevelLinear(NumberLinear):
+    """One whose codes are places in a list of levels, a list for each group: `weight_scale` (out, groups, 2^bits)."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, numbers: str, group: int, rotate: int = 0):
+        super().__init__(in_features, out_features, bias, numbers, group, rotate)
+        self.weight_scale = torch.empty(out_features, in_features // group, 1 << self.numbers.bits)
+        self.weight_offset = None
+
+    def grouped(self, codes: Tensor, rows: Tensor) -> Tensor:
+        return self.weight_scale[rows].float().gather(2, codes.long())
 
 
 def worth(codes: Tensor, numbers: NumberType) -> Tensor:

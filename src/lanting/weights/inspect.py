@@ -46,6 +46,7 @@ from lanting.weights.home import (
     unfinished,
 )
 from lanting.weights.kinds import PICKLES, Kind, config_notes, guess_kind, pickled
+from lanting.weights.mlx import translated
 from lanting.weights.pull import gigabytes
 from lanting.weights.single import open_file, open_weights
 
@@ -255,6 +256,7 @@ def _files(files: Iterable[Path]) -> tuple[list[Part], list[str]]:
 def _file_part(path: Path) -> Part:
     infos = open_gguf(path).infos if is_gguf(path) else read_header(path)
     infos = {ours: infos[theirs] for ours, theirs in our_codes(infos).items()}
+    infos = translated(Checkpoint(path.name, dict.fromkeys(infos, path), infos)).infos
     return _part(path.name, guess_kind(infos), infos, 1)
 
 

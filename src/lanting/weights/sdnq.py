@@ -16,7 +16,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from lanting.core.lang import Phrase
-from lanting.nn.number_types import RUN, number_type
+from lanting.nn.number_types import LEVELS, RUN, number_type
 from lanting.weights.foreign import PACKING, contradicts, unreadable
 
 if TYPE_CHECKING:
@@ -67,13 +67,17 @@ def numbered(checkpoint: Checkpoint, path: str) -> Numbers | None:
     names = {part: f"{path}.{each}" for part, each in parts.items() if f"{path}.{each}" in checkpoint.infos}
     bits = 8 if name in KINDS else (number_type(name) or _none(checkpoint, path)).bits
     turned = _turned(checkpoint, path, book.kept_for_kernels(said, path) and name in (*KINDS, "uint8"))
-    shape, groups = _sides(checkpoint, path, bits, turned)
+    levels = bool(said.get("use_codebook"))
+    shape, groups = _levels(checkpoint, path, bits) if levels else _sides(checkpoint, path, bits, turned)
     layout = TURNED if turned else SDNQ
     rank = _rank(checkpoint, path, shape)
     rotate = _rotation(checkpoint, path, shape[1], said)
     if name in KINDS:
         sides = () if scale.count == 1 else (shape[0], groups)
         return Numbers(KINDS[name], shape, sides, 0, names, layout, "", rotate, rank)
+    if levels:
+        sides = shape[0], groups, 1 << bits
+        return Numbers(f"uint{bits}", shape, sides, shape[1] // groups, names, SDNQ, name + LEVELS, rotate, rank)
     plain = name.startswith("uint") and 8 % bits == 0 and shape[1] % RUN == 0 and (not rotate or rank > 0)
     sides, group = (shape[0], groups), shape[1] // groups
     return Numbers(f"uint{bits}", shape, sides, group, names, layout, "" if plain else name, rotate, rank)
@@ -86,16 +90,16 @@ def _none(checkpoint: Checkpoint, path: str) -> Any:
 def _check(checkpoint: Checkpoint, path: str, said: Mapping[str, Any], name: str) -> None:
     """Raises ModelError for what is not read, and where the type is not that of the tensor."""
     told, stored = number_type(name), checkpoint.infos[f"{path}.weight"].dtype
-    if said.get("use_codebook"):
-        raise unreadable(checkpoint, path, Phrase("SDNQ with a codebook"))
     if any(f"{path}.{part}" in checkpoint.infos for part in DOUBLE):
         raise unreadable(checkpoint, path, Phrase("SDNQ with scales of few bits"))
     if told is None and name not in KINDS:
         raise unreadable(checkpoint, path, Phrase("SDNQ's {name}", name=name))
     if NATIVE.get(stored, "") != (name if name in KINDS else "") or (name not in KINDS and stored != "U8"):
         raise contradicts(checkpoint, path, f"{name} as {stored}")
-    zero = f"{path}.zero_point" in checkpoint.infos
-    if zero != (told is not None and not told.signed):
+    zero, levels = f"{path}.zero_point" in checkpoint.infos, bool(said.get("use_codebook"))
+    if levels and not name.startswith("uint"):
+        raise contradicts(checkpoint, path, f"{name}, use_codebook")
+    if zero != (told is not None and not told.signed and not levels):
         raise contradicts(checkpoint, path, f"{name}, zero_point: {zero}")
 
 
@@ -121,6 +125,17 @@ def _sides(checkpoint: Checkpoint, path: str, bits: int, turned: bool) -> tuple[
         raise contradicts(checkpoint, path, f"{bits} bits, {weight.shape}, {scale.shape}")
     if columns % groups or (scale.count > 1 and scale.count != rows * groups) or scale.dtype not in FLOATS:
         raise contradicts(checkpoint, path, f"{scale.dtype} {scale.shape}, {rows} x {columns}")
+    return (rows, columns), groups
+
+
+def _levels(checkpoint: Checkpoint, path: str, bits: int) -> tuple[tuple[int, int], int]:
+    """The same where each group has a list of levels, or each row: (out, groups, 2^bits) or (out, 2^bits)."""
+    weight, scale = checkpoint.infos[f"{path}.weight"], checkpoint.infos[f"{path}.scale"]
+    rows, groups = (*scale.shape[:-1], 1)[:2] if len(scale.shape) in (2, 3) else (0, 0)
+    columns = weight.size * 8 // bits // rows if rows else 0
+    whole = columns and groups and rows * columns * bits == weight.size * 8 and not columns % groups
+    if not whole or scale.shape[-1] != 1 << bits or scale.dtype not in FLOATS:
+        raise contradicts(checkpoint, path, f"{bits} bits, {weight.shape}, {scale.shape}")
     return (rows, columns), groups
 
 

@@ -22,7 +22,8 @@ from lanting.nn.blocks import TYPES
 from lanting.nn.fourbit import DividedLinear, Nvfp4Linear, TableLinear, untiled
 from lanting.nn.linears import FP8, Fp8Linear, GgufLinear, Int4Linear, Int8Linear, PackedEmbedding, PackedLinear
 from lanting.nn.lowrank import LowRankLinear
-from lanting.nn.numbers import NumberLinear
+from lanting.nn.number_types import LEVELS
+from lanting.nn.numbers import LevelLinear, NumberLinear
 from lanting.nn.swap import swap
 from lanting.weights import bnb, svdq
 from lanting.weights.checkpoint import Checkpoint
@@ -193,7 +194,8 @@ def make_linear(form: Form, bias: bool) -> PackedLinear:
         inner, smooth = replace(form, rank=0, rotate=0), form.layout in svdq.LAYOUTS
         return LowRankLinear(make_linear(inner, bias=False), form.rank, bias, smooth, form.rotate)
     if form.numbers:
-        return NumberLinear(columns, rows, bias, form.numbers, form.group, form.rotate)
+        cls = LevelLinear if form.numbers.endswith(LEVELS) else NumberLinear
+        return cls(columns, rows, bias, form.numbers.removesuffix(LEVELS), form.group, form.rotate)
     if form.kind == "int8":
         return Int8Linear(columns, rows, bias, form.rotate, form.scale)
     if form.kind == "int4":
