@@ -152,8 +152,7 @@ class Formula:
         return tuple(out)
 
 
-@pytest.mark.parametrize("references", [False, True])
-@pytest.mark.parametrize("many", [0, 1, 3])
+@pytest.mark.parametrize(("references", "many"), [(False, 0), (False, 3), (True, 1)])
 def test_it_is_the_formula(references, many):
     """Beside reference pictures the chain sees the target and the words; the frame of the target is the first."""
     net, first, second = body(), net_of(), net_of((0, 1, 4), 7)
