@@ -23,7 +23,7 @@ from lanting.nn.mmdit import QwenImageTransformer, TransformerConfig
 from lanting.nn.numbers import NumberLinear, number_type, pack_runs, unpack_runs, worth
 from lanting.nn.qwen_vl import QwenVL, QwenVLConfig
 from lanting.nn.rotate import rotate_blocks
-from lanting.weights.build import build_text_encoder, build_transformer
+from lanting.weights.build import build_text_encoder, build_transformer, store_transformer
 from lanting.weights.checkpoint import open_component
 from lanting.weights.forms import read_forms, shapes
 from lanting.weights.headers import read_metadata
@@ -186,6 +186,17 @@ def test_a_folder_draws_as_its_values_do(scheme, plain, tmp_path):
     half = build_transformer(checkpoint, CONFIG, Placing(torch.bfloat16, torch.device("cpu")))
     counted = sum(held_bytes(checkpoint, read_forms(checkpoint)).values())
     assert counted == pytest.approx(sum(each.nbytes for each in half.state_dict().values()), rel=0.03)
+
+
+def test_blocks_are_read_one_by_one(plain, tmp_path):
+    """What streams asks for one tensor of a Linear and gets all of its parts."""
+    torch.manual_seed(1)
+    written, _, packing = thin(plain)
+    checkpoint = open_weights(write(tmp_path / "transformer", written, packing), "transformer")
+    found = store_transformer(checkpoint, CONFIG, FLOAT).read([f"{ONE}.up"])
+    inner = ("residual.weight", "residual.weight_scale", "residual.weight_offset")
+    assert found.keys() == {f"{ONE}.{part}" for part in (*inner, "up", "down")}
+    assert found[f"{ONE}.residual.weight"].shape == (128, 64) and found[f"{ONE}.up"].shape == (128, 4)
 
 
 def test_what_people_are_told(plain, tmp_path):
