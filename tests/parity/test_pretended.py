@@ -51,7 +51,7 @@ CASES = {  # what is asked, of which model, opened how
     "words": (BASE, {"prompt": ("a red sign", "a longer prompt")}, {}),
     "a LoRA over int8": (BASE, {}, {"loras": ("lora",), "quant": "int8"}),
     "two ControlNets": (BASE, CONTROL, {"controlnet": ("union", "canny")}),
-    "a net that repaints, one behind blocks": (BASE, HOLE, {"controlnet": ("fun", "canny")}),
+    "a net that repaints, one behind blocks": (BASE, {**HOLE, "steps": 1}, {"controlnet": ("fun", "canny")}),
     "regions": (BASE, {"options": {"regions": REGIONS}, "quality": "fast", "steps": 4}, {}),
     "edit, streamed from RAM": (EDIT, ONE, {"plan": PLAN}),
     "edit, frozen references": (EDIT, {**ONE, "quality": "fast", "steps": 5}, {}),
