@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import heapq
 import json
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lanting.core.errors import ModelError
+from lanting.engine.quantize import Target, quantize_model
 from lanting.nn.mmdit import QwenImageTransformer, TransformerConfig
 from lanting.weights.build import build_transformer
 from lanting.weights.checkpoint import open_component
@@ -164,6 +166,21 @@ def test_it_is_a_model_beside_others(files, tmp_path, monkeypatch):
     found = locate(str(folder), {"text_encoder": nano, "vae": nano})
     assert found.spec.name == "qwen-image-2512" and found.configs["transformer"]["num_layers"] == 2
     assert found.tokenizer == embedded_nano() / "tokenizer"
+
+
+def test_a_folder_of_another_name(plain, files, tmp_path, monkeypatch):
+    """A config that brings its network says more than tensors do; the folder is written anew as a file is."""
+    monkeypatch.setenv("LANTING_HOME", str(tmp_path / "home"))
+    folder = write(tmp_path / "mine", files)
+    told = {"_class_name": "QwenImageTransformer2DModel", **asdict(SHAPE), "zero_cond_t": True}
+    (folder / "config.json").write_text(json.dumps({**told, "dfloat11_config": CONFIG}))
+    nano = str(embedded_nano())
+    assert locate(str(folder), {"text_encoder": nano, "vae": nano}).spec.name == "qwen-image-edit-2511"
+    quantize_model(str(folder), tmp_path / "whole.safetensors", Target("bf16"))
+    found = open_file(tmp_path / "whole.safetensors")["transformer"]
+    assert config_of("transformer", found)["zero_cond_t"]
+    name = "transformer_blocks.1.img_mlp.net.2.weight"
+    assert torch.equal(found.read([name])[name], plain[name])
 
 
 @pytest.mark.parametrize(

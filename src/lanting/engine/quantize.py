@@ -24,7 +24,7 @@ from lanting.weights.linear_names import transformer_linears
 from lanting.weights.lora_file import find_lora, open_lora, split_strength
 from lanting.weights.merge import merge_loras
 from lanting.weights.quantize import Report, dense_reader, quantize_safetensors
-from lanting.weights.single import open_file
+from lanting.weights.single import open_file, open_weights
 
 COMPONENTS = ("transformer", "text_encoder")
 
@@ -105,11 +105,15 @@ def _with_loras(
 
 
 def _open(model: str, component: str) -> tuple[Checkpoint, Any, str | None]:
-    """(tensors, config, release) of a component; a file need not be part of a whole model."""
+    """(tensors, config, release) of a component; a file or its folder need not be part of a whole model."""
     from lanting.weights.configs import config_of
-    from lanting.weights.find import release_of
+    from lanting.weights.find import config_beside, is_transformer, release_of
 
     path = path_of(model)
+    if component == "transformer" and path.is_dir() and is_transformer(path):
+        alone = open_weights(path, component)
+        config = config_beside(path) or config_of(component, alone)
+        return alone, config, release_of(path.resolve(), alone, config)[0].name
     if not path.is_file():
         folder = locate(model)
         return folder.checkpoint(component), folder.configs[component], folder.spec.name

@@ -175,7 +175,7 @@ def open_single(path: Path, given: Mapping[str, Path]) -> ModelFolder:
 
 def _around(named: Path, home: Path, transformer: Checkpoint, parts: dict[str, Path]) -> ModelFolder:
     """A model of `parts` in the folder `home`, whose release may have to be told by a name."""
-    spec, notes = release_of(named, transformer)
+    spec, notes = release_of(named, transformer, config_beside(parts["transformer"]))
     own = [part for part in parts if parts[part] == named or parts[part] == home / part]
     whole = all(parts.get(part) == home / part for part in COMPONENTS)
     base = None if whole else base_of(spec, parts)
@@ -213,12 +213,17 @@ def _with_configs(folder: ModelFolder, parts: list[str]) -> ModelFolder:
         place = places[part]
         if (place / "model_index.json").is_file():  # a whole model: its part is meant
             place = places[part] = place / part
-        told = read_json(place / "config.json") if place.is_dir() and (place / "config.json").is_file() else {}
-        if told.keys() - {DFLOAT11}:
+        if told := config_beside(place):
             configs[part] = told
         else:
             configs[part] = _inherit(configs.get(part, {}), config_of(part, open_weights(place, part)))
     return replace(folder, configs=configs, parts=places)
+
+
+def config_beside(place: Path) -> dict[str, Any]:
+    """What a component's folder says of its network; empty for files, and where it says nothing of that."""
+    told = read_json(place / "config.json") if place.is_dir() and (place / "config.json").is_file() else {}
+    return told if told.keys() - {DFLOAT11} else {}
 
 
 def _inherit(before: Mapping[str, Any], told: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -230,8 +235,10 @@ def _inherit(before: Mapping[str, Any], told: Mapping[str, Any]) -> Mapping[str,
     return before if all(known.get(side) == text.get(side) for side in sides) else told
 
 
-def release_of(path: Path, transformer: Checkpoint) -> tuple[ModelSpec, tuple[str, ...]]:
-    """The release a transformer file is of, and what a person should know of the guess.
+def release_of(
+    path: Path, transformer: Checkpoint, config: Mapping[str, Any] | None = None
+) -> tuple[ModelSpec, tuple[str, ...]]:
+    """The release a transformer file is of, and what a person should know of the guess; `config` where it brings one.
 
     Our own notes and the markers in the tensors decide; releases that differ in nothing but their weights are told by
     the file's name, and the first of them is assumed where it does not help.
@@ -239,7 +246,7 @@ def release_of(path: Path, transformer: Checkpoint) -> tuple[ModelSpec, tuple[st
     noted = own_notes(transformer).get("release")
     if isinstance(noted, str) and noted in spec_names():
         return get_spec(noted), ()
-    config = config_of("transformer", transformer)
+    config = config or config_of("transformer", transformer)
     if config.get("use_layer3d_rope"):
         return get_spec("qwen-image-layered"), ()
     words = set(re.split(r"[^a-z0-9]+", path.name.lower()))
