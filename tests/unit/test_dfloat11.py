@@ -26,8 +26,8 @@ from lanting.weights.checkpoint import open_component
 from lanting.weights.configs import config_of
 from lanting.weights.find import is_transformer, locate
 from lanting.weights.home import embedded_nano
-from lanting.weights.huffman import decoded
 from lanting.weights.inspect import describe
+from lanting.weights.schemes.huffman import decoded
 from lanting.weights.single import open_file, open_weights
 from lanting.weights.stored import Placing
 

@@ -33,7 +33,7 @@ from lanting.weights.find import locate
 from lanting.weights.forms import read_forms
 from lanting.weights.home import Marker, embedded_nano, model_folder, write_marker
 from lanting.weights.inspect import describe
-from lanting.weights.mlx import translated
+from lanting.weights.schemes.mlx import translated
 from lanting.weights.single import open_file, open_weights
 from lanting.weights.sized import held_bytes, kind_of, planned_model
 from lanting.weights.stored import Placing, expand

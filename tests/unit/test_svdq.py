@@ -26,7 +26,6 @@ from lanting.nn.linears import Int4Linear, PackedLinear
 from lanting.nn.lora import Factors, attach, detach, merge
 from lanting.nn.lowrank import LowRankLinear
 from lanting.nn.mmdit import QwenImageTransformer
-from lanting.weights import svdq, svdq_tiles
 from lanting.weights.build import build_transformer, store_transformer
 from lanting.weights.checkpoint import Checkpoint, open_component
 from lanting.weights.configs import config_of
@@ -34,6 +33,7 @@ from lanting.weights.find import release_of
 from lanting.weights.forms import Form, read_forms, shapes
 from lanting.weights.inspect import describe
 from lanting.weights.quantize import dense_reader, quantize_safetensors
+from lanting.weights.schemes import svdq, svdq_tiles
 from lanting.weights.single import open_file, open_weights
 from lanting.weights.sized import held_bytes
 from lanting.weights.stored import Placing, loaded

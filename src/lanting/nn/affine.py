@@ -1,7 +1,7 @@
 """Linears whose weights are whole numbers of a few bits, with a scale and an offset for each group of inputs.
 
-What AWQ, GPTQ, MLX and others store, once it is put in order (`weights.layouts`): value = code x scale + offset. A zero
-point z is the offset -z x scale, which float32 holds exactly. Found in float32 and rounded once.
+What AWQ, GPTQ, MLX and others store, once it is put in order (`weights.schemes.layouts`): value = code x scale +
+offset. A zero point z is the offset -z x scale, which float32 holds exactly. Found in float32 and rounded once.
 """
 
 from __future__ import annotations

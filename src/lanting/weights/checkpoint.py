@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Any
 from lanting.core.errors import ModelError
 from lanting.core.lang import Phrase
 from lanting.nn.blocks import TYPES
-from lanting.weights.dfloat11 import CONFIG, Coded, with_decoded
-from lanting.weights.foreign import APART, PACKING, as_weights, contradicts
 from lanting.weights.headers import TensorInfo, read_file
-from lanting.weights.mlx import translated
-from lanting.weights.svdq import named
+from lanting.weights.schemes.dfloat11 import CONFIG, Coded, with_decoded
+from lanting.weights.schemes.foreign import APART, PACKING, as_weights, contradicts
+from lanting.weights.schemes.mlx import translated
+from lanting.weights.schemes.svdq import named
 
 if TYPE_CHECKING:  # headers and configs are read without it: `lanting show` answers at once
     from torch import Tensor
@@ -143,7 +143,7 @@ def map_tensor(path: Path, info: TensorInfo) -> Tensor:
     """One tensor of a file as a private mapping (changes stay in this process).
 
     Its place was checked against the file's size when the header was read; a file that has shrunk since is an OSError.
-    One of numbers without bytes, which no header could name, is zeros (`weights.mlx`).
+    One of numbers without bytes, which no header could name, is zeros (`weights.schemes.mlx`).
     """
     if isinstance(info, Coded):
         return info.tensor(path)

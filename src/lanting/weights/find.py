@@ -19,9 +19,9 @@ from lanting.specs import ModelSpec, detect, get_spec, spec_names, whole_release
 from lanting.specs.detect import SINGLE_STREAM
 from lanting.weights.checkpoint import Checkpoint, open_component, read_json
 from lanting.weights.configs import SCHEDULER, config_of, own_notes
-from lanting.weights.dfloat11 import CONFIG as DFLOAT11
 from lanting.weights.home import COMPONENTS, REPO, downloaded, embedded_nano, file_in, path_of
 from lanting.weights.kinds import guess_kind
+from lanting.weights.schemes.dfloat11 import CONFIG as DFLOAT11
 from lanting.weights.single import open_file, open_weights
 
 LORAS = "lora"  # inside a model's folder: the LoRAs it brings, which may be called by name

@@ -7,12 +7,12 @@ read here:
     `X.weight_scale`, `X.comfy_quant`         ComfyUI's newer one, a JSON note per layer as bytes or one for all in the
                                               file's `_quantization_metadata`: fp8, int8 (also rotated), NVFP4, MXFP8,
                                               and our int4
-    `X.weight.quant_state...`, `X.SCB`        bitsandbytes' (`weights.bnb`)
-    `X.qweight`, `X.qzeros`, `X.scales`       AWQ's and GPTQ's (`weights.words`)
-    `X.weight_packed`, `X.weight_shape`       compressed-tensors' (`weights.compressed`)
-    `X.qweight`, `X.wscales`                  nunchaku's SVDQuant (`weights.svdq`, which renames them first)
-    `X.scales` beside 32-bit words            MLX's (`weights.mlx`)
-    `X.scale`, `X.zero_point`, `X.svd_up`     SDNQ's (`weights.sdnq`), whose types the folder's config.json tells
+    `X.weight.quant_state...`, `X.SCB`        bitsandbytes' (`schemes.bnb`)
+    `X.qweight`, `X.qzeros`, `X.scales`       AWQ's and GPTQ's (`schemes.gptq`)
+    `X.weight_packed`, `X.weight_shape`       compressed-tensors' (`schemes.compressed`)
+    `X.qweight`, `X.wscales`                  nunchaku's SVDQuant (`schemes.svdq`, which renames them first)
+    `X.scales` beside 32-bit words            MLX's (`schemes.mlx`)
+    `X.scale`, `X.zero_point`, `X.svd_up`     SDNQ's (`schemes.sdnq`), whose types config.json tells
     a GGUF block type                         its own bytes
 A missing scale or an unknown scheme is refused: it would load, and draw plausible noise.
 """
@@ -27,15 +27,15 @@ from typing import Any
 from lanting.core.errors import ModelError
 from lanting.core.lang import Phrase
 from lanting.nn.blocks import TYPES
-from lanting.weights import bnb, mlx, sdnq, svdq
 from lanting.weights.checkpoint import Checkpoint
-from lanting.weights.compressed import COMPRESSED, OPTIMIZED, compressed
-from lanting.weights.foreign import MODELOPT, REFUSED, packing_of
-from lanting.weights.foreign import SIDES as FOREIGN_SIDES
-from lanting.weights.foreign import unreadable as _unreadable
 from lanting.weights.headers import TensorInfo
 from lanting.weights.kinds import ZERO_COND_T
-from lanting.weights.words import AWQ, GPTQ, Words, words
+from lanting.weights.schemes import bnb, mlx, sdnq, svdq
+from lanting.weights.schemes.compressed import COMPRESSED, OPTIMIZED, compressed
+from lanting.weights.schemes.foreign import MODELOPT, REFUSED, packing_of
+from lanting.weights.schemes.foreign import SIDES as FOREIGN_SIDES
+from lanting.weights.schemes.foreign import unreadable as _unreadable
+from lanting.weights.schemes.gptq import AWQ, GPTQ, Words, words
 
 SCALE_NAMES = ("weight_scale", "scale_weight", "weight_scale_inv")  # which the last one is, for all its name
 UNUSED = ("scale_input", "input_scale", "comfy_quant")  # beside a weight, and of no use for its value
@@ -69,7 +69,7 @@ class Form:
     rotate  block of the Hadamard rotation it went through; 0: none
     nested  nf4, fp4: scales that share a number, and what is added; None: scales are floats
     names   what its parts are called in the file: "weight", and "weight_scale" where it has scales
-    layout  another program's, whose parts `weights.layouts` puts in order; "": they are held as they are stored
+    layout  another program's, whose parts `weights.schemes.layouts` puts in order; "": they are held as they are stored
     held    its bytes in memory, where a layout makes others of them; 0: those of its parts in the file
     rank    of the thin product that is added to it; 0: there is none
     numbers what the codes of an SDNQ type stand for ("int5", "float6_e3m2fn"); "": integers from 0 on

@@ -28,7 +28,6 @@ from lanting.weights.find import (
     open_bare,
     release_of,
 )
-from lanting.weights.foreign import our_codes
 from lanting.weights.forms import read_forms, shapes, side_tensors
 from lanting.weights.gguf import is_gguf, read_gguf
 from lanting.weights.gguf_names import is_projector
@@ -46,8 +45,9 @@ from lanting.weights.home import (
     unfinished,
 )
 from lanting.weights.kinds import PICKLES, Kind, config_notes, guess_kind, pickled
-from lanting.weights.mlx import translated
 from lanting.weights.pull import gigabytes
+from lanting.weights.schemes.foreign import our_codes
+from lanting.weights.schemes.mlx import translated
 from lanting.weights.single import open_file, open_weights
 
 

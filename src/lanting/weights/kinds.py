@@ -14,8 +14,8 @@ from typing import Any
 
 from lanting.core.errors import ModelError
 from lanting.core.lang import Phrase
-from lanting.weights.foreign import REFUSED
 from lanting.weights.headers import TensorInfo
+from lanting.weights.schemes.foreign import REFUSED
 
 PREFIXES = (
     "model.diffusion_model.",

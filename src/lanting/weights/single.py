@@ -16,13 +16,13 @@ from pathlib import Path
 from lanting.core.errors import ModelError
 from lanting.core.lang import Phrase
 from lanting.weights.checkpoint import Checkpoint, layer_notes, open_component
-from lanting.weights.foreign import as_weights
 from lanting.weights.forms import FLAGS
 from lanting.weights.fused import parted
 from lanting.weights.headers import damaged, read_file, unreadable
 from lanting.weights.kinds import WAN_VAE, foreign, pickled
-from lanting.weights.mlx import translated
-from lanting.weights.svdq import named
+from lanting.weights.schemes.foreign import as_weights
+from lanting.weights.schemes.mlx import translated
+from lanting.weights.schemes.svdq import named
 
 OWN_NOTES = "lanting"  # in a safetensors file's metadata: a JSON table of ours
 PREFIXES = {  # the first that fits is taken off; then the rest is one of COMPONENTS, or a ControlNet

@@ -25,12 +25,12 @@ from lanting.nn.lowrank import LowRankLinear
 from lanting.nn.number_types import LEVELS
 from lanting.nn.numbers import LevelLinear, NumberLinear
 from lanting.nn.swap import swap
-from lanting.weights import bnb, svdq
 from lanting.weights.checkpoint import Checkpoint
-from lanting.weights.compressed import FLOATS
-from lanting.weights.foreign import contradicts
 from lanting.weights.forms import SECOND, TILED, Form, read_forms, side_tensors
-from lanting.weights.layouts import LAYOUTS
+from lanting.weights.schemes import bnb, svdq
+from lanting.weights.schemes.compressed import FLOATS
+from lanting.weights.schemes.foreign import contradicts
+from lanting.weights.schemes.layouts import LAYOUTS
 
 M = TypeVar("M", bound=nn.Module)
 Choose = Callable[[str, tuple[int, int]], Form | None]

@@ -11,7 +11,7 @@ from lanting.nn.fourbit import small_floats
 from lanting.nn.number_types import RUN
 from lanting.nn.numbers import pack_runs, unpack_runs
 from lanting.weights.forms import SECOND, Form
-from lanting.weights.sdnq import TURNED
+from lanting.weights.schemes.sdnq import TURNED
 
 
 def mlx(form: Form, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:

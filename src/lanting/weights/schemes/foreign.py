@@ -17,9 +17,7 @@ from lanting.core.lang import Phrase
 if TYPE_CHECKING:
     from lanting.weights.checkpoint import Checkpoint
 
-PACKING = (
-    "quantization_config"  # in a folder's config.json, and then as JSON in `Checkpoint.metadata`: how all are packed
-)
+PACKING = "quantization_config"  # in a config.json, and then as JSON in `Checkpoint.metadata`: how all are packed
 MODELOPT = "modelopt"  # NVIDIA's, as `quant_method`
 APART = {  # files that said it before config.json did, or say it beside
     "hf_quant_config.json": MODELOPT,

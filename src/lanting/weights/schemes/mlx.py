@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from lanting.weights.foreign import contradicts
 from lanting.weights.headers import TensorInfo
+from lanting.weights.schemes.foreign import contradicts
 
 if TYPE_CHECKING:
     from lanting.weights.checkpoint import Checkpoint

@@ -1,4 +1,4 @@
-"""nunchaku's tensors in the order in which our Linears hold them; what they are is told by `weights.svdq`.
+"""nunchaku's tensors in the order in which our Linears hold them; what they are is told by `weights.schemes.svdq`.
 
 Its kernels read tiles as the threads of a GPU take them, so everything is permuted but `wtscale`. Within a tile:
     codes        words of 8 inputs' codes, the first in the lowest bits: 128 rows x 64 inputs; row 16 a + 8 b + c, input
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lanting.weights.forms import Form
-from lanting.weights.svdq import SHIFTED, SIX
+from lanting.weights.schemes.svdq import SHIFTED, SIX
 
 SHIFT = 0.171875  # what nunchaku adds to GELU's results before it rounds them to 4 bits without a sign
 FEW = 1 << 20  # weights that are expanded at a time

@@ -1,6 +1,6 @@
 """What nunchaku writes in place of a Linear's weight (SVDQuant), told from headers, without torch.
 
-    X.qweight  int8 (out, in / 2)     codes of 4 bits in the tiles of its kernels (`weights.svdq_tiles`), with
+    X.qweight  int8 (out, in / 2)     codes of 4 bits in the tiles of its kernels (`weights.schemes.svdq_tiles`), with
                `wscales`, `smooth_factor`, `proj_down`, `proj_up`; e2m1 codes also `wcscales` or `wtscale`
     X.qweight  int32 (out / 4, in / 2)  a modulation: codes with a scale and an offset for each 64 inputs
 Three Linears that read the same rows are one in its files; all that belongs to single rows begins anew every 128 of

@@ -16,8 +16,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from lanting.core.lang import Phrase
-from lanting.weights.foreign import MODELOPT, packing_of, unreadable
-from lanting.weights.words import SCALES, WORD, Words, held_bytes, misfits, numbers, order, signed
+from lanting.weights.schemes.foreign import MODELOPT, packing_of, unreadable
+from lanting.weights.schemes.gptq import SCALES, WORD, Words, held_bytes, misfits, numbers, order, signed
 
 if TYPE_CHECKING:
     from lanting.weights.checkpoint import Checkpoint

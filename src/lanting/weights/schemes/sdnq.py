@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from lanting.core.lang import Phrase
 from lanting.nn.number_types import LEVELS, RUN, number_type
-from lanting.weights.foreign import PACKING, contradicts, unreadable
+from lanting.weights.schemes.foreign import PACKING, contradicts, unreadable
 
 if TYPE_CHECKING:
     from lanting.weights.checkpoint import Checkpoint
@@ -38,7 +38,7 @@ SHORT = {  # what a config may call a type
 
 @dataclass(frozen=True, slots=True)
 class Numbers:
-    """A weight (out, in), as `forms.Form` has it. `names` are its parts as `weights.ordered` knows them."""
+    """A weight (out, in), as `forms.Form` has it. `names` are its parts as `weights.schemes.ordered` knows them."""
 
     kind: str
     shape: tuple[int, int]

@@ -7,7 +7,7 @@ A weight is codes, zero points and scales of groups of inputs: value = (code - z
     GPTQ                 codes (in b / 32, out), zeros and scales as AWQ's, and `g_idx` (in,), the group of each input
 
 Sources: autoawq 0.2.9 (`utils/packing_utils.py`, `modules/linear`), auto_gptq 0.7.1 (`nn_modules/qlinear`), GPTQModel
-(`utils/model.py`, for the versions of zero points). compressed-tensors' are in `weights.compressed`.
+(`utils/model.py`, for the versions of zero points). compressed-tensors' are in `weights.schemes.compressed`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from lanting.core.errors import ModelError
 from lanting.core.lang import Phrase
-from lanting.weights.foreign import contradicts, packing_of, unreadable
+from lanting.weights.schemes.foreign import contradicts, packing_of, unreadable
 
 if TYPE_CHECKING:
     from lanting.weights.checkpoint import Checkpoint
@@ -34,7 +34,7 @@ AWQ, GPTQ, GPTQ_V2 = "AWQ", "GPTQ", "GPTQ v2"
 
 @dataclass(frozen=True, slots=True)
 class Words:
-    """A weight (out, in) of codes, as `forms.Form` has it. `names` are its parts as `weights.codes` knows them, and
+    """A weight (out, in) of codes, as `forms.Form` has it. `names` are its parts as `schemes.codes` knows them, and
     have an "order" where inputs of a group do not stand together; `held` are its bytes in memory."""
 
     kind: str

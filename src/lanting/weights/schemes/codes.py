@@ -1,4 +1,4 @@
-"""Codes in words of 32 bits (`weights.words`) put in order for our Linears: a row's codes one behind the other.
+"""Codes in words of 32 bits (`weights.schemes.gptq`) put in order for our Linears: a row's codes one behind the other.
 
 Words are whole numbers of codes or runs of bits that go on from word to word; in both cases their bytes, read from the
 lowest bit on, are what `AffineLinear` holds, once rows are outputs. AWQ alone has codes that share a word out of order.
@@ -14,9 +14,9 @@ from torch import Tensor
 
 from lanting.nn.affine import pack_codes, unpack_codes
 from lanting.nn.fourbit import small_floats
-from lanting.weights.compressed import DIVISOR
 from lanting.weights.forms import SECOND, Form
-from lanting.weights.words import GPTQ, WORD
+from lanting.weights.schemes.compressed import DIVISOR
+from lanting.weights.schemes.gptq import GPTQ, WORD
 
 AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)  # of 8 outputs, in which order a word has them from its lowest bits on
 LOW, HIGH = 0x0F0F0F0F, -0x0F0F0F10  # of each byte of a word

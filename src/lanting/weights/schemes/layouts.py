@@ -10,12 +10,12 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-from lanting.weights import codes, ordered, svdq, svdq_tiles
-from lanting.weights.compressed import BYTES, COMPRESSED, FLOATS, OPTIMIZED
 from lanting.weights.forms import Form
-from lanting.weights.mlx import MLX
-from lanting.weights.sdnq import SDNQ, TURNED
-from lanting.weights.words import AWQ, GPTQ, GPTQ_V2
+from lanting.weights.schemes import codes, ordered, svdq, svdq_tiles
+from lanting.weights.schemes.compressed import BYTES, COMPRESSED, FLOATS, OPTIMIZED
+from lanting.weights.schemes.gptq import AWQ, GPTQ, GPTQ_V2
+from lanting.weights.schemes.mlx import MLX
+from lanting.weights.schemes.sdnq import SDNQ, TURNED
 
 Parts = Mapping[str, Tensor]
 LAYOUTS: dict[str, Callable[[Form, Parts], dict[str, Tensor]]] = {

@@ -1,10 +1,10 @@
 """What DFloat11 writes in place of bfloat16 weights, told from headers and the folder's config.json, without torch.
 
-A module's Linears are one row of numbers: their exponents are Huffman codes (`weights.huffman`), signs and mantissas a
-byte each. Which Linears and in which order is in config.json's `dfloat11_config`, how many numbers each has in
-`split_positions`; how many outputs, their biases tell. To everything here they are bfloat16 tensors, decoded whenever
-they are read, to the bit what they were. Rejected: keeping them coded in memory, which would decode at every step.
-Source: dfloat11 0.5.0 (`compress_model`).
+A module's Linears are one row of numbers: their exponents are Huffman codes (`weights.schemes.huffman`), signs and
+mantissas a byte each. Which Linears and in which order is in config.json's `dfloat11_config`, how many numbers each
+has in `split_positions`; how many outputs, their biases tell. To everything here they are bfloat16 tensors, decoded
+whenever they are read, to the bit what they were. Rejected: keeping them coded in memory, which would decode at every
+step. Source: dfloat11 0.5.0 (`compress_model`).
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lanting.weights.foreign import contradicts, unreadable
 from lanting.weights.headers import TensorInfo
+from lanting.weights.schemes.foreign import contradicts, unreadable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,7 +45,7 @@ class Coded(TensorInfo):
         import torch
 
         from lanting.weights.checkpoint import map_tensor
-        from lanting.weights.huffman import decoded
+        from lanting.weights.schemes.huffman import decoded
 
         parts = {name: map_tensor(path, info) for name, info in self.parts.items()}
         parts["output_positions"] = parts["output_positions"].view(torch.int32).long() & 0xFFFF_FFFF
