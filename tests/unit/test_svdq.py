@@ -30,7 +30,8 @@ from lanting.weights.build import build_transformer, store_transformer
 from lanting.weights.checkpoint import Checkpoint, open_component
 from lanting.weights.configs import config_of
 from lanting.weights.find import release_of
-from lanting.weights.forms import Form, read_forms, shapes
+from lanting.weights.form import Form
+from lanting.weights.forms import read_forms, shapes
 from lanting.weights.inspect import describe
 from lanting.weights.quantize import dense_reader, quantize_safetensors
 from lanting.weights.schemes import svdq, svdq_tiles

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from lanting.core.errors import RequestError
 from lanting.nn.rotate import largest_block
 from lanting.nn.rounding import fitting_group
-from lanting.weights.forms import Form
+from lanting.weights.form import Form
 
 KINDS = ("int8", "fp8", "int4")
 GROUP = 64  # inputs that share a scale of int4: at 32 the error is 0.9 times as large and a weight 4.5 bits, not 4.25

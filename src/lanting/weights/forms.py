@@ -21,25 +21,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from lanting.core.errors import ModelError
 from lanting.core.lang import Phrase
 from lanting.nn.blocks import TYPES
 from lanting.weights.checkpoint import Checkpoint
+from lanting.weights.form import SECOND, Form
 from lanting.weights.headers import TensorInfo
 from lanting.weights.kinds import ZERO_COND_T
 from lanting.weights.schemes import bnb, mlx, sdnq, svdq
-from lanting.weights.schemes.compressed import COMPRESSED, OPTIMIZED, compressed
+from lanting.weights.schemes.compressed import compressed
 from lanting.weights.schemes.foreign import MODELOPT, REFUSED, packing_of
 from lanting.weights.schemes.foreign import SIDES as FOREIGN_SIDES
 from lanting.weights.schemes.foreign import unreadable as _unreadable
-from lanting.weights.schemes.gptq import AWQ, GPTQ, Words, words
+from lanting.weights.schemes.gptq import words
 
 SCALE_NAMES = ("weight_scale", "scale_weight", "weight_scale_inv")  # which the last one is, for all its name
 UNUSED = ("scale_input", "input_scale", "comfy_quant")  # beside a weight, and of no use for its value
-SECOND = "weight_scale_2"  # NVFP4's, one number for all
 UNKNOWN = ("pre_quant_scale", "weight_s_rel", "weight_s_channel", "weight_codebook", "qweight")
 FLAGS = ("scaled_fp8", ZERO_COND_T)  # tensors that only say something by being there
 STRAYS = ("logit_scale",)  # a number of CLIP's that ComfyUI saves beside every text encoder, and none reads
@@ -55,48 +54,6 @@ FORMATS = {  # what ComfyUI calls them, and what we do
 }
 TILED = {"nvfp4": (16, ("F8_E4M3",)), "mxfp8": (32, ("F8_E8M0", "U8"))}  # inputs that share a scale, and its types
 FLOATS = ("F16", "BF16", "F32", "F64")
-
-
-@dataclass(frozen=True, slots=True)
-class Form:
-    """How one weight (out, in) is stored.
-
-    kind    "int8", "int4", "fp8 e4m3", "fp8 e5m2", "nvfp4", "mxfp8", bitsandbytes' "nf4" and "fp4", "uint2" to "uint8"
-            (codes with a scale and an offset for each group), or a GGUF block type such as "Q4_K"
-    shape   (out, in) of the values
-    scale   the shape of its scales in memory; None: it has none
-    group   int4, nf4, fp4, uint2 to uint8: weights that share a scale
-    rotate  block of the Hadamard rotation it went through; 0: none
-    nested  nf4, fp4: scales that share a number, and what is added; None: scales are floats
-    names   what its parts are called in the file: "weight", and "weight_scale" where it has scales
-    layout  another program's, whose parts `weights.schemes.layouts` puts in order; "": they are held as they are stored
-    held    its bytes in memory, where a layout makes others of them; 0: those of its parts in the file
-    rank    of the thin product that is added to it; 0: there is none
-    numbers what the codes of an SDNQ type stand for ("int5", "float6_e3m2fn"); "": integers from 0 on
-    """
-
-    kind: str
-    shape: tuple[int, int]
-    scale: tuple[int, ...] | None = None
-    group: int = 0
-    rotate: int = 0
-    nested: tuple[int, float] | None = None
-    names: Mapping[str, str] = field(default_factory=dict[str, str])
-    layout: str = ""
-    held: int = 0
-    rank: int = 0
-    numbers: str = ""
-
-    def words(self) -> str:
-        """For people: "fp8 e4m3 scaled", "int4 in groups of 64", "Q4_K", "SVDQuant int4, low-rank 32"."""
-        thin = f", low-rank {self.rank}" if self.rank else ""
-        if self.layout in svdq.LAYOUTS:
-            return f"{'SVDQuant ' if thin else ''}{self.kind}{thin}"
-        scaled = " scaled" if self.kind.startswith("fp8") and self.scale is not None else ""
-        grouped = f" in groups of {self.group}" if self.group else ""
-        program = self.layout.partition(" ")[0]
-        told = f", {program}" if program in (AWQ, GPTQ, COMPRESSED, OPTIMIZED, mlx.MLX, sdnq.SDNQ) else ""
-        return (self.numbers or self.kind) + scaled + grouped + (" rotated" if self.rotate else "") + thin + told
 
 
 def read_forms(checkpoint: Checkpoint) -> dict[str, Form]:
@@ -116,7 +73,7 @@ def read_forms(checkpoint: Checkpoint) -> dict[str, Form]:
             raise _unreadable(checkpoint, path, str(scheme) if scheme else Phrase("a scheme with {part}", part=part))
         if dot and part == "weight" and f"{path}.scale" in checkpoint.infos:
             if (found := sdnq.numbered(checkpoint, path)) is not None:
-                forms[path] = _of_numbers(found)
+                forms[path] = found
             continue
         if not dot or part != "weight" or len(info.shape) != 2:
             continue
@@ -164,23 +121,16 @@ def _form(checkpoint: Checkpoint, path: str, info: TensorInfo, note: Mapping[str
         return Form(info.dtype, (rows, columns), names=names)
     if info.dtype in FLOATS:
         return None  # a scale beside it, if any, is a 1 that older converters wrote for every layer
-    if (four := bnb.four_bits(checkpoint, path)) is not None:
-        names |= {part: f"{path}.weight.{part}" for part in four.parts}
-        return Form(four.kind, four.shape, group=four.group, nested=four.nested, names=names)
-    if (found := words(checkpoint, path) or compressed(checkpoint, path, bool(note.get("format")))) is not None:
-        return _of_words(found)
-    if (codes := mlx.packed(checkpoint, path)) is not None:
-        scale, group = (rows, codes.shape[1] // codes.group), 0 if codes.kind in TILED else codes.group
-        return Form(codes.kind, codes.shape, scale, group, names=codes.names, layout=mlx.MLX)
+    noted = bool(note.get("format"))
+    found = bnb.four_bits(checkpoint, path) or words(checkpoint, path) or compressed(checkpoint, path, noted)
+    if (found := found or mlx.packed(checkpoint, path)) is not None:
+        return found
     if (layout := str(note.get("format"))) in svdq.LAYOUTS:
-        packed = svdq.packed_as(checkpoint, path, layout)
-        names = {part: f"{path}.{part}" for part in packed.parts}
-        scale = (packed.shape[0], packed.shape[1] // packed.group)
-        return Form(packed.kind, packed.shape, scale, packed.group, names=names, layout=layout, rank=packed.rank)
+        return svdq.packed_as(checkpoint, path, layout)
     kind = _kind(checkpoint, path, info.dtype, note)
     if kind in TILED:
         return _tiled(checkpoint, path, kind, info)
-    scale_name = _scales(checkpoint, path, kind, bool(note.get("format")))
+    scale_name = _scales(checkpoint, path, kind, noted)
     scale = None if scale_name is None else checkpoint.infos[scale_name].shape
     names |= {} if scale_name is None else {"weight_scale": scale_name}
     group = 0
@@ -193,17 +143,6 @@ def _form(checkpoint: Checkpoint, path: str, info: TensorInfo, note: Mapping[str
                 **{"label": checkpoint.label, "scale": scale, "path": path},
             )
     return Form(kind, (rows, columns), scale, group, _rotation(checkpoint, path, columns, note), names=names)
-
-
-def _of_numbers(found: sdnq.Numbers) -> Form:
-    told = {name: getattr(found, name) for name in ("names", "layout", "rotate", "rank", "numbers")}
-    return Form(found.kind, found.shape, found.scale, found.group, **told)
-
-
-def _of_words(found: Words) -> Form:
-    return Form(
-        found.kind, found.shape, found.scale, found.group, names=found.names, layout=found.layout, held=found.held
-    )
 
 
 def _scales(checkpoint: Checkpoint, path: str, kind: str, noted: bool) -> str | None:

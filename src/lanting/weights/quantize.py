@@ -21,7 +21,8 @@ from lanting.core.errors import ModelError
 from lanting.core.files import writing
 from lanting.core.lang import Phrase
 from lanting.weights.checkpoint import LAYER_NOTES, Checkpoint
-from lanting.weights.forms import Form, read_forms, shapes
+from lanting.weights.form import Form
+from lanting.weights.forms import read_forms, shapes
 from lanting.weights.headers import BITS, read_header
 from lanting.weights.kinds import ZERO_COND_T
 from lanting.weights.single import OWN_NOTES

@@ -13,7 +13,8 @@ from lanting.weights.checkpoint import Checkpoint
 from lanting.weights.controls import open_controlnet
 from lanting.weights.find import ModelFolder
 from lanting.weights.fits import with_writing
-from lanting.weights.forms import Form, read_forms
+from lanting.weights.form import Form
+from lanting.weights.forms import read_forms
 from lanting.weights.headers import TensorInfo
 from lanting.weights.home import path_of
 

@@ -26,8 +26,9 @@ from lanting.nn.number_types import LEVELS
 from lanting.nn.numbers import LevelLinear, NumberLinear
 from lanting.nn.swap import swap
 from lanting.weights.checkpoint import Checkpoint
-from lanting.weights.forms import SECOND, TILED, Form, read_forms, side_tensors
-from lanting.weights.schemes import bnb, svdq
+from lanting.weights.form import SECOND, SVDQUANT, Form
+from lanting.weights.forms import TILED, read_forms, side_tensors
+from lanting.weights.schemes import bnb
 from lanting.weights.schemes.compressed import FLOATS
 from lanting.weights.schemes.foreign import contradicts
 from lanting.weights.schemes.layouts import LAYOUTS
@@ -191,7 +192,7 @@ def make_linear(form: Form, bias: bool) -> PackedLinear:
     """An empty Linear of a form, on the device of the moment. Raises ValueError where its numbers contradict."""
     rows, columns = form.shape
     if form.rank:
-        inner, smooth = replace(form, rank=0, rotate=0), form.layout in svdq.LAYOUTS
+        inner, smooth = replace(form, rank=0, rotate=0), form.program == SVDQUANT
         return LowRankLinear(make_linear(inner, bias=False), form.rank, bias, smooth, form.rotate)
     if form.numbers:
         cls = LevelLinear if form.numbers.endswith(LEVELS) else NumberLinear
@@ -210,7 +211,7 @@ def make_linear(form: Form, bias: bool) -> PackedLinear:
     if form.kind == "nvfp4" and form.layout == FLOATS:
         return DividedLinear(columns, rows, bias)
     if form.kind == "nvfp4":
-        return Nvfp4Linear(columns, rows, bias, in_rows=form.layout in svdq.LAYOUTS)
+        return Nvfp4Linear(columns, rows, bias, in_rows=form.program == SVDQUANT)
     if form.kind in bnb.NOTES.values():
         return TableLinear(columns, rows, bias, form.kind, form.group, form.nested)
     return GgufLinear(columns, rows, bias, form.kind, TYPES[form.kind].row_bytes(columns))

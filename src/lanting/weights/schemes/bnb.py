@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lanting.core.errors import ModelError
+from lanting.weights.form import Form
 
 if TYPE_CHECKING:
     from lanting.weights.checkpoint import Checkpoint
@@ -23,24 +23,9 @@ PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 SIDES = (*(f"weight.{part}" for part in (*PARTS, *NOTES)), ROWS, "weight_format")  # what is no part of the network
 
 
-@dataclass(frozen=True, slots=True)
-class FourBits:
-    """A weight of 4 bits. `group` weights share a scale, and `nested[0]` scales a number, to which `nested[1]` is
-    added; None: scales are stored as they are."""
-
-    kind: str
-    shape: tuple[int, int]
-    group: int
-    nested: tuple[int, float] | None
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        return PARTS if self.nested is not None else PARTS[:2]
-
-
-def four_bits(checkpoint: Checkpoint, path: str) -> FourBits | None:
-    """What the weight of `path` is, None where no note of bitsandbytes stands beside it. Raises ModelError for a note
-    that can't be, or whose parts are not there."""
+def four_bits(checkpoint: Checkpoint, path: str) -> Form | None:
+    """How the weight of `path` is stored, None where no note of bitsandbytes stands beside it. Raises ModelError for a
+    note that can't be, or whose parts are not there."""
     name = next((name for note in NOTES if (name := f"{path}.weight.{note}") in checkpoint.infos), None)
     if name is None:
         return None
@@ -48,12 +33,11 @@ def four_bits(checkpoint: Checkpoint, path: str) -> FourBits | None:
         note: dict[str, Any] = json.loads(checkpoint.raw(name))
         rows, columns = (int(side) for side in note["shape"])
         nested = (int(note["nested_blocksize"]), float(note["nested_offset"])) if "nested_blocksize" in note else None
-        found = FourBits(str(note["quant_type"]), (rows, columns), int(note["blocksize"]), nested)
-        if (
-            min(rows, columns, found.group) < 1
-            or found.kind not in NOTES.values()
-            or not _fits(checkpoint, path, found)
-        ):
+        parts = PARTS if nested is not None else PARTS[:2]
+        names = {"weight": f"{path}.weight"} | {part: f"{path}.weight.{part}" for part in parts}
+        kind, group = str(note["quant_type"]), int(note["blocksize"])
+        found = Form(kind, (rows, columns), group=group, nested=nested, names=names)
+        if min(rows, columns, found.group) < 1 or found.kind not in NOTES.values() or not _fits(checkpoint, found):
             raise ValueError
     except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
         raise ModelError(
@@ -68,7 +52,7 @@ def in_rows(checkpoint: Checkpoint, path: str) -> bool:
     return name not in checkpoint.infos or not any(checkpoint.raw(name))
 
 
-def _fits(checkpoint: Checkpoint, path: str, found: FourBits) -> bool:
+def _fits(checkpoint: Checkpoint, found: Form) -> bool:
     """Whether weight, scales and tables are there and as many as they must be."""
     values = math.prod(found.shape)
     scales = -(-values // found.group)
@@ -78,7 +62,6 @@ def _fits(checkpoint: Checkpoint, path: str, found: FourBits) -> bool:
         if found.nested[0] < 1 or not math.isfinite(found.nested[1]):
             return False
         counts, dtypes = [*counts, -(-scales // found.nested[0]), 256], [*dtypes, "F32", "F32"]
-    names = [f"{path}.weight", *(f"{path}.weight.{part}" for part in found.parts)]
-    infos = [checkpoint.infos.get(name) for name in names]
+    infos = [checkpoint.infos.get(name) for name in found.names.values()]
     there = [(None, "") if info is None else (info.count, info.dtype) for info in infos]
     return values % 2 == 0 and there == list(zip(counts, dtypes, strict=True))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lanting.nn.affine import pack_codes, unpack_codes
 from lanting.nn.fourbit import small_floats
-from lanting.weights.forms import SECOND, Form
+from lanting.weights.form import SECOND, Form
 from lanting.weights.schemes.compressed import DIVISOR
 from lanting.weights.schemes.gptq import GPTQ, WORD
 

@@ -16,8 +16,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from lanting.core.lang import Phrase
+from lanting.weights.form import Form
 from lanting.weights.schemes.foreign import MODELOPT, packing_of, unreadable
-from lanting.weights.schemes.gptq import SCALES, WORD, Words, held_bytes, misfits, numbers, order, signed
+from lanting.weights.schemes.gptq import SCALES, WORD, held_bytes, misfits, numbers, order, signed
 
 if TYPE_CHECKING:
     from lanting.weights.checkpoint import Checkpoint
@@ -29,9 +30,9 @@ DIVISOR, GROUPS = "weight_global_scale", "weight_g_idx"
 TILE, SMALL_TILE = 32, 16  # inputs that share a scale: of MX floats, of NVFP4
 
 
-def compressed(checkpoint: Checkpoint, path: str, noted: bool) -> Words | None:
-    """What the weight of `path` is; None where it is none of these, or a note of ComfyUI's says what it is. Raises
-    ModelError for one that can't be."""
+def compressed(checkpoint: Checkpoint, path: str, noted: bool) -> Form | None:
+    """How the weight of `path` is stored; None where it is none of these, or a note of ComfyUI's says what it is.
+    Raises ModelError for one that can't be."""
     code = checkpoint.infos[f"{path}.weight"].dtype
     scales = checkpoint.infos.get(f"{path}.weight_scale")
     if f"{path}.weight_shape" in checkpoint.infos:
@@ -49,7 +50,7 @@ def compressed(checkpoint: Checkpoint, path: str, noted: bool) -> Words | None:
     return None
 
 
-def _packed(checkpoint: Checkpoint, path: str) -> Words:
+def _packed(checkpoint: Checkpoint, path: str) -> Form:
     codes, scales = checkpoint.infos[f"{path}.weight"], checkpoint.infos.get(f"{path}.weight_scale")
     zeros = checkpoint.infos.get(f"{path}.weight_zero_point")
     rows, columns = numbers(checkpoint, f"{path}.weight_shape", 2)
@@ -71,10 +72,10 @@ def _packed(checkpoint: Checkpoint, path: str) -> Words:
     if bits == 8 and columns % 8 == 0 and names.keys() == {"weight", "scale"}:
         return signed(path, (rows, columns), columns // groups, COMPRESSED, each)
     held = held_bytes((rows, columns), bits, groups, 2 * each if zeros is None else each + 4, "order" in names)
-    return Words(f"uint{bits}", (rows, columns), columns // groups, COMPRESSED, names, held)
+    return Form(f"uint{bits}", (rows, columns), group=columns // groups, names=names, layout=COMPRESSED, held=held)
 
 
-def _bytes(checkpoint: Checkpoint, path: str) -> Words:
+def _bytes(checkpoint: Checkpoint, path: str) -> Form:
     """Signed bytes with zero points or an order: a scale for all, for each row, or for groups of a row."""
     (rows, columns), scale = checkpoint.infos[f"{path}.weight"].shape, checkpoint.infos[f"{path}.weight_scale"]
     zeros = checkpoint.infos.get(f"{path}.weight_zero_point")
@@ -86,10 +87,10 @@ def _bytes(checkpoint: Checkpoint, path: str) -> Words:
     names |= {} if zeros is None else {"zeros": f"{path}.weight_zero_point"}
     names |= order(checkpoint, path, GROUPS, columns, columns // groups)
     held = held_bytes((rows, columns), 8, groups, SCALES[scale.dtype] + 4, "order" in names)
-    return Words("uint8", (rows, columns), columns // groups, BYTES, names, held)
+    return Form("uint8", (rows, columns), group=columns // groups, names=names, layout=BYTES, held=held)
 
 
-def _floats(checkpoint: Checkpoint, path: str) -> Words:
+def _floats(checkpoint: Checkpoint, path: str) -> Form:
     """Floats of 4 or 8 bits with an 8-bit scale for every few."""
     code, scale = checkpoint.infos[f"{path}.weight"], checkpoint.infos[f"{path}.weight_scale"]
     number = DIVISOR if f"{path}.{DIVISOR}" in checkpoint.infos else FACTOR
@@ -109,7 +110,8 @@ def _floats(checkpoint: Checkpoint, path: str) -> Words:
     held = code.size + rows * (columns // group) * each
     shared = (rows, columns // group)
     layout = OPTIMIZED if FACTOR in names else FLOATS
-    return Words(kind, (rows, columns), group if kind == "fp4" else 0, layout, names, held, shared)
+    group = group if kind == "fp4" else 0
+    return Form(kind, (rows, columns), shared, group, names=names, layout=layout, held=held)
 
 
 def _said_bits(packing: Mapping[str, Any]) -> set[int]:

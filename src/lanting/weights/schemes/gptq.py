@@ -14,13 +14,12 @@ from __future__ import annotations
 
 import struct
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from lanting.core.errors import ModelError
 from lanting.core.lang import Phrase
+from lanting.weights.form import Form
 from lanting.weights.schemes.foreign import contradicts, packing_of, unreadable
 
 if TYPE_CHECKING:
@@ -32,23 +31,9 @@ INTEGERS = {"I32": "i", "I64": "q"}
 AWQ, GPTQ, GPTQ_V2 = "AWQ", "GPTQ", "GPTQ v2"
 
 
-@dataclass(frozen=True, slots=True)
-class Words:
-    """A weight (out, in) of codes, as `forms.Form` has it. `names` are its parts as `schemes.codes` knows them, and
-    have an "order" where inputs of a group do not stand together; `held` are its bytes in memory."""
-
-    kind: str
-    shape: tuple[int, int]
-    group: int
-    layout: str
-    names: Mapping[str, str]
-    held: int
-    scale: tuple[int, ...] | None = None
-
-
-def words(checkpoint: Checkpoint, path: str) -> Words | None:
-    """What the weight of `path` is in AWQ or GPTQ, whose words hold codes of a column; None where it is in neither.
-    Raises ModelError for one that can't be."""
+def words(checkpoint: Checkpoint, path: str) -> Form | None:
+    """How the weight of `path` is stored in AWQ or GPTQ, whose words hold codes of a column; None where it is in
+    neither. Raises ModelError for one that can't be."""
     if f"{path}.scales" not in checkpoint.infos or checkpoint.infos[f"{path}.weight"].dtype not in ("I32", "I16", "I8"):
         return None
     codes, scales = checkpoint.infos[f"{path}.weight"], checkpoint.infos[f"{path}.scales"]
@@ -79,14 +64,15 @@ def words(checkpoint: Checkpoint, path: str) -> Words | None:
     if bits == 8 and "order" not in names and stored == bytes([HALF - (layout == GPTQ)]) * zeros.size:
         return signed(path, (rows, columns), group, layout, each)
     held = held_bytes((rows, columns), bits, groups, each + 4, "order" in names)
-    return Words(f"uint{bits}", (rows, columns), group, layout, names, held)
+    return Form(f"uint{bits}", (rows, columns), group=group, names=names, layout=layout, held=held)
 
 
-def signed(path: str, shape: tuple[int, int], group: int, layout: str, each: int) -> Words:
+def signed(path: str, shape: tuple[int, int], group: int, layout: str, each: int) -> Form:
     """Codes of 8 bits that are worth code less 128 times a scale of `each` bytes: our int8 with groups."""
     names = {"weight": f"{path}.weight", "scale": f"{path}.{'scales' if layout.startswith(GPTQ) else 'weight_scale'}"}
     groups = shape[1] // group
-    return Words("int8", shape, group, layout, names, shape[0] * (shape[1] + groups * each), (shape[0], groups))
+    held = shape[0] * (shape[1] + groups * each)
+    return Form("int8", shape, (shape[0], groups), group, names=names, layout=layout, held=held)
 
 
 def held_bytes(shape: tuple[int, int], bits: int, groups: int, each: int, order: bool) -> int:

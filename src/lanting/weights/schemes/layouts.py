@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-from lanting.weights.forms import Form
+from lanting.weights.form import Form
 from lanting.weights.schemes import codes, ordered, svdq, svdq_tiles
 from lanting.weights.schemes.compressed import BYTES, COMPRESSED, FLOATS, OPTIMIZED
 from lanting.weights.schemes.gptq import AWQ, GPTQ, GPTQ_V2

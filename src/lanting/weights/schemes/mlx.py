@@ -12,10 +12,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from lanting.weights.form import Form
 from lanting.weights.headers import TensorInfo
 from lanting.weights.schemes.foreign import contradicts
 
@@ -27,6 +28,7 @@ SIDES = ("scales", "biases")
 NOTED = "quantization_config"  # `checkpoint.PACKING`, which imports this module
 GROUP, GROUPS, BITS = 64, (64, 32, 128), (2, 3, 4, 5, 6, 8)  # inputs that share a scale: MLX's usual, and all
 MODES = {128: ("fp4", 32), 64: ("nvfp4", 16), 256: ("mxfp8", 32)}  # bits of a group -> mxfp4 and its like
+FLOATS = ("nvfp4", "mxfp8")  # whose groups are always as large
 Parts = tuple[tuple[str, str], ...]  # patterns and what they become, in this order
 
 NETWORK: Parts = (
@@ -73,16 +75,6 @@ KERNELS = ("decoder.conv_in.weight", "visual.patch_embed.proj.weight")  # square
 LOST = "norm_out.linear.bias"  # mflux 0.16 to 0.21 saved none of the older releases' and drew as if it were 0
 
 
-@dataclass(frozen=True, slots=True)
-class Codes:
-    """A packed weight: its kind, the shape of its values, inputs that share a scale, and what its parts are called."""
-
-    kind: str
-    shape: tuple[int, int]
-    group: int
-    names: dict[str, str]
-
-
 def translated(checkpoint: Checkpoint) -> Checkpoint:
     """The same tensors under our names and with kernels in our order; untouched where they are not MLX's. Raises
     ModelError where two have the same name then."""
@@ -106,7 +98,7 @@ def translated(checkpoint: Checkpoint) -> Checkpoint:
     return replace(found, infos=infos, where=where, metadata={**found.metadata, **notes})
 
 
-def packed(checkpoint: Checkpoint, path: str) -> Codes | None:
+def packed(checkpoint: Checkpoint, path: str) -> Form | None:
     """How the weight of `path` is packed; None where that is not MLX's way, or its parts can't be."""
     words, scales, biases = (checkpoint.infos.get(f"{path}.{part}") for part in ("weight", *SIDES))
     if words is None or words.dtype != "U32" or scales is None or len(words.shape) != 2 or len(scales.shape) != 2:
@@ -118,12 +110,16 @@ def packed(checkpoint: Checkpoint, path: str) -> Codes | None:
     names = {"weight": f"{path}.weight", "weight_scale": f"{path}.scales"}
     if biases is None:
         kind, group = MODES.get(bits, ("", 0)) if scales.dtype == "U8" else ("", 0)
-        return Codes(kind, (rows, groups * group), group, names) if kind else None
+        own = 0 if kind in FLOATS else group
+        shape = rows, groups * group
+        return Form(kind, shape, (rows, groups), own, names=names, layout=MLX) if kind else None
     asked = _group(checkpoint, path)
     group = next((size for size in ((asked,) if asked else GROUPS) if bits in [size * each for each in BITS]), 0)
     if not group or biases.shape != scales.shape or {biases.dtype, scales.dtype} - {"F16", "BF16", "F32"}:
         return None
-    return Codes(f"uint{bits // group}", (rows, groups * group), group, names | {"weight_offset": f"{path}.biases"})
+    names["weight_offset"] = f"{path}.biases"
+    kind, shape = f"uint{bits // group}", (rows, groups * group)
+    return Form(kind, shape, (rows, groups), group, names=names, layout=MLX)
 
 
 def _renaming(rules: Parts, names: Iterable[str]) -> Callable[[str], str]:

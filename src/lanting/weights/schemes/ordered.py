@@ -10,7 +10,7 @@ from torch import Tensor
 from lanting.nn.fourbit import small_floats
 from lanting.nn.number_types import RUN
 from lanting.nn.numbers import pack_runs, unpack_runs
-from lanting.weights.forms import SECOND, Form
+from lanting.weights.form import SECOND, Form
 from lanting.weights.schemes.sdnq import TURNED
 
 

@@ -11,12 +11,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from lanting.core.lang import Phrase
 from lanting.nn.number_types import LEVELS, RUN, number_type
+from lanting.weights.form import Form
 from lanting.weights.schemes.foreign import PACKING, contradicts, unreadable
 
 if TYPE_CHECKING:
@@ -36,24 +37,9 @@ SHORT = {  # what a config may call a type
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Numbers:
-    """A weight (out, in), as `forms.Form` has it. `names` are its parts as `weights.schemes.ordered` knows them."""
-
-    kind: str
-    shape: tuple[int, int]
-    scale: tuple[int, ...]
-    group: int
-    names: Mapping[str, str]
-    layout: str
-    numbers: str
-    rotate: int
-    rank: int
-
-
-def numbered(checkpoint: Checkpoint, path: str) -> Numbers | None:
-    """What the weight of `path` is; None where no scale of SDNQ's stands beside it. Raises ModelError for one that
-    can't be, or whose type nothing says."""
+def numbered(checkpoint: Checkpoint, path: str) -> Form | None:
+    """How the weight of `path` is stored; None where no scale of SDNQ's stands beside it. Raises ModelError for one
+    that can't be, or whose type nothing says."""
     weight, scale = checkpoint.infos[f"{path}.weight"], checkpoint.infos.get(f"{path}.scale")
     if scale is None or weight.dtype in FLOATS:
         return None
@@ -72,15 +58,14 @@ def numbered(checkpoint: Checkpoint, path: str) -> Numbers | None:
     layout = TURNED if turned else SDNQ
     rank = _rank(checkpoint, path, shape)
     rotate = _rotation(checkpoint, path, shape[1], said)
+    form = Form(f"uint{bits}", shape, names=names, layout=layout, rotate=rotate, rank=rank)
     if name in KINDS:
-        sides = () if scale.count == 1 else (shape[0], groups)
-        return Numbers(KINDS[name], shape, sides, 0, names, layout, "", rotate, rank)
+        return replace(form, kind=KINDS[name], scale=() if scale.count == 1 else (shape[0], groups))
+    form = replace(form, scale=(shape[0], groups), group=shape[1] // groups)
     if levels:
-        sides = shape[0], groups, 1 << bits
-        return Numbers(f"uint{bits}", shape, sides, shape[1] // groups, names, SDNQ, name + LEVELS, rotate, rank)
+        return replace(form, scale=(shape[0], groups, 1 << bits), numbers=name + LEVELS)
     plain = name.startswith("uint") and 8 % bits == 0 and shape[1] % RUN == 0 and (not rotate or rank > 0)
-    sides, group = (shape[0], groups), shape[1] // groups
-    return Numbers(f"uint{bits}", shape, sides, group, names, layout, "" if plain else name, rotate, rank)
+    return replace(form, numbers="" if plain else name)
 
 
 def _none(checkpoint: Checkpoint, path: str) -> Any:

@@ -14,17 +14,18 @@ Sources: deepcompressor's `backend/nunchaku`; nunchaku's `models/linear.py`, `tr
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lanting.core.errors import ModelError
+from lanting.weights.form import SVDQUANT, Form
 from lanting.weights.headers import TensorInfo
 
 if TYPE_CHECKING:
     from lanting.weights.checkpoint import Checkpoint
 
-PLAIN, SHIFTED = "svdquant", "svdquant, shifted inputs"  # layouts: with a low rank
-ROWS, SIX = "svdquant, no low rank", "svdquant, six in turn"  # and without: modulations in order, and in nunchaku's
+PLAIN, SHIFTED = SVDQUANT, f"{SVDQUANT} shifted inputs"  # layouts: with a low rank
+ROWS, SIX = f"{SVDQUANT} no low rank", f"{SVDQUANT} six in turn"  # and without: modulations in order, in nunchaku's
 LAYOUTS = (PLAIN, SHIFTED, ROWS, SIX)
 FUSED = {
     ".attn.to_qkv": (".attn.to_q", ".attn.to_k", ".attn.to_v"),
@@ -47,17 +48,6 @@ PACK = 16  # ranks
 GROUP, SMALL_GROUP = 64, 16  # inputs that share a scale: integers and modulations, e2m1
 HALVES = ("F16", "BF16")
 FLOATS = (*HALVES, "F32")
-
-
-@dataclass(frozen=True, slots=True)
-class Packed:
-    """A weight (out, in): its kind, the inputs that share a scale, its rank (0: none), and the parts it has."""
-
-    kind: str
-    shape: tuple[int, int]
-    group: int
-    rank: int
-    parts: tuple[str, ...]
 
 
 def named(checkpoint: Checkpoint) -> Checkpoint:
@@ -86,9 +76,9 @@ def named(checkpoint: Checkpoint) -> Checkpoint:
     return replace(checkpoint, infos=found, where=where, layers={**checkpoint.layers, **layers})
 
 
-def packed_as(checkpoint: Checkpoint, path: str, layout: str) -> Packed:
-    """What the weight of `path` is, of a checkpoint that went through `named`. Raises ModelError for parts that are
-    missing or don't fit."""
+def packed_as(checkpoint: Checkpoint, path: str, layout: str) -> Form:
+    """How the weight of `path` is stored, of a checkpoint that went through `named`. Raises ModelError for parts that
+    are missing or don't fit."""
     beside = {part: checkpoint.infos.get(f"{path}.{part}") for part in ("weight", "bias", *SIDES)}
     there = {part: info for part, info in beside.items() if info is not None}
     packed, wanted = (_modulation if layout in (ROWS, SIX) else _low_rank)(there)
@@ -101,14 +91,15 @@ def packed_as(checkpoint: Checkpoint, path: str, layout: str) -> Packed:
             "the {label} stores {path} as SVDQuant does, and its {part} is missing or does not fit: download it again",
             **{"label": checkpoint.label, "path": path, "part": odd[0]},
         )
-    return packed
+    names = {part: f"{path}.{part}" for part in wanted}
+    return replace(packed, scale=(rows, columns // packed.group), names=names, layout=layout)
 
 
 Wanted = dict[str, tuple[tuple[str, ...], int | tuple[int, ...]]]
 """Part -> the types it may have, and its count or its shape."""
 
 
-def _low_rank(there: Mapping[str, TensorInfo]) -> tuple[Packed, Wanted]:
+def _low_rank(there: Mapping[str, TensorInfo]) -> tuple[Form, Wanted]:
     """With a low rank; and what each part must be."""
     rows, half = there["weight"].shape
     small = "wscales" in there and there["wscales"].dtype == "F8_E4M3"
@@ -124,10 +115,10 @@ def _low_rank(there: Mapping[str, TensorInfo]) -> tuple[Packed, Wanted]:
     }
     optional = {"bias": rows, "wcscales": rows if small else -1, "wtscale": 1 if small else -1}
     wanted |= {part: (FLOATS, count) for part, count in optional.items() if part in there}
-    return Packed("nvfp4" if small else "int4", (rows, 2 * half), group, rank, tuple(wanted)), wanted
+    return Form("nvfp4" if small else "int4", (rows, 2 * half), group=group, rank=rank), wanted
 
 
-def _modulation(there: Mapping[str, TensorInfo]) -> tuple[Packed, Wanted]:
+def _modulation(there: Mapping[str, TensorInfo]) -> tuple[Form, Wanted]:
     """Without. Scales may be more than there are groups: older writers fill up."""
     quarter, half = there["weight"].shape
     rows, columns = 4 * quarter, 2 * half
@@ -136,7 +127,7 @@ def _modulation(there: Mapping[str, TensorInfo]) -> tuple[Packed, Wanted]:
     wanted: Wanted = {"weight": (("I32",), quarter * half)}
     wanted |= dict.fromkeys(("wscales", "wzeros"), (HALVES, scales if fit else -1))
     wanted |= {"bias": (FLOATS, (rows,))} if "bias" in there else {}
-    return Packed("uint4", (rows, columns), GROUP, 0, tuple(wanted)), wanted
+    return Form("uint4", (rows, columns), group=GROUP), wanted
 
 
 def _fits(info: TensorInfo | None, types: tuple[str, ...], wanted: int | tuple[int, ...]) -> bool:

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lanting.weights.forms import Form
+from lanting.weights.form import Form
 from lanting.weights.schemes.svdq import SHIFTED, SIX
 
 SHIFT = 0.171875  # what nunchaku adds to GELU's results before it rounds them to 4 bits without a sign
