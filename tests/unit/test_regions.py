@@ -14,13 +14,14 @@ import torch.nn.functional as F
 from PIL import Image
 
 from lanting import Engine, Request, RequestError
+from lanting.attach.compiled import Compiler
 from lanting.attach.compute import attach_kernels
 from lanting.attach.gpu import attach_gpu
 from lanting.cli.main import main
 from lanting.core.recipe import describe_request, read_recipe, restore_request
 from lanting.core.types import Recipe
 from lanting.flow.together import joinable
-from lanting.nn.mmdit import Attend, QwenImageTransformer, TransformerConfig
+from lanting.nn.mmdit import Attend, Block, Context, QwenImageTransformer, TransformerConfig
 from lanting.nn.regions import Regions, regions_of
 from lanting.nn.rope import tables
 from lanting.specs import get_spec
@@ -99,6 +100,17 @@ def test_a_network_with_regions_is_one_with_that_mask(monkeypatch):
         other = network()
         attach(other)
         torch.testing.assert_close(step(other, regions), found, atol=2e-3, rtol=1e-2)
+
+
+def test_it_is_not_compiled_anew_for_every_drawing():
+    """What sees what would be part of a compiled block."""
+    compiler, seen = Compiler("eager"), []
+    block: Any = network().transformer_blocks[0]
+    compiler.work = lambda *given: seen.append(given) or Block.forward(*given)
+    ctx = Context(torch.randn(1, 1, 64), 12, (torch.ones(21, 16), torch.zeros(21, 16)))
+    for regions in (None, regions_of(LENGTHS, INSIDE)):
+        compiler(block, torch.randn(1, 12, 64), torch.randn(1, 9, 64), replace(ctx, regions=regions))
+    assert len(seen) == 1 and not compiler.failed
 
 
 def test_what_is_far_from_a_region_hears_nothing_of_its_words():

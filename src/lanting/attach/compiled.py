@@ -35,7 +35,7 @@ class Compiler:
 
     def __call__(self, block: Block, img: Tensor, txt: Tensor, ctx: Context) -> Streams:
         """`Block.forward`. Raises what that raises."""
-        if not self.failed:
+        if not self.failed and ctx.regions is None:  # what sees what is another for every drawing
             try:
                 plain = replace(ctx, branch="", control=(), steer=None, beside=None)  # a block reads none
                 return self.work(block, img, txt, plain)
