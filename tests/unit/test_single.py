@@ -26,6 +26,7 @@ from lanting.core.types import Request
 from lanting.engine import Engine
 from lanting.engine.quantize import Target, quantize_model
 from lanting.nn.mmdit import QwenImageTransformer, TransformerConfig
+from lanting.specs import get_spec
 from lanting.weights.build import build_text_encoder
 from lanting.weights.checkpoint import open_component, read_json
 from lanting.weights.configs import config_of
@@ -274,7 +275,8 @@ def test_markers_decide_and_names_help(name, extra, release, steps, tmp_path):
     path = bare(tmp_path / f"{name}.safetensors", *extra)
     spec, notes = release_of(path, open_file(path)["transformer"])
     assert (spec.name, spec.defaults.steps) == (release, steps)
-    assert describe(str(path)).release == release
+    told = describe(str(path))
+    assert told.release == release and (told.spec or get_spec(release)).defaults.steps == steps
     assert bool(notes) == (not extra and not any(y in name for y in ("2509", "2512")))
 
 

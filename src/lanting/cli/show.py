@@ -74,7 +74,7 @@ def _head(screen: Screen, told: Description) -> None:
         screen.line("licence: {licence}", licence=told.licence)
     if told.release is None:
         return
-    spec = get_spec(told.release)
+    spec = told.spec or get_spec(told.release)
     own, extra = spec.defaults, ", ".join(f"{key} {w}×{h}" for key, (w, h) in spec.defaults.sizes.items())
     screen.line("release: {release}; tasks: {tasks}", release=spec.name, tasks=", ".join(spec.tasks))
     screen.line(
@@ -121,6 +121,6 @@ def _table(told: Description) -> dict[str, Any]:
     """The same for programs, with the release's tasks and defaults."""
     table = asdict(told) | {"path": str(told.path) if told.path is not None else None, "tasks": [], "defaults": None}
     if told.release is not None:
-        spec = get_spec(told.release)
+        spec = told.spec or get_spec(told.release)
         table |= {"tasks": list(spec.tasks), "defaults": asdict(spec.defaults)}
     return table

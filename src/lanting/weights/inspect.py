@@ -16,7 +16,7 @@ from typing import Any
 from lanting.core.errors import ModelError
 from lanting.core.lang import Phrase
 from lanting.core.processes import as_typed
-from lanting.specs import detect, get_spec, spec_names
+from lanting.specs import ModelSpec, detect, get_spec, spec_names
 from lanting.weights.checkpoint import Checkpoint, open_component, read_json
 from lanting.weights.find import (
     LORAS,
@@ -77,6 +77,7 @@ class Description:
     notes: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
     runs: str = ""  # a command line that uses it
+    spec: ModelSpec | None = None  # how a file is used, which may be another way than its release's
 
 
 def describe(model: str) -> Description:
@@ -224,7 +225,7 @@ def _describe_file(path: Path) -> Description:
         part = count_values(part, found)
     except ModelError as error:
         problems.append(told_by(error))
-    release, notes = part.kind.release, ()
+    release, spec, notes = part.kind.release, None, ()
     if "transformer" in found:
         try:
             spec, notes = release_of(path, found["transformer"])
@@ -233,7 +234,7 @@ def _describe_file(path: Path) -> Description:
             pass
     runs = how_to_run(path, part.kind.name, tuple(found), release)
     release = None if part.kind.name == "controlnet" else release  # what it belongs to, and is not
-    return Description(path.name, path, release, (part,), notes=notes, problems=tuple(problems), runs=runs)
+    return Description(path.name, path, release, (part,), notes=notes, problems=tuple(problems), runs=runs, spec=spec)
 
 
 def told_by(error: ModelError) -> Phrase:
