@@ -1,7 +1,8 @@
 """The parts `controls` and `forms` of `benchmarks/gpu.py`: what steering a step costs, and what packed weights do.
 
-`controls`: a step at 1024 x 1024 by itself, with a blockwise ControlNet (60 blocks, random), recorded and not, and with
-words for two overlapping parts of the picture, in groups of queries as we do and under one mask from token to token.
+`controls`: a step at 1024 x 1024 by itself, with a blockwise ControlNet (60 blocks, random), with VideoX-Fun's (a chain
+of 5 blocks), recorded and not, and with words for two overlapping parts of the picture, in groups of queries as we do
+and under one mask from token to token.
 `forms`: one Linear of the full model (3072 to 12288, bias) on the 4224 rows of such a step, its weight stored in each
 form that files come in: milliseconds, times those of 16 bits, and the memory that a product takes beside the result.
 """
@@ -21,6 +22,7 @@ from lanting.attach.gpu import attach_gpu, detach_gpu
 from lanting.attach.graphs import attach_graphs, detach_graphs
 from lanting.nn.affine import AffineLinear
 from lanting.nn.blockwise import BlockwiseConfig, BlockwiseControlNet
+from lanting.nn.controlnet_fun import FunConfig, QwenImageFunControlNet
 from lanting.nn.fourbit import Nvfp4Linear, TableLinear
 from lanting.nn.linears import Fp8Linear, Int4Linear, Int8Linear, PackedLinear
 from lanting.nn.lowrank import LowRankLinear
@@ -28,6 +30,7 @@ from lanting.nn.mmdit import QwenImageTransformer
 from lanting.nn.regions import Regions, regions_of
 
 REGION = 24  # tokens of a region's words
+CHAIN = 5  # blocks of VideoX-Fun's net
 
 
 # ---------------------------------------------------------------- what steers
@@ -35,18 +38,24 @@ REGION = 24  # tokens of a region's words
 def controls(bench: Bench, net: QwenImageTransformer, found: dict[str, Any]) -> None:
     """Milliseconds of one side of the guidance."""
     step = Step(bench, net, 1024)
+    config = net.config
     with torch.device("meta"):
-        blank = BlockwiseControlNet(BlockwiseConfig(net.config.num_layers, net.config.width, net.config.in_channels))
-    guide = random_(blank.to(torch.bfloat16).to_empty(device=bench.device).eval().requires_grad_(False))
-    steer = guide.steer([(step.latents, 1.0)])
+        behind = BlockwiseControlNet(BlockwiseConfig(config.num_layers, config.width, config.in_channels))
+        every = max(config.num_layers // CHAIN, 1)
+        chain = QwenImageFunControlNet(FunConfig(**vars(config), control_layers=(*range(0, config.num_layers, every),)))
+    blank = [each.to(torch.bfloat16).to_empty(device=bench.device).eval() for each in (behind, chain)]
+    behind, chain = (random_(each.requires_grad_(False)) for each in blank)
+    hint = torch.zeros(1, step.tokens, 132, device=bench.device, dtype=torch.bfloat16)
     regions = halves(step, bench.device)
     words = torch.cat([step.texts[0][:, :REGION]] * 2 + [step.texts[0]], 1)
     asked = {
         "plain": {},
-        "blockwise ControlNet": {"steer": steer},
+        "blockwise ControlNet": {"steer": behind.steer([(step.latents, 1.0)])},
+        "chain of a ControlNet": {"steer": chain.steer([(hint, 1.0)])},
         "two regions": {"regions": regions},
     }
-    attach_gpu(net)
+    for each in (net, behind, chain):
+        attach_gpu(each)
     try:
         for recorded in (True, False):
             graphs = attach_graphs(net, bench.table) if recorded else None
@@ -146,7 +155,9 @@ def filled(linear: PackedLinear) -> PackedLinear:
 
 def random_(net: Any) -> Any:
     for name, p in net.named_parameters():
-        p.data.normal_(0, 0.3 / p.shape[-1] ** 0.5) if p.ndim > 1 else p.data.fill_(float("rms" in name))
+        p.data.normal_(0, 0.3 / p.shape[-1] ** 0.5) if p.ndim > 1 else p.data.fill_(
+            float("rms" in name or "norm" in name)
+        )
     return net
 
 
