@@ -126,8 +126,7 @@ def forms(bench: Bench, found: dict[str, Any]) -> None:
     tell(bench, found, "bf16", lambda: plain(x))
     for name, make in makers(width, out).items():
         try:
-            with torch.device(bench.device):
-                linear = filled(make())
+            linear = filled(make().to(bench.device))
             net = nn.ModuleList([linear])
             attach_gpu(net)
             tell(bench, found, name, lambda linear=linear: linear(x))
