@@ -303,13 +303,30 @@ def test_without_gradio_there_is_a_sentence_and_the_server(monkeypatch, capsys):
 def test_the_box_for_rewriting_is_shown_where_a_model_can_write():
     from lanting.serve.studio.page import hiding
 
-    assert ".writes" in hiding(("draw",)) and ".writes" not in hiding(("draw",), writes=True)
-    assert ".writes" in hiding(("layers",), writes=True)
+    drawing, layered = get_spec("qwen-image-2512"), get_spec("qwen-image-layered")
+    assert ".writes" in hiding(None) and ".writes" in hiding(replace(drawing, writes=False))
+    assert ".writes" not in hiding(replace(drawing, writes=True))
+    assert ".writes" in hiding(replace(layered, writes=True))
     assert request_of("a cat", More(rewrite=True)).rewrite is True
     assert values_of(job(rewrite=True))[2].rewrite is True and values_of(job())[2].rewrite is False
     for told, shown in (({"asked": "a cat"}, True), ({}, False), ({"asked": "a tabby <cat>"}, False)):
         outcome = {"recipes": [{"request": {"prompt": "a tabby <cat>", **told}}]}
         assert ("a tabby &lt;cat&gt;" in show.written(replace(job(), outcome=outcome), EN)) == shown
+
+
+def test_words_for_parts_are_a_line_each_and_come_back():
+    from lanting.serve.studio.page import hiding
+
+    text = "left=a red fox\n\n0,0.25,1,1=a river = blue\n"
+    asked = request_of("a wood", More(regions=text), size=(64, 64))
+    assert [one["box"] for one in asked.options["regions"]] == [[0, 0, 0.5, 1], [0, 0.25, 1, 1]]
+    told = values_of(job(options=dict(asked.options)))[2].regions
+    assert told == "left=a red fox\n0,0.25,1,1=a river = blue" and values_of(job())[2].regions == ""
+    assert request_of("a wood", More()).options == {}
+    with pytest.raises(RequestError, match="has no words"):
+        request_of("a wood", More(regions="a red fox"))
+    shown = [".parts" not in hiding(get_spec(name)) for name in ("nano", "qwen-image-2.1", "qwen-image-edit-2511")]
+    assert shown == [True, False, False]
 
 
 def test_what_is_read_in_a_picture_is_shown():

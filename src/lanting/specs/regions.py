@@ -29,7 +29,7 @@ PLACES = {  # names for boxes: left, top, right, bottom, in parts of the picture
 
 def settle_regions(request: Request, spec: ModelSpec, options: Mapping[str, Any]) -> list[dict[str, Any]]:
     """[{"prompt", "box": [left, top, right, bottom]}] of a request that has some. Raises RequestError."""
-    if spec.shape.get("_class_name") == SINGLE_STREAM:
+    if not knows_regions(spec):
         raise RequestError("{model} reads one text for the whole picture: leave regions out", model=spec.name)
     if len(prompts_of(request)) > 1:
         raise RequestError("regions belong to one prompt, and {count} were given", count=len(prompts_of(request)))
@@ -64,6 +64,18 @@ def box_of(given: Any) -> list[float]:
         "{places}",
         places=", ".join(PLACES),
     )
+
+
+def knows_regions(spec: ModelSpec) -> bool:
+    """Whether a release draws with words for parts of a picture."""
+    return "text_to_image" in spec.tasks and spec.shape.get("_class_name") != SINGLE_STREAM
+
+
+def write_region(region: Mapping[str, Any]) -> str:
+    """The inverse of `parse_region`."""
+    box = tuple(region["box"])
+    place = next((name for name, sides in PLACES.items() if sides == box), ",".join(f"{side:g}" for side in box))
+    return f"{place}={region['prompt']}"
 
 
 def parse_region(text: str) -> dict[str, Any]:

@@ -32,9 +32,8 @@ def for_model(page: Page, name: str | None, at: str | None = None) -> Updates:
 
     model = page.clerk.model(name)
     able, sizes = tabs_of(model.spec), sizes_of(model.spec, page.clerk.say)
-    pictures, writes = (1, False) if model.spec is None else (model.spec.defaults.max_pictures, model.spec.writes)
     updates: Updates = {
-        page.hidden: hiding(able, pictures, writes),
+        page.hidden: hiding(model.spec),
         page.tabs: gr.update(selected=at if at in able else able[0]) if able else gr.skip(),
         page.each[DRAW].extra["size"]: gr.update(choices=sizes, value=sizes[0][1] if sizes else None),
     }

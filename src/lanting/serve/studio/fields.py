@@ -89,7 +89,7 @@ def number(label: str, hint: str, visible: bool = True) -> Any:
 
 def fold(say: Say, strength: bool, many: bool, most: int, rewrite: bool = False) -> tuple[list[Any], Any, list[Any]]:
     """The fields below the fold, in the order of `forms.NAMES`; the LoRAs; a strength for each of up to `most`.
-    `rewrite`: the box is ticked at first."""
+    `rewrite`: the box is ticked at first. Regions are for pictures that begin with words alone."""
     import gradio as gr
 
     from lanting.reading import can_read
@@ -109,9 +109,13 @@ def fold(say: Say, strength: bool, many: bool, most: int, rewrite: bool = False)
         quality = gr.Dropdown(levels, value="exact", label=say("Quality against time"))
         tries = number(say("Seeds to try until quoted words are right"), say("Not read back"), many and can_read())
         writes = gr.Checkbox(rewrite, label=say("Write the prompt out first"), elem_classes="writes")
+        regions = gr.Textbox(
+            **{"label": say("Words for parts of the picture, a line each"), "lines": 1, "max_lines": 8},
+            **{"placeholder": say("left=a red fox"), "elem_classes": "parts", "visible": many and not strength},
+        )
         loras = gr.Dropdown([], multiselect=True, label=say("LoRAs"), visible=False, info=say("None: as served."))
         pulls = [gr.Slider(0, 2, 1, step=0.05, label="-", visible=False, elem_classes="pull") for _ in range(most)]
-    return [seed, count, steps, guidance, change, negative, quality, writes, tries], loras, pulls
+    return [seed, count, steps, guidance, change, negative, quality, writes, tries, regions], loras, pulls
 
 
 def plan_panel(say: Say) -> Mapping[str, Any]:

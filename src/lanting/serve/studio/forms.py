@@ -13,6 +13,7 @@ from lanting.serve.intake import Order
 from lanting.serve.jobs import Job
 from lanting.serve.studio.words import Say
 from lanting.specs import ModelSpec
+from lanting.specs.regions import parse_region, write_region
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -36,6 +37,7 @@ class More:
     lora: Mapping[str, float] | None = None  # None: as the server was started
     rewrite: bool | None = None
     tries: str | float | None = None
+    regions: str = ""  # a line each
 
 
 NAMES = tuple(one.name for one in fields(More) if one.name != "lora")
@@ -67,6 +69,8 @@ def whole(text: str | float | None) -> int | None:
 
 def request_of(prompt: str, more: More, **rest: Any) -> Request:
     """The wish; `rest` is what only one tab has: size, images, mask, task, options."""
+    if lines := [line for line in (more.regions or "").splitlines() if line.strip()]:
+        rest["options"] = {**rest.get("options", {}), "regions": [parse_region(line) for line in lines]}
     return Request(
         prompt=(prompt or "").strip(),
         negative_prompt=more.negative.strip() or None,
@@ -185,6 +189,7 @@ def values_of(job: Job) -> tuple[str, str | None, More]:
         quality=request.get("quality") or "exact",
         rewrite=bool(request.get("rewrite")),
         tries=written(request.get("tries")),
+        regions="\n".join(map(write_region, (request.get("options") or {}).get("regions") or ())),
         lora=job.asked["lora"],
     )
     size = "{}x{}".format(*request["size"]) if request["size"] else None

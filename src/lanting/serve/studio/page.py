@@ -5,7 +5,6 @@ Built once for each language, so every word on it is final when it is sent. `wir
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -19,6 +18,8 @@ from lanting.serve.studio.fields import easel, fold, html, picture, plan_panel
 from lanting.serve.studio.forms import DRAW, EDIT, LAYERS, sizes_of, tabs_of
 from lanting.serve.studio.look import seal, text, theme
 from lanting.serve.studio.words import Say
+from lanting.specs import ModelSpec
+from lanting.specs.regions import knows_regions
 
 HEAVIEST = "32mb"  # of an upload
 NEWS = 4.0  # seconds between looks at the history; browsers make them rare where a page is not seen
@@ -105,9 +106,7 @@ def laid_out(clerk: Clerk) -> Page:
             elem_id="model", visible=len(models) > 1, min_width=160, scale=0,
         )  # fmt: skip
     able = tabs_of(first.spec)
-    hidden = gr.HTML(
-        hiding(able, writes=first.spec is not None and first.spec.writes), apply_default_css=False, elem_id="hidden"
-    )
+    hidden = gr.HTML(hiding(first.spec), apply_default_css=False, elem_id="hidden")
     with gr.Row(elem_id="room"):
         with gr.Column(scale=5, elem_id="work"), gr.Tabs(selected=able[0], elem_id="tabs") as tabs:
             each = {DRAW: draw_tab(clerk), EDIT: edit_tab(clerk)}
@@ -122,13 +121,15 @@ def laid_out(clerk: Clerk) -> Page:
     return Page(clerk, model, hidden, tabs, each, search, gallery, gr.Timer(NEWS), *states)
 
 
-def hiding(able: Sequence[str], pictures: int = 2, writes: bool = False) -> str:
-    """A rule that hides the tabs a model has no use for, further pictures where it looks at one, and the box for
-    rewriting prompts where it can't write. Gradio's own
-    `visible` does not hide a tab that was shown."""
+def hiding(spec: ModelSpec | None) -> str:
+    """A rule that hides what a model has no use for: tabs, further pictures where it looks at one, the box for
+    rewriting prompts where it can't write, words for parts of a picture where it reads one text. Gradio's own `visible`
+    does not hide a tab that was shown."""
+    able = tabs_of(spec)
     gone = [f"#{name}-tab-button" for name in (DRAW, EDIT, LAYERS) if name not in able]
-    gone += ["#others"] if pictures < 2 else []
-    gone += [] if writes and able != (LAYERS,) else [".writes"]
+    gone += [] if spec is not None and spec.defaults.max_pictures > 1 else ["#others"]
+    gone += [] if spec is not None and spec.writes and able != (LAYERS,) else [".writes"]
+    gone += [] if spec is not None and knows_regions(spec) else [".parts"]
     return f"<style>{','.join(gone)}{{display:none}}</style>" if gone else "<style></style>"
 
 
