@@ -163,7 +163,7 @@ def repeatable(steer: Any) -> bool:
     """Whether what is done behind blocks, and beside them, says what it depends on, and nobody listens to it."""
     if not all(isinstance(one, Behind | Chains) for one in inside(steer)):
         return False
-    return not any(listened(block) for one in inside(steer) for net in one.nets for block in ends_of(net)[1])
+    return not any(listened(block) for one in inside(steer) for net in one.nets for block in blocks_of(net))
 
 
 def steered(steer: Any) -> tuple[tuple[Tensor, ...], Hashable, list[object]]:
@@ -172,9 +172,9 @@ def steered(steer: Any) -> tuple[tuple[Tensor, ...], Hashable, list[object]]:
     if steer is None:
         return (), None, []
     held: list[object] = []
-    for entrance, blocks in (ends_of(net) for one in inside(steer) for net in one.nets):
-        modules = [[*block.modules()] for block in blocks]
-        held += [x for m in [entrance, *modules[0], *modules[-1]] for x in tensors_of(m)]
+    for net in (net for one in inside(steer) for net in one.nets):
+        modules = [[*block.modules()] for block in blocks_of(net)]
+        held += [x for m in [net.entrance, *modules[0], *modules[-1]] for x in tensors_of(m)]
         ways = ("forward", "product")  # what a kernel or a safer way put there
         held += [m.__dict__.get(way) for block in modules for m in block for way in ways]
     scales = tuple(one.scales for one in inside(steer))
@@ -192,9 +192,9 @@ def inside(steer: Any) -> tuple[Any, ...]:
     return () if steer is None else steer if isinstance(steer, tuple) else (steer,)
 
 
-def ends_of(net: Any) -> tuple[nn.Module, nn.ModuleList]:
-    """What a ControlNet takes its picture in by, and its blocks."""
-    return (net.control_img_in, net.control_blocks) if net.along else (net.img_in, net.controlnet_blocks)
+def blocks_of(net: Any) -> nn.ModuleList:
+    """A ControlNet's."""
+    return net.control_blocks if net.along else net.controlnet_blocks
 
 
 def tensors_of(module: nn.Module) -> list[Tensor]:

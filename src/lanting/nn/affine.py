@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lanting.nn.fourbit import MANY
 from lanting.nn.linears import PackedLinear
-from lanting.nn.rounding import at_once
+from lanting.nn.rounding import expanded
 
 RUN = 8  # codes that fill whole bytes, whatever their bits
 
@@ -36,16 +35,13 @@ class AffineLinear(PackedLinear):
         self.register_buffer("weight_offset", torch.empty(out_features, in_features // group))
 
     def values(self, dtype: torch.dtype, rows: Tensor | None = None) -> Tensor:
-        packed, scale, offset = self.weight, self.weight_scale, self.weight_offset
-        rows = torch.arange(len(packed), device=packed.device) if rows is None else rows
-        found = torch.empty(len(rows), self.in_features, dtype=dtype, device=packed.device)
-        step = at_once(self.in_features) if packed.device.type == "cpu" else max(MANY // self.in_features, 1)
-        for some, out in zip(rows.split(step), found.split(step), strict=True):  # float32 of a few rows at a time
-            codes = unpack_codes(packed[some], self.bits).float().unflatten(1, (-1, self.group))  # (n, groups, g)
-            by, from_ = (each[some].float()[:, :, None] for each in (scale, offset))
+        def find(some: Tensor) -> Tensor:
+            codes = unpack_codes(self.weight[some], self.bits).float().unflatten(1, (-1, self.group))  # (n, groups, g)
+            by, from_ = (each[some].float()[:, :, None] for each in (self.weight_scale, self.weight_offset))
             torch.addcmul(from_, codes, by, out=codes)  # on CPUs the product is not rounded before the sum
-            out.copy_(codes.flatten(1))
-        return found
+            return codes.flatten(1)
+
+        return expanded(self, dtype, rows, find)
 
 
 class OrderedLinear(AffineLinear):

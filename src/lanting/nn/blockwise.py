@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lanting.nn.chains import gathered
 from lanting.nn.mmdit import RMSNorm
 
 
@@ -52,6 +53,11 @@ class BlockwiseControlNet(nn.Module):
         self.controlnet_blocks = nn.ModuleList(BlockwiseBlock(config.width) for _ in range(config.num_layers))
 
     @property
+    def entrance(self) -> nn.Module:
+        """What takes a picture in."""
+        return self.img_in
+
+    @property
     def dtype(self) -> torch.dtype:
         first: BlockwiseBlock = self.controlnet_blocks[0]  # type: ignore[assignment]
         return first.x_rms.weight.dtype  # a norm's: `img_in` may be packed
@@ -61,9 +67,7 @@ class BlockwiseControlNet(nn.Module):
     ) -> Behind:
         """What a Stack is to do behind its blocks. `hints`: packed latents (B or 1, N, in_channels) of each control
         picture, and how much it counts; `beside`: those that other nets see. All corrections are added up."""
-        every = [*((self, *hint) for hint in hints), *beside]
-        nets, pictures, scales = zip(*every, strict=True)
-        return Behind(nets, tuple(net.img_in(x.to(net.dtype)) for net, x in zip(nets, pictures, strict=True)), scales)
+        return Behind(*gathered([*((self, *hint) for hint in hints), *beside]))
 
 
 @dataclass(frozen=True)

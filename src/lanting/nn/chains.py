@@ -87,6 +87,11 @@ class ChainNet(nn.Module):
         self.control_blocks = nn.ModuleList(block(config, layer == 0) for layer in config.control_layers)
 
     @property
+    def entrance(self) -> nn.Module:
+        """What takes a picture in."""
+        return self.control_img_in
+
+    @property
     def dtype(self) -> torch.dtype:
         first: Any = self.control_blocks[0]
         return first.attn.norm_q.weight.dtype  # a norm's: Linears may be packed
@@ -104,11 +109,16 @@ class ChainNet(nn.Module):
     ) -> Chains:
         """What a transformer is to do along. `hints`: (B or 1, N, control_in_dim) of each control picture, and how much
         it counts; `beside`: those of other nets. All that is said is added up."""
-        every = [*((self, *hint) for hint in hints), *beside]
-        nets, hints_of, scales = zip(*every, strict=True)
-        return Chains(
-            nets, tuple(net.control_img_in(x.to(net.dtype)) for net, x in zip(nets, hints_of, strict=True)), scales
-        )
+        return Chains(*gathered([*((self, *hint) for hint in hints), *beside]))
+
+
+def gathered(
+    parts: Sequence[tuple[Any, Tensor, float]],
+) -> tuple[tuple[Any, ...], tuple[Tensor, ...], tuple[float, ...]]:
+    """(net, hint, scale) of each control picture as nets, what each makes of its hint at first, and scales; of nets of
+    any build that acts inside of a transformer."""
+    nets, hints, scales = zip(*parts, strict=True)
+    return nets, tuple(net.entrance(x.to(net.dtype)) for net, x in zip(nets, hints, strict=True)), scales
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from lanting.nn.linears import PackedLinear
-from lanting.nn.rounding import at_once
+from lanting.nn.rounding import expanded
 
 NVFP4_GROUP = 16  # inputs that share an 8-bit scale
-MANY = 1 << 23  # weights that a GPU expands at a time: few calls, and some 100 MB beside the result
 
 
 class CodedLinear(PackedLinear):
@@ -42,18 +41,16 @@ class CodedLinear(PackedLinear):
         return scales[rows]
 
     def values(self, dtype: torch.dtype, rows: Tensor | None = None) -> Tensor:
-        packed = self.weight
-        rows = torch.arange(len(packed), device=packed.device) if rows is None else rows
         table, scales = self.table(), self.scales()
         pairs = torch.stack([table.repeat_interleave(16), table.repeat(16)], 1)  # (256, 2): of a byte
-        found = torch.empty(len(rows), self.in_features, dtype=dtype, device=packed.device)
-        step = at_once(self.in_features) if packed.device.type == "cpu" else max(MANY // self.in_features, 1)
-        for some, out in zip(rows.split(step), found.split(step), strict=True):  # float32 of a few rows at a time
+
+        def find(some: Tensor) -> Tensor:
             scale = self.spread(scales, some)  # (n, groups)
-            bytes_of = packed[some].flatten().int()  # `index_select`: on a CPU pairs[...] takes ten times as long
+            bytes_of = self.weight[some].flatten().int()  # `index_select`: on a CPU pairs[...] takes ten times as long
             numbers = pairs.index_select(0, bytes_of).view(len(some), scale.shape[1], -1)
-            out.copy_(numbers.mul_(scale[:, :, None]).flatten(1))
-        return found
+            return numbers.mul_(scale[:, :, None]).flatten(1)
+
+        return expanded(self, dtype, rows, find)
 
 
 class TableLinear(CodedLinear):

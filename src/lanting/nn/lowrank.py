@@ -13,10 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lanting.nn.fourbit import MANY
 from lanting.nn.linears import PackedLinear
 from lanting.nn.rotate import rotate_blocks
-from lanting.nn.rounding import at_once
+from lanting.nn.rounding import expanded
 
 
 class LowRankLinear(PackedLinear):
@@ -44,15 +43,13 @@ class LowRankLinear(PackedLinear):
         return self.residual.weight
 
     def values(self, dtype: torch.dtype, rows: Tensor | None = None) -> Tensor:
-        device = self.up.device
-        rows = torch.arange(self.out_features, device=device) if rows is None else rows
-        found = torch.empty(len(rows), self.in_features, dtype=dtype, device=device)
-        step = at_once(self.in_features) if device.type == "cpu" else max(MANY // self.in_features, 1)
         down, smooth = self.down.float(), None if self.smooth is None else self.smooth.float()
-        for some, out in zip(rows.split(step), found.split(step), strict=True):  # float32 of a few rows at a time
+
+        def find(some: Tensor) -> Tensor:
             coarse = self.residual.values(torch.float32, some)
-            out.copy_((coarse if smooth is None else coarse.div_(smooth)).addmm_(self.up[some].float(), down))
-        return found
+            return (coarse if smooth is None else coarse.div_(smooth)).addmm_(self.up[some].float(), down)
+
+        return expanded(self, dtype, rows, find)
 
     def plain(self, x: Tensor) -> Tensor:
         x = rotate_blocks(x, self.rotate) if self.rotate else x

@@ -11,10 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lanting.nn.fourbit import MANY, small_floats
+from lanting.nn.fourbit import small_floats
 from lanting.nn.linears import PackedLinear
 from lanting.nn.number_types import NumberType, number_type, row_bytes
-from lanting.nn.rounding import at_once
+from lanting.nn.rounding import expanded
 
 PIECES: dict[int, tuple[tuple[tuple[int, int, int, int], ...], ...]] = {
     # bits -> for each code of a run where it lies: (byte of the run, first bit there, how many, first bit of the code)
@@ -54,14 +54,11 @@ class NumberLinear(PackedLinear):
         self.register_buffer("weight_offset", None if told.signed else torch.empty(sides))
 
     def values(self, dtype: torch.dtype, rows: Tensor | None = None) -> Tensor:
-        packed = self.weight
-        rows = torch.arange(len(packed), device=packed.device) if rows is None else rows
-        found = torch.empty(len(rows), self.in_features, dtype=dtype, device=packed.device)
-        step = at_once(self.in_features) if packed.device.type == "cpu" else max(MANY // self.in_features, 1)
-        for some, out in zip(rows.split(step), found.split(step), strict=True):  # float32 of a few rows at a time
-            codes = unpack_runs(packed[some], self.numbers.bits)[:, : self.in_features]
-            out.copy_(self.grouped(codes.unflatten(1, (-1, self.group)), some).flatten(1))
-        return found
+        def find(some: Tensor) -> Tensor:
+            codes = unpack_runs(self.weight[some], self.numbers.bits)[:, : self.in_features]
+            return self.grouped(codes.unflatten(1, (-1, self.group)), some).flatten(1)
+
+        return expanded(self, dtype, rows, find)
 
     def grouped(self, codes: Tensor, rows: Tensor) -> Tensor:
         """What codes (n, groups, g) of rows (n,) are worth, float32."""

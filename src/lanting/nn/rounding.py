@@ -1,4 +1,5 @@
-"""How weights are rounded to few bits: which inputs share a scale, which scale a group gets, how many rows at a time.
+"""How weights are rounded to few bits and expanded: which inputs share a scale, which scale a group gets, how many rows
+at a time.
 
 The kinds that use it are in `nn.linears`. Rejected: rounding a whole weight at once, whose float32 copies would be the
 most memory that loading takes.
@@ -6,12 +7,16 @@ most memory that loading takes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from lanting.nn.rotate import rotate_blocks
 
 RUN = 1 << 19  # weights rounded at a time: few enough to stay in a core's cache
+MANY = 1 << 23  # weights that a GPU expands at a time: few calls, and some 100 MB beside the result
 GROUPS = (128, 64, 32, 16)  # inputs that share a scale of Int4Linear
 SHRINK = (8.0, 7.5, 7.0, 8.5, 9.0)
 """What the largest value of a group is divided by to get its scale: at 8 it is met exactly by the code -8; below,
@@ -43,6 +48,18 @@ def runs(weight: Tensor) -> tuple[Tensor, ...]:
 def at_once(columns: int) -> int:
     """How many rows of so many weights that are."""
     return max(1, RUN // columns)
+
+
+def expanded(linear: Any, dtype: torch.dtype, rows: Tensor | None, find: Callable[[Tensor], Tensor]) -> Tensor:
+    """Values (n, in) in `dtype` of some rows (n,) of a packed Linear, None: of all. `find`: some rows -> theirs, in
+    float32, of which there are only a few at a time."""
+    device, columns = linear.weight.device, linear.in_features
+    rows = torch.arange(linear.out_features, device=device) if rows is None else rows
+    found = torch.empty(len(rows), columns, dtype=dtype, device=device)
+    step = at_once(columns) if device.type == "cpu" else max(MANY // columns, 1)
+    for some, out in zip(rows.split(step), found.split(step), strict=True):
+        out.copy_(find(some))
+    return found
 
 
 def rotated(weight: Tensor, rotate: int) -> Tensor:

@@ -32,15 +32,15 @@ def planned_model(folder: ModelFolder) -> Model:
             **{"name": folder.name, "error": str(error)},
         ) from None
     body, reader, vae = (folder.checkpoint(name) for name in ("transformer", "text_encoder", "vae"))
-    forms = read_forms(body)
+    forms, reader_forms = read_forms(body), read_forms(reader)
     return Model(
         name=folder.name,
         spec=with_writing(folder.spec, folder.configs["text_encoder"], reader),
         geometry=geometry,
         kind=kind_of(body, forms),
-        reader_kind=kind_of(reader, read_forms(reader)),
+        reader_kind=kind_of(reader, reader_forms),
         held=held_bytes(body, forms),
-        reader_held=held_bytes(reader, read_forms(reader)),
+        reader_held=held_bytes(reader, reader_forms),
         files=body.bytes() + reader.bytes() + vae.bytes(),
         here=True,
     )

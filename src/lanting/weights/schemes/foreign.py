@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from lanting.core.errors import ModelError
@@ -69,9 +70,15 @@ def as_weights(checkpoint: Checkpoint) -> Checkpoint:
 
 def packing_of(checkpoint: Checkpoint) -> dict[str, Any]:
     """What the folder's config.json says of how all is packed; empty where it says nothing."""
+    return table_of(checkpoint.metadata.get(PACKING, "{}"))
+
+
+@lru_cache(maxsize=8)
+def table_of(text: str) -> dict[str, Any]:
+    """Asked for each weight, and never changed."""
     try:
-        found = json.loads(checkpoint.metadata.get(PACKING, "{}"))
-    except (ValueError, RecursionError):
+        found = json.loads(text)
+    except (ValueError, RecursionError):  # a file's own note, whoever wrote it
         found = None
     return found if isinstance(found, dict) else {}
 

@@ -11,21 +11,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import replace
-from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lanting.weights.form import Form
 from lanting.weights.headers import TensorInfo
-from lanting.weights.schemes.foreign import contradicts
+from lanting.weights.schemes.foreign import PACKING, contradicts, packing_of
 
 if TYPE_CHECKING:
     from lanting.weights.checkpoint import Checkpoint
 
 MLX = "MLX"
 SIDES = ("scales", "biases")
-NOTED = "quantization_config"  # `checkpoint.PACKING`, which imports this module
 GROUP, GROUPS, BITS = 64, (64, 32, 128), (2, 3, 4, 5, 6, 8)  # inputs that share a scale: MLX's usual, and all
 MODES = {128: ("fp4", 32), 64: ("nvfp4", 16), 256: ("mxfp8", 32)}  # bits of a group -> mxfp4 and its like
 FLOATS = ("nvfp4", "mxfp8")  # whose groups are always as large
@@ -93,8 +91,8 @@ def translated(checkpoint: Checkpoint) -> Checkpoint:
     last = infos.get("norm_out.linear.weight")
     if rules is NETWORK and "img_in.bias" in infos and last is not None and LOST not in infos:
         infos[LOST], where[LOST] = TensorInfo("BF16", last.shape[:1], 0, 0), where["norm_out.linear.weight"]
-    table = {rename(f"{name}.")[:-1]: said for name, said in _noted(checkpoint).items()}
-    notes = {NOTED: json.dumps(table)} if table else {}
+    table = {rename(f"{name}.")[:-1]: said for name, said in packing_of(checkpoint).items()}
+    notes = {PACKING: json.dumps(table)} if table else {}
     return replace(found, infos=infos, where=where, metadata={**found.metadata, **notes})
 
 
@@ -151,22 +149,9 @@ def _channels_second(info: TensorInfo) -> TensorInfo:
     return replace(info, shape=tuple(info.shape[axis] for axis in axes), axes=axes)
 
 
-def _noted(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    return _table(checkpoint.metadata.get(NOTED, "{}"))
-
-
 def _group(checkpoint: Checkpoint, path: str) -> int:
     """Inputs that share a scale, as the folder's config says it of this weight or of all; 0: it says nothing."""
-    table = _noted(checkpoint)
+    table = packing_of(checkpoint)
     own = table.get(path)
     said = own.get("group_size") if isinstance(own, dict) else table.get("group_size")
     return said if isinstance(said, int) and said in GROUPS else 0
-
-
-@cache
-def _table(text: str) -> Mapping[str, Any]:
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):  # a file's own note, whoever wrote it
-        found = None
-    return found if isinstance(found, dict) else {}

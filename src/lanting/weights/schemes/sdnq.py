@@ -8,7 +8,6 @@ bytes whose shape says nothing: the type of each module, and what was rotated or
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from lanting.core.lang import Phrase
 from lanting.nn.number_types import LEVELS, RUN, number_type
 from lanting.weights.form import Form
-from lanting.weights.schemes.foreign import PACKING, contradicts, unreadable
+from lanting.weights.schemes.foreign import PACKING, contradicts, table_of, unreadable
 
 if TYPE_CHECKING:
     from lanting.weights.checkpoint import Checkpoint
@@ -217,11 +216,7 @@ def _type(book: Book, said: Mapping[str, Any], path: str) -> str:
 
 @lru_cache(maxsize=8)
 def _book(text: str) -> Book:
-    try:
-        told = json.loads(text)
-    except (ValueError, RecursionError):  # a file's own note, whoever wrote it
-        told = None
-    table = told if isinstance(told, dict) else {}
+    table = table_of(text)
     own, types = table.get("modules_quant_config"), table.get("modules_dtype_dict")
     return Book(
         table,
