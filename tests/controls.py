@@ -1,12 +1,63 @@
-"""ControlNets with random weights, as files that people have: blockwise, VideoX-Fun's, InstantX's without a folder."""
+"""ControlNets with random weights, as files that people have: blockwise, VideoX-Fun's, InstantX's without a folder; and
+what the tests of all of them do with pictures.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from lanting import Engine, Request
+
+
+@pytest.fixture(autouse=True)
+def english(monkeypatch, tmp_path):
+    """Sentences as the tests know them, and no models of whoever runs them."""
+    monkeypatch.setenv("LANTING_LANG", "en")
+    monkeypatch.setenv("LANTING_HOME", str(tmp_path / "home"))
+
+
+def drawn(engine: Engine, asked: Request) -> bytes:
+    """All pixels; the engine is closed."""
+    with engine:
+        return b"".join(image.tobytes() for image in engine.run(asked).images)
+
+
+def far(one: bytes, two: bytes) -> int:
+    """The most grey levels between two pictures' pixels."""
+    return max(abs(a - b) for a, b in zip(one, two, strict=True))
+
+
+class Eager:
+    """A judge of caches that leaves out what it may, but for the first time."""
+
+    def watches(self, branch: str) -> bool:
+        return True
+
+    def reuse(self, branch: str, change: float) -> float | None:
+        return 0.0
+
+    def ahead(self, branch: str) -> float | None:
+        return 0.0
+
+    def computed(self, branch: str, change: float, same: float | None, line: object) -> None:
+        pass
+
+
+def broken(tensors: dict[str, Tensor], name: str, change: str) -> tuple[dict[str, Tensor], str]:
+    """Tensors with one of them "missing" or "misshapen", or with a "surplus" one; the name of that."""
+    found = dict(tensors)
+    if change == "missing":
+        del found[name]
+    elif change == "surplus":
+        name = "control_blocks.0.strange.weight"
+    if change != "missing":
+        found[name] = torch.zeros(3, 3)
+    return found, name
 
 
 def blockwise(layers: int = 4, width: int = 32, channels: int = 64) -> dict[str, Tensor]:

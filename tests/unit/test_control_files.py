@@ -19,6 +19,7 @@ import torch
 import controls
 import nets
 import plans
+from controls import drawn, english, far  # noqa: F401  a fixture
 from lanting import Engine, LantingError, Request
 from lanting.cli.main import main
 from lanting.core.errors import ModelError, RequestError
@@ -59,12 +60,6 @@ def here(tmp_path_factory) -> Path:
     return place
 
 
-@pytest.fixture(autouse=True)
-def english(monkeypatch, tmp_path):
-    monkeypatch.setenv("LANTING_LANG", "en")
-    monkeypatch.setenv("LANTING_HOME", str(tmp_path / "home"))
-
-
 def request(task: str = "controlnet", **more: Any) -> Request:
     steered: dict[str, Any] = {"images": (EDGES,)} if task.startswith("controlnet") else {}
     return Request(**{**ASKED, **steered, "task": task, **more})
@@ -78,12 +73,7 @@ def opened(here: Path, net: str | Path | list[str] | None = None, **options: Any
 
 
 def draw(here: Path, net: str | Path | list[str] | None, asked: Request, **options: Any) -> bytes:
-    with opened(here, net, **options) as engine:
-        return b"".join(image.tobytes() for image in engine.run(asked).images)
-
-
-def far(one: bytes, two: bytes) -> int:
-    return max(abs(a - b) for a, b in zip(one, two, strict=True))
+    return drawn(opened(here, net, **options), asked)
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ import torch
 import controls
 import nets
 import plans
+from controls import drawn, english, far  # noqa: F401  a fixture
 from lanting import Engine, LantingError, Request
 from lanting.cli.main import main
 from lanting.core.errors import ModelError, RequestError
@@ -47,12 +48,6 @@ def here(tmp_path_factory) -> Path:
     return place
 
 
-@pytest.fixture(autouse=True)
-def english(monkeypatch, tmp_path):
-    monkeypatch.setenv("LANTING_LANG", "en")
-    monkeypatch.setenv("LANTING_HOME", str(tmp_path / "home"))
-
-
 def request(task: str = "controlnet", **more: Any) -> Request:
     given = {"prompt": "a sign", "size": SIZE, "seed": 5, "steps": 3, "guidance_scale": 3.0, "negative_prompt": "x"}
     steered = {"images": (EDGES,)} if task.startswith("controlnet") else {}
@@ -69,12 +64,7 @@ def opened(here: Path, net: Any = NET, **options: Any) -> Engine:
 
 
 def draw(here: Path, net: Any, asked: Request, **options: Any) -> bytes:
-    with opened(here, net, **options) as engine:
-        return b"".join(image.tobytes() for image in engine.run(asked).images)
-
-
-def far(one: bytes, two: bytes) -> int:
-    return max(abs(a - b) for a, b in zip(one, two, strict=True))
+    return drawn(opened(here, net, **options), asked)
 
 
 @pytest.fixture(scope="module")
@@ -333,13 +323,7 @@ def test_a_net_of_another_model(tmp_path, make, words):
 
 @pytest.mark.parametrize("change", ["missing", "surplus", "misshapen"])
 def test_loading_is_strict(here, tmp_path, change):
-    tensors, name = controls.chain(), "control_blocks.0.attn.to_v.weight"
-    if change == "missing":
-        del tensors[name]
-    elif change == "surplus":
-        name = "control_blocks.0.strange.weight"
-    if change != "missing":
-        tensors[name] = torch.zeros(3, 3)
+    tensors, name = controls.broken(controls.chain(), "control_blocks.0.attn.to_v.weight", change)
     with (
         pytest.raises(ModelError, match=name.replace(".", r"\.")),
         opened(here, controls.save(tmp_path / "n.safetensors", tensors)) as engine,

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import controls
 import nets
 from lanting.attach.caches import residual_cache
 from lanting.attach.parts import Part
@@ -310,22 +311,6 @@ def test_off_it_changes_no_bit():
     assert torch.equal(drawn(body, idle), drawn(body, canvas_of()))
 
 
-class Eager:
-    """A judge of caches that leaves out what it may, but for the first time."""
-
-    def watches(self, branch):
-        return True
-
-    def reuse(self, branch, change):
-        return 0.0
-
-    def ahead(self, branch):
-        return 0.0
-
-    def computed(self, branch, change, same, line):
-        pass
-
-
 def test_where_blocks_are_left_out_the_chain_s_are_too():
     body, net, heard = transformer(), net_of(), []
     for block in net.control_blocks:
@@ -333,7 +318,7 @@ def test_where_blocks_are_left_out_the_chain_s_are_too():
     steer = net.steer([(hint(), 1.0)])
     wanted = asked(body, steer)
     heard.clear()
-    with residual_cache(body, Eager()), keep_prefix(body):
+    with residual_cache(body, controls.Eager()), keep_prefix(body):
         prompt = inputs(2)["prompt_embeds"]
         found = [body(**{**inputs(2), "prompt_embeds": prompt}, steer=steer) for _ in range(3)]
     assert torch.equal(found[0], wanted) and torch.allclose(found[2], wanted, atol=1e-5)

@@ -278,22 +278,6 @@ def test_off_it_changes_no_bit_and_both_sides_are_steered():
     assert torch.allclose(apart, joined, atol=1e-4) and not torch.allclose(apart, plain, atol=1e-2)
 
 
-class Eager:
-    """A judge of caches that leaves out what it may, but for the first time."""
-
-    def watches(self, branch):
-        return True
-
-    def reuse(self, branch, change):
-        return 0.0
-
-    def ahead(self, branch):
-        return 0.0
-
-    def computed(self, branch, change, same, line):
-        pass
-
-
 def test_where_blocks_are_left_out_the_chain_s_are_too():
     net, chain, heard = body(), net_of(), []
     for block in chain.control_blocks:
@@ -301,7 +285,7 @@ def test_where_blocks_are_left_out_the_chain_s_are_too():
     steer = chain.steer([(hint(), 1.0)])
     wanted = asked(net, steer)
     heard.clear()
-    with residual_cache(net, Eager()):
+    with residual_cache(net, controls.Eager()):
         found = [asked(net, steer) for _ in range(3)]
     assert torch.equal(found[0], wanted) and torch.allclose(found[2], wanted, atol=1e-5)
     assert heard == [*chain.control_blocks, chain.control_blocks[0], chain.control_blocks[0]]
